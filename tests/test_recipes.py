@@ -8,6 +8,7 @@ import yaml
 
 from pe_rlhf.config import Recipe
 from pe_rlhf.recipes import bundled, find_recipe, load_recipe, save_recipe
+from reward.errors import InputError
 from tests.runs import recipe, write_recipe
 
 ALL = ("preferences", "reward", "ppo", "evaluate")
@@ -31,6 +32,22 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
     assert (ppo.rollout.top_k, ppo.rollout.top_p, ppo.rollout.temperature) == (0, 1.0, 1.0)
     assert (ppo.optimizer.eps, ppo.whiten_advantages, ppo.whiten_rewards) == (1e-5, True, False)
     assert (reward.optimizer.schedule, ppo.optimizer.schedule) == ("linear", "constant")
+    assert (reward.optimizer.warmup_ratio, reward.optimizer.eps) == (0.05, 1e-8)
+
+
+def test_a_section_that_is_named_in_part_keeps_its_own_defaults(tmp_path: Path) -> None:
+    reward = load(tmp_path, "reward.optimizer.max_grad_norm=3").reward
+    assert reward is not None
+    settings = reward.optimizer
+    assert (settings.max_grad_norm, settings.schedule, settings.warmup_ratio, settings.eps) == (3, "linear", 0.05, 1e-8)
+
+
+def test_the_kl_in_the_loss_has_an_estimator_whose_gradient_knows_the_anchor(tmp_path: Path) -> None:
+    ppo = load(tmp_path, "ppo.kl.place=loss").ppo
+    assert ppo is not None
+    assert ppo.kl.estimator == "k2"
+    with pytest.raises(InputError, match=r"ppo\.kl: k1 in the loss .* use k2 or k3 there"):
+        load(tmp_path, "ppo.kl.place=loss", "ppo.kl.estimator=k1")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

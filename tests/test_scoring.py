@@ -85,18 +85,20 @@ def saved_classifier(tmp_path: Path, labels: int, *, with_pad: bool = True) -> P
 
 @pytest.mark.parametrize("with_pad", [True, False])
 def test_a_model_scores_as_when_it_is_called_directly(tmp_path: Path, with_pad: bool) -> None:
-    """At EOS; where the model pads with EOS it was trained to be read one token earlier, as its own class does."""
+    """At EOS, or at the last token of a response that was cut; a model that pads with EOS is read before it always."""
     path = saved_classifier(tmp_path, labels=1, with_pad=with_pad)
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     expected = []
-    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-        ids = tokenizer(prompt + response)["input_ids"] + ([tokenizer.eos_token_id] if with_pad else [])
+    ended = [True, False, True]
+    for prompt, response, whole in zip(PROMPTS, RESPONSES, ended, strict=True):
+        ids = tokenizer(prompt + response)["input_ids"] + ([tokenizer.eos_token_id] if with_pad and whole else [])
         with torch.no_grad():
             hidden_TH = model.model(torch.tensor([ids])).last_hidden_state[0]
         expected.append(model.score(hidden_TH[-1]).item())
-    sequences = Sequences.pack([[1]] * 3, [[1]] * 3, 0)  # another tokenizer's: a model reads the text
-    scorer = ModelScorer(str(path), CPU, torch.float32, batch_size=2)
+    # Another tokenizer's ids, of which 7 is the EOS: a model reads the text, and whether it ended.
+    sequences = Sequences.pack([[1]] * 3, [[7] if whole else [7, 8] for whole in ended], 0)
+    scorer = ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7], batch_size=2)
     found_B = scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
     torch.testing.assert_close(found_B, torch.tensor(expected), atol=1e-5, rtol=1e-5)
     assert found_B.std() > 0.05
@@ -106,18 +108,18 @@ def test_a_model_scores_as_when_it_is_called_directly(tmp_path: Path, with_pad: 
 def test_a_model_of_several_labels_is_refused(tmp_path: Path, labels: int, message: str) -> None:
     path = saved_classifier(tmp_path, labels)
     with pytest.raises(InputError, match=message):
-        ModelScorer(str(path), CPU, torch.float32)
+        ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7])
 
 
 def test_a_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
     path = byte_model(tmp_path / "causal", pad_is_eos=True)
     with pytest.raises(InputError, match=r"ppo\.reward\.model"):
-        ModelScorer(str(path), CPU, torch.float32)
+        ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7])
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a directory with a config\.json"):
-        ModelScorer(str(tmp_path / "absent"), CPU, torch.float32)
+        ModelScorer(str(tmp_path / "absent"), CPU, torch.float32, eos_token_ids=[7])
 
 
 def test_a_weighted_sum_by_hand(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def run(context: StageContext) -> dict[str, Any]:
     engine = Engine([group], config.optimizer, total_steps)
     first_step, seconds_before = _resume(context, backbone, engine)
     metrics = context.metrics(first_step)
+    result: RewardEvaluation | None = None
 
     with progress("reward: training", total_steps - first_step, "steps") as advance:
         for step in range(first_step, total_steps):
@@ -79,7 +80,8 @@ def run(context: StageContext) -> dict[str, Any]:
                 line = {"epoch": epoch, **train_step(backbone, engine, train, rows, config)}
             done = step + 1
             if done % config.eval_every == 0 or done == total_steps:
-                line |= evaluate(backbone, held_out, config).figures()
+                result = evaluate(backbone, held_out, config)
+                line |= result.figures()
                 say(_line(done, total_steps, line))
             metrics.write(done, line)
             if done % config.checkpoint_every == 0 or done == total_steps:
@@ -88,7 +90,7 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics.close()
 
     # The pairwise loss leaves the mean score free. PPO's value clipping and its penalties want it at zero.
-    result = evaluate(backbone, held_out, config)
+    result = result or evaluate(backbone, held_out, config)
     backbone.head(ROLE).shift(-evaluate(backbone, train, config).mean_score)
     save_role(backbone, ROLE, context.folder / "adapter")
     summary = _summary(result, len(train)) | {

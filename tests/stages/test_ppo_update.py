@@ -135,7 +135,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clips": {"clip_range": 0.05, "value_clip_range": 0.4},
     "coefficient": {"value_coefficient": 0.7},
     "temperature": {"rollout": {"temperature": 0.6}},
-    "k1 in the loss": {"kl": {"place": "loss", "estimator": "k1"}},
     "k2 in the loss": {"kl": {"place": "loss", "estimator": "k2"}, "micro_batch_tokens": 16},
     "k3 in the loss": {"kl": {"place": "loss", "estimator": "k3"}, "rollout": {"temperature": 1.5}},
 }
