@@ -1,0 +1,1 @@
+"""The sub-commands of `pe-rlhf`, one file each."""

@@ -1,0 +1,35 @@
+"""The recipe schema: one strict model per stage, a file each.
+
+Every key of every recipe is here with its meaning; an unknown key is an error that names the nearest one. What can be
+wrong between keys is checked here too, before a model or a data set is touched.
+"""
+
+from pe_rlhf.config.evaluate import EvaluateConfig
+from pe_rlhf.config.model import AdapterConfig, BackboneConfig
+from pe_rlhf.config.optimizer import OptimizerConfig, RewardOptimizerConfig
+from pe_rlhf.config.ppo import KLConfig, PPOConfig, RewardSource
+from pe_rlhf.config.preferences import PreferencesConfig
+from pe_rlhf.config.recipe import STAGES, Recipe, TrackingConfig
+from pe_rlhf.config.reward import RewardConfig
+from pe_rlhf.config.sampling import RolloutConfig, SamplingConfig
+from pe_rlhf.config.section import DataSource, Section
+
+__all__ = [
+    "STAGES",
+    "AdapterConfig",
+    "BackboneConfig",
+    "DataSource",
+    "EvaluateConfig",
+    "KLConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PreferencesConfig",
+    "Recipe",
+    "RewardConfig",
+    "RewardOptimizerConfig",
+    "RewardSource",
+    "RolloutConfig",
+    "SamplingConfig",
+    "Section",
+    "TrackingConfig",
+]

