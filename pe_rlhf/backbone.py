@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import ModelOutput
@@ -33,7 +35,8 @@ from pe_rlhf.algo.logprobs import token_logprobs
 from pe_rlhf.causal_lm import eos_token_ids, find_device, freeze, load_causal_lm, logits_head, position_arguments
 from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.seeding import derive_seed
-from pe_rlhf.types import Sequences
+from pe_rlhf.trunk import FrozenTrunk
+from pe_rlhf.types import Sequences, micro_batches
 from reward.errors import InputError
 from reward.head import ScalarHead
 
@@ -89,6 +92,8 @@ class Backbone(nn.Module):
         self._tokenizer = tokenizer
         self._state = RoleState()
         self._checkpointing: BlockCheckpointing | None = None
+        self._trunk = FrozenTrunk(model)
+        self.trunk_cache_mib = 0
         freeze(model)
         self.train(False)
         self.logits_head = logits_head(model)
@@ -271,9 +276,35 @@ class Backbone(nn.Module):
 
     def response_scores(self, sequences: Sequences) -> Tensor:
         """The active role's head _B at the last token of each response."""
-        hidden_BTH = self._hidden(sequences.ids_BT.to(self.device))
+        hidden_BTH = self._sequence_hidden(sequences)
         rows_B = torch.arange(len(sequences), device=self.device)
         return self.heads[self.active_role](hidden_BTH[rows_B, sequences.lengths_B.to(self.device) - 1])
+
+    def keeps_trunk(self, tokens: int) -> bool:
+        """Whether there is a trunk below the first adapter whose states of that many tokens fit `trunk_cache_mib`."""
+        size: int = self.model.get_input_embeddings().embedding_dim  # type: ignore[assignment]
+        return self._trunk.depth > 0 and tokens * size * self.model.dtype.itemsize <= self.trunk_cache_mib * 2**20
+
+    @torch.no_grad()
+    def trunk_rows(
+        self, sequences: Sequences, micro_batch_tokens: int, advance: Callable[[int], None] = lambda _: None
+    ) -> list[Tensor]:
+        """Hidden states _TH of each row below the first adapter: the same in every role and at every step."""
+        rows: list[Tensor] = [torch.empty(0)] * len(sequences)
+        for index in micro_batches(sequences.lengths_B, micro_batch_tokens):
+            part = sequences.take(index)
+            states_BTH = self._trunk.states(lambda part=part: self._hidden(part.ids_BT.to(self.device)))
+            for i, hidden_TH, length in zip(index.tolist(), states_BTH, part.lengths_B, strict=True):
+                rows[i] = hidden_TH[:length].clone()
+            advance(len(index))
+        return rows
+
+    def with_trunk(self, sequences: Sequences, micro_batch_tokens: int) -> Sequences:
+        """The sequences with their trunk states, or as they are where there is no trunk or no room to keep it."""
+        if not self.keeps_trunk(sequences.ids_BT.numel()):
+            return sequences
+        rows = self.trunk_rows(sequences, micro_batch_tokens)
+        return replace(sequences, trunk_BTH=pad_sequence(rows, batch_first=True))
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass, in the role they were computed in."""
@@ -286,8 +317,12 @@ class Backbone(nn.Module):
             arguments = position_arguments(attention_mask)
             return self.model.base_model(input_ids=ids_BT, **arguments, use_cache=False).last_hidden_state
 
+    def _sequence_hidden(self, sequences: Sequences) -> Tensor:
+        with nullcontext() if sequences.trunk_BTH is None else self._trunk.given(sequences.trunk_BTH):
+            return self._hidden(sequences.ids_BT.to(self.device))
+
     def _response_hidden(self, sequences: Sequences) -> Tensor:
-        return self._hidden(sequences.ids_BT.to(self.device))[sequences.predicts_BT.to(self.device)]
+        return self._sequence_hidden(sequences)[sequences.predicts_BT.to(self.device)]
 
     def _refuse_taken(self, role: str) -> None:
         if role in self.roles or not role.isidentifier():

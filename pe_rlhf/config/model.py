@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,11 @@ class BackboneConfig(Section):
     attention: str = Field(default="sdpa", description="attention implementation of transformers")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with a hub model")
+    trunk_cache_mib: Annotated[int, Field(ge=0)] = Field(
+        default=1024,
+        description="with adapter.last_layers: memory for hidden states below the adapters, so that they are computed"
+        " once; 0: off",
+    )
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time in updates")
 
 

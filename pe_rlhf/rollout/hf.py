@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from pe_rlhf.backbone import Backbone
+from pe_rlhf.causal_lm import position_arguments
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.errors import TrainingError
+from pe_rlhf.seeding import derive_seed
 from pe_rlhf.types import FinishReason, Rollout
 
 
@@ -32,35 +34,34 @@ class HFRollout:
     def sync(self, version: int) -> None:
         self._version = version
 
-    def generate(self, prompts: list[list[int]], seed: int) -> Rollout:
-        """One response per prompt, prompts of like length together so that little padding is computed."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    def generate(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Rollout:
+        """One response per prompt; prompts of like length together, so that little padding is computed, and equal
+        ones side by side, so that each is read once."""
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
-        generator = torch.Generator().manual_seed(seed)
-        shape = (len(prompts), self._config.max_new_tokens)
-        uniform_BR = torch.rand(shape, generator=generator, dtype=torch.float64).to(self._backbone.device)
+        drawn = (_uniform(derive_seed(seed, row), self._config.max_new_tokens) for row in rows or range(len(prompts)))
+        uniform_BR = torch.stack(list(drawn)).to(self._backbone.device)
         with torch.no_grad(), self._backbone.role(self._role):
             for start in range(0, len(order), self._config.batch_size):
-                rows = order[start : start + self._config.batch_size]
-                for row, (ids, values) in zip(
-                    rows, self._generate([prompts[i] for i in rows], uniform_BR[rows]), strict=True
-                ):
-                    responses[row], logprobs[row] = ids, values
+                group = order[start : start + self._config.batch_size]
+                finished = self._generate([prompts[i] for i in group], uniform_BR[group])
+                for i, (ids, values) in zip(group, finished, strict=True):
+                    responses[i], logprobs[i] = ids, values
                 if self._on_progress is not None:
-                    self._on_progress(len(rows))
+                    self._on_progress(len(group))
         finish: list[FinishReason] = [self._finish(ids) for ids in responses]
         return Rollout(prompts, responses, logprobs, finish, self._version)
 
     def _generate(self, prompts: list[list[int]], uniform_BR: Tensor) -> list[tuple[list[int], list[float]]]:
         backbone, config = self._backbone, self._config
-        width = max(map(len, prompts))
-        padded = [[backbone.pad_token_id] * (width - len(p)) + p for p in prompts]
-        attends = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        ids_BT, attends_BT = self._left_padded(prompts)
+        width = ids_BT.shape[1]
         sampler = _Sampler(config, uniform_BR)
         output_BT = backbone.model.generate(  # type: ignore[operator]  # a decorator of transformers hides its type
-            input_ids=torch.tensor(padded, device=backbone.device),
-            attention_mask=torch.tensor(attends, device=backbone.device),
+            input_ids=ids_BT,
+            attention_mask=attends_BT,
+            past_key_values=self._shared_prefixes(prompts),
             logits_processor=LogitsProcessorList([sampler]),
             generation_config=GenerationConfig(
                 do_sample=False,  # the sampler has sampled
@@ -74,6 +75,26 @@ class HFRollout:
             (ids[: (n := self._length(ids))], values[:n])
             for ids, values in zip(output_BT[:, width:].tolist(), sampler.logprobs().tolist(), strict=True)
         ]
+
+    def _left_padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids _BT and attention mask _BT."""
+        width, pad, device = max(map(len, prompts)), self._backbone.pad_token_id, self._backbone.device
+        ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+        return ids_BT, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+    def _shared_prefixes(self, prompts: list[list[int]]) -> DynamicCache | None:
+        """The KV cache of all prompts but for their last tokens, where some are equal: each is then read once."""
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        ids_UT, attends_UT = self._left_padded([list(prompt) for prompt in unique])
+        if len(unique) == len(prompts) or ids_UT.shape[1] == 1:
+            return None
+        model = self._backbone.model
+        cache = DynamicCache(config=model.config)
+        arguments = position_arguments(attends_UT[:, :-1])
+        model.base_model(input_ids=ids_UT[:, :-1], **arguments, past_key_values=cache, use_cache=True)
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        cache.batch_select_indices(torch.tensor([place[tuple(p)] for p in prompts], device=ids_UT.device))
+        return cache
 
     def _length(self, ids: list[int]) -> int:
         """Tokens up to and with the first EOS; later ones are filling, even where pad and EOS are one id."""
@@ -122,6 +143,10 @@ def sample(probabilities_BV: Tensor, uniform_B1: Tensor, block: int = 256) -> Te
     inside_BK = blocks_BNK.gather(1, block_B1[..., None].expand(-1, 1, block))[:, 0]
     token_B1, _ = _find(inside_BK.double().cumsum(dim=-1), fraction_B1)
     return block_B1 * block + token_B1
+
+
+def _uniform(seed: int, n: int) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _find(cdf_BN: Tensor, fraction_B1: Tensor) -> tuple[Tensor, Tensor]:

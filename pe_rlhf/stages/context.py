@@ -38,6 +38,7 @@ class StageContext:
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
         )
+        backbone.trunk_cache_mib = settings.trunk_cache_mib
         if settings.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
         return backbone

@@ -30,7 +30,8 @@ def collect(
     config: PPOConfig,
 ) -> tuple[Experience, dict[str, float]]:
     """Score a rollout and turn the scores into advantages. Returns the experience and the step's figures about it."""
-    sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
+    packed = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
+    sequences = backbone.with_trunk(packed, config.micro_batch_tokens)
     mask_BR = sequences.mask_BR
 
     # 2. anchor log-probs, values, scores

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,14 +44,23 @@ class Pairs:
     chosen: list[tuple[list[int], list[int]]]
     rejected: list[tuple[list[int], list[int]]]
     margins: list[float]
+    chosen_trunks: list[Tensor] = field(default_factory=list)
+    rejected_trunks: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def tokens(self) -> int:
+        """Tokens of all prompts and responses."""
+        return sum(len(prompt) + len(response) for prompt, response in self.chosen + self.rejected)
+
     def pack(self, rows: list[int], pad_id: int) -> Sequences:
-        """Chosen responses of those rows, then the rejected ones."""
+        """Chosen responses of those rows, then the rejected ones, with their trunks where they were kept."""
         both = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
-        return Sequences.pack([prompt for prompt, _ in both], [response for _, response in both], pad_id)
+        trunks = None
+        if self.chosen_trunks:
+            trunks = [self.chosen_trunks[i] for i in rows] + [self.rejected_trunks[i] for i in rows]
+        return Sequences.pack([prompt for prompt, _ in both], [response for _, response in both], pad_id, trunks)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -68,6 +78,7 @@ def run(context: StageContext) -> dict[str, Any]:
     group = RoleGroup(ROLE, backbone.role_parameters(ROLE), config.learning_rate)
     engine = Engine([group], config.optimizer, total_steps)
     first_step, seconds_before = _resume(context, backbone, engine)
+    train, held_out = _with_trunks(backbone, config, train, held_out)
     metrics = context.metrics(first_step)
     result: RewardEvaluation | None = None
 
@@ -165,6 +176,20 @@ def _scored(
             scores_B = backbone.response_scores(pairs.pack(part, backbone.pad_token_id))
         chosen_B, rejected_B = scores_B.chunk(2)
         yield chosen_B, rejected_B, torch.tensor([pairs.margins[i] for i in part], device=scores_B.device)
+
+
+def _with_trunks(backbone: Backbone, config: RewardConfig, *sets: Pairs) -> list[Pairs]:
+    """Compute what lies below the first adapter once for all epochs and evaluations, where there is room to keep it."""
+    if not backbone.keeps_trunk(sum(pairs.tokens() for pairs in sets)):
+        return list(sets)
+    rows = [row for pairs in sets for row in pairs.chosen + pairs.rejected]
+    packed = Sequences.pack([p for p, _ in rows], [r for _, r in rows], backbone.pad_token_id)
+    with progress("reward: frozen blocks", len(rows), "responses") as advance:
+        trunks = iter(backbone.trunk_rows(packed, config.micro_batch_tokens, advance))
+    return [
+        replace(p, chosen_trunks=list(islice(trunks, len(p))), rejected_trunks=list(islice(trunks, len(p))))
+        for p in sets
+    ]
 
 
 def load_pairs(context: StageContext, config: RewardConfig, codec: TextCodec, limit: int) -> tuple[Pairs, Pairs]:

@@ -238,7 +238,7 @@ def test_the_cache_is_used_with_gradient_checkpointing_too(training: bool) -> No
     widths: list[int] = []
     backbone.model.get_input_embeddings().register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
     assert roll(backbone).responses == expected
-    assert widths == [7] + [1] * (NEW_TOKENS - 1)
+    assert widths == [6] + [1] * NEW_TOKENS  # prompts come several times: read once, but for their last tokens
 
 
 def test_the_role_before_is_back_afterwards() -> None:
@@ -266,3 +266,15 @@ def test_progress_counts_every_response(policy: Backbone) -> None:
     HFRollout(policy, "policy", config, counts.append).generate(PROMPTS, seed=0)
     assert sum(counts) == len(PROMPTS) == 18
     assert max(counts) == 4
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_equal_prompts_are_read_once(policy: Backbone, copies: int) -> None:
+    """All but the last token of each: that one's logits are the first that a response needs."""
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12], [20, 21, 22, 23]]
+    read: list[int] = []
+    embedding = policy.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+    HFRollout(policy, "policy", SamplingConfig(max_new_tokens=1)).generate(prompts * copies, seed=0)
+    hook.remove()
+    assert sum(read) == (3 * 4 if copies == 1 else 3 * 3 + 3 * copies)

@@ -69,8 +69,9 @@ def test_a_bf16_base_trains_fp32_adapters(tmp_path: Path, init: str) -> None:
         for t, (token, value) in enumerate(zip(response, sampler, strict=True), start=len(prompt) - 1):
             differences.append(abs(float(logprobs_TV[t, token]) - value))
     mean = sum(differences) / len(differences)
+    # Of the same size, not the same: in bf16 padding alone moves each difference by as much as it is.
     assert mean > 1e-3
-    assert lines[0]["logprob_mismatch"] == pytest.approx(mean, rel=0.5)  # bf16: padding alone moves it
+    assert mean / 4 < lines[0]["logprob_mismatch"] < 4 * mean
 
 
 def test_an_fp32_base_needs_no_second_pass(tmp_path: Path) -> None:
