@@ -81,11 +81,12 @@ def reward_steps(backbone: Backbone, data: Path, steps: int) -> tuple[list[float
 
 
 def _short(pairs: Pairs) -> Pairs:
-    fits = [
-        all(len(prompt) + len(response) <= MAX_TOKENS for prompt, response in both)
-        for both in zip(pairs.chosen, pairs.rejected, strict=True)
+    kept = [
+        row
+        for row, both in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
+        if all(len(prompt) + len(response) <= MAX_TOKENS for prompt, response in both)
     ]
-    return Pairs(*([item for item, fit in zip(side, fits, strict=True) if fit] for side in vars(pairs).values()))
+    return Pairs(*([side[row] for row in kept] for side in (pairs.chosen, pairs.rejected, pairs.margins)))
 
 
 def main() -> None:
