@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 from transformers.utils.generic import ModelOutput
 
 from pe_rlhf.adapters.anchored import Scaling
-from pe_rlhf.adapters.build import AdapterSpec, new_adapter, saved_adapter
+from pe_rlhf.adapters.build import AdapterSpec, new_adapters, saved_adapter
 from pe_rlhf.adapters.export import export_peft
+from pe_rlhf.adapters.statistics import LayerStatistics, StatisticsSource
 from pe_rlhf.adapters.targets import Targets, find_targets, linear_modules
 from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, weight_out_in
 from pe_rlhf.algo.logprobs import token_logprobs
@@ -164,17 +165,27 @@ class Backbone(nn.Module):
         scaling: Scaling = "standard",
         dropout: float = 0.0,
         seed: int = 0,
+        init_options: dict[str, Any] | None = None,
+        statistics: StatisticsSource | Mapping[str, LayerStatistics] | None = None,
     ) -> None:
         """Add a role: an anchored adapter on the target layers, and a scalar head for `value` and `reward`.
 
         Whatever the init, the role starts as the anchor exactly. Raises `InputError` for a role that is there already,
-        an unknown init, or targets that match nothing.
+        an unknown init or option, targets that match nothing, or an init that needs `statistics` and has none.
         """
         self._refuse_taken(role)
-        spec = AdapterSpec(init, rank, alpha, scaling, dropout, tuple(find_targets(self.model, targets, last_layers)))
-        weights = ((name, weight_out_in(self._wrap(name).base)) for name in spec.modules)
-        adapters = {name: new_adapter(spec, weight, derive_seed(seed, role, name)) for name, weight in weights}
+        modules = tuple(find_targets(self.model, targets, last_layers))
+        spec = AdapterSpec(init, rank, alpha, scaling, dropout, modules, init_options or {})
+        adapters = new_adapters(spec, self.base_weight, lambda name: derive_seed(seed, role, name), statistics)
         self._install(role, spec, adapters, self._new_head(role))
+
+    def base_weight(self, name: str) -> Tensor:
+        """The frozen weight _OI of a layer that adapters can be put on; a quantised one is dequantised."""
+        return weight_out_in(self.base_layer(name))
+
+    def base_layer(self, name: str) -> nn.Module:
+        """The frozen module of a layer that adapters can be put on."""
+        return self._wrap(name).base
 
     def copy_role(self, source: str, target: str) -> None:
         """Add a role that starts as a copy of another, head and all (the critic from the reward model)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 from pe_rlhf.adapters import inits as _registers_the_inits  # noqa: F401
 from pe_rlhf.adapters.anchored import AnchoredLoRA, Scaling, lora_scale
 from pe_rlhf.adapters.registry import InitContext, get_init
+from pe_rlhf.adapters.statistics import LayerStatistics, StatisticsSource, as_source
+from pe_rlhf.progress import progress
+from reward.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,17 +27,54 @@ class AdapterSpec:
     scaling: Scaling
     dropout: float
     modules: tuple[str, ...]
+    init_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def scale(self) -> float:
         return lora_scale(self.alpha, self.rank, self.scaling)
 
 
-def new_adapter(spec: AdapterSpec, weight_OI: Tensor, seed: int) -> nn.Module:
+def new_adapters(
+    spec: AdapterSpec,
+    weight: Callable[[str], Tensor],
+    seed: Callable[[str], int],
+    statistics: StatisticsSource | Mapping[str, LayerStatistics] | None = None,
+) -> dict[str, nn.Module]:
+    """Adapters at their initialisation for all layers of a spec, layer after layer, with a progress bar.
+
+    Args:
+        weight, seed: the base weight _OI and the seed of a layer by its name.
+        statistics: what the init needs beyond the weights. Raises `InputError` where it needs some and there are none.
+    """
+    init = get_init(spec.init)
+    made: dict[str, nn.Module] = {}
+    with progress(f"adapter init {spec.init}", len(spec.modules), "layers") as advance:
+
+        def make(name: str, found: LayerStatistics) -> None:
+            made[name] = new_adapter(spec, weight(name), seed(name), found)
+            advance(1)
+
+        if init.needs is not None and statistics is not None:
+            as_source(statistics).visit(spec.modules, init.needs, make)
+        else:
+            for name in spec.modules:
+                make(name, LayerStatistics())
+    if missing := [name for name in spec.modules if name not in made]:
+        raise InputError(f"the init {spec.init!r}: there are no statistics for the layer {missing[0]}")
+    return {name: made[name] for name in spec.modules}
+
+
+@torch.no_grad()
+def new_adapter(
+    spec: AdapterSpec, weight_OI: Tensor, seed: int, statistics: LayerStatistics | None = None
+) -> nn.Module:
     """An adapter at its initialisation for a layer of that base weight, on the weight's device."""
+    init = get_init(spec.init)
     generator = torch.Generator().manual_seed(seed)
-    context = InitContext(weight_OI.float(), spec.rank, spec.scale, generator)
-    return AnchoredLoRA(*get_init(spec.init)(context), scale=spec.scale, dropout=spec.dropout).to(weight_OI.device)
+    options = init.parse(spec.init_options)
+    found = statistics or LayerStatistics()
+    context = InitContext(weight_OI.float(), spec.rank, spec.scale, generator, options, found)
+    return AnchoredLoRA(*init(context), scale=spec.scale, dropout=spec.dropout).to(weight_OI.device)
 
 
 def saved_adapter(spec: AdapterSpec, weight_OI: Tensor, state: dict[str, Tensor]) -> nn.Module:

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from reward.errors import InputError
 
 
 @dataclass
@@ -64,10 +67,18 @@ class WrappedLayer(nn.Module):
 
 
 def weight_out_in(base: nn.Module) -> Tensor:
-    """The base weight as _OI (out, in), whichever way round the module stores it (GPT-2's Conv1D is _IO)."""
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
+    """The base weight as _OI (out, in), whichever way round the module stores it (GPT-2's Conv1D is _IO).
+
+    A quantised weight (bitsandbytes' 4 and 8 bit, HQQ, torchao) comes dequantised, a copy of this one layer. Raises
+    `InputError` for one that cannot be.
+    """
+    try:
+        weight = dequantize_module_weight(base).detach()
+    except (ImportError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise InputError(f"the weight of a {type(base).__name__} cannot be dequantised here: {error}") from error
+    if not weight.is_floating_point():
+        raise InputError(f"the weight of a {type(base).__name__} is quantised in a way that is not known here")
+    return weight.T if isinstance(base, Conv1D) else weight
 
 
 def is_wrappable(module: nn.Module) -> bool:

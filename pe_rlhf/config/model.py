@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from pe_rlhf.config.init_options import INIT_OPTIONS, parse_options
 from pe_rlhf.config.section import Positive, Section
 
 
@@ -28,7 +29,10 @@ class BackboneConfig(Section):
 class AdapterConfig(Section):
     """The adapter of a role."""
 
-    init: str = Field(default="lora", description="lora, pissa, milora, or one that you registered")
+    init: str = Field(
+        default="lora", description=f"{', '.join(INIT_OPTIONS)}, one that you registered, or module:function"
+    )
+    init_options: dict[str, Any] = Field(default_factory=dict, description="options of the init; see docs/inits.md")
     rank: Positive = 16
     alpha: float = Field(
         default=32.0, gt=0, description="the product is scaled by alpha/rank (standard) or alpha/√rank (rslora)"
@@ -41,3 +45,12 @@ class AdapterConfig(Section):
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="on the adapter's input; training the reward model only"
     )
+
+    @field_validator("init_options")
+    @classmethod
+    def _options_of_the_init(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Complete them, or say what is wrong. Those of an init that is not ours are checked when it is loaded."""
+        init = info.data.get("init", "")
+        if init not in INIT_OPTIONS:
+            return given
+        return parse_options(init, INIT_OPTIONS[init], given).model_dump()

@@ -51,7 +51,10 @@ class Recipe(Section):
             for stage in STAGES:
                 section = tree.get(stage)
                 if isinstance(section, dict) and isinstance(own := section.get("adapter"), dict):
-                    tree = {**tree, stage: {**section, "adapter": {**common, **own}}}
+                    # The options of one init mean nothing to another.
+                    other = own.get("init", common.get("init")) != common.get("init")
+                    inherited = {key: value for key, value in common.items() if not (other and key == "init_options")}
+                    tree = {**tree, stage: {**section, "adapter": {**inherited, **own}}}
         return tree
 
     @property

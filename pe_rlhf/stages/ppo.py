@@ -13,7 +13,7 @@ from typing import Any
 from pe_rlhf.algo.kl import adapt_beta
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_checkpoint, save_checkpoint, save_role, with_prefix, without_prefix
-from pe_rlhf.config import PPOConfig
+from pe_rlhf.config import AdapterConfig, PPOConfig
 from pe_rlhf.engine import Engine, RoleGroup
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
@@ -23,9 +23,11 @@ from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.init_statistics import AnchorRollouts
 from pe_rlhf.stages.ppo_collect import collect
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.stages.prompt_order import PromptOrder
+from pe_rlhf.stages.roles import add_role
 from pe_rlhf.text import TextCodec
 from pe_rlhf.types import Experience, Rollout
 from reward.errors import InputError
@@ -44,7 +46,9 @@ def run(context: StageContext) -> dict[str, Any]:
     texts, ids = context.prompts(config.prompts, codec, backbone, new_tokens, config.max_prompt_tokens)
     prompts = PromptOrder(texts, ids, config.batch_size, config.rollout.samples_per_prompt, context.recipe.seed)
     scorer = make_scorer(config.reward, backbone, context.run_dir, config.micro_batch_tokens)
-    engine = _add_roles(context, backbone, config)
+    adapter = context.recipe.adapter_for("ppo").model_copy(update={"dropout": 0.0})
+    anchor = AnchorRollouts(backbone, scorer, codec, (texts, ids), config, adapter, context.recipe.seed)
+    engine = _add_roles(context, backbone, config, adapter, anchor)
     rollout_engine = HFRollout(backbone, POLICY, config.rollout)
     first_step, beta = _resume(context, backbone, engine, config.kl.beta)
     rollout_engine.sync(first_step)
@@ -86,16 +90,17 @@ def run(context: StageContext) -> dict[str, Any]:
     return summary
 
 
-def _add_roles(context: StageContext, backbone: Backbone, config: PPOConfig) -> Engine:
+def _add_roles(
+    context: StageContext, backbone: Backbone, config: PPOConfig, adapter: AdapterConfig, anchor: AnchorRollouts
+) -> Engine:
     """The policy, fresh; the critic from the reward role where there is one; the engine that trains both."""
-    adapter: dict[str, Any] = context.recipe.adapter_for("ppo").model_dump() | {"dropout": 0.0}
-    backbone.add_adapter(POLICY, seed=context.recipe.seed, **adapter)
+    add_role(context, backbone, POLICY, adapter, anchor.policy_statistics())
     if config.value_init == "reward" and "reward" not in backbone.roles:
         raise InputError("ppo.value_init: there is no reward adapter to start the critic from; use fresh")
     if config.value_init != "fresh" and "reward" in backbone.roles:
         backbone.copy_role("reward", VALUE)
     else:
-        backbone.add_adapter(VALUE, seed=context.recipe.seed, **adapter)
+        add_role(context, backbone, VALUE, adapter, anchor.value_statistics())
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup(role, backbone.role_parameters(role), rate) for role, rate in rates.items()]
     return Engine(groups, config.optimizer, config.steps * config.epochs * config.minibatches)

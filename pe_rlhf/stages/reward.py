@@ -27,6 +27,8 @@ from pe_rlhf.resources import peak_memory
 from pe_rlhf.seeding import permutation, seeded
 from pe_rlhf.stages import preferences
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.init_statistics import reward_statistics
+from pe_rlhf.stages.roles import add_role
 from pe_rlhf.text import TextCodec
 from pe_rlhf.types import Sequences, micro_batches
 from reward.calibration import accuracy_interval, expected_calibration_error, reliability_table
@@ -72,7 +74,8 @@ def run(context: StageContext) -> dict[str, Any]:
     limit = min(config.max_length, backbone.max_positions or config.max_length)
     train, held_out = load_pairs(context, config, context.codec(backbone), limit)
     adapter = context.recipe.adapter_for("reward")
-    backbone.add_adapter(ROLE, seed=context.recipe.seed, **adapter.model_dump())
+    statistics = reward_statistics(backbone, train, adapter, config, context.recipe.seed)
+    add_role(context, backbone, ROLE, adapter, statistics)
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     group = RoleGroup(ROLE, backbone.role_parameters(ROLE), config.learning_rate)

@@ -68,7 +68,8 @@ def check_inputs(recipe: Recipe, stages: list[str]) -> None:
     """Look at everything that can be wrong with names, data and functions before a model is loaded."""
     check_model_name(recipe.model)
     for stage in stages:
-        get_init(recipe.adapter_for(stage).init)
+        adapter = recipe.adapter_for(stage)
+        get_init(adapter.init).parse(adapter.init_options)
         section = getattr(recipe, stage)
         if (prompts := getattr(section, "prompts", None)) is not None:
             load_prompts(prompts, f"{stage}.prompts")

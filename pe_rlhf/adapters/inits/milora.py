@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pe_rlhf.adapters.inits.svd import balanced_factors, thin_svd
+from pe_rlhf.adapters.inits.svd import balanced_factors, bottom_directions
 from pe_rlhf.adapters.registry import InitContext
 
 
 def milora(context: InitContext) -> tuple[Tensor, Tensor]:
     """A = sqrt(S[-r:]/s)·Vh[-r:], B = U[:, -r:]·sqrt(S[-r:]/s), from the exact SVD (section 3)."""
-    r = context.rank
-    U_OK, S_K, Vh_KI = thin_svd(context.weight_OI, r)
-    return balanced_factors(U_OK[:, -r:], S_K[-r:], Vh_KI[-r:], context.scale)
+    return balanced_factors(bottom_directions(context.weight_OI, context.rank, cache=True), context.scale)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pe_rlhf.adapters.inits.svd import balanced_factors, thin_svd
+from pe_rlhf.adapters.inits.svd import balanced_factors, top_directions
 from pe_rlhf.adapters.registry import InitContext
+from pe_rlhf.config.init_options import PissaOptions
 
 
 def pissa(context: InitContext) -> tuple[Tensor, Tensor]:
-    """A = sqrt(S[:r]/s)·Vh[:r], B = U[:, :r]·sqrt(S[:r]/s), from the exact SVD (equations 2 and 3)."""
-    r = context.rank
-    U_OK, S_K, Vh_KI = thin_svd(context.weight_OI, r)
-    return balanced_factors(U_OK[:, :r], S_K[:r], Vh_KI[:r], context.scale)
+    """A = sqrt(S[:r]/s)·Vh[:r], B = U[:, :r]·sqrt(S[:r]/s) (equations 2 and 3); `niter` as in section 3's fast SVD."""
+    options: PissaOptions = context.options
+    top = top_directions(context.weight_OI, context.rank, options.niter, cache=True)
+    return balanced_factors(top, context.scale)

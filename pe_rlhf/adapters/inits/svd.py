@@ -2,24 +2,92 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from pe_rlhf.adapters import svd_cache
 from reward.errors import InputError
 
 
-def balanced_factors(U_OK: Tensor, S_K: Tensor, Vh_KI: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+class Directions(NamedTuple):
+    """Some singular directions of a matrix: U_OK, S_K, Vh_KI, singular values descending, fp32."""
+
+    U_OK: Tensor
+    S_K: Tensor
+    Vh_KI: Tensor
+
+
+def balanced_factors(directions: Directions, scale: float) -> tuple[Tensor, Tensor]:
     """Split `U·diag(S)·Vh` evenly into `scale · B @ A`: A = sqrt(S/s)·Vh, B = U·sqrt(S/s)."""
-    root_K = torch.sqrt(S_K / scale)
-    return root_K[:, None] * Vh_KI, U_OK * root_K[None, :]
+    root_K = torch.sqrt(directions.S_K / scale)
+    return root_K[:, None] * directions.Vh_KI, directions.U_OK * root_K[None, :]
 
 
-def thin_svd(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`U_OK, S_K, Vh_KI` of the weight in fp32, singular values descending.
+def top_directions(matrix_OI: Tensor, count: int, niter: int | None = None, *, cache: bool = False) -> Directions:
+    """The directions of the `count` greatest singular values.
 
-    Raises `InputError` where the weight has fewer than `rank` singular directions.
+    Args:
+        niter: power iterations of a randomised SVD (arXiv 0909.4061, algorithm 4.4), which takes a fraction of the time
+            where `count` is small; None for the exact one.
+        cache: look on the disk for it first, and keep it there: for base weights, which come again with every run.
+
+    Raises `InputError` where the matrix has fewer directions.
     """
-    if rank > min(weight_OI.shape):
-        raise InputError(f"adapter.rank: {rank} is more than the {min(weight_OI.shape)} singular values of a target")
-    U_OK, S_K, Vh_KI = torch.linalg.svd(weight_OI.float(), full_matrices=False)
-    return U_OK, S_K, Vh_KI
+    _refuse_rank(matrix_OI, count)
+    if niter is not None:
+        return _randomised(matrix_OI, count, niter, cache)
+    return Directions(*(part for part in _ends(matrix_OI, count, cache)[0]))
+
+
+def bottom_directions(matrix_OI: Tensor, count: int, *, cache: bool = False) -> Directions:
+    """The directions of the `count` least singular values, exactly. Arguments and errors as of `top_directions`."""
+    _refuse_rank(matrix_OI, count)
+    return Directions(*(part for part in _ends(matrix_OI, count, cache)[1]))
+
+
+def full_svd(matrix_OI: Tensor) -> Directions:
+    """All singular directions of a matrix."""
+    return Directions(*torch.linalg.svd(matrix_OI.float(), full_matrices=False))
+
+
+def _ends(matrix_OI: Tensor, count: int, cache: bool) -> tuple[Directions, Directions]:
+    """The first and the last `count` directions."""
+    kept = svd_cache.read(matrix_OI, "exact", count) if cache else None
+    if kept is None:
+        # Both ends, and more than were asked for, so that another init or rank finds them, too.
+        U_OK, S_K, Vh_KI = full_svd(matrix_OI)
+        width = min(len(S_K), max(svd_cache.WIDTH, count))
+        kept = {
+            "top_U": U_OK[:, :width],
+            "top_S": S_K[:width],
+            "top_Vh": Vh_KI[:width],
+            "bottom_U": U_OK[:, -width:],
+            "bottom_S": S_K[-width:],
+            "bottom_Vh": Vh_KI[-width:],
+        }
+        if cache:
+            svd_cache.write(matrix_OI, "exact", kept)
+    top = Directions(kept["top_U"][:, :count], kept["top_S"][:count], kept["top_Vh"][:count])
+    return top, Directions(kept["bottom_U"][:, -count:], kept["bottom_S"][-count:], kept["bottom_Vh"][-count:])
+
+
+def _randomised(matrix_OI: Tensor, count: int, niter: int, cache: bool) -> Directions:
+    kind = f"niter{niter}-{count}"
+    kept = svd_cache.read(matrix_OI, kind, count) if cache else None
+    if kept is None:
+        # Always the same random directions: a decomposition that is kept must not depend on who asked for it first.
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            sketch = min(2 * count + 8, *matrix_OI.shape)
+            U_OK, S_K, V_IK = torch.svd_lowrank(matrix_OI.float(), q=sketch, niter=niter)
+        kept = {"top_U": U_OK[:, :count], "top_S": S_K[:count], "top_Vh": V_IK[:, :count].T}
+        if cache:
+            svd_cache.write(matrix_OI, kind, kept)
+    return Directions(kept["top_U"], kept["top_S"], kept["top_Vh"])
+
+
+def _refuse_rank(matrix_OI: Tensor, rank: int) -> None:
+    if rank > min(matrix_OI.shape):
+        raise InputError(f"adapter.rank: {rank} is more than the {min(matrix_OI.shape)} singular values of a target")

@@ -1,0 +1,57 @@
+"""What an init may be told of a layer beyond its weight: gradients of a loss, moments of the layer's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from reward.errors import InputError
+
+# What an init needs: the gradient of one batch, of two batches (or tasks), or moments of the layer's inputs.
+Need = Literal["gradient", "two gradients", "inputs"]
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Of the `tokens` inputs x that a layer saw, padding left out: the mean of x·xᵀ and of x, fp32."""
+
+    second_II: Tensor
+    mean_I: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer's statistics; what its init does not need is absent. `gradients_OI` has one per batch or task, fp32."""
+
+    gradients_OI: tuple[Tensor, ...] = ()
+    inputs: InputMoments | None = None
+
+
+class StatisticsSource(Protocol):
+    """Where statistics come from: it hands over each layer's as soon as it has them, so that one is held at a time."""
+
+    def visit(self, modules: Sequence[str], need: Need, take: Callable[[str, LayerStatistics], None]) -> None:
+        """Call `take(module, statistics)` once for each of the modules, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class GivenStatistics:
+    """Statistics that somebody has worked out already, by module name."""
+
+    layers: Mapping[str, LayerStatistics]
+
+    def visit(self, modules: Sequence[str], need: Need, take: Callable[[str, LayerStatistics], None]) -> None:
+        for name in modules:
+            if name not in self.layers:
+                raise InputError(f"statistics: there are none for the layer {name}")
+            take(name, self.layers[name])
+
+
+def as_source(statistics: StatisticsSource | Mapping[str, LayerStatistics]) -> StatisticsSource:
+    """A source, whichever of the two forms was given."""
+    return GivenStatistics(statistics) if isinstance(statistics, Mapping) else statistics

@@ -1,0 +1,56 @@
+"""Singular directions of base weights, kept on the disk: minutes for a 7B model once, seconds with every later run.
+
+A file is named after the SHA-256 of the weight, so it can never belong to another one. It is written under another name
+first; one that cannot be read is worked out and written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pe_rlhf.models import cache_dir
+
+# How many directions at each end of the spectrum are kept, unless more are asked for: all ranks up to this find theirs.
+WIDTH = 64
+# Below this many rows or columns a decomposition takes no longer than the files would.
+SMALLEST = 512
+
+
+def read(weight_OI: Tensor, kind: str, count: int) -> dict[str, Tensor] | None:
+    """What was kept for that weight, on its device; None where there is nothing, or less than `count` directions."""
+    if min(weight_OI.shape) < SMALLEST:
+        return None
+    path = _path(weight_OI, kind)
+    try:
+        found = load_file(path, device=str(weight_OI.device)) if path.is_file() else None
+    except (OSError, SafetensorError):
+        return None
+    return found if found is not None and len(found.get("top_S", ())) >= count else None
+
+
+def write(weight_OI: Tensor, kind: str, directions: dict[str, Tensor]) -> None:
+    """Keep directions of a weight. A disk that is full or read-only is no reason to stop."""
+    if min(weight_OI.shape) < SMALLEST:
+        return
+    path = _path(weight_OI, kind)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in directions.items()}, scratch)
+        scratch.replace(path)
+    except (OSError, SafetensorError):
+        scratch.unlink(missing_ok=True)
+
+
+def _path(weight_OI: Tensor, kind: str) -> Path:
+    data = weight_OI.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(data.shape)} {data.dtype}".encode())
+    digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return cache_dir() / "svd" / f"{digest.hexdigest()}-{kind}.safetensors"

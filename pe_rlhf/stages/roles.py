@@ -1,0 +1,24 @@
+"""Adding a role as a recipe describes it."""
+
+from __future__ import annotations
+
+from pe_rlhf.adapters.build import AdapterSpec
+from pe_rlhf.adapters.registry import get_init
+from pe_rlhf.adapters.statistics import StatisticsSource
+from pe_rlhf.adapters.targets import find_targets
+from pe_rlhf.backbone import Backbone
+from pe_rlhf.checkpoint import load_checkpoint, without_prefix
+from pe_rlhf.config import AdapterConfig
+from pe_rlhf.stages.context import StageContext
+
+
+def add_role(
+    context: StageContext, backbone: Backbone, role: str, adapter: AdapterConfig, statistics: StatisticsSource
+) -> None:
+    """A role at its initialisation. Where a run goes on, one whose init looks at data comes from the checkpoint."""
+    settings = adapter.model_dump()
+    if get_init(adapter.init).needs is None or (saved := load_checkpoint(context.folder)) is None:
+        backbone.add_adapter(role, seed=context.recipe.seed, statistics=statistics, **settings)
+        return
+    modules = tuple(find_targets(backbone.model, settings.pop("targets"), settings.pop("last_layers")))
+    backbone.load_role(role, AdapterSpec(**settings, modules=modules), without_prefix(role, saved[1]))
