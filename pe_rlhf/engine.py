@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pe_rlhf.adapters.lora_plus import learning_rate_groups
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.errors import TrainingError
 
@@ -45,7 +46,11 @@ class Engine:
         self._groups, self._config, self._total_steps = groups, config, total_steps
         self.steps = 0
         self._optimizer = torch.optim.AdamW(
-            [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups],
+            [
+                {"params": parameters, "lr": factor * group.learning_rate, "role": group.role, "factor": factor}
+                for group in groups
+                for factor, parameters in learning_rate_groups(group.parameters, config.lora_plus_ratio)
+            ],
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
@@ -69,15 +74,16 @@ class Engine:
         for role, norm in norms.items():
             if not math.isfinite(norm):
                 raise TrainingError(f"the gradient of {role} is not finite at optimizer step {self.steps + 1}")
-        for settings, learning_rate in zip(self._optimizer.param_groups, self.learning_rates().values(), strict=True):
-            settings["lr"] = learning_rate
+        rates = self.learning_rates()
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = settings["factor"] * rates[settings["role"]]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return norms
 
     def learning_rates(self) -> dict[str, float]:
-        """Each role's learning rate at the next step."""
+        """Each role's learning rate at the next step; under LoRA+ it is A's."""
         factor = schedule_factor(self._config, self.steps, self._total_steps)
         return {group.role: group.learning_rate * factor for group in self._groups}
 

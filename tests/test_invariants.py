@@ -13,8 +13,9 @@ from pe_rlhf.adapters.anchored import Scaling
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.types import Sequences, micro_batches
 from tests.tiny import (
-    INITS,
+    ALL_INITS,
     PAD,
+    add_role,
     padded,
     perturb,
     ragged_sequences,
@@ -54,7 +55,7 @@ def greedy(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 @pytest.mark.parametrize(
     ("rank", "alpha", "scaling"), [(1, 3.0, "standard"), (4, 32.0, "rslora"), (16, 10.0, "standard")]
 )
@@ -64,16 +65,16 @@ def test_step_zero_is_the_original_model_bit_for_bit(
     model = tiny_model(family, dtype)
     original = copy.deepcopy(model)
     backbone = load_backbone(model)
-    backbone.add_adapter("policy", init=init, rank=rank, alpha=alpha, scaling=scaling)
+    add_role(backbone, "policy", init, rank=rank, alpha=alpha, scaling=scaling)
     assert_step_zero(backbone, original, "policy", WHOLE_ROWS)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 def test_step_zero_generates_the_tokens_of_the_original(family: str, init: str) -> None:
     model = tiny_model(family)
     original = copy.deepcopy(model)
     backbone = load_backbone(model)
-    backbone.add_adapter("policy", init=init, rank=4)
+    add_role(backbone, "policy", init, rank=4)
     expected = greedy(original, WHOLE_ROWS)
     assert torch.equal(greedy(backbone.model, WHOLE_ROWS), expected)
     with backbone.role("policy"):
@@ -82,12 +83,12 @@ def test_step_zero_generates_the_tokens_of_the_original(family: str, init: str) 
         assert not torch.equal(greedy(backbone.model, WHOLE_ROWS), expected)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 def test_a_new_critic_is_its_head_on_the_hidden_states_of_the_original(family: str, init: str) -> None:
     model = tiny_model(family)
     original = copy.deepcopy(model)
     backbone = load_backbone(model)
-    backbone.add_adapter("value", init=init, rank=4)
+    add_role(backbone, "value", init, rank=4)
     randomise_head(backbone, "value")
     ids_BT = torch.tensor(WHOLE_ROWS[:1])
     with torch.no_grad(), backbone.role("value"):
@@ -108,7 +109,7 @@ def bytes_of(model: PreTrainedModel) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 def test_training_every_role_leaves_the_base_byte_identical(family: str, init: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype)
     original = copy.deepcopy(model)
@@ -116,7 +117,7 @@ def test_training_every_role_leaves_the_base_byte_identical(family: str, init: s
     before = backbone.base_fingerprint()
     roles = ("policy", "value", "reward")
     for role in roles:
-        backbone.add_adapter(role, init=init, rank=4, dropout=0.1)
+        add_role(backbone, role, init, rank=4, dropout=0.1)
     backbone.train()
     for role in roles:
         state = backbone.role_state(role)
@@ -246,14 +247,14 @@ def test_anchor_logprobs_and_entropies_equal_the_plain_model(family: str, temper
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["stories260K", "tinychat3m"])
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 def test_real_models(shared_data: Path, name: str, init: str) -> None:
     path = shared_data / name / "hf"
     original = AutoModelForCausalLM.from_pretrained(path).eval()
     backbone = load_backbone(path)
     assert backbone.eos_token_ids == {"stories260K": [1, 2], "tinychat3m": [14018]}[name]
     before = backbone.base_fingerprint()
-    backbone.add_adapter("policy", init=init, rank=8)
+    add_role(backbone, "policy", init, rank=8)
     texts = ["Once upon a time", "The little dog was", "A girl named Lily saw a big red"]
     rows = [backbone.tokenizer(text)["input_ids"] for text in texts]
     assert_step_zero(backbone, original, "policy", rows)

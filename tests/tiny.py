@@ -18,7 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.inits import INITS as REGISTRY
+from pe_rlhf.adapters.statistics import Need
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.types import Sequences
 
@@ -26,7 +28,9 @@ VOCABULARY = 64
 EOS = 1
 PAD = 0  # stands inside real text, too: a mask must never follow from comparing ids with it
 
-INITS = sorted(REGISTRY)  # an init that is added is tested against the invariants, too
+# An init that is added is tested against the invariants, too; those that look at data get some from `statistics_for`.
+ALL_INITS = sorted(REGISTRY)
+INITS = [name for name in ALL_INITS if REGISTRY[name].needs is None]
 
 ROLES = ("policy", "value", "reward")
 IDS_BT = torch.tensor([[5, 6, 7, 8, 9], [20, PAD, EOS, 22, 23]])
@@ -101,8 +105,27 @@ def backbone_with(*roles: str, init: str = "pissa", family: str = "llama") -> Ba
     """A tiny backbone with those roles, all at their initialisation."""
     backbone = load_backbone(tiny_model(family))
     for role in roles:
-        backbone.add_adapter(role, init=init, rank=3, alpha=6)
+        add_role(backbone, role, init, rank=3, alpha=6)
     return backbone
+
+
+def statistics_for(backbone: Backbone) -> ProbedStatistics:
+    """Real statistics for any init: the likelihood of some responses, three sequences in each of two batches."""
+
+    def probes(need: Need) -> list[Probe]:
+        sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 0, 1, 2]))
+        sequences.ids_BT[3:, 0] += 1  # so that the second batch is another one
+        mask_BT = torch.arange(sequences.ids_BT.shape[1]) < sequences.lengths_B[:, None]
+        batch_B = torch.tensor([0, 0, 0, 1, 1, 1])
+        return [Probe(lambda: -backbone.response_logprobs(sequences)[0].mean(), mask_BT, batch_B)]
+
+    return ProbedStatistics(backbone.base_layer, probes)
+
+
+def add_role(backbone: Backbone, role: str, init: str, **settings: Any) -> None:
+    """`add_adapter`, with statistics for the inits that need some."""
+    needs = REGISTRY[init].needs
+    backbone.add_adapter(role, init=init, statistics=statistics_for(backbone) if needs else None, **settings)
 
 
 @torch.no_grad()

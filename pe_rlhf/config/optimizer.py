@@ -19,6 +19,9 @@ class OptimizerConfig(Section):
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(default=1e-5, gt=0)
     weight_decay: Rate = 0.0
+    lora_plus_ratio: float = Field(
+        default=1.0, gt=0, description="LoRA+: B's learning rate over A's; its authors take 16"
+    )
     max_grad_norm: float = Field(default=1.0, gt=0, description="clips the gradient norm of each role")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pe_rlhf.adapters.inits.svd import Directions, top_directions
+from pe_rlhf.adapters.inits.svd import top_directions
 from pe_rlhf.adapters.registry import InitContext
 from pe_rlhf.config.init_options import LoraGAOptions
 
@@ -20,8 +20,10 @@ from pe_rlhf.config.init_options import LoraGAOptions
 def lora_ga(context: InitContext) -> tuple[Tensor, Tensor]:
     """A = c·Vh[:r], B = c·U[:, r:2r] of G = U·S·Vh; `direction` and `scale` give the authors' other choices."""
     options: LoraGAOptions = context.options
-    top = top_directions(context.gradient_OI, 2 * context.rank, options.niter)
-    for_A, for_B = _split(top, context.rank, options.direction, context.generator)
+    r = context.rank
+    count = max(r, min(2 * r, *context.gradient_OI.shape))
+    top = top_directions(context.gradient_OI, count, options.niter)
+    for_A, for_B = _split(count, r, options.direction, context.generator)
     factor = _factor(context, options)
     return factor * top.Vh_KI[for_A], factor * top.U_OK[:, for_B]
 
@@ -31,17 +33,15 @@ def stable_factor(out_features: int, gamma: float) -> float:
     return out_features**0.25 / gamma**0.5
 
 
-def _split(top: Directions, rank: int, direction: str, generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """Which directions A takes, and which B."""
-    first, second = list(range(rank)), list(range(rank, 2 * rank))
-    if direction == "ArB2r":
-        return first, second
-    if direction == "A2rBr":
-        return second, first
+def _split(count: int, rank: int, direction: str, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Which of `count` directions A takes, and which B; where they are fewer than 2r, the two share some."""
+    order = list(range(count))
     if direction == "ArBr":
-        return list(range(1, 2 * rank, 2)), list(range(0, 2 * rank, 2))
-    order = torch.randperm(2 * rank, generator=generator).tolist()
-    return order[rank:], order[:rank]
+        order = order[1::2] + order[0::2]
+    elif direction == "random":
+        order = torch.randperm(count, generator=generator).tolist()
+    first, last = order[:rank], order[-rank:]
+    return (last, first) if direction == "A2rBr" else (first, last)
 
 
 def _factor(context: InitContext, options: LoraGAOptions) -> float:
