@@ -11,6 +11,8 @@ import traceback
 
 import typer
 
+from pe_rlhf.commands.export import export
+from pe_rlhf.commands.inspect import inspect
 from pe_rlhf.commands.run import run
 from pe_rlhf.errors import TrainingError
 from reward.errors import InputError
@@ -27,10 +29,12 @@ USER_MISTAKE, TRAINING_STOPPED, INTERRUPTED = 2, 3, 130
 
 @app.callback()
 def _root() -> None:
-    """Keeps `run` a sub-command though it is the only one so far."""
+    """Parameter-efficient RLHF."""
 
 
 app.command("run")(run)
+app.command("inspect")(inspect)
+app.command("export")(export)
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def draw_curves(curves: Curves, rows: Sequence[Row]) -> Plot | None:
         axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
     told = [_in_words(rows, key, label) for panel in drawn for key, label in panel.lines.items()]
-    return _plot(curves.title, curves.note, " ".join(filter(None, told)), draw)
+    return plot_figure(curves.title, curves.note, " ".join(filter(None, told)), draw)
 
 
 def draw_stacked(curves: Curves, rows: Sequence[Row]) -> Plot | None:
@@ -122,7 +122,7 @@ def draw_stacked(curves: Curves, rows: Sequence[Row]) -> Plot | None:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
     told = [_in_words(rows, key, label) for key, label in panel.lines.items()]
-    return _plot(curves.title, curves.note, " ".join(told), draw)
+    return plot_figure(curves.title, curves.note, " ".join(told), draw)
 
 
 def draw_reliability(title: str, bins: Sequence[Row]) -> Plot | None:
@@ -150,7 +150,7 @@ def draw_reliability(title: str, bins: Sequence[Row]) -> Plot | None:
     told = [
         f"At confidence {r['mean_confidence']:.2f}: right {r['accuracy']:.2f} of {r['count']} pairs." for r in filled
     ]
-    return _plot(title, "calibrated: right as often as it is sure", " ".join(told), draw)
+    return plot_figure(title, "calibrated: right as often as it is sure", " ".join(told), draw)
 
 
 def points(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
@@ -186,7 +186,7 @@ def _in_words(rows: Sequence[Row], key: str, label: str) -> str:
     return f"{label}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}."
 
 
-def _plot(title: str, note: str, told: str, draw: Callable[[Figure], None]) -> Plot:
+def plot_figure(title: str, note: str, told: str, draw: Callable[[Figure], None]) -> Plot:
     """Draw on a fresh figure under this module's style and turn it into inline SVG."""
     buffer = io.StringIO()
     # Without these entries matplotlib writes no metadata block, which would carry the date and foreign addresses.

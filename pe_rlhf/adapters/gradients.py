@@ -35,11 +35,13 @@ class Probe:
         loss: runs the pass and returns this part of the loss; the parts of all probes add up to it.
         mask_BT: True at real tokens, in the rows of that pass.
         batch_B: which of the init's batches (or tasks), 0 or 1, each row belongs to.
+        sample_B: which sample each row belongs to, where that is not simply the row: a pair has two.
     """
 
     loss: Callable[[], Tensor]
     mask_BT: Tensor
     batch_B: Tensor
+    sample_B: Tensor | None = None
 
 
 See = Callable[[str, Tensor, Tensor], None]
@@ -89,11 +91,11 @@ class ProbedStatistics:
     """
 
     def __init__(self, layers: Callable[[str], nn.Module], probes: Callable[[Need], Sequence[Probe]]) -> None:
-        self._layers, self._probes = layers, probes
+        self._layers, self.probes = layers, probes
 
     def visit(self, modules: Sequence[str], need: Need, take: Callable[[str, LayerStatistics], None]) -> None:
         """Hand over each layer's statistics, averaged over the ranks. On the CPU, the same bits every time."""
-        probes = self._probes(need)
+        probes = self.probes(need)
         layers = {name: self._layers(name) for name in modules}
         # All ranks or none: the averages inside meet only where every rank goes the same way.
         in_one_pass = float(mean_over_ranks(torch.tensor(float(len(probes))))) == 1

@@ -45,11 +45,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One forward pass: which of the init's rows are in it, the tokens, and each token row's batch (0 or 1)."""
+    """One forward pass: the data rows in it, the tokens, and each token row's batch (0 or 1) and sample."""
 
     rows: list[int]
     sequences: Sequences
     batch_B: Tensor
+    sample_B: Tensor
+
+    def probe(self, loss: Callable[[Part], Tensor]) -> Probe:
+        """The pass with a loss."""
+        mask_BT = torch.arange(self.sequences.ids_BT.shape[1])[None, :] < self.sequences.lengths_B[:, None]
+        return Probe(partial(loss, self), mask_BT, self.batch_B, self.sample_B)
 
 
 # ---- the reward stage -----------------------------------------------------------------------------------------------
@@ -67,7 +73,7 @@ def reward_statistics(
         for index in micro_batches(torch.tensor(longest), max(1, config.micro_batch_tokens // 2)):
             part = [rows[i] for i in index.tolist()]
             batch_B = torch.tensor([batches[i] for i in index.tolist()]).repeat(2)
-            parts.append(Part(part, pairs.pack(part, backbone.pad_token_id), batch_B))
+            parts.append(Part(part, pairs.pack(part, backbone.pad_token_id), batch_B, index.repeat(2)))
 
         def loss(scores_B: Tensor, part: Part) -> Tensor:
             chosen_B, rejected_B = scores_B.chunk(2)
@@ -139,7 +145,7 @@ class AnchorRollouts:
             clip_range = self._config.clip_range
             return policy_loss(logprobs_N, old_N, advantages_N, clip_range=clip_range, tokens=tokens).loss
 
-        return [Probe(partial(loss, part), _mask(part.sequences), part.batch_B) for part in self._parts(batch)]
+        return [part.probe(loss) for part in self._parts(batch)]
 
     def _value_probes(self, need: Need) -> list[Probe]:
         batch = self._sampled(need)
@@ -154,8 +160,9 @@ class AnchorRollouts:
         return _head_probes(self._backbone, self._parts(batch), _response_hidden, loss)
 
     def _parts(self, batch: AnchorBatch) -> list[Part]:
+        batches_B = torch.tensor(batch.batches)
         return [
-            Part(index.tolist(), batch.sequences.take(index), torch.tensor([batch.batches[i] for i in index.tolist()]))
+            Part(index.tolist(), batch.sequences.take(index), batches_B[index], index)
             for index in micro_batches(batch.sequences.lengths_B, self._config.micro_batch_tokens)
         ]
 
@@ -230,10 +237,6 @@ def _response_hidden(hidden_BTH: Tensor, sequences: Sequences) -> Tensor:
     return hidden_BTH[sequences.predicts_BT.to(hidden_BTH.device)]
 
 
-def _mask(sequences: Sequences) -> Tensor:
-    return torch.arange(sequences.ids_BT.shape[1])[None, :] < sequences.lengths_B[:, None]
-
-
 def _head_probes(
     backbone: Backbone,
     parts: list[Part],
@@ -246,7 +249,7 @@ def _head_probes(
     def probe(part: Part) -> Tensor:
         return loss(features(_hidden(backbone, part.sequences), part.sequences).float() @ weight_H, part)
 
-    return [Probe(partial(probe, part), _mask(part.sequences), part.batch_B) for part in parts]
+    return [part.probe(probe) for part in parts]
 
 
 def _first_head_step(

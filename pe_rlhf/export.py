@@ -1,0 +1,194 @@
+"""`pe-rlhf export`: a role of a finished run as a plain LoRA, or merged into a full checkpoint of its own.
+
+Both are for the original base, whatever the init. The merged weights are computed fresh as W0 + ΔW from a base that is
+loaded for this, and never written into a model that is in use.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from pe_rlhf.adapters.wrapped import WrappedLayer, merged_weight
+from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.checkpoint import load_role
+from pe_rlhf.config import Recipe
+from pe_rlhf.files import write_whole
+from pe_rlhf.models import resolve_model
+from pe_rlhf.recipes import load_recipe
+from reward.errors import InputError
+
+Format = Literal["lora", "merged"]
+
+# Where the stages leave the roles, the one that is exported unless another is named first.
+FOLDERS = {"policy": "ppo/adapter", "value": "ppo/value", "reward": "reward/adapter"}
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
+
+
+@dataclass(frozen=True)
+class FinishedRole:
+    """A role that a stage left behind: its folder, what `role.json` says, and the recipe of the run."""
+
+    folder: Path
+    description: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def role(self) -> str:
+        return self.description["role"]
+
+
+def export_role(run: Path, form: Format, to: Path | None = None, role: str | None = None) -> Path:
+    """Write a role of a run as `lora` (PEFT's files) or `merged` (a checkpoint), with a model card. Returns where.
+
+    Args:
+        run: a run's directory, a stage's in it, or an adapter's.
+        to: where to write; default `export/<role>-<form>` in the run. It must not be there already.
+        role: `policy`, `value` or `reward`; default: the first of these that the run has.
+
+    Raises `InputError` where there is no such role, or where `to` is taken.
+    """
+    found = find_role(run, role)
+    target = to or found.folder.parent.parent / "export" / f"{found.role}-{form}"
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is there already; name another place with --to")
+    scratch = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    if form == "lora":
+        for name in LORA_FILES:
+            if (found.folder / name).is_file():
+                shutil.copyfile(found.folder / name, scratch / name)
+    else:
+        _write_merged(found, scratch)
+    write_whole(scratch / "README.md", model_card(found, form))
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)
+    return target
+
+
+def find_role(run: Path, role: str | None) -> FinishedRole:
+    """A role of a run. Raises `InputError` that says what the run has where it has not that one."""
+    if role is not None and role not in FOLDERS:
+        raise InputError(f"there is no role {role!r} to export; there are {', '.join(FOLDERS)}")
+    if not run.is_dir():
+        raise InputError(f"{run} is not a directory")
+    places = [run, *(run / FOLDERS[name] for name in FOLDERS), *(run / Path(FOLDERS[name]).name for name in FOLDERS)]
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for place in places:
+        if (place / "role.json").is_file():
+            description = _read_json(place / "role.json")
+            found.setdefault(description.get("role", "?"), (place, description))
+    wanted = [role] if role else list(FOLDERS)
+    chosen = next((name for name in wanted if name in found), None)
+    if chosen is None:
+        has = f"it has {', '.join(found)}" if found else "no stage that trains one has finished there"
+        raise InputError(f"{run} holds no {role or 'role'} to export; {has}")
+    folder, description = found[chosen]
+    return FinishedRole(folder, description, load_recipe(folder.parent / "recipe.yaml"))
+
+
+def merged_state(backbone: Backbone, role: str) -> dict[str, Tensor]:
+    """The state dict of a plain model that computes the role: W0 + ΔW, fresh, in the base's dtype; no head."""
+    state = {
+        name.replace(".base.", "."): tensor
+        for name, tensor in backbone.model.state_dict().items()
+        if ".adapters." not in name
+    }
+    for name, layer in backbone.model.named_modules():
+        if isinstance(layer, WrappedLayer) and role in layer.adapters:
+            state[f"{name}.weight"] = merged_weight(layer, role)
+    return state
+
+
+def model_card(found: FinishedRole, form: Format) -> str:
+    """The README.md of an export: what it is, how it was trained, how it is loaded."""
+    folder = Path(__file__).parent / "templates"
+    page = Environment(
+        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template("model_card.md.j2")
+    summary = found.folder.parent / "summary.json"
+    numbers = {k: v for k, v in _read_json(summary).items() if isinstance(v, int | float)} if summary.is_file() else {}
+    spec = found.description["spec"]
+    peft = _read_json(found.folder / "adapter_config.json")
+    return page.render(
+        role=found.role,
+        form=form,
+        name=found.recipe.name,
+        base_model=found.description["base_model"],
+        base_sha256=found.description["base_sha256"],
+        spec=spec,
+        rank=peft["r"],
+        numbers=numbers,
+        stage=found.folder.parent.name,
+    )
+
+
+def _write_merged(found: FinishedRole, path: Path) -> None:
+    settings = found.recipe.backbone
+    backbone = load_backbone(
+        found.recipe.model,
+        dtype=settings.dtype,
+        device="cpu",
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.revision,
+    )
+    load_role(backbone, found.role, found.folder)
+    source = resolve_model(found.recipe.model)
+    common = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
+    config = AutoConfig.from_pretrained(source, **common)
+    config.dtype = settings.dtype
+    tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    state = merged_state(backbone, found.role)
+    if found.role == "reward":
+        config.num_labels, config.pad_token_id = 1, backbone.pad_token_id
+        plain = _empty(AutoModelForSequenceClassification, config)
+        state = {name: tensor for name, tensor in state.items() if name in plain.state_dict()}
+        state["score.weight"] = backbone.head("reward").weight.detach()[None].to(backbone.model.dtype)
+    else:
+        plain = _empty(type(backbone.model), config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = _generation_config(source, common, config)
+    plain.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    if found.role in backbone.heads:
+        head = backbone.head(found.role).state_dict()
+        save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, path / "head.safetensors")
+
+
+def _empty(kind: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of that kind without memory for its weights."""
+    with torch.device("meta"):
+        return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+
+
+def _generation_config(source: str, common: dict[str, Any], config: PretrainedConfig) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(source, **common)
+    except OSError:  # a model without one
+        return GenerationConfig.from_model_config(config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error

@@ -1,0 +1,149 @@
+"""`pe-rlhf inspect`: the stage's own batch and loss, every init that was asked for, and a page about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from pe_rlhf.adapters.build import AdapterSpec
+from pe_rlhf.adapters.gradients import Probe
+from pe_rlhf.adapters.registry import get_init, init_names
+from pe_rlhf.adapters.targets import find_targets
+from pe_rlhf.backbone import Backbone
+from pe_rlhf.config import AdapterConfig, Recipe
+from pe_rlhf.files import write_whole
+from pe_rlhf.inspection import InitFigures, Inspection, inspect_inits
+from pe_rlhf.plots import MUTED, SERIES, Plot, plot_figure
+from pe_rlhf.progress import progress
+from pe_rlhf.scoring import make_scorer
+from pe_rlhf.seeding import derive_seed
+from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.init_statistics import AnchorRollouts, reward_statistics
+from pe_rlhf.stages.reward import load_pairs
+from reward.errors import InputError
+
+# One pass holds the whole batch: the kernel is between all its samples.
+ONE_PASS = 10**9
+ROLES = {"reward": "reward", "ppo": "policy"}
+
+
+def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) -> Inspection:
+    """Figures of the inits under the loss of a stage (`reward`, or `ppo`: the policy's). Trains nothing.
+
+    Raises `InputError` for a stage the recipe has not, and for an init that is unknown or cannot be used.
+    """
+    if stage not in ROLES or getattr(recipe, stage) is None:
+        raise InputError(f"there is no stage {stage!r} to inspect; the recipe has {', '.join(recipe.stages)}")
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    context = StageContext(recipe, run_dir, stage)
+    backbone = context.backbone()
+    adapter = recipe.adapter_for(stage)
+    specs = [_spec(backbone, adapter, init) for init in inits]
+    probe = _probe(context, backbone, adapter)
+    layers = {name: backbone.base_layer(name) for name in specs[0].modules}
+    with progress(f"inspecting {len(specs)} inits", len(layers), "layers") as advance:
+        return inspect_inits(layers, probe, specs, lambda name: derive_seed(recipe.seed, ROLES[stage], name), advance)
+
+
+def inits_named(text: str, adapter: AdapterConfig) -> list[str]:
+    """The inits of a comma-separated list; `all`, and by default the recipe's beside plain LoRA."""
+    names = init_names() if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    names = list(dict.fromkeys(names)) or list(dict.fromkeys([adapter.init, "lora"]))
+    for name in names:
+        get_init(name)
+    return names
+
+
+def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Path:
+    """Write the figures as a self-contained HTML page, and beside it as JSON."""
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("inspect.html.j2")
+    adapter = recipe.adapter_for(stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    html = page.render(
+        name=recipe.name,
+        model=recipe.model,
+        stage=stage,
+        adapter=adapter,
+        samples=len(result.kernel),
+        totals=result.totals(),
+        steps=[_cosine_plot(init) for init in result.inits],
+        kernels=[_kernel_plot("full model", result.kernel), *(_kernel_plot(i.init, i.kernel) for i in result.inits)],
+        inits=result.inits,
+    )
+    write_whole(path, html)
+    write_whole(path.with_suffix(".json"), json.dumps(result.as_json(), indent=1) + "\n")
+    return path
+
+
+def _spec(backbone: Backbone, adapter: AdapterConfig, init: str) -> AdapterSpec:
+    options: dict[str, Any] = adapter.init_options if init == adapter.init else {}
+    modules = tuple(find_targets(backbone.model, adapter.targets, adapter.last_layers))
+    return AdapterSpec(init, adapter.rank, adapter.alpha, adapter.scaling, 0.0, modules, options)
+
+
+def _probe(context: StageContext, backbone: Backbone, adapter: AdapterConfig) -> Probe:
+    """The stage's batch in two halves, in one pass."""
+    recipe, codec = context.recipe, context.codec(backbone)
+    if context.stage == "reward":
+        assert recipe.reward is not None
+        reward = recipe.reward.model_copy(update={"micro_batch_tokens": ONE_PASS})
+        limit = min(reward.max_length, backbone.max_positions or reward.max_length)
+        train, _ = load_pairs(context, reward, codec, limit)
+        statistics = reward_statistics(backbone, train, adapter, reward, recipe.seed)
+    else:
+        assert recipe.ppo is not None
+        ppo = recipe.ppo.model_copy(update={"micro_batch_tokens": ONE_PASS})
+        texts, ids = context.prompts(ppo.prompts, codec, backbone, ppo.rollout.max_new_tokens, ppo.max_prompt_tokens)
+        scorer = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens)
+        anchor = AnchorRollouts(backbone, scorer, codec, (texts, ids), ppo, adapter, recipe.seed)
+        statistics = anchor.policy_statistics()
+    (probe,) = statistics.probes("two gradients")
+    return probe
+
+
+def _cosine_plot(init: InitFigures) -> Plot:
+    """How well the first step follows the gradient, layer by layer, beside the best that rank 2r allows."""
+    places = range(len(init.layers))
+    cosines, best = [row.cosine for row in init.layers], [row.best for row in init.layers]
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        axis.plot(places, best, color=MUTED, label="best of rank 2r", linewidth=1)
+        axis.plot(places, cosines, color=SERIES[0], label=init.init)
+        axis.set_ylim(min(0.0, *cosines) - 0.02, 1.02)
+        axis.set_xlabel("layer")
+        axis.set_ylabel("cosine with G")
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, labelcolor=MUTED)
+
+    reached, possible = (f"between {min(row):.3f} and {max(row):.3f}" for row in (cosines, best))
+    told = f"{reached}; the best possible {possible}."
+    return plot_figure(f"First step: {init.init}", "", told, draw)
+
+
+def _kernel_plot(name: str, kernel: torch.Tensor) -> Plot:
+    """A kernel matrix, divided by its greatest entry."""
+    shown = (kernel / kernel.abs().max().clamp(min=1e-30)).tolist()
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        mesh = axis.pcolormesh(shown, cmap="RdBu_r", vmin=-1, vmax=1)
+        axis.set_aspect("equal")
+        axis.invert_yaxis()
+        axis.grid(visible=False)
+        axis.set_xlabel("sample")
+        axis.set_ylabel("sample")
+        figure.colorbar(mesh, ax=axis, shrink=0.8)
+
+    return plot_figure(f"Kernel: {name}", "divided by its greatest entry", f"{len(shown)} samples.", draw)

@@ -1,0 +1,485 @@
+"""Every init against an independent dense computation: numpy, brute-force gradients of plain models, PEFT."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+from pe_rlhf.adapters import svd_cache
+from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
+from pe_rlhf.adapters.inits.corda import damped_inverse
+from pe_rlhf.adapters.inits.cross_task import shared_directions
+from pe_rlhf.adapters.inits.svd import bottom_directions, top_directions
+from pe_rlhf.adapters.registry import InitContext, get_init, register_init
+from pe_rlhf.adapters.statistics import InputMoments, LayerStatistics
+from pe_rlhf.backbone import Backbone, load_backbone
+from reward.errors import InputError
+from tests.tiny import ALL_INITS, add_role, ragged_sequences, rows_of, statistics_for, tiny_model
+
+SHAPES = [(24, 24), (40, 16), (16, 40)]
+
+
+def matrix(shape: tuple[int, int], seed: int = 3) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(
+    init: str,
+    weight_OI: Tensor,
+    rank: int,
+    statistics: LayerStatistics | None = None,
+    scale: float = 1.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    registered = get_init(init)
+    generator = torch.Generator().manual_seed(0)
+    given = statistics or LayerStatistics()
+    return registered(InitContext(weight_OI, rank, scale, generator, registered.parse(options), given))
+
+
+def first_update(A: Tensor, B: Tensor, G: Tensor) -> Tensor:
+    return B @ B.T @ G + G @ A.T @ A
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def best_cosine(G: Tensor, rank: int) -> float:
+    S = np.linalg.svd(G.double().numpy(), compute_uv=False)
+    return float(np.sqrt((S[:rank] ** 2).sum() / (S**2).sum()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonal_is_orthonormal_on_both_sides(shape: tuple[int, int]) -> None:
+    A, B = run("orthogonal", matrix(shape), 5)
+    torch.testing.assert_close(A @ A.T, torch.eye(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(B.T @ B, torch.eye(5), atol=1e-5, rtol=0)
+
+
+def test_gaussian_has_variance_one_over_r_or_the_given_deviation() -> None:
+    A, B = run("gaussian", torch.zeros(8, 1000), 25)
+    assert float(A.var()) == pytest.approx(1 / 25, rel=0.03)
+    assert abs(float(A.mean())) < 0.01
+    assert not B.any()
+    A, _ = run("gaussian", torch.zeros(8, 1000), 25, std=1 / 25)
+    assert float(A.std()) == pytest.approx(1 / 25, rel=0.03)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_olora_is_the_qr_of_numpy_and_that_of_peft(shape: tuple[int, int]) -> None:
+    weight_OI = matrix(shape)
+    A, B = run("olora", weight_OI, 4)
+    Q, R = np.linalg.qr(weight_OI.double().numpy())
+    np.testing.assert_allclose((B @ A).numpy(), Q[:, :4] @ R[:4], atol=1e-5)
+    np.testing.assert_allclose((B.T @ B).numpy(), np.eye(4), atol=1e-5)
+    linear = nn.Linear(shape[1], shape[0], bias=False)
+    linear.weight.data.copy_(weight_OI)
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights="olora", target_modules=["0"])
+    named = dict(get_peft_model(nn.Sequential(linear), config).named_parameters())  # type: ignore[arg-type]
+    torch.testing.assert_close(A, named["base_model.model.0.lora_A.default.weight"].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(B, named["base_model.model.0.lora_B.default.weight"].detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("init", "part"), [("rlpo", slice(0, 4)), ("rlmo", slice(12, 16))])
+def test_rlpo_and_rlmo_take_right_singular_vectors(shape: tuple[int, int], init: str, part: slice) -> None:
+    weight_OI = matrix(shape)
+    A, B = run(init, weight_OI, 4)
+    _, S, Vh = np.linalg.svd(weight_OI.double().numpy(), full_matrices=False)
+    chosen = Vh[part] if len(S) == 16 or init == "rlpo" else Vh[-4:]
+    np.testing.assert_allclose(np.abs(chosen @ A.double().numpy().T), np.eye(4), atol=1e-4)
+    assert not B.any()
+
+
+def test_pissa_with_power_iterations_comes_close_to_the_exact_one() -> None:
+    decaying = matrix((60, 80)) @ torch.diag(0.8 ** torch.arange(80.0))
+    exact, fast = run("pissa", decaying, 4), run("pissa", decaying, 4, niter=4)
+    torch.testing.assert_close(fast[1] @ fast[0], exact[1] @ exact[0], atol=1e-3, rtol=1e-3)
+    again = run("pissa", decaying, 4, niter=4)
+    assert torch.equal(fast[0], again[0])
+
+
+# ---- LoRA-GA --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("direction", "for_A", "for_B"),
+    [("ArB2r", [0, 1, 2], [3, 4, 5]), ("A2rBr", [3, 4, 5], [0, 1, 2]), ("ArBr", [1, 3, 5], [0, 2, 4])],
+)
+def test_lora_ga_takes_the_authors_singular_vectors(
+    shape: tuple[int, int], direction: str, for_A: list[int], for_B: list[int]
+) -> None:
+    G = matrix(shape, 9)
+    A, B = run("lora_ga", matrix(shape), 3, LayerStatistics((G,)), direction=direction, gamma=9.0)
+    U, _, Vh = np.linalg.svd(G.double().numpy(), full_matrices=False)
+    factor = shape[0] ** 0.25 / 3  # m^¼/√γ
+    np.testing.assert_allclose(np.abs(Vh[for_A] @ A.double().numpy().T), factor * np.eye(3), atol=1e-4)
+    np.testing.assert_allclose(np.abs(U[:, for_B].T @ B.double().numpy()), factor * np.eye(3), atol=1e-4)
+
+
+def test_lora_ga_scales() -> None:
+    G, W = matrix((24, 16), 9), matrix((24, 16))
+    S = np.linalg.svd(W.numpy(), compute_uv=False)
+    expected = {"unit": 1.0, "gd": 1 / 4, "weightS": float(np.sqrt(S[:2] / 4).mean()), "stable": 24**0.25 / 4}
+    for scale, factor in expected.items():
+        options = get_init("lora_ga").parse({"scale": scale})
+        context = InitContext(W, 2, 4.0, torch.Generator().manual_seed(0), options, LayerStatistics((G,)))
+        A, B = get_init("lora_ga")(context)
+        torch.testing.assert_close(A @ A.T, factor**2 * torch.eye(2), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(B.T @ B, factor**2 * torch.eye(2), atol=1e-4, rtol=1e-4)
+
+
+def test_lora_ga_random_splits_the_first_2r_directions() -> None:
+    G = matrix((24, 24), 9)
+    A, B = run("lora_ga", matrix((24, 24)), 3, LayerStatistics((G,)), direction="random")
+    assert cosine(first_update(A, B, G), G) == pytest.approx(best_cosine(G, 6), abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_the_first_step_of_lora_ga_is_the_best_of_rank_2r(shape: tuple[int, int], rank: int) -> None:
+    G = matrix(shape, 9) @ torch.diag(0.9 ** torch.arange(float(shape[1])))
+    A, B = run("lora_ga", matrix(shape), rank, LayerStatistics((G,)))
+    assert cosine(first_update(A, B, G), G) == pytest.approx(best_cosine(G, 2 * rank), abs=1e-4)
+
+
+def test_lora_ga_where_a_layer_has_fewer_than_2r_directions() -> None:
+    G = matrix((16, 40), 9)
+    A, B = run("lora_ga", matrix((16, 40)), 12, LayerStatistics((G,)))
+    assert (A.shape, B.shape) == ((12, 40), (16, 12))
+    with pytest.raises(InputError, match="17 is more than the 16"):
+        run("lora_ga", matrix((16, 40)), 17, LayerStatistics((G,)))
+
+
+# ---- inits of inputs ------------------------------------------------------------------------------------------------
+
+
+def moments(X: Tensor) -> LayerStatistics:
+    return LayerStatistics(inputs=InputMoments(X.T @ X / len(X), X.mean(dim=0), len(X)))
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_eva_is_the_svd_of_the_inputs(center: bool) -> None:
+    X = matrix((200, 16)) @ torch.diag(0.8 ** torch.arange(16.0)) + 0.5
+    A, B = run("eva", matrix((24, 16)), 3, moments(X), center=center)
+    data = X.double().numpy()
+    _, _, Vh = np.linalg.svd(data - data.mean(axis=0) if center else data, full_matrices=False)
+    np.testing.assert_allclose(np.abs(Vh[:3] @ A.double().numpy().T), np.eye(3), atol=1e-3)
+    assert not B.any()
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_corda_equals_that_of_peft(mode: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 24, bias=False)
+    linear.weight.data.copy_(matrix((24, 16)))
+    weight_OI = linear.weight.detach().clone()
+    X = matrix((200, 16), 5) @ torch.diag(0.8 ** torch.arange(16.0))
+    X = X / X.max()  # PEFT divides by the greatest input; the scale of C has no effect but on its damping
+    model = nn.Sequential(linear)
+    config = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        init_lora_weights="corda",
+        target_modules=["0"],
+        corda_config=CordaConfig(corda_method=mode),  # type: ignore[arg-type]
+    )
+    preprocess_corda(model, config, run_model=lambda: model(X))
+    named = dict(get_peft_model(model, config).named_parameters())  # type: ignore[arg-type]
+    A, B = run("corda", weight_OI, 3, LayerStatistics(inputs=InputMoments(X.T @ X, X.mean(0), 200)), 2.0, mode=mode)
+    expected = (
+        named["base_model.model.0.lora_B.default.weight"] @ named["base_model.model.0.lora_A.default.weight"]
+    ).detach()
+    torch.testing.assert_close(B @ A, expected, atol=2e-4, rtol=2e-3)
+
+
+def test_corda_of_full_rank_is_the_weight_and_its_damping_grows_until_it_inverts() -> None:
+    weight_OI = matrix((24, 16))
+    X = matrix((8, 16), 5)  # fewer inputs than features: singular
+    A, B = run("corda", weight_OI, 16, moments(X), 0.5, mode="ipm", damping=0.0)
+    torch.testing.assert_close(0.5 * B @ A, weight_OI, atol=2e-2, rtol=0)
+    damped, inverse = damped_inverse(X.T @ X / 8, 0.0)
+    assert float(torch.dist(damped @ inverse, torch.eye(16))) < 0.05
+
+
+# ---- cross-task -----------------------------------------------------------------------------------------------------
+
+
+def test_cross_task_maximises_what_two_gradients_share() -> None:
+    G1, G2 = matrix((12, 10), 1), matrix((12, 10), 1) + 0.5 * matrix((12, 10), 2)
+    options = get_init("cross_task").parse({"scale": "unit"})
+    context = InitContext(matrix((12, 10)), 3, 1.0, torch.Generator(), options, LayerStatistics((G1, G2)))
+    A, B = get_init("cross_task")(context)
+    for found, M in ((B, G1 @ G2.T), (A.T, G1.T @ G2)):
+        torch.testing.assert_close(found.T @ found, torch.eye(3), atol=1e-5, rtol=0)
+        reached = float(torch.trace(found.T @ M @ found))
+        eigenvalues = np.linalg.eigvalsh(((M + M.T) / 2).double().numpy())
+        assert reached == pytest.approx(eigenvalues[-3:].sum(), rel=1e-4)  # Ky Fan's bound
+        for seed in range(20):
+            other, _ = torch.linalg.qr(matrix((len(M), 3), seed))
+            assert float(torch.trace(other.T @ M @ other)) < reached
+
+
+def test_the_diversity_term_is_maximised_by_the_closed_form() -> None:
+    M = matrix((6, 6), 4)
+    symmetric = ((M + M.T) / 2).double().numpy()
+    largest = np.abs(np.linalg.eigvalsh(symmetric)).max()
+    delta, rank = 0.3, 2
+
+    def negative(flat: np.ndarray) -> float:
+        B = flat.reshape(6, rank)
+        B = B * np.sqrt(rank / (B**2).sum())
+        return float(-np.trace(B.T @ symmetric @ B) / largest - delta * np.linalg.slogdet(B.T @ B)[1])
+
+    found = shared_directions(M, rank, delta).double().numpy()
+    assert (found**2).sum() == pytest.approx(rank, rel=1e-6)
+    starts = np.random.default_rng(0)
+    best = min(minimize(negative, starts.normal(size=6 * rank)).fun for _ in range(8))
+    assert negative(found.ravel()) == pytest.approx(best, abs=1e-5)
+    orthonormal = shared_directions(M, rank, None)
+    torch.testing.assert_close(shared_directions(M, rank, 1e6), orthonormal, atol=1e-4, rtol=0)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+def brute_force(family: str, rows: list[int]) -> dict[str, Tensor]:
+    """Gradients of every weight of a plain model, out × in, of the likelihood that `statistics_for` takes."""
+    model = tiny_model(family).requires_grad_(True)
+    sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 0, 1, 2]))
+    sequences.ids_BT[3:, 0] += 1
+    total = int(sequences.response_lengths_B.sum())
+    loss = torch.zeros(())
+    for index, (prompt, response) in enumerate(rows_of(sequences)):
+        if index in rows:
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
+            logprobs = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+            loss = loss - logprobs[torch.arange(len(response)), torch.tensor(response)].sum() / total
+    loss.backward()
+    transposed = family == "gpt2"
+    return {
+        name.removesuffix(".weight"): (p.grad.T if transposed else p.grad)
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.dim() == 2
+    }
+
+
+def visit(backbone: Backbone, source: ProbedStatistics, modules: list[str], need: Any) -> dict[str, LayerStatistics]:
+    found: dict[str, LayerStatistics] = {}
+    source.visit(modules, need, found.__setitem__)
+    return found
+
+
+def all_modules(family: str) -> tuple[Backbone, list[str]]:
+    backbone = load_backbone(tiny_model(family))
+    backbone.add_adapter("value", rank=1)  # names the targets; plays no part at the anchor
+    return backbone, list(backbone.specs["value"].modules)
+
+
+def test_gradients_equal_those_of_the_plain_model(family: str) -> None:
+    backbone, modules = all_modules(family)
+    one = visit(backbone, statistics_for(backbone), modules, "gradient")
+    two = visit(backbone, statistics_for(backbone), modules, "two gradients")
+    for rows, gradients in (
+        (range(6), {name: found.gradients_OI[0] for name, found in one.items()}),
+        (range(3), {name: found.gradients_OI[0] for name, found in two.items()}),
+        (range(3, 6), {name: found.gradients_OI[1] for name, found in two.items()}),
+    ):
+        expected = brute_force(family, list(rows))
+        assert len(gradients) == len(modules)
+        for name in modules:
+            torch.testing.assert_close(gradients[name], expected[name], atol=2e-6, rtol=1e-4)
+
+
+def in_parts(backbone: Backbone) -> ProbedStatistics:
+    """The same loss in three forward passes."""
+    (whole,) = statistics_for(backbone).probes("gradient")
+    sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 0, 1, 2]))
+    sequences.ids_BT[3:, 0] += 1
+    total = int(sequences.response_lengths_B.sum())
+
+    def probe(rows: list[int]) -> Probe:
+        part = sequences.take(torch.tensor(rows))
+        width = part.ids_BT.shape[1]
+
+        def loss() -> Tensor:
+            return -backbone.response_logprobs(part)[0].sum() / total
+
+        return Probe(loss, whole.mask_BT[rows][:, :width], whole.batch_B[rows])
+
+    return ProbedStatistics(backbone.base_layer, lambda need: [probe([0, 3]), probe([1]), probe([2, 4, 5])])
+
+
+@pytest.mark.parametrize("need", ["gradient", "two gradients", "inputs"])
+def test_several_passes_add_up_to_one(need: Any) -> None:
+    backbone, modules = all_modules("llama")
+    whole = visit(backbone, statistics_for(backbone), modules, need)
+    parts = visit(backbone, in_parts(backbone), modules, need)
+    assert list(parts) == modules
+    for name in modules:
+        for a, b in zip(whole[name].gradients_OI, parts[name].gradients_OI, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        if need == "inputs":
+            first, second = whole[name].inputs, parts[name].inputs
+            assert first is not None
+            assert second is not None
+            torch.testing.assert_close(first.second_II, second.second_II, atol=1e-5, rtol=1e-4)
+            assert first.tokens == second.tokens
+
+
+def test_one_pass_hands_over_each_layer_before_the_next_and_keeps_no_gradient() -> None:
+    backbone, modules = all_modules("llama")
+    held: list[Any] = []
+    alive: list[int] = []
+
+    def take(name: str, found: LayerStatistics) -> None:
+        held.append(weakref.ref(found.gradients_OI[0]))
+        alive.append(sum(ref() is not None for ref in held))
+
+    statistics_for(backbone).visit(modules, "gradient", take)
+    assert len(alive) == len(modules)
+    assert max(alive) <= 2  # this one, and at most the one that is being let go
+    assert all(parameter.grad is None for parameter in backbone.model.parameters())
+
+
+def test_inputs_are_those_of_real_tokens_alone(family: str) -> None:
+    backbone, modules = all_modules(family)
+    found = visit(backbone, statistics_for(backbone), modules, "inputs")
+    model = tiny_model(family)
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+    for name in modules:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen[name].append(inputs[0][0].detach())
+        )
+    sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 0, 1, 2]))
+    sequences.ids_BT[3:, 0] += 1
+    with torch.no_grad():
+        for prompt, response in rows_of(sequences):  # each alone: no padding anywhere
+            model(input_ids=torch.tensor([prompt + response]))
+    for name in modules:
+        X, inputs = torch.cat(seen[name]).double(), found[name].inputs
+        assert inputs is not None
+        assert inputs.tokens == len(X)
+        torch.testing.assert_close(inputs.second_II.double(), X.T @ X / len(X), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(inputs.mean_I.double(), X.mean(0), atol=1e-4, rtol=1e-3)
+
+
+def test_the_same_statistics_every_time() -> None:
+    states = []
+    for _ in range(2):
+        backbone = load_backbone(tiny_model("gpt_neo"))
+        add_role(backbone, "policy", "lora_ga", rank=3)
+        states.append(backbone.role_state("policy"))
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_lora_ga_in_a_model_beats_every_other_init_and_reaches_the_bound(family: str) -> None:
+    gradients = brute_force(family, list(range(6)))
+    cosines: dict[str, float] = {}
+    for init in ALL_INITS:
+        backbone = load_backbone(tiny_model(family))
+        add_role(backbone, "policy", init, rank=3, alpha=3)
+        state = backbone.role_state("policy")
+        inner = square = bound = whole = 0.0
+        for name in backbone.specs["policy"].modules:
+            G = gradients[name]
+            update = first_update(state[f"{name}.lora_A"], state[f"{name}.lora_B"], G)
+            inner, square = inner + float((update * G).sum()), square + float(update.square().sum())
+            S = np.linalg.svd(G.double().numpy(), compute_uv=False)
+            bound, whole = bound + float((S[:6] ** 2).sum()), whole + float((S**2).sum())
+            if init == "lora_ga":
+                assert cosine(update, G) == pytest.approx(best_cosine(G, 6), abs=1e-3)
+        cosines[init] = inner / math.sqrt(square * whole)
+    assert max(cosines, key=cosines.__getitem__) == "lora_ga", cosines
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", [name for name in ALL_INITS if get_init(name).needs])
+def test_an_init_that_looks_at_data_says_what_is_missing(init: str) -> None:
+    backbone = load_backbone(tiny_model("llama"))
+    with pytest.raises(InputError, match=rf"the init '{init}' needs .*: give add_adapter\(…, statistics=…\)"):
+        backbone.add_adapter("policy", init=init, rank=2)
+    assert backbone.roles == ["anchor"]
+    with pytest.raises(InputError, match="there are none for the layer"):
+        backbone.add_adapter("policy", init=init, rank=2, statistics={})
+
+
+def test_gradients_given_by_hand_and_bad_ones() -> None:
+    G = matrix((24, 16), 9)
+    A, _ = run("lora_ga", matrix((24, 16)), 2, LayerStatistics((G,)))
+    assert A.shape == (2, 16)
+    with pytest.raises(InputError, match="are zero"):
+        run("lora_ga", matrix((24, 16)), 2, LayerStatistics((0 * G,)))
+    with pytest.raises(InputError, match="are not finite"):
+        run("lora_ga", matrix((24, 16)), 2, LayerStatistics((G / 0,)))
+
+
+def test_options_that_an_init_has_not() -> None:
+    with pytest.raises(InputError, match=r"the init 'pissa' has no option 'nitre'; did you mean 'niter'\?"):
+        get_init("pissa").parse({"nitre": 3})
+    with pytest.raises(InputError, match=r"the init 'lora' has no option 'niter'; it has none"):
+        get_init("lora").parse({"niter": 3})
+    with pytest.raises(InputError, match="gamma of the init 'lora_ga'"):
+        get_init("lora_ga").parse({"gamma": -1})
+
+
+def test_an_init_that_gives_other_shapes_is_refused() -> None:
+    register_init("wrong_for_a_test", lambda context: (context.weight_OI, context.weight_OI))
+    with pytest.raises(InputError, match=r"gave A and B of shapes \(24, 16\) and \(24, 16\) where \(2, 16\)"):
+        run("wrong_for_a_test", matrix((24, 16)), 2)
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_svds_are_kept_by_weight_and_survive_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(svd_cache, "SMALLEST", 8)
+    weight_OI = matrix((24, 16))
+    first = top_directions(weight_OI, 3, cache=True)
+    (file,) = (tmp_path / "svd").iterdir()
+    monkeypatch.setattr(torch.linalg, "svd", None)  # from here on only the file can answer
+    again, minor = top_directions(weight_OI, 3, cache=True), bottom_directions(weight_OI, 5, cache=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert minor.U_OK.shape == (24, 5)
+    monkeypatch.undo()
+    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(svd_cache, "SMALLEST", 8)
+    file.write_bytes(file.read_bytes()[:100])
+    mended = top_directions(weight_OI, 3, cache=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, mended, strict=True))
+    assert file.stat().st_size > 1000
+    other = top_directions(weight_OI + 1e-3, 3, cache=True)
+    assert not torch.equal(other.S_K, first.S_K)
+    assert len(list((tmp_path / "svd").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "svd").write_text("a file where the folder should be")
+    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(svd_cache, "SMALLEST", 8)
+    assert top_directions(matrix((24, 16)), 3, cache=True).S_K.shape == (3,)
+
+
+def test_the_base_keeps_no_copy_of_the_model(family: str) -> None:
+    original = tiny_model(family)
+    backbone = load_backbone(copy.deepcopy(original))
+    before = backbone.base_fingerprint()
+    add_role(backbone, "policy", "cross_task", rank=2)
+    assert backbone.base_fingerprint() == before
