@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ def write(weight_OI: Tensor, kind: str, directions: dict[str, Tensor]) -> None:
         save_file({name: tensor.cpu().contiguous() for name, tensor in directions.items()}, scratch)
         scratch.replace(path)
     except (OSError, SafetensorError):
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def _path(weight_OI: Tensor, kind: str) -> Path:

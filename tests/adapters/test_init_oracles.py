@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -183,28 +181,17 @@ def test_eva_is_the_svd_of_the_inputs(center: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
-def test_corda_equals_that_of_peft(mode: str) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(16, 24, bias=False)
-    linear.weight.data.copy_(matrix((24, 16)))
-    weight_OI = linear.weight.detach().clone()
-    X = matrix((200, 16), 5) @ torch.diag(0.8 ** torch.arange(16.0))
-    X = X / X.max()  # PEFT divides by the greatest input; the scale of C has no effect but on its damping
-    model = nn.Sequential(linear)
-    config = LoraConfig(
-        r=3,
-        lora_alpha=6,
-        init_lora_weights="corda",
-        target_modules=["0"],
-        corda_config=CordaConfig(corda_method=mode),  # type: ignore[arg-type]
-    )
-    preprocess_corda(model, config, run_model=lambda: model(X))
-    named = dict(get_peft_model(model, config).named_parameters())  # type: ignore[arg-type]
-    A, B = run("corda", weight_OI, 3, LayerStatistics(inputs=InputMoments(X.T @ X, X.mean(0), 200)), 2.0, mode=mode)
-    expected = (
-        named["base_model.model.0.lora_B.default.weight"] @ named["base_model.model.0.lora_A.default.weight"]
-    ).detach()
-    torch.testing.assert_close(B @ A, expected, atol=2e-4, rtol=2e-3)
+def test_corda_is_the_dense_computation_of_its_paper(mode: str) -> None:
+    weight_OI = matrix((24, 16))
+    X = matrix((200, 16), 5) @ torch.diag(0.9 ** torch.arange(16.0))
+    A, B = run("corda", weight_OI, 3, moments(X), 2.0, mode=mode)
+    C = X.double().numpy().T @ X.double().numpy() / 200
+    C += 0.01 * np.diag(C).mean() * np.eye(16)
+    U, S, Vh = np.linalg.svd(weight_OI.double().numpy() @ C, full_matrices=False)
+    part = slice(0, 3) if mode == "ipm" else slice(13, 16)
+    expected = (U[:, part] * S[part]) @ Vh[part] @ np.linalg.inv(C)
+    np.testing.assert_allclose((2.0 * B @ A).numpy(), expected, atol=1e-3, rtol=1e-3)
+    np.testing.assert_allclose((B.T @ B).numpy(), np.diag(S[part]) / 2.0, atol=1e-3)
 
 
 def test_corda_of_full_rank_is_the_weight_and_its_damping_grows_until_it_inverts() -> None:

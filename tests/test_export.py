@@ -1,0 +1,66 @@
+"""`pe-rlhf export`: what other programs load of a run computes what the role computes here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from pe_rlhf.backbone import load_backbone
+from pe_rlhf.checkpoint import load_role
+from pe_rlhf.models import resolve_model
+from tests.runs import Outcome, recipe, write_recipe
+
+Cli = Callable[..., Outcome]
+IDS_BT = torch.tensor([[5, 6, 7, 8, 9], [20, 21, 22, 23, 24]])
+
+
+@pytest.mark.parametrize("init", ["lora_ga", "eva", "olora"])
+def test_exports_of_a_run_load_in_peft_and_transformers(cli: Cli, tmp_path: Path, init: str) -> None:
+    changes = {"adapter__init": init, "reward__learning_rate": 0.05, "ppo__learning_rate": 0.05}
+    path = write_recipe(tmp_path, recipe("reward", "ppo", **changes))
+    assert cli("run", path, "--run-dir", tmp_path / "run").code == 0
+    base = resolve_model("random:tiny-llama")
+    backbone = load_backbone("random:tiny-llama")
+    load_role(backbone, "policy", tmp_path / "run" / "ppo" / "adapter")
+    load_role(backbone, "reward", tmp_path / "run" / "reward" / "adapter")
+
+    for form in ("lora", "merged"):
+        done = cli("export", tmp_path / "run", "--format", form)
+        assert done.code == 0, done
+        folder = Path(done.out.strip())
+        assert folder == tmp_path / "run" / "export" / f"policy-{form}"
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert card.startswith("---\nbase_model: ")
+        assert f"`{init}`" in card
+        if form == "lora":
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+            rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+            assert rank == (2 if init == "eva" else 4)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad(), backbone.role("policy"):
+            expected = backbone(IDS_BT).logits
+            torch.testing.assert_close(model(input_ids=IDS_BT).logits, expected, atol=2e-5, rtol=1e-4)
+        with torch.no_grad():
+            assert (expected - backbone(IDS_BT).logits).abs().max() > 1e-3
+
+    done = cli("export", tmp_path / "run", "--format", "merged", "--role", "reward", "--to", tmp_path / "judge")
+    assert done.code == 0, done
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    bias = load_file(tmp_path / "judge" / "head.safetensors")["bias"]
+    with torch.no_grad(), backbone.role("reward"):
+        torch.testing.assert_close(judge(input_ids=IDS_BT).logits + bias, backbone(IDS_BT).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_what_cannot_be_exported(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert refused("export", tmp_path / "none") == f"{tmp_path / 'none'} is not a directory"
+    (tmp_path / "empty").mkdir()
+    assert "no stage that trains one has finished there" in refused("export", tmp_path / "empty")
+    assert "there are policy, value, reward" in refused("export", tmp_path / "empty", "--role", "polcy")
