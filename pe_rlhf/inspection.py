@@ -143,8 +143,9 @@ def inspect_inits(
 
     with watched(layers, see), torch.enable_grad():
         probe.loss().backward()
-    for init in figures:
-        init.layers.reverse()  # the backward pass met the last layer first
+    order = list(layers)
+    for init in figures:  # the backward pass met the last layer first
+        init.layers.sort(key=lambda row: order.index(row.layer))
     return result
 
 

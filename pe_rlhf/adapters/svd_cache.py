@@ -44,7 +44,8 @@ def write(weight_OI: Tensor, kind: str, directions: dict[str, Tensor]) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in directions.items()}, scratch)
+        # Copies: the two ends of a small matrix are the same memory, which safetensors refuses.
+        save_file({name: tensor.cpu().contiguous().clone() for name, tensor in directions.items()}, scratch)
         scratch.replace(path)
     except (OSError, SafetensorError):
         with suppress(OSError):
