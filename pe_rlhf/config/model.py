@@ -49,8 +49,8 @@ class AdapterConfig(Section):
     @field_validator("init_options")
     @classmethod
     def _options_of_the_init(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """Complete them, or say what is wrong. Those of an init that is not ours are checked when it is loaded."""
+        """Say what is wrong with them. Those of an init that is not ours are checked when it is loaded."""
         init = info.data.get("init", "")
-        if init not in INIT_OPTIONS:
-            return given
-        return parse_options(init, INIT_OPTIONS[init], given).model_dump()
+        if init in INIT_OPTIONS:
+            parse_options(init, INIT_OPTIONS[init], given)
+        return given
