@@ -11,9 +11,12 @@ import traceback
 
 import typer
 
+from pe_rlhf.commands.evaluate import evaluate
+from pe_rlhf.commands.evaluate_reward import evaluate_reward
 from pe_rlhf.commands.run import run
+from pe_rlhf.commands.winrate import winrate
 from pe_rlhf.errors import TrainingError
-from reward.errors import InputError
+from reward.errors import InputError, JudgeError
 
 app = typer.Typer(
     name="pe-rlhf",
@@ -27,10 +30,13 @@ USER_MISTAKE, TRAINING_STOPPED, INTERRUPTED = 2, 3, 130
 
 @app.callback()
 def _root() -> None:
-    """Keeps `run` a sub-command though it is the only one so far."""
+    """Without arguments, the help."""
 
 
 app.command("run")(run)
+app.command("evaluate")(evaluate)
+app.command("evaluate-reward")(evaluate_reward)
+app.command("winrate")(winrate)
 
 
 def main() -> None:
@@ -42,7 +48,7 @@ def main() -> None:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except (InputError, typer.TyperException) as error:
         _fail(error, USER_MISTAKE)
-    except (TrainingError, OSError) as error:
+    except (TrainingError, JudgeError, OSError) as error:
         _fail(error, TRAINING_STOPPED)
     else:
         if status == INTERRUPTED:  # what typer makes of Ctrl-C

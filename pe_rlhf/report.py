@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from pe_rlhf.files import write_whole
 from pe_rlhf.plots import Curves, Panel, Plot, draw_curves, draw_reliability, draw_stacked
@@ -81,11 +81,7 @@ def write_report(run_dir: Path) -> Path:
     """
     recipe_text, recipe = _read_recipe(run_dir / "recipe.yaml")
     stages = {name: _read_stage(run_dir / name) for name in STAGES if (run_dir / name).is_dir()}
-    templates = FileSystemLoader(Path(__file__).parent / "templates")
-    page = Environment(
-        loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = page.get_template("report.html.j2").render(
+    html = page_template("report.html.j2").render(
         name=recipe.get("name") or run_dir.resolve().name,
         model=recipe.get("model"),
         tiles=_tiles(stages),
@@ -99,6 +95,15 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_whole(path, html)
     return path
+
+
+def page_template(name: str) -> Template:
+    """A page of `templates/`; what is put into it is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
