@@ -40,16 +40,15 @@ class Source:
     outputs: Sequence[str] | None = None
 
 
-def responses_of(source: Source, prompts: Sequence[Prompt], path: Path, batch_size: int) -> list[str]:
+def responses_of(source: Source, prompts: Sequence[Prompt], path: Path) -> list[str]:
     """One response per prompt, from the file where they are there already.
 
-    The file's first line says what the rest was made from; a last batch that is not whole is made again. Raises
-    `InputError` where the file holds other responses.
+    The file's first line says what the rest was made from. Raises `InputError` where it holds other responses.
     """
     if source.outputs is not None:
         return list(source.outputs)
     head = {"identity": source.identity, "prompts": fingerprint(prompts)}
-    done = _finished(path, head, batch_size, len(prompts))
+    done = _finished(path, head)
     _write_outputs(path, head, prompts, done)
     if len(done) < len(prompts):
         assert source.load is not None
@@ -99,8 +98,8 @@ def _noting(advance: Callable[..., None]) -> OnProgress:
     return told
 
 
-def _finished(path: Path, head: dict[str, Any], batch_size: int, total: int) -> list[str]:
-    """The responses of all whole batches in the file."""
+def _finished(path: Path, head: dict[str, Any]) -> list[str]:
+    """The responses in the file, up to one that a kill left half written."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -119,7 +118,7 @@ def _finished(path: Path, head: dict[str, Any], batch_size: int, total: int) -> 
             found.append(json.loads(line)["response"])
         except (ValueError, KeyError, TypeError):
             break
-    return found if len(found) == total else found[: len(found) // batch_size * batch_size]
+    return found
 
 
 def _write_outputs(path: Path, head: dict[str, Any], prompts: Sequence[Prompt], responses: Sequence[str]) -> None:

@@ -76,12 +76,13 @@ class LocalPolicy:
         self._sampling, self._seed = sampling, seed
 
     def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
-        """In batches, each with a seed of its own; `start` has to be where a batch starts."""
+        """In batches; what is drawn for a response depends on the seed and its number alone."""
         rollout = HFRollout(self._backbone, self._role, self._sampling)
         for first in range(start, len(prompts), self._sampling.batch_size):
             batch = prompts[first : first + self._sampling.batch_size]
             ids = [self._ids(prompt, first + i) for i, prompt in enumerate(batch)]
-            sampled = rollout.generate(ids, derive_seed(self._seed, "evaluate", self._role, first))
+            rows = range(first, first + len(batch))
+            sampled = rollout.generate(ids, derive_seed(self._seed, "evaluate", self._role), rows)
             yield from (self._codec.decode(response) for response in sampled.responses)
 
     def _ids(self, prompt: Prompt, number: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ PPO_CURVES = (
         PPO_STEP,
     ),
     Curves("Response length", (Panel("tokens", {"response_length": "mean length"}),), PPO_STEP),
+)
+JUDGE_CURVES = Curves(
+    "Reward and judge",
+    (Panel("mean score", {"reward": "reward"}), Panel("win rate", {"judge_win_rate": "judge"})),
+    PPO_STEP,
+    "the judge compares policy and anchor",
 )
 PPO_SECONDS = Curves(
     "Time per step",
@@ -212,8 +218,20 @@ def _stage_row(name: str, summary: Row) -> dict[str, str]:
 
 def _ppo_plots(stages: dict[str, Stage]) -> list[Plot]:
     rows = stages["ppo"].metrics if "ppo" in stages else []
-    plots = [draw_curves(curves, rows) for curves in PPO_CURVES] + [draw_stacked(PPO_SECONDS, rows)]
+    judged = [row for row in rows if row.get("judge_win_rate") is not None]
+    judge = [replace(JUDGE_CURVES, note=over_optimisation(judged) or JUDGE_CURVES.note)] if judged else []
+    plots = [draw_curves(curves, rows) for curves in (*judge, *PPO_CURVES)] + [draw_stacked(PPO_SECONDS, rows)]
     return [plot for plot in plots if plot]
+
+
+def over_optimisation(rows: list[Row]) -> str:
+    """A warning where the judge has turned down since its best step while the reward has risen; rows have both."""
+    best, last = max(rows, key=lambda row: row["judge_win_rate"]), rows[-1]
+    fell = last["judge_ci_high"] < best["judge_win_rate"]
+    if not (fell and last["reward"] > best["reward"]):
+        return ""
+    rates = f"{percent(best['judge_win_rate'])} at step {best['step']} to {percent(last['judge_win_rate'])}"
+    return f"over-optimised: the judge fell from {rates} while the reward rose"
 
 
 def _reward_plots(stages: dict[str, Stage]) -> list[Plot]:
@@ -276,8 +294,10 @@ def conversation(prompt: str | list[Row]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def preferred(preference: float) -> str:
+def preferred(preference: float | None) -> str:
     """Whom the judge prefers; `preference` is the policy's share of the win."""
+    if preference is None:
+        return "no verdict"
     if preference == 0.5:
         return "tie"
     return "policy" if preference > 0.5 else "anchor"

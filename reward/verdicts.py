@@ -10,6 +10,7 @@
 | `sample`       | optional: number of the sample, where a prompt has several pairs                                |
 | `len_candidate`, `len_baseline` | optional: lengths of the responses, for the length-controlled win rate         |
 | `difficulty`   | optional: of the instruction, on AlpacaEval's scale                                             |
+| `score_candidate`, `score_baseline` | optional: what a judge that scores gave to each                            |
 | `human`        | optional: a person's preference, as `preference`                                                |
 
 AlpacaEval's `annotations.json` has `generator_2` (the candidate), `output_1`, `output_2` and a preference in [1, 2],
@@ -49,6 +50,8 @@ class VerdictRow:
     len_baseline: float | None = None
     difficulty: float | None = None
     human: float | None = None
+    score_candidate: float | None = None
+    score_baseline: float | None = None
 
 
 def read_verdicts(path: Path) -> list[VerdictRow]:
@@ -146,6 +149,8 @@ def _own_row(row: Mapping[str, Any]) -> VerdictRow:
         len_baseline=number(row, "len_baseline"),
         difficulty=number(row, "difficulty"),
         human=human,
+        score_candidate=number(row, "score_candidate"),
+        score_baseline=number(row, "score_baseline"),
     )
 
 

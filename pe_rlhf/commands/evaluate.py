@@ -92,7 +92,7 @@ def evaluate(
 
     # The judge first: a key that is missing or a model that cannot be loaded is to be known before anything is sampled.
     built = build_judge(judge_config)
-    texts = {side: responses_of(s, asked, folder / f"{side}.jsonl", batch_size) for side, s in sources.items()}
+    texts = {side: responses_of(s, asked, folder / f"{side}.jsonl") for side, s in sources.items()}
     rows = zip(asked, texts["candidate"], texts["baseline"], strict=True)
     pairs = [Pair(prompt, mine, other, position) for position, (prompt, mine, other) in enumerate(rows)]
     summary = evaluate_pairs(
