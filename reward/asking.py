@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Question:
-    """A pair in one order (None: the judge does not see an order)."""
+    """A pair in one order (None: the judge sees none); `key` is a hash of all that the answer depends on."""
 
     pair: Pair
     order: str | None
@@ -100,7 +102,7 @@ def judge_pairs(
     max_invalid_share: float = 0.05,
     on_progress: OnProgress = lambda done, win_rate: None,
 ) -> list[Outcome]:
-    """Have every pair judged and return the outcomes; `path` has them too, one line per question.
+    """Have every pair judged and return the outcomes in their order; `path` has a line per question.
 
     on_progress: told how many more questions are answered and the win rate so far.
     Raises `JudgeError` where more than `max_invalid_share` of the pairs have no valid verdict, as soon as that is
@@ -114,15 +116,18 @@ def judge_pairs(
         on_progress(len(questions) - len(open_questions), tally.win_rate)
         tally.refuse_invalid()
         names = {"candidate": candidate, "baseline": baseline, "judge": judge.identity}
-        for answered in _ask_all(judge, open_questions, file, names):
-            for question in answered:
-                tally.add(question)
-            on_progress(len(answered), tally.win_rate)
-            tally.refuse_invalid()
+        # Closed before the file is, whatever is raised here: what is under way is still written.
+        with closing(_ask_all(judge, open_questions, file, names)) as answers:
+            for answered in answers:
+                for question in answered:
+                    tally.add(question)
+                on_progress(len(answered), tally.win_rate)
+                tally.refuse_invalid()
     finally:
         file.close()
-    keys = {question.key for question in questions}
-    return pair_up(_rows_of(path, keys))
+    outcomes = pair_up(_rows_of(path, {question.key for question in questions}))
+    rank = {(pair.position, pair.sample): i for i, pair in enumerate(pairs)}
+    return sorted(outcomes, key=lambda outcome: rank[outcome.row.position or 0, outcome.row.sample])
 
 
 def _questions(judge: Judge, pair: Pair) -> list[Question]:
@@ -135,7 +140,7 @@ def _questions(judge: Judge, pair: Pair) -> list[Question]:
 
 def _ask_all(
     judge: Judge, questions: list[Question], file: VerdictFile, names: dict[str, str]
-) -> Iterator[list[Question]]:
+) -> Generator[list[Question]]:
     """Batches as they are answered; at most `judge.concurrency` are under way. The first failure ends it.
 
     An answer is written by the thread that got it, at once: what has been paid for is not lost to what fails elsewhere.
@@ -228,3 +233,15 @@ class _Tally:
                 f"{len(self._invalid)} of {self._pairs} pairs have no valid verdict, more than the"
                 f" {self._max_share:.1%} allowed; the first: {why}"
             )
+
+
+def number_prompts(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
+    """Position and sample of each prompt: equal prompts share a position, since their comparisons go together."""
+    position_of: dict[str, int] = {}
+    samples: Counter[int] = Counter()
+    numbered: list[tuple[int, int]] = []
+    for prompt in prompts:
+        position = position_of.setdefault(json.dumps(prompt), len(position_of))
+        numbered.append((position, samples[position]))
+        samples[position] += 1
+    return numbered

@@ -75,10 +75,12 @@ class Endpoint:
             raise InputError("judge: an endpoint needs its base_url")
         self._key = _key(settings)
         self._model, self._settings = model, settings
-        self.identity = f"endpoint:{settings.base_url.rstrip('/')}#{model}"
+        # Not its address: a server that comes back on another port is the same judge.
+        self.identity = f"endpoint:{model}"
         self.concurrency = settings.concurrency
         self.budget = Budget(settings)
         self._no_logprobs = False  # the server has refused them once
+        self._limit = "max_tokens"  # what the server calls the limit of its answer: OpenAI has renamed it
         self._stopped = threading.Event()
         # Retries are ours alone: the client's own would not be counted in the budget.
         self._client = openai.OpenAI(
@@ -93,8 +95,8 @@ class Endpoint:
         self, chats: Sequence[list[Message]], max_tokens: int, temperature: float, seed: int
     ) -> list[Completion]:
         """One answer to each chat. Raises as `complete`."""
-        options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        return [self._completion(chat, options) for chat in chats]
+        options: dict[str, Any] = {"temperature": temperature, "seed": seed}
+        return [self._completion(chat, max_tokens, options) for chat in chats]
 
     def stop(self) -> None:
         """Break off the pauses between tries: another thread has failed."""
@@ -103,9 +105,9 @@ class Endpoint:
     def _labels_of(self, chat: list[Message], labels: Sequence[str]) -> Completion:
         if self._no_logprobs:
             return Completion("")
-        options: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "logprobs": True}
+        options: dict[str, Any] = {"temperature": 0.0, "logprobs": True, "top_logprobs": self._settings.top_logprobs}
         try:
-            answer = self._ask(chat, options | {"top_logprobs": self._settings.top_logprobs})
+            answer = self._ask(chat, 1, options)
         except TooLong as error:
             return Completion("", error=str(error))
         except InputError as error:
@@ -124,17 +126,18 @@ class Endpoint:
                 found[label] = _log_add(found.get(label, -math.inf), token.logprob)
         return Completion(text, found)
 
-    def _completion(self, chat: list[Message], options: dict[str, Any]) -> Completion:
+    def _completion(self, chat: list[Message], max_tokens: int, options: dict[str, Any]) -> Completion:
         try:
-            return Completion(self._ask(chat, options).choices[0].message.content or "")
+            return Completion(self._ask(chat, max_tokens, options).choices[0].message.content or "")
         except TooLong as error:
             return Completion("", error=str(error))
 
-    def _ask(self, chat: list[Message], options: dict[str, Any]) -> ChatCompletion:
+    def _ask(self, chat: list[Message], max_tokens: int, options: dict[str, Any]) -> ChatCompletion:
         """Ask until there is an answer.
 
         Raises `InputError` for what trying again will not mend, `JudgeError` where all attempts have failed.
         """
+        limit = self._limit
         attempts = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Passing),
             stop=tenacity.stop_after_attempt(self._settings.attempts) | tenacity.stop_when_event_set(self._stopped),
@@ -143,7 +146,12 @@ class Endpoint:
             reraise=True,
         )
         try:
-            return attempts(self._ask_once, chat, options)
+            return attempts(self._ask_once, chat, {limit: max_tokens, **options})
+        except InputError as error:
+            if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":
+                raise
+            self._limit = "max_completion_tokens"
+            return self._ask(chat, max_tokens, options)
         except Passing as error:
             where = self._settings.base_url
             raise JudgeError(

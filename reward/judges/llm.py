@@ -27,8 +27,8 @@ VERDICT_MODES = ("auto", "probabilities", "text")
 _BRACKETS = re.compile(r"\[\[\s*([AB])\s*\]\]")
 _ALONE = re.compile(r"\W*(?:(?:response|answer|option|assistant|summary)\W+)?([AB])\b\W*", re.IGNORECASE)
 _STATED = re.compile(
-    r"\b(?:answer|verdict|winner|choice|better(?: response| answer| one| summary)?)\b(?:\s+is)?\W{0,8}?"
-    r"(?:(?:response|answer|option|assistant|summary)\W+)?\b([AB])\b(?!\s+[a-z])"
+    r"\b(?i:answer|verdict|winner|choice|better(?: response| answer| one| summary)?)\b(?:\s+is)?\W{0,8}?"
+    r"(?i:(?:response|answer|option|assistant|summary)\W+)?\b([AB])\b(?!\s+[a-z])"
 )
 
 
