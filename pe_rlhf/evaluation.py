@@ -104,14 +104,15 @@ def _finished(path: Path, head: dict[str, Any]) -> list[str]:
         return []
     lines = path.read_bytes().split(b"\n")
     try:
-        if json.loads(lines[0]) != head:
-            raise InputError(
-                f"{path} holds responses of other prompts, another policy or other settings; use another --out"
-            )
+        found_head = json.loads(lines[0])
     except ValueError:
         if len(lines) > 1:
             raise InputError(f"{path} line 1 is damaged") from None
         return []
+    if found_head != head:
+        raise InputError(
+            f"{path} holds responses of other prompts, another policy or other settings; use another --out"
+        )
     found: list[str] = []
     for line in lines[1:-1]:  # what stands after the last line feed is not whole
         try:

@@ -28,6 +28,8 @@ import numpy as np
 from reward.errors import InputError
 from reward.winrate import checked_preferences, cluster_codes, normal_quantile, win_rate
 
+Numbers = Sequence[float] | np.ndarray
+
 ANCHORS = Path(__file__).parent / "data" / "alpaca_eval_anchors.csv"
 PENALTIES = np.logspace(-4, 4, 10)  # C, the weight of the likelihood against the L1 norm
 FOLDS = 5
@@ -80,10 +82,10 @@ class Rows:
 
 
 def length_controlled_win_rate(
-    preferences: Sequence[float],
-    len_candidate: Sequence[float],
-    len_baseline: Sequence[float],
-    difficulty: Sequence[float] | None = None,
+    preferences: Numbers,
+    len_candidate: Numbers,
+    len_baseline: Numbers,
+    difficulty: Numbers | None = None,
     clusters: Sequence[Hashable] | None = None,
     *,
     anchors: bool | None = None,
@@ -205,9 +207,7 @@ def _standard_error(
     return math.sqrt(groups / (groups - 1) * float(np.square(score_GK @ moved_K).sum()))
 
 
-def _features(
-    len_candidate: Sequence[float], len_baseline: Sequence[float], difficulty: Sequence[float] | None, n: int
-) -> np.ndarray:
+def _features(len_candidate: Numbers, len_baseline: Numbers, difficulty: Numbers | None, n: int) -> np.ndarray:
     columns = {"len_candidate": len_candidate, "len_baseline": len_baseline, "difficulty": difficulty}
     array = {name: np.asarray(c, dtype=np.float64) for name, c in columns.items() if c is not None}
     for name, values in array.items():

@@ -84,4 +84,5 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
-    return float(spearmanr(a, b).statistic)
+    correlation, _ = spearmanr(a, b)
+    return float(correlation)

@@ -113,7 +113,7 @@ def _order_figures(valid: Sequence[Outcome]) -> dict[str, Any]:
     if not asked_twice:
         return {}
     flips = sum(outcome.flipped for outcome in asked_twice)
-    bias = float(np.mean([outcome.first_wins for outcome in asked_twice])) - 0.5
+    bias = float(np.mean([o.first_wins for o in asked_twice if o.first_wins is not None])) - 0.5
     return {"flips": flips, "flip_share": flips / len(asked_twice), "position_bias": bias}
 
 

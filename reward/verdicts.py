@@ -106,8 +106,8 @@ def read_difficulty(path: Path) -> list[float]:
     found: dict[int, float] = {}
     for line, row in read_rows(path):
         try:
-            position = int(number(row, "index") if row.get("index") not in (None, "") else len(found))
-            found.setdefault(position, _required(row, "instruction_difficulty"))
+            index = _whole(row, "index")
+            found.setdefault(len(found) if index is None else index, _required(row, "instruction_difficulty"))
         except InputError as error:
             raise InputError(f"{path} line {line}: {error}") from error
     if sorted(found) != list(range(len(found))):

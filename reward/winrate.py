@@ -4,11 +4,14 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TypeVar
 
 import numpy as np
 from scipy.stats import binomtest
 
 from reward.errors import InputError
+
+Prompt = TypeVar("Prompt", bound=Hashable)  # what a prompt is known by
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Difference:
 
 
 def compare_policies(
-    preferences_a: Mapping[Hashable, Sequence[float]], preferences_b: Mapping[Hashable, Sequence[float]]
+    preferences_a: Mapping[Prompt, Sequence[float]], preferences_b: Mapping[Prompt, Sequence[float]]
 ) -> Difference:
     """Compare two policies prompt by prompt; both map a prompt to the preferences of its comparisons.
 

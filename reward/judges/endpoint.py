@@ -10,11 +10,10 @@ import json
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import openai
 import tenacity
 from openai.types.chat import ChatCompletion
@@ -167,7 +166,7 @@ class Endpoint:
             raise self._of_status(error) from None
         except openai.APITimeoutError:
             raise Passing(f"no answer within {self._settings.timeout:g} s") from None
-        except (openai.APIConnectionError, httpx.HTTPError) as error:
+        except openai.APIConnectionError as error:
             raise Passing(f"the connection failed: {error.__cause__ or error}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError) as error:
             raise Passing(f"the body is no answer: {error}") from None
@@ -181,7 +180,7 @@ class Endpoint:
         if status in (401, 403):
             return InputError(f"judge: {where} refuses the key in {self._settings.api_key_env} (status {status})")
         if status in (408, 409, 425, 429) or status >= 500:
-            return Passing(f"status {status}", _retry_after(error.response))
+            return Passing(f"status {status}", _retry_after(error.response.headers))
         if status in (400, 413, 422) and any(sign in said.lower() for sign in TOO_LONG):
             return TooLong(f"the question is too long for the judge: {said}")
         return InputError(f"judge: {where} refuses the request (status {status}): {said}")
@@ -214,9 +213,9 @@ def _check(answer: Any) -> None:
         raise Passing(f"the body is no chat completion: its content is {type(content).__name__}")
 
 
-def _retry_after(response: httpx.Response) -> float | None:
+def _retry_after(headers: Mapping[str, str]) -> float | None:
     try:
-        return max(0.0, float(response.headers.get("retry-after", "")))
+        return max(0.0, float(headers.get("retry-after", "")))
     except ValueError:
         return None
 

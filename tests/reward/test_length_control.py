@@ -55,7 +55,9 @@ def test_the_l1_fit_is_the_optimum_that_scipy_finds(penalty: float) -> None:
     assert found_K.any() == (penalty > 0.1)
 
 
-def simulated(rng: np.random.Generator, n: int, length: float, quality: float) -> tuple[np.ndarray, ...]:
+def simulated(
+    rng: np.random.Generator, n: int, length: float, quality: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Wins and losses whose logit is −length · tanh(Δ) + quality, with candidates that are longer on average."""
     len_candidate, len_baseline = rng.integers(50, 400, n), rng.integers(50, 300, n)
     delta_N = len_baseline - len_candidate
@@ -94,8 +96,8 @@ def test_intervals_cover_95_percent() -> None:
 def test_repeated_comparisons_of_a_prompt_are_not_independent() -> None:
     preferences, len_candidate, len_baseline = simulated(np.random.default_rng(3), 200, 1.0, 0.5)
     single = length_controlled_win_rate(preferences, len_candidate, len_baseline)
-    repeated = [np.tile(part, 4) for part in (preferences, len_candidate, len_baseline)]
-    clustered = length_controlled_win_rate(*repeated, clusters=list(range(200)) * 4)
+    fourfold = np.tile(preferences, 4), np.tile(len_candidate, 4), np.tile(len_baseline, 4)
+    clustered = length_controlled_win_rate(*fourfold, clusters=list(range(200)) * 4)
     assert clustered.standard_error == pytest.approx(single.standard_error, rel=0.05)
 
 
@@ -123,6 +125,6 @@ def test_a_prompt_that_was_not_judged_has_no_part_in_the_fit() -> None:
         (([float("nan")], [1], [2]), "no preferences"),
     ],
 )
-def test_refusals(arguments: tuple[list[float], ...], message: str) -> None:
+def test_refusals(arguments: tuple[list[float], list[float], list[float]], message: str) -> None:
     with pytest.raises(InputError, match=message):
         length_controlled_win_rate(*arguments)
