@@ -25,7 +25,7 @@ FAULTS = ("429", "500", "drop", "truncated", "wrong format")
 
 
 def judge(server: ChatServer, **settings: Any) -> LLMJudge:
-    endpoint = Endpoint("m", JudgeSettings("llm", "m", base_url=server.url, **{"timeout": 0.5, **settings}))
+    endpoint = Endpoint("m", JudgeSettings("llm", "m", base_url=server.url, **{"timeout": 60.0, **settings}))
     return LLMJudge(endpoint, JudgePrompt("general"), verdict=settings.get("verdict", "auto"), attempts=2)
 
 
@@ -78,7 +78,7 @@ def test_a_burst_of_faults_is_ridden_out(tmp_path: Path, fault: str) -> None:
 
 def test_a_slow_answer_is_asked_for_again(tmp_path: Path) -> None:
     with running(ChatServer(faults=lambda number: "hang" if number in (0, 5) else None)) as server:
-        outcomes = judge_pairs(judge(server, concurrency=16), PAIRS, tmp_path / "v.jsonl")
+        outcomes = judge_pairs(judge(server, concurrency=16, timeout=0.7), PAIRS, tmp_path / "v.jsonl")
     assert summarise("candidate", outcomes)["n"] == 24
     assert len(read_jsonl(tmp_path / "v.jsonl")) == 48
 
@@ -89,7 +89,7 @@ def test_a_server_that_stays_broken_stops_the_run_and_keeps_what_there_is(tmp_pa
     server = ChatServer(faults=lambda number: fault if number >= 20 else None)
     with running(server):
         with pytest.raises(JudgeError, match="failed 2 times, the last time") as caught:
-            judge_pairs(judge(server, attempts=2, concurrency=4), PAIRS, path)
+            judge_pairs(judge(server, attempts=2, concurrency=4, timeout=0.7 if fault == "hang" else 60.0), PAIRS, path)
         assert KEY not in str(caught.value)
         kept = len(read_jsonl(path))
         assert 16 <= kept <= 20
@@ -192,7 +192,7 @@ def test_requests_run_side_by_side(tmp_path: Path) -> None:
     """Eight requests that take 1.5 s each are done well before the 12 s that they take one by one."""
     start = time.monotonic()
     with running(ChatServer(faults=lambda number: "hang")) as server:
-        judge_pairs(judge(server, timeout=30.0, concurrency=8), PAIRS[:4], tmp_path / "v.jsonl")
+        judge_pairs(judge(server, concurrency=8), PAIRS[:4], tmp_path / "v.jsonl")
     assert time.monotonic() - start < 9
 
 
