@@ -84,5 +84,5 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
-    correlation, _ = spearmanr(a, b)
-    return float(correlation)
+    result: Any = spearmanr(a, b)  # scipy gives its class no type
+    return float(result.statistic)
