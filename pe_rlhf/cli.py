@@ -11,11 +11,14 @@ import traceback
 
 import typer
 
+from pe_rlhf.commands.evaluate import evaluate
+from pe_rlhf.commands.evaluate_reward import evaluate_reward
 from pe_rlhf.commands.export import export
 from pe_rlhf.commands.inspect import inspect
 from pe_rlhf.commands.run import run
+from pe_rlhf.commands.winrate import winrate
 from pe_rlhf.errors import TrainingError
-from reward.errors import InputError
+from reward.errors import InputError, JudgeError
 
 app = typer.Typer(
     name="pe-rlhf",
@@ -29,10 +32,13 @@ USER_MISTAKE, TRAINING_STOPPED, INTERRUPTED = 2, 3, 130
 
 @app.callback()
 def _root() -> None:
-    """Parameter-efficient RLHF."""
+    """Without arguments, the help."""
 
 
 app.command("run")(run)
+app.command("evaluate")(evaluate)
+app.command("evaluate-reward")(evaluate_reward)
+app.command("winrate")(winrate)
 app.command("inspect")(inspect)
 app.command("export")(export)
 
@@ -46,7 +52,7 @@ def main() -> None:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except (InputError, typer.TyperException) as error:
         _fail(error, USER_MISTAKE)
-    except (TrainingError, OSError) as error:
+    except (TrainingError, JudgeError, OSError) as error:
         _fail(error, TRAINING_STOPPED)
     else:
         if status == INTERRUPTED:  # what typer makes of Ctrl-C

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,18 +15,25 @@ console = Console(stderr=True, highlight=False)
 SECONDS_BETWEEN_LINES = 15.0
 
 
+class Advance(Protocol):
+    """Told how many more units are done, and what else there is to say of them so far."""
+
+    def __call__(self, n: int, note: str = "") -> None: ...
+
+
 @contextmanager
-def progress(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
     """Yield a function that is told how many more units are done."""
     if console.is_terminal:
         with _bar(unit) as bar:
             task = bar.add_task(description, total=total, rate="")
             start = time.monotonic()
 
-            def advance(n: int) -> None:
+            def advance(n: int, note: str = "") -> None:
                 bar.advance(task, n)
                 done = bar.tasks[0].completed
-                bar.update(task, rate=f"{done / max(time.monotonic() - start, 1e-9):.1f} {unit}/s")
+                rate = f"{done / max(time.monotonic() - start, 1e-9):.1f} {unit}/s"
+                bar.update(task, rate=f"{rate}, {note}" if note else rate)
 
             yield advance
     else:
@@ -45,7 +53,7 @@ class _Lines:
         self._done, self._start = 0, time.monotonic()
         self._last = self._start
 
-    def __call__(self, n: int) -> None:
+    def __call__(self, n: int, note: str = "") -> None:
         self._done += n
         now = time.monotonic()
         finished = self._done >= self._total and self._last > self._start
@@ -54,7 +62,8 @@ class _Lines:
         self._last = now
         rate = self._done / max(now - self._start, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
-        say(f"{self._description}: {self._done}/{self._total}, {rate:.1f} {self._unit}/s, {left:.0f} s left")
+        rest = f", {note}" if note else ""
+        say(f"{self._description}: {self._done}/{self._total}, {rate:.1f} {self._unit}/s, {left:.0f} s left{rest}")
 
 
 def _bar(unit: str) -> Progress:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from pe_rlhf.files import write_whole
 from pe_rlhf.plots import Curves, Panel, Plot, draw_curves, draw_reliability, draw_stacked
@@ -43,6 +43,12 @@ PPO_CURVES = (
         PPO_STEP,
     ),
     Curves("Response length", (Panel("tokens", {"response_length": "mean length"}),), PPO_STEP),
+)
+JUDGE_CURVES = Curves(
+    "Reward and judge",
+    (Panel("mean score", {"reward": "reward"}), Panel("win rate", {"judge_win_rate": "judge"})),
+    PPO_STEP,
+    "the judge compares policy and anchor",
 )
 PPO_SECONDS = Curves(
     "Time per step",
@@ -81,11 +87,7 @@ def write_report(run_dir: Path) -> Path:
     """
     recipe_text, recipe = _read_recipe(run_dir / "recipe.yaml")
     stages = {name: _read_stage(run_dir / name) for name in STAGES if (run_dir / name).is_dir()}
-    templates = FileSystemLoader(Path(__file__).parent / "templates")
-    page = Environment(
-        loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = page.get_template("report.html.j2").render(
+    html = page_template("report.html.j2").render(
         name=recipe.get("name") or run_dir.resolve().name,
         model=recipe.get("model"),
         tiles=_tiles(stages),
@@ -99,6 +101,15 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_whole(path, html)
     return path
+
+
+def page_template(name: str) -> Template:
+    """A page of `templates/`; what is put into it is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -207,8 +218,20 @@ def _stage_row(name: str, summary: Row) -> dict[str, str]:
 
 def _ppo_plots(stages: dict[str, Stage]) -> list[Plot]:
     rows = stages["ppo"].metrics if "ppo" in stages else []
-    plots = [draw_curves(curves, rows) for curves in PPO_CURVES] + [draw_stacked(PPO_SECONDS, rows)]
+    judged = [row for row in rows if row.get("judge_win_rate") is not None]
+    judge = [replace(JUDGE_CURVES, note=over_optimisation(judged) or JUDGE_CURVES.note)] if judged else []
+    plots = [draw_curves(curves, rows) for curves in (*judge, *PPO_CURVES)] + [draw_stacked(PPO_SECONDS, rows)]
     return [plot for plot in plots if plot]
+
+
+def over_optimisation(rows: list[Row]) -> str:
+    """A warning where the judge has turned down since its best step while the reward has risen; rows have both."""
+    best, last = max(rows, key=lambda row: row["judge_win_rate"]), rows[-1]
+    fell = last["judge_ci_high"] < best["judge_win_rate"]
+    if not (fell and last["reward"] > best["reward"]):
+        return ""
+    rates = f"{percent(best['judge_win_rate'])} at step {best['step']} to {percent(last['judge_win_rate'])}"
+    return f"over-optimised: the judge fell from {rates} while the reward rose"
 
 
 def _reward_plots(stages: dict[str, Stage]) -> list[Plot]:
@@ -271,8 +294,10 @@ def conversation(prompt: str | list[Row]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def preferred(preference: float) -> str:
+def preferred(preference: float | None) -> str:
     """Whom the judge prefers; `preference` is the policy's share of the win."""
+    if preference is None:
+        return "no verdict"
     if preference == 0.5:
         return "tie"
     return "policy" if preference > 0.5 else "anchor"

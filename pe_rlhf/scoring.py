@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -50,7 +51,12 @@ class ModelScorer:
     """
 
     def __init__(
-        self, model: str, device: torch.device, dtype: torch.dtype, eos_token_ids: list[int], batch_size: int = 16
+        self,
+        model: str,
+        device: torch.device,
+        dtype: torch.dtype | str,
+        eos_token_ids: Sequence[int] = (),
+        batch_size: int = 16,
     ) -> None:
         path = resolve_model(model)
         try:
@@ -70,13 +76,18 @@ class ModelScorer:
         self._codec, self._batch_size = TextCodec(self._tokenizer), batch_size
         self._eos_token_ids = torch.tensor(eos_token_ids)
 
-    @torch.no_grad()
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
-        scores: list[Tensor] = []
         last_B = sequences.ids_BT[torch.arange(len(sequences)), sequences.lengths_B - 1]
-        cut = (~torch.isin(last_B, self._eos_token_ids)).tolist()
-        pairs = [self._codec.encode_pair(*triple) for triple in zip(prompts, responses, cut, strict=True)]
-        rows = [prompt + response for prompt, response in pairs]
+        return self.score_texts(prompts, responses, (~torch.isin(last_B, self._eos_token_ids)).tolist())
+
+    @torch.no_grad()
+    def score_texts(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Scores _B of texts; `cut` says which responses did not end, by default none."""
+        triples = zip(prompts, responses, cut or [False] * len(prompts), strict=True)
+        rows = [prompt + response for prompt, response in (self._codec.encode_pair(*triple) for triple in triples)]
+        scores: list[Tensor] = []
         for start in range(0, len(rows), self._batch_size):
             batch = self._tokenizer.pad(
                 {"input_ids": rows[start : start + self._batch_size]}, padding_side="right", return_tensors="pt"

@@ -8,8 +8,13 @@ A package of its own: it imports nothing from `pe_rlhf`, and importing `reward` 
 | `losses`      | `pairwise_loss`: Bradley–Terry with margin, label smoothing and centering            |
 | `head`        | `ScalarHead`: one fp32 number per position of the backbone's hidden states           |
 | `calibration` | reliability table, expected calibration error, interval of an accuracy               |
-| `winrate`     | `win_rate`: a win rate with an interval that knows ties and repeated prompts         |
-| `judges`      | `Judge`, `FunctionJudge`, and `load_function` for `module:callable` in a recipe      |
+| `winrate`     | `win_rate`: a win rate with an interval that knows ties and repeated prompts; tests  |
+| `length_control` | the length-controlled win rate of AlpacaEval 2                                    |
+| `ranking`, `agreement` | Bradley–Terry; accuracy and kappa of a judge against people                 |
+| `verdicts`, `summary`  | files of verdicts, and from them the result of each candidate               |
+| `judges`      | a package: the protocol, and judges that are functions, rewards or chat models       |
+| `asking`      | many pairs through a judge: both orders, several at once, each answer on disk        |
+| `pairs`       | what the scores of preference pairs say about a reward model                         |
 | `scores`      | ready score functions: `vader` (sentiment), `length` (a control for length bias)     |
-| `errors`      | `InputError`: a mistake in what the user gave                                        |
+| `errors`      | `InputError`: a mistake in what the user gave; `JudgeError`: a judge that failed      |
 """

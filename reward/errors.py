@@ -1,4 +1,4 @@
-"""The error for a mistake in the user's input."""
+"""The errors that end a command with one sentence."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
     The message is one sentence that says what is wrong and where (file, line or key); the command line prints it
     without a traceback and exits with a non-zero code.
+    """
+
+
+class JudgeError(RuntimeError):
+    """A judge cannot go on: its server is down, too many answers are invalid, a budget is spent.
+
+    The verdicts so far are kept, and the same command goes on from them.
     """

@@ -1,13 +1,17 @@
 """Win rates of a candidate against a baseline, and how far to trust them."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TypeVar
 
 import numpy as np
+from scipy.stats import binomtest
 
 from reward.errors import InputError
+
+Prompt = TypeVar("Prompt", bound=Hashable)  # what a prompt is known by
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class WinRate:
     losses: int
 
 
-def win_rate(preferences: Sequence[float], clusters: Sequence[Hashable] | None = None, level: float = 0.95) -> WinRate:
+def win_rate(
+    preferences: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None, level: float = 0.95
+) -> WinRate:
     """Mean preference for the candidate, with a confidence interval of the given level.
 
     preferences: for each comparison the probability that the candidate wins (0.5: a tie).
@@ -50,15 +56,15 @@ def win_rate(preferences: Sequence[float], clusters: Sequence[Hashable] | None =
     What follows: wins and losses without clusters have V̂ = V_max and n_eff = n, Wilson's interval as in the textbook;
     clusters of one size have the interval of their means taken as single comparisons.
     """
-    value_N = _checked(preferences)
-    cluster_N = np.arange(len(value_N)) if clusters is None else _cluster_codes(clusters, len(value_N))
+    value_N = checked_preferences(preferences)
+    cluster_N = cluster_codes(clusters, len(value_N))
     n, mean = len(value_N), float(value_N.mean())
     size_G = np.bincount(cluster_N)
     deviation_G = np.bincount(cluster_N, weights=value_N - mean)
     variance = float(np.square(deviation_G).sum()) / n**2
     concentration = float(np.square(size_G).sum()) / n**2  # 1/n without clusters, 1/G with clusters of one size
 
-    effective_n = _effective_n(mean, variance, concentration, len(size_G), _quantile(level))
+    effective_n = _effective_n(mean, variance, concentration, len(size_G), normal_quantile(level))
     low, high = wilson_interval(mean, effective_n, level)
     correction = len(size_G) / (len(size_G) - 1) if len(size_G) > 1 else math.nan
     return WinRate(
@@ -75,11 +81,75 @@ def win_rate(preferences: Sequence[float], clusters: Sequence[Hashable] | None =
 
 def wilson_interval(share: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a share observed in n trials, n not necessarily whole (Wilson 1927)."""
-    z = _quantile(level)
+    z = normal_quantile(level)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half_width = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     # It lies in [0, 1] and holds the share; the bounds keep rounding from saying otherwise.
     return min(max(0.0, centre - half_width), share), max(min(1.0, centre + half_width), share)
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a mean: whole clusters are drawn with replacement (Efron and Tibshirani 1993, ch. 13).
+
+    Paired: give the differences of two policies on the same prompts. The same seed gives the same interval.
+    """
+    value_N = np.asarray(values, dtype=np.float64)
+    code_N = cluster_codes(clusters, len(value_N))
+    size_G, sum_G = np.bincount(code_N), np.bincount(code_N, weights=value_N)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        rng.integers(0, len(size_G), size=(min(500, resamples - i), len(size_G))) for i in range(0, resamples, 500)
+    ]
+    mean_R = np.concatenate([sum_G[index].sum(axis=1) / size_G[index].sum(axis=1) for index in drawn])
+    tail = (1 - _checked_level(level)) / 2
+    low, high = np.quantile(mean_R, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def sign_test(differences: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p-value of the exact sign test that positive and negative are equally likely; zeros are left out.
+
+    For preferences, give their differences from 1/2. Independent comparisons only: take the mean of each cluster first.
+    """
+    array = np.asarray(differences, dtype=np.float64)
+    positive, negative = int((array > 0).sum()), int((array < 0).sum())
+    return float(binomtest(positive, positive + negative).pvalue) if positive + negative else 1.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more often policy A wins against a baseline than policy B does, on the prompts that both have.
+
+    difference: of win rates, in [−1, 1]; the interval is a paired bootstrap, clustered by prompt. n: shared prompts.
+    """
+
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    n: int
+
+
+def compare_policies(
+    preferences_a: Mapping[Prompt, Sequence[float]], preferences_b: Mapping[Prompt, Sequence[float]]
+) -> Difference:
+    """Compare two policies prompt by prompt; both map a prompt to the preferences of its comparisons.
+
+    Raises `InputError` where they share no prompt.
+    """
+    shared = [prompt for prompt in preferences_a if prompt in preferences_b]
+    if not shared:
+        raise InputError("the two policies were not compared on any prompt in common")
+    difference_N = np.array([np.mean(preferences_a[p]) - np.mean(preferences_b[p]) for p in shared])
+    low, high = bootstrap_interval(difference_N)
+    return Difference(float(difference_N.mean()), low, high, sign_test(difference_N), len(shared))
 
 
 def _effective_n(mean: float, variance: float, concentration: float, n_clusters: int, z: float) -> float:
@@ -90,13 +160,19 @@ def _effective_n(mean: float, variance: float, concentration: float, n_clusters:
     return bernoulli / blended
 
 
-def _quantile(level: float) -> float:
+def normal_quantile(level: float) -> float:
+    """How many standard errors an interval of that level reaches to each side."""
+    return NormalDist().inv_cdf((1 + _checked_level(level)) / 2)
+
+
+def _checked_level(level: float) -> float:
     if not 0 < level < 1:
         raise InputError(f"the level of an interval must lie between 0 and 1, not {level}")
-    return NormalDist().inv_cdf((1 + level) / 2)
+    return level
 
 
-def _checked(preferences: Sequence[float]) -> np.ndarray:
+def checked_preferences(preferences: Sequence[float] | np.ndarray) -> np.ndarray:
+    """As an array. Raises `InputError` where there are none or one is no probability."""
     value_N = np.asarray(preferences, dtype=np.float64)
     if value_N.size == 0:
         raise InputError("there are no preferences to take a win rate of")
@@ -107,8 +183,10 @@ def _checked(preferences: Sequence[float]) -> np.ndarray:
     return value_N
 
 
-def _cluster_codes(clusters: Sequence[Hashable], n: int) -> np.ndarray:
-    """Number the clusters 0, 1, … in order of appearance."""
+def cluster_codes(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:
+    """Number the clusters 0, 1, … in order of appearance; without clusters every comparison is one of its own."""
+    if clusters is None:
+        return np.arange(n)
     if len(clusters) != n:
         raise InputError(f"there are {n} preferences but {len(clusters)} cluster names")
     code_of: dict[Hashable, int] = {}

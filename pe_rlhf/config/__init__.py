@@ -5,6 +5,7 @@ wrong between keys is checked here too, before a model or a data set is touched.
 """
 
 from pe_rlhf.config.evaluate import EvaluateConfig
+from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.config.model import AdapterConfig, BackboneConfig
 from pe_rlhf.config.optimizer import OptimizerConfig, RewardOptimizerConfig
 from pe_rlhf.config.ppo import KLConfig, PPOConfig, RewardSource
@@ -20,6 +21,7 @@ __all__ = [
     "BackboneConfig",
     "DataSource",
     "EvaluateConfig",
+    "JudgeConfig",
     "KLConfig",
     "OptimizerConfig",
     "PPOConfig",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.config.sampling import SamplingConfig
-from pe_rlhf.config.section import Data, Positive, Section
+from pe_rlhf.config.section import Data, Positive, Section, Share
 
 
 class EvaluateConfig(Section):
     """Compare the policy with the anchor on held-out prompts."""
 
     prompts: Data
-    judge: str = Field(description="module:callable, (prompts, responses) → scores; the higher score wins")
+    judge: str | JudgeConfig = Field(
+        description="length, llm:MODEL, reward_model:RUN, module:callable, or a section with kind, target and settings"
+    )
+    max_invalid_share: Share = Field(default=0.05, description="more pairs without a valid verdict fail the run")
     sampling: SamplingConfig = SamplingConfig()
     samples_per_prompt: Positive = 1
     table_rows: Positive = Field(default=20, description="rows of the side-by-side table")

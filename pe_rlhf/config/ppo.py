@@ -90,6 +90,10 @@ class PPOConfig(Section):
     missing_eos_replaces: bool = Field(default=False, description="a cut response scores minus the penalty instead")
     length_penalty: float = Field(default=0.0, description="taken off the score per response token")
     checkpoint_every: Positive = Field(default=10, description="steps between checkpoints")
+    eval_every: Positive | None = Field(
+        default=None, description="steps between small evaluations by the judge of the evaluate section"
+    )
+    eval_prompts: Positive = Field(default=32, description="prompts of such an evaluation, the first ones")
     samples_every: Positive = Field(default=5, description="steps between samples written to samples.jsonl")
 
     @model_validator(mode="after")

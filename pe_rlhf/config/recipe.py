@@ -71,6 +71,8 @@ class Recipe(Section):
         uses_own = self.ppo is not None and any(source.adapter == "stage" for source in self.ppo.reward)
         if uses_own and not self.reward:
             raise ValueError("ppo.reward is this run's reward stage by default, but the recipe has no reward section")
+        if self.ppo and self.ppo.eval_every and not self.evaluate:
+            raise ValueError("ppo.eval_every asks the judge of the evaluate section: add one")
         if self.evaluate and not self.ppo:
             raise ValueError("evaluate compares the policy of the ppo stage with the anchor: add a ppo section")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_role
 from pe_rlhf.config import PPOConfig, SamplingConfig
+from pe_rlhf.judging import build_judge
 from pe_rlhf.metrics import append_jsonl, write_json
 from pe_rlhf.progress import progress
 from pe_rlhf.resources import peak_memory
@@ -18,8 +20,11 @@ from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.types import Rollout, Sequences, micro_batches
-from reward.judges import Comparison, FunctionJudge, Verdict, load_function
-from reward.winrate import win_rate
+from reward.asking import Pair, judge_pairs
+from reward.summary import Outcome, summarise
+
+RESULTS = ("win_rate", "ci_low", "ci_high", "n", "wins", "ties", "losses", "invalid", "flip_share", "position_bias")
+RESULTS += ("length_controlled_win_rate", "length_controlled_ci_low", "length_controlled_ci_high")
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def run(context: StageContext) -> dict[str, Any]:
     assert config is not None
     assert ppo is not None
     start = time.monotonic()
-    judge = FunctionJudge(load_function(config.judge))
+    judge = build_judge(config.judge)
     backbone = context.backbone()
     codec = context.codec(backbone)
     load_role(backbone, "policy", context.run_dir / "ppo" / "adapter")
@@ -41,26 +46,34 @@ def run(context: StageContext) -> dict[str, Any]:
         for role in ("policy", "anchor")
     }
     texts = {role: [codec.decode(ids) for ids in rollout.responses] for role, rollout in rollouts.items()}
-    comparisons = [Comparison(*row) for row in zip(repeated, texts["policy"], texts["anchor"], strict=True)]
-    verdicts = judge.compare(comparisons)
-    result = win_rate([verdict.preference for verdict in verdicts], clusters)
+    pairs = [
+        Pair(prompts[position], policy, anchor, position, sample % config.samples_per_prompt)
+        for sample, (position, policy, anchor) in enumerate(
+            zip(clusters, texts["policy"], texts["anchor"], strict=True)
+        )
+    ]
+    with progress("evaluate: judging", len(pairs) * (2 if judge.sees_order else 1), "verdicts") as advance:
+        outcomes = judge_pairs(
+            judge,
+            pairs,
+            context.folder / "verdicts.jsonl",
+            candidate="policy",
+            baseline="anchor",
+            max_invalid_share=config.max_invalid_share,
+            on_progress=lambda done, so_far: advance(done, f"win-rate so far {so_far:.3f}" if so_far else ""),
+        )
+    result = summarise("policy", outcomes)
 
     # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
     scorer = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens)
     sequences = {r: Sequences.pack(o.prompts, o.responses, backbone.pad_token_id) for r, o in rollouts.items()}
     rewards = {role: scorer.score(repeated, texts[role], sequences[role]).mean().item() for role in rollouts}
     summary = {
-        "win_rate": result.win_rate,
-        "ci_low": result.ci_low,
-        "ci_high": result.ci_high,
-        "n": result.n,
-        "wins": result.wins,
-        "ties": result.ties,
-        "losses": result.losses,
+        **{key: result[key] for key in RESULTS if key in result},
         "kl": _mean_kl(backbone, sequences["policy"], config.sampling.temperature, ppo),
         **{f"mean_length_{role}": rollout.tokens() / len(rollout.responses) for role, rollout in rollouts.items()},
-        "gold_policy": _mean([verdict.score_a for verdict in verdicts]),
-        "gold_anchor": _mean([verdict.score_b for verdict in verdicts]),
+        "gold_policy": _mean([outcome.row.score_candidate for outcome in outcomes]),
+        "gold_anchor": _mean([outcome.row.score_baseline for outcome in outcomes]),
         **{f"reward_{role}": value for role, value in rewards.items()},
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
@@ -68,7 +81,7 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics = context.metrics()
     metrics.write(ppo.steps, {name: value for name, value in summary.items() if value is not None})
     metrics.close()
-    _write_samples(context, comparisons, verdicts, config.table_rows)
+    _write_samples(context, pairs, outcomes, config.table_rows)
     write_json(context.folder / "summary.json", summary)
     return summary
 
@@ -97,23 +110,24 @@ def _mean(scores: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _write_samples(
-    context: StageContext, comparisons: list[Comparison], verdicts: list[Verdict], table_rows: int
-) -> None:
+def _write_samples(context: StageContext, pairs: list[Pair], outcomes: list[Outcome], table_rows: int) -> None:
     """All comparisons to `samples.jsonl`; the first of them side by side to `samples.md`."""
     path = context.folder / "samples.jsonl"
     path.unlink(missing_ok=True)
     table = ["| prompt | policy | anchor | policy wins |", "|---|---|---|---|"]
-    for comparison, verdict in zip(comparisons, verdicts, strict=True):
+    outcome_of = {(outcome.row.position, outcome.row.sample): outcome for outcome in outcomes}
+    for pair in pairs:
+        outcome = outcome_of[pair.position, pair.sample]
+        preference = None if math.isnan(outcome.preference) else outcome.preference
         row = {
-            "prompt": comparison.prompt,
-            "response_policy": comparison.response_a,
-            "response_anchor": comparison.response_b,
-            "preference": verdict.preference,
-            "score_policy": verdict.score_a,
-            "score_anchor": verdict.score_b,
+            "prompt": pair.prompt,
+            "response_policy": pair.candidate,
+            "response_anchor": pair.baseline,
+            "preference": preference,
+            "score_policy": outcome.row.score_candidate,
+            "score_anchor": outcome.row.score_baseline,
         }
         append_jsonl(path, row)
-        cells = (comparison.prompt, comparison.response_a, comparison.response_b, verdict.preference)
+        cells = (pair.prompt, pair.candidate, pair.baseline, preference)
         table.append("| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |")
     (context.folder / "samples.md").write_text("\n".join(table[: table_rows + 2]) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_statistics import AnchorRollouts
+from pe_rlhf.stages.judge_eval import JudgeEvaluation
 from pe_rlhf.stages.ppo_collect import collect
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.stages.prompt_order import PromptOrder
@@ -50,6 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
     anchor = AnchorRollouts(backbone, scorer, codec, (texts, ids), config, adapter, context.recipe.seed)
     engine = _add_roles(context, backbone, config, adapter, anchor)
     rollout_engine = HFRollout(backbone, POLICY, config.rollout)
+    judge = JudgeEvaluation(context, backbone, codec, POLICY)
     first_step, beta = _resume(context, backbone, engine, config.kl.beta)
     rollout_engine.sync(first_step)
     metrics = context.metrics(first_step)
@@ -72,6 +74,7 @@ def run(context: StageContext) -> dict[str, Any]:
             # 6. the sampler gets the new adapter; metrics; checkpoint
             rollout_engine.sync(step + 1)
             figures |= _timing(start, sampled, scored, rollout.tokens(), config.epochs)
+            figures |= judge(step + 1)
             episodes = (step + 1) * len(rollout.responses)
             metrics.write(step + 1, {"episodes": episodes, "beta": beta, **figures})
             say(_line(step + 1, config.steps, figures))

@@ -16,6 +16,7 @@ from pe_rlhf.adapters.registry import get_init
 from pe_rlhf.config import STAGES, Recipe
 from pe_rlhf.data import load_preferences, load_prompts
 from pe_rlhf.errors import TrainingError
+from pe_rlhf.judging import check_judge
 from pe_rlhf.models import check_model_name
 from pe_rlhf.progress import say
 from pe_rlhf.recipes import load_recipe, save_recipe
@@ -74,7 +75,7 @@ def check_inputs(recipe: Recipe, stages: list[str]) -> None:
         if (prompts := getattr(section, "prompts", None)) is not None:
             load_prompts(prompts, f"{stage}.prompts")
         if (judge := getattr(section, "judge", None)) is not None:
-            load_function(judge)
+            check_judge(judge) if stage == "evaluate" else load_function(judge)
     if recipe.reward is not None and "reward" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.reward, key)) is not None:

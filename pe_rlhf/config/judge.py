@@ -1,0 +1,37 @@
+"""Who judges: a name, or a section for a judge that has more to be told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pe_rlhf.config.section import Positive, Rate, Section
+
+
+class JudgeConfig(Section):
+    """A judge with its settings. As plain text: `length`, `llm:MODEL`, `reward_model:RUN`, or `module:callable`."""
+
+    kind: str = Field(description="length, function, llm, reward_model, or one that you registered")
+    target: str | None = Field(default=None, description="llm: model; reward_model: run or model; module:callable")
+    template: str = Field(
+        default="general", description="llm: general, helpfulness, harmlessness, summarization, or a jinja2 file"
+    )
+    reasoning: bool = Field(default=False, description="llm: reason first, then give the verdict")
+    reasoning_tokens: Positive = 256
+    verdict: Literal["auto", "probabilities", "text"] = Field(
+        default="auto", description="llm: from the labels' probabilities, from parsed text, or whichever can be had"
+    )
+    base_url: str | None = Field(default=None, description="llm: an OpenAI-compatible server")
+    api_key_env: str = Field(default="OPENAI_API_KEY", description="environment variable that holds the server's key")
+    top_logprobs: Positive = Field(default=20, description="how many log-probs to ask a server for")
+    concurrency: Positive = Field(default=8, description="requests to a server at once")
+    timeout: float = Field(default=60.0, gt=0, description="seconds for one request")
+    attempts: Positive = Field(default=6, description="tries of a request that fails for a passing reason")
+    answer_attempts: Positive = Field(default=3, description="tries of an answer that cannot be understood")
+    max_requests: Positive | None = Field(default=None, description="stop after that many requests")
+    max_cost: float | None = Field(default=None, gt=0, description="stop at that cost")
+    price_in: Rate | None = Field(default=None, description="per million tokens read, for max_cost")
+    price_out: Rate | None = Field(default=None, description="per million tokens written, for max_cost")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of a local model")
+    device: str = Field(default="auto", description="of a local model")

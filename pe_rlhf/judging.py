@@ -1,0 +1,108 @@
+"""Judges that need our models: a local chat model, and rewards of a run or of a sequence-classification model.
+
+They stand behind the protocol of `reward.judges`, like all others; importing this module registers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pe_rlhf.causal_lm import find_device, load_causal_lm
+from pe_rlhf.config.judge import JudgeConfig
+from pe_rlhf.policies import find_role, load_role_backbone
+from pe_rlhf.scoring import AdapterScorer, ModelScorer
+from pe_rlhf.types import Sequences
+from reward.errors import InputError
+from reward.judges import Judge, load_judge
+from reward.judges.functions import ScoreFunction
+from reward.judges.llm import ChatBackend, LLMJudge
+from reward.judges.registry import JudgeSettings, judge_kinds, make_judge, register_judge, split_judge_name
+from reward.judges.reward_model import reward_model_judge
+from reward.judges.templates import JudgePrompt
+from reward.records import Prompt
+
+MICRO_BATCH_TOKENS = 4096
+
+
+def judge_settings(judge: str | JudgeConfig) -> JudgeSettings:
+    """The settings behind a recipe's `judge`: a name alone, or a section."""
+    if isinstance(judge, JudgeConfig):
+        return JudgeSettings(**judge.model_dump())
+    kind, target = split_judge_name(judge)
+    return JudgeSettings(kind, target)
+
+
+def build_judge(judge: str | JudgeConfig) -> Judge:
+    """The judge of a recipe. Raises `InputError` for what is wrong with it."""
+    return make_judge(judge_settings(judge))
+
+
+def check_judge(judge: str | JudgeConfig) -> None:
+    """Raise `InputError` for what can be seen to be wrong with a judge without loading a model or asking a server."""
+    settings = judge_settings(judge)
+    if settings.kind == "function" and settings.target:
+        load_judge(settings.target)
+    elif settings.kind == "llm":
+        JudgePrompt(settings.template)
+    elif settings.kind not in judge_kinds():
+        make_judge(settings)
+
+
+def llm_judge(settings: JudgeSettings) -> Judge:
+    """A chat model at `base_url`, else one that is loaded here."""
+    if not settings.target:
+        raise InputError("judge: llm needs its model: llm:MODEL")
+    prompt = JudgePrompt(settings.template)
+    backend: ChatBackend
+    if settings.base_url:
+        from reward.judges.endpoint import Endpoint  # the client library takes a second to import
+
+        backend = Endpoint(settings.target, settings)
+    else:
+        from reward.judges.hf import HFChat
+
+        model, tokenizer = load_causal_lm(
+            settings.target,
+            dtype=settings.dtype,
+            device=find_device(settings.device),
+            attention="sdpa",
+            trust_remote_code=False,
+        )
+        backend = HFChat(model, tokenizer, f"{settings.target} {settings.dtype}")
+    return LLMJudge(
+        backend,
+        prompt,
+        reasoning=settings.reasoning,
+        reasoning_tokens=settings.reasoning_tokens,
+        verdict=settings.verdict,
+        attempts=settings.answer_attempts,
+    )
+
+
+def reward_scores(target: str, dtype: str = "float32", device: str = "auto") -> ScoreFunction:
+    """Rewards of (prompts, responses) from a reward run of ours (its directory), or a model with one label."""
+    found = find_role(target, "reward")
+    if found is None:
+        scorer = ModelScorer(target, find_device(device), dtype)
+        return lambda prompts, responses: scorer.score_texts(prompts, responses).tolist()
+    backbone, codec = load_role_backbone(found, "reward", dtype=dtype, device=device)
+    adapter = AdapterScorer(backbone, "reward", MICRO_BATCH_TOKENS)
+    limit = backbone.max_positions or 10**9
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        pairs = [codec.encode_pair(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        cut = [(prompt[-max(1, limit - len(response)) :], response[: limit - 1]) for prompt, response in pairs]
+        sequences = Sequences.pack([p for p, _ in cut], [r for _, r in cut], backbone.pad_token_id)
+        return adapter.score(list(prompts), list(responses), sequences).tolist()
+
+    return score
+
+
+def _reward_model(settings: JudgeSettings) -> Judge:
+    if not settings.target:
+        raise InputError("judge: reward_model needs a run's directory or a model: reward_model:RUN")
+    return reward_model_judge(reward_scores(settings.target, settings.dtype, settings.device), settings.target)
+
+
+register_judge("llm", llm_judge)
+register_judge("reward_model", _reward_model)

@@ -1,0 +1,191 @@
+"""Where responses come from: a run of ours, an adapter, a model, a server, or a file of finished outputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from pe_rlhf.backbone import ANCHOR, Backbone, load_backbone
+from pe_rlhf.checkpoint import load_role
+from pe_rlhf.config import SamplingConfig
+from pe_rlhf.recipes import load_recipe
+from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.seeding import derive_seed
+from pe_rlhf.text import TextCodec
+from reward.errors import InputError
+from reward.records import Prompt, parse_prompt
+from reward.verdicts import read_rows
+
+PROMPT_COLUMNS, RESPONSE_COLUMNS = ("prompt", "instruction"), ("response", "output")
+
+
+class Policy(Protocol):
+    """Answers prompts."""
+
+    def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
+        """Responses to prompts[start:], one after the other. The same start gives the same responses."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoleFolder:
+    """A role that a stage wrote: its folder, the base model's name and the recipe's chat template."""
+
+    folder: Path
+    base: str
+    chat_template: str
+
+
+def find_role(name: str, stage: str) -> RoleFolder | None:
+    """The adapter of a stage from a run's, a stage's or the adapter's own directory; None where it is none of these."""
+    path = Path(name).expanduser()
+    for folder in (path / stage / "adapter", path / "adapter", path):
+        if (folder / "role.json").is_file():
+            break
+    else:
+        if (path / "recipe.yaml").is_file():
+            raise InputError(f"{path} is a run without a finished {stage} stage")
+        return None
+    recipe = next((f for p in (folder.parent, folder.parent.parent) if (f := p / "recipe.yaml").is_file()), None)
+    try:
+        base = json.loads((folder / "role.json").read_text(encoding="utf-8"))["base_model"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{folder / 'role.json'} is damaged: {error}") from error
+    return RoleFolder(folder, base, load_recipe(recipe).chat_template if recipe else "auto")
+
+
+def load_role_backbone(found: RoleFolder, role: str, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
+    """The base model with that role on it, and the codec of the run."""
+    backbone = load_backbone(found.base, dtype=dtype, device=device)
+    load_role(backbone, role, found.folder)
+    return backbone, _codec(backbone, found.chat_template)
+
+
+class LocalPolicy:
+    """A role of a backbone, or a model that is its own anchor."""
+
+    def __init__(self, backbone: Backbone, role: str, codec: TextCodec, sampling: SamplingConfig, seed: int) -> None:
+        self._backbone, self._role, self._codec = backbone, role, codec
+        self._sampling, self._seed = sampling, seed
+
+    def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
+        """In batches; what is drawn for a response depends on the seed and its number alone."""
+        rollout = HFRollout(self._backbone, self._role, self._sampling)
+        for first in range(start, len(prompts), self._sampling.batch_size):
+            batch = prompts[first : first + self._sampling.batch_size]
+            ids = [self._ids(prompt, first + i) for i, prompt in enumerate(batch)]
+            rows = range(first, first + len(batch))
+            sampled = rollout.generate(ids, derive_seed(self._seed, "evaluate", self._role), rows)
+            yield from (self._codec.decode(response) for response in sampled.responses)
+
+    def _ids(self, prompt: Prompt, number: int) -> list[int]:
+        ids = self._codec.encode_prompt(prompt)
+        limit = (self._backbone.max_positions or 10**9) - self._sampling.max_new_tokens
+        if not 0 < len(ids) <= limit:
+            raise InputError(f"prompt {number} has {len(ids)} tokens; the model takes 1 to {limit} and its response")
+        return ids
+
+
+class EndpointPolicy:
+    """A model behind an OpenAI-compatible server."""
+
+    def __init__(self, url: str, sampling: SamplingConfig, seed: int, api_key_env: str) -> None:
+        from reward.judges.endpoint import Endpoint
+        from reward.judges.registry import JudgeSettings
+
+        base_url, _, model = url.partition("#")
+        if not model:
+            raise InputError(f"{url}: name the server's model after a #: {url}#MODEL")
+        settings = JudgeSettings("llm", model, base_url=base_url, api_key_env=api_key_env)
+        self._endpoint, self._sampling, self._seed = Endpoint(model, settings), sampling, seed
+
+    def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
+        def ask(number: int) -> str:
+            prompt = prompts[number]
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            options = (self._sampling.max_new_tokens, self._sampling.temperature, derive_seed(self._seed, number))
+            (said,) = self._endpoint.generate([chat], options[0], options[1], options[2] % 2**31)
+            if said.error:
+                raise InputError(f"prompt {number}: {said.error}")
+            return said.text
+
+        with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
+            try:
+                yield from pool.map(ask, range(start, len(prompts)))
+            except BaseException:
+                self._endpoint.stop()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def load_policy(name: str, sampling: SamplingConfig, seed: int, *, dtype: str, device: str, api_key_env: str) -> Policy:
+    """What answers under that name: `http(s)://…#MODEL`, a run, an adapter, or a model.
+
+    Raises `InputError` where there is nothing of that name.
+    """
+    if is_endpoint(name):
+        return EndpointPolicy(name, sampling, seed, api_key_env)
+    if (found := find_role(name, "ppo")) is not None:
+        backbone, codec = load_role_backbone(found, "policy", dtype=dtype, device=device)
+        return LocalPolicy(backbone, "policy", codec, sampling, seed)
+    if (base := base_of_adapter(name)) is not None:
+        backbone = load_backbone(base, dtype=dtype, device=device)
+        merged = PeftModel.from_pretrained(backbone.model, name).merge_and_unload()
+        assert isinstance(merged, PreTrainedModel)
+        backbone = Backbone(merged, backbone.tokenizer, name)
+    else:
+        backbone = load_backbone(name, dtype=dtype, device=device)
+    return LocalPolicy(backbone, ANCHOR, _codec(backbone, "auto"), sampling, seed)
+
+
+def base_of(name: str) -> str | None:
+    """The model that a run or an adapter was trained on: what it is compared with unless told otherwise."""
+    found = None if is_endpoint(name) or Path(name).is_file() else find_role(name, "ppo")
+    return found.base if found else base_of_adapter(name)
+
+
+def base_of_adapter(name: str) -> str | None:
+    """The base model that a PEFT adapter names, None for what is no adapter."""
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def is_endpoint(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def read_outputs(path: Path) -> list[tuple[Prompt, str]]:
+    """Prompts and responses from a json, jsonl or csv file; `instruction` and `output` are AlpacaEval's names for them.
+
+    Raises `InputError` naming file and line.
+    """
+    found: list[tuple[Prompt, str]] = []
+    for line, row in read_rows(path):
+        prompt = next((row[column] for column in PROMPT_COLUMNS if column in row), None)
+        response = next((row[column] for column in RESPONSE_COLUMNS if column in row), None)
+        if not isinstance(response, str):
+            raise InputError(f"{path} line {line}: there is no text under response or output")
+        try:
+            found.append((parse_prompt(prompt), response))
+        except InputError as error:
+            raise InputError(f"{path} line {line}: {error}") from error
+    if not found:
+        raise InputError(f"{path} has no outputs")
+    return found
+
+
+def _codec(backbone: Backbone, chat_template: str) -> TextCodec:
+    eos = backbone.eos_token_ids[0] if backbone.eos_token_ids else None
+    return TextCodec(backbone.tokenizer, chat_template, eos)

@@ -1,0 +1,27 @@
+"""Judges: who compares two responses and says which one is better.
+
+| module      | what it holds                                                                              |
+|-------------|--------------------------------------------------------------------------------------------|
+| `base`      | `Comparison`, `Verdict`, and `Judge`, the protocol                                         |
+| `functions` | scores and comparisons in Python, and `load_judge` for `module:callable`                   |
+| `length`    | longer wins: the control for length bias                                                   |
+| `reward_model` | rewards: A wins with probability σ(r_A − r_B)                                           |
+| `llm`       | a chat model as a judge, over any `ChatBackend`                                            |
+| `hf`        | the backend for a transformers model in this process                                       |
+| `endpoint`  | the backend for an OpenAI-compatible server                                                |
+| `registry`  | the kinds of judges by name                                                                |
+"""
+
+from reward.judges.base import Comparison, Judge, Verdict
+from reward.judges.functions import CompareJudge, FunctionJudge, load_function, load_judge, score_responses
+
+__all__ = [
+    "CompareJudge",
+    "Comparison",
+    "FunctionJudge",
+    "Judge",
+    "Verdict",
+    "load_function",
+    "load_judge",
+    "score_responses",
+]

@@ -1,0 +1,14 @@
+"""A reward model as a judge: A wins with probability σ(r_A − r_B), as Bradley–Terry training means its rewards."""
+
+import math
+
+from reward.judges.functions import FunctionJudge, ScoreFunction
+
+
+def reward_model_judge(score: ScoreFunction, identity: str) -> FunctionJudge:
+    """A judge from rewards of (prompts, responses), in nats."""
+    return FunctionJudge(score, identity=f"reward_model:{identity}", probability=_bradley_terry)
+
+
+def _bradley_terry(difference: float) -> float:
+    return 1 / (1 + math.exp(-difference)) if difference > -700 else 0.0

@@ -1,0 +1,70 @@
+"""The prompts of chat judges: jinja2 files in `reward/prompts`, or a file of one's own."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2 import Template as JinjaTemplate
+
+from reward.errors import InputError
+from reward.judges.base import Comparison
+from reward.records import Message, Prompt
+
+FOLDER = Path(__file__).parents[1] / "prompts"
+
+
+class JudgePrompt:
+    """A judge's prompt: `general`, `helpfulness`, `harmlessness`, `summarization`, or the path of a jinja2 file.
+
+    A file of one's own is given `messages`, `response_a`, `response_b` and `reasoning`, may extend `base.jinja2`, and
+    has to ask for the letter A or B. `fingerprint` changes with the text that is asked.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._template = _load(name)
+        probe = Comparison([{"role": "user", "content": "p"}], "a", "b")
+        self.fingerprint = hashlib.sha256(
+            (self.render(probe, reasoning=False) + self.render(probe, reasoning=True)).encode()
+        ).hexdigest()[:12]
+
+    def render(self, comparison: Comparison, *, reasoning: bool) -> str:
+        """The question to the judge. Raises `InputError` where the template fails."""
+        try:
+            return self._template.render(
+                messages=as_messages(comparison.prompt),
+                response_a=comparison.response_a,
+                response_b=comparison.response_b,
+                reasoning=reasoning,
+            ).strip()
+        except TemplateError as error:
+            raise InputError(f"judge.template: {self.name} fails: {error}") from error
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as chat messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def template_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.jinja2") if path.stem != "base")
+
+
+def _load(name: str) -> JinjaTemplate:
+    path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.jinja2"
+    if not path.is_file() or name == "base":
+        close = difflib.get_close_matches(name, template_names(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"judge.template: {name!r} is neither one of {', '.join(template_names())} nor a file{hint}")
+    # The text goes to a model, not to a browser: nothing is escaped.
+    loader = FileSystemLoader([path.parent, FOLDER])
+    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False)
+    try:
+        return environment.get_template(path.name)
+    except TemplateSyntaxError as error:
+        raise InputError(f"judge.template: {path} line {error.lineno}: {error.message}") from error
+    except TemplateError as error:
+        raise InputError(f"judge.template: {path}: {error}") from error

@@ -1,0 +1,129 @@
+"""A real OpenAI-compatible server on loopback that judges by a rule, and misbehaves as it is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KEY = "sk-secret-0123456789abcdef"
+
+# Told the number of the request, counted from 0: what goes wrong with it, or None.
+Faults = Callable[[int], str | None]
+
+
+@dataclass
+class ChatServer:
+    """How it answers, and what it was asked.
+
+    answered: how often each question was answered whole. text: what it says where log-probs are not asked for.
+    """
+
+    faults: Faults = lambda number: None
+    logprobs: bool = True
+    text: str | None = None
+    bias: float = 0.0
+    url: str = ""
+    requests: int = 0
+    answered: Counter[str] = field(default_factory=Counter)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def probability_of_a(self, question: str) -> float:
+        """0.9 for the response that says "good" more often, 0.5 where both do alike, shifted by `bias` towards A."""
+        a, b = (re.search(rf"\[Response {x}\]\n(.*?)\n\[End of response", question, re.DOTALL) for x in "AB")
+        assert a is not None, question
+        assert b is not None, question
+        difference = a[1].count("good") - b[1].count("good")
+        base = 0.5 if difference == 0 else 0.9 if difference > 0 else 0.1
+        return min(0.99, max(0.01, base + self.bias))
+
+
+@contextmanager
+def running(server: ChatServer) -> Iterator[ChatServer]:
+    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
+    http.daemon_threads = True
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Nothing into the tests' output."""
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with server.lock:
+                number, server.requests = server.requests, server.requests + 1
+                server.bodies.append(body)
+            if self.headers.get("Authorization") not in (f"Bearer {KEY}", "Bearer none"):
+                # Some servers say which key was wrong.
+                return self._send(401, {"error": {"message": f"Incorrect key: {self.headers['Authorization']}"}})
+            fault = server.faults(number)
+            if fault == "hang":
+                time.sleep(1.5)
+            if fault == "drop":
+                self.close_connection = True
+                return self.connection.close()
+            if fault == "429":
+                return self._send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.05"})
+            if fault == "500":
+                return self._send(500, {"error": {"message": f"it broke, {self.headers['Authorization']}"}})
+            if fault == "wrong format":
+                return self._send(200, {"verdict": "A"})
+            if fault == "too long":
+                return self._send(400, {"error": {"message": "maximum context length is 8 tokens"}})
+            if body.get("logprobs") and not server.logprobs:
+                return self._send(400, {"error": {"message": "logprobs are not supported"}})
+            text = json.dumps(self._answer(body))
+            if fault == "truncated":
+                return self._raw(200, text[: len(text) // 2].encode(), {})
+            question = body["messages"][0]["content"]
+            with server.lock:
+                server.answered[question] += 1
+            return self._raw(200, text.encode(), {})
+
+        def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+            import math
+
+            p = server.probability_of_a(body["messages"][0]["content"])
+            said = server.text if server.text is not None else ("A" if p > 0.5 else "B")
+            choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
+            choice["message"] = {"role": "assistant", "content": said}
+            if body.get("logprobs"):
+                top = [{"token": t, "logprob": math.log(0.8 * q), "bytes": None} for t, q in (("A", p), (" B", 1 - p))]
+                choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
+            usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
+            head = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
+            return {**head, "choices": [choice], "usage": usage}
+
+        def _send(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+            self._raw(status, json.dumps(body).encode(), headers or {})
+
+        def _raw(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+    return Handler

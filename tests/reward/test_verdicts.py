@@ -1,0 +1,158 @@
+"""Files of verdicts: formats, both orders, refusals; `pe-rlhf winrate` on them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reward.summary import combine_orders, pair_up, summarise
+from reward.verdicts import FIRST, SECOND, VerdictRow, read_verdicts
+from tests.runs import Outcome, write_jsonl
+
+
+def results(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    assert outcome.code == 0, outcome
+    return {line["candidate"]: line for line in map(json.loads, outcome.out.splitlines())}
+
+
+@pytest.mark.shared
+def test_all_15_models_of_alpaca_eval(cli: Callable[..., Outcome], shared_data: Path) -> None:
+    with (shared_data / "alpaca_eval" / "leaderboard.csv").open(encoding="utf-8") as lines:
+        published = {row[""]: row for row in csv.DictReader(lines)}
+    found = results(cli("winrate", shared_data / "alpaca_eval" / "preferences.csv.gz"))
+    assert found.keys() == published.keys()
+    for model, line in found.items():
+        assert 100 * line["win_rate"] == pytest.approx(float(published[model]["win_rate"]), abs=1e-6)
+        assert 100 * line["standard_error"] == pytest.approx(float(published[model]["standard_error"]), abs=1e-6)
+        expected = float(published[model]["length_controlled_winrate"])
+        assert 100 * line["length_controlled_win_rate"] == pytest.approx(expected, abs=0.2)
+
+
+@pytest.mark.shared
+def test_our_columns_give_the_same_as_alpaca_evals(
+    cli: Callable[..., Outcome], shared_data: Path, tmp_path: Path
+) -> None:
+    folder = shared_data / "alpaca_eval"
+    with gzip.open(folder / "preferences.csv.gz", "rt", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["model"] == "claude-2.1"]
+    ours = [
+        {
+            "candidate": row["model"],
+            "preference": float(row["preference"]) - 1,
+            "position": int(row["position"]),
+            "len_candidate": int(row["len_output_2"]),
+            "len_baseline": int(row["len_output_1"]),
+        }
+        for row in rows
+    ]
+    table = folder / "instruction_difficulty_recovered.csv"
+    found = results(cli("winrate", write_jsonl(tmp_path / "v.jsonl", ours), "--difficulty", table))["claude-2.1"]
+    assert 100 * found["length_controlled_win_rate"] == pytest.approx(25.2519, abs=0.2)
+    with table.open(encoding="utf-8") as lines:
+        difficulty = [float(row["instruction_difficulty"]) for row in csv.DictReader(lines)]
+    with (tmp_path / "v.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*ours[0], "difficulty"])
+        writer.writeheader()
+        writer.writerows([row | {"difficulty": difficulty[row["position"]]} for row in ours])
+    assert results(cli("winrate", tmp_path / "v.csv"))["claude-2.1"] == found
+
+
+def test_alpaca_evals_annotations_as_they_are(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    def row(preference: float | None, output_2: str) -> dict[str, Any]:
+        names = {"generator_1": "base", "generator_2": "mine", "annotator": "judge"}
+        return {"instruction": "i", "output_1": "xxxx", "output_2": output_2, "preference": preference, **names}
+
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([row(1.9, "ab"), row(1.2, "abc"), row(0, "a"), row(None, "abcd")]))
+    verdicts = read_verdicts(path)
+    assert [v.preference for v in verdicts[:3]] == pytest.approx([0.9, 0.2, 0.5])
+    assert [(v.candidate, v.baseline, v.position) for v in verdicts] == [("mine", "base", i) for i in range(4)]
+    assert [(v.len_candidate, v.len_baseline) for v in verdicts] == [(2, 4), (3, 4), (1, 4), (4, 4)]
+    line = results(cli("winrate", path))["mine"]
+    assert (line["n"], line["invalid"], line["ties"]) == (3, 1, 1)
+    assert line["win_rate"] == pytest.approx(1.6 / 3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected", "flipped"),
+    [(1, 1, 1, False), (1, 0, 0.5, True), (0.7, 0.3, 0.5, True), (0.9, 0.6, 0.75, False), (0.9, 0.2, 0.5, True)],
+)
+def test_a_flipped_pair_counts_half(first: float, second: float, expected: float, flipped: bool) -> None:
+    assert combine_orders(first, second) == (pytest.approx(expected), flipped)
+
+
+def test_a_tie_in_one_order_is_no_flip_and_an_invalid_order_makes_the_pair_invalid() -> None:
+    assert combine_orders(0.5, 1.0) == (0.75, False)
+    assert math.isnan(combine_orders(math.nan, 1.0)[0])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7])
+def test_a_planted_position_bias_cancels_and_is_reported(share: float) -> None:
+    """A judge that says A with that probability whatever the responses: 50 %, and the bias is share − 1/2."""
+    rng = np.random.default_rng(0)
+    rows = [
+        VerdictRow(float(a_wins) if order == FIRST else 1 - float(a_wins), position=i, order=order)
+        for i in range(4000)
+        for order, a_wins in ((o, rng.random() < share) for o in (FIRST, SECOND))
+    ]
+    line = summarise("candidate", pair_up(rows))
+    assert line["win_rate"] == pytest.approx(0.5, abs=0.02)
+    assert line["position_bias"] == pytest.approx(share - 0.5, abs=0.02)
+    assert line["flip_share"] == pytest.approx(share**2 + (1 - share) ** 2, abs=0.03)
+    assert line["n"] == 4000
+
+
+def test_agreement_with_people(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    rows = [{"preference": p, "human": h} for p, h in ((0.9, 1), (0.8, 1), (0.7, 0), (0.2, 0))]
+    line = results(cli("winrate", write_jsonl(tmp_path / "v.jsonl", rows)))["candidate"]
+    assert (line["human_accuracy"], line["human_kappa"], line["human_n"]) == (0.75, pytest.approx(0.5), 4)
+
+
+def test_pairwise_and_ranking(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    rows = [
+        {"candidate": name, "baseline": "old", "position": i, "preference": float(i % 4 < wins)}
+        for name, wins in (("x", 3), ("y", 1))
+        for i in range(40)
+    ]
+    path = write_jsonl(tmp_path / "v.jsonl", rows)
+    (pair,) = map(json.loads, cli("winrate", path, "--pairwise").out.splitlines())
+    assert (pair["candidate_a"], pair["candidate_b"], pair["difference"], pair["n"]) == ("x", "y", 0.5, 40)
+    assert pair["ci_low"] > 0.3
+    assert pair["p_value"] < 1e-4
+    ranking = [json.loads(line)["policy"] for line in cli("winrate", path, "--ranking").out.splitlines()]
+    assert ranking == ["x", "old", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("v.jsonl", "", "v.jsonl is empty"),
+        ("v.jsonl", '{"preference": 0.5}\n{"preference": 1.5}\n', "line 2: preference is 1.5, not a probability"),
+        ("v.jsonl", '{"preference": 0.5}\n{"prefer', "v.jsonl line 2: not valid JSON"),
+        ("v.jsonl", '{"score": 1}\n', "line 1: there is no column 'preference'; there are score"),
+        ("v.jsonl", '{"preference": null}\n', "none of the 1 verdicts on candidate is valid"),
+        ("v.csv", "preference\nmany\n", "v.csv line 2: preference is 'many', not a number"),
+        ("v.csv", "preference,position\n0.5,-1\n", "line 2: position is -1, not a whole number"),
+        ("v.txt", "0.5", "v.txt is none of .jsonl, .json and .csv"),
+        ("v.json", "[1]", "a list of objects is wanted"),
+        ("v.json", '[{"output_2": "a", "preference": 2.5}]', r"AlpacaEval's lie in \[1, 2\]"),
+        ("v.jsonl.gz", "not gzip", "damaged or not text"),
+    ],
+)
+def test_refusals(refused: Callable[..., str], tmp_path: Path, name: str, text: str, message: str) -> None:
+    import re
+
+    (tmp_path / name).write_text(text)
+    assert re.search(message, refused("winrate", tmp_path / name))
+
+
+def test_a_missing_file_is_named(refused: Callable[..., str]) -> None:
+    assert refused("winrate", "nowhere.jsonl") == "there is no file nowhere.jsonl"

@@ -1,0 +1,233 @@
+"""`pe-rlhf evaluate` and `evaluate-reward`: sources of responses, resume after a kill, the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reward.chat_server import KEY, ChatServer, running
+from tests.runs import PAIRS, PROMPTS, Outcome, read_jsonl, recipe, write_jsonl, write_recipe
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+PROMPT_TEXTS = [f"Prompt {i}" for i in range(12)]
+
+
+def write_outputs(folder: Path) -> tuple[Path, Path]:
+    """Finished outputs in AlpacaEval's form and in ours; "good" 0, 1 or 2 times against once."""
+    mine = [{"instruction": text, "output": "good " * (i % 3) + "<b>x</b>"} for i, text in enumerate(PROMPT_TEXTS)]
+    (folder / "mine.json").write_text(json.dumps(mine))
+    other = write_jsonl(folder / "other.jsonl", [{"prompt": t, "response": "good y"} for t in reversed(PROMPT_TEXTS)])
+    return folder / "mine.json", other
+
+
+def test_files_of_outputs_are_matched_by_prompt(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    outcome = cli("evaluate", mine, "--against", other, "--judge", "length", "--out", "e")
+    assert outcome.code == 0, outcome
+    line = json.loads(outcome.out)
+    # By hand: 8, 13 and 18 characters against 6.
+    assert (line["win_rate"], line["n"], line["mean_len_baseline"]) == (1.0, 12, 6.0)
+    assert line == json.loads((tmp_path / "e" / "summary.json").read_text())
+    rows = read_jsonl(tmp_path / "e" / "verdicts.jsonl")
+    assert [row["prompt"] for row in rows] == PROMPT_TEXTS
+    again = json.loads(cli("winrate", "e/verdicts.jsonl").out)
+    assert {key: again[key] for key in ("win_rate", "ci_low", "n")} == {k: line[k] for k in ("win_rate", "ci_low", "n")}
+
+
+def test_a_run_against_its_base_and_a_model_against_an_endpoint(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("ppo"))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    arguments = ["--prompts", "prompts.jsonl", "--judge", "length", "--max-new-tokens", "6", "--out", "e"]
+    outcome = cli("evaluate", "run", *arguments)
+    assert outcome.code == 0, outcome
+    line = json.loads(outcome.out)
+    assert (line["baseline"], line["n"]) == ("random:tiny-llama", len(PROMPTS))
+    before = (tmp_path / "e" / "candidate.jsonl").read_bytes()
+    # Half of a response was written when it was killed: the same command makes the same file.
+    (tmp_path / "e" / "candidate.jsonl").write_bytes(before[: len(before) // 2])
+    assert json.loads(cli("evaluate", "run", *arguments).out) == line
+    assert (tmp_path / "e" / "candidate.jsonl").read_bytes() == before
+    refused = cli("evaluate", "run", *arguments, "--seed", "5")
+    assert refused.code == 2
+    assert "holds responses of other prompts, another policy or other settings" in refused.errors[0]
+    peft = cli("evaluate", "run/ppo/adapter", *arguments[:-1], "e2")
+    assert json.loads(peft.out)["win_rate"] == line["win_rate"]
+
+
+def test_an_endpoint_as_policy_and_judge(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    mine, _ = write_outputs(tmp_path)
+    with running(ChatServer()) as server:
+        arguments = ["--judge", "llm:m", "--base-url", server.url, "--out", "e"]
+        outcome = cli("evaluate", mine, "--against", mine, *arguments)
+    assert outcome.code == 0, outcome
+    line = json.loads(outcome.out)
+    assert (line["win_rate"], line["ties"], line["position_bias"]) == (0.5, 12, pytest.approx(0))
+    assert server.requests == 24
+    assert all(KEY not in path.read_text() for path in (tmp_path / "e").iterdir())
+
+
+def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    environment = os.environ | {"OPENAI_API_KEY": KEY, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def slowly(number: int) -> None:
+        time.sleep(0.3)
+
+    with running(ChatServer(faults=slowly)) as server:
+        command = [sys.executable, "-m", "pe_rlhf", "evaluate", str(mine), "--against", str(other), "--judge", "llm:m"]
+        command += ["--base-url", server.url, "--concurrency", "1", "--out", "e"]
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+        verdicts = tmp_path / "e" / "verdicts.jsonl"
+        deadline = time.monotonic() + 120
+        while not (verdicts.exists() and verdicts.read_bytes().count(b"\n") >= 5):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        server.faults = lambda number: None
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    line = json.loads(done.stdout)
+    assert (line["n"], line["win_rate"]) == (12, pytest.approx(0.5))
+    # The one question that was under way when it was killed has been asked again, no other.
+    assert sum(server.answered.values()) <= 24 + 1
+    assert KEY not in done.stderr + verdicts.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--judge", "lenght"], "'lenght' is neither one of function, length, llm, reward_model nor"),
+        (["--judge", "llm"], "llm needs its model: llm:MODEL"),
+        (["--judge", "llm:m", "--template", "helpfull"], "did you mean 'helpfulness'?"),
+        (["--judge", "no_such:judge"], "'no_such:judge' names the module 'no_such'"),
+        (["--judge", "length", "--prompts", "none.jsonl"], "--prompts: there is no file none.jsonl"),
+        (["--judge", "length", "--verdict", "guess"], "--verdict: "),
+    ],
+)
+def test_mistakes(cli: Callable[..., Outcome], tmp_path: Path, arguments: list[str], message: str) -> None:
+    mine, other = write_outputs(tmp_path)
+    outcome = cli("evaluate", mine, "--against", other, *arguments, "--out", "e")
+    assert outcome.code == 2, outcome
+    assert message in outcome.errors[0]
+    assert "Traceback" not in outcome.err
+
+
+def test_a_missing_output_and_a_missing_baseline(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    assert "--against is missing" in cli("evaluate", mine, "--judge", "length").errors[0]
+    write_jsonl(other, [{"prompt": "Prompt 0", "response": "x"}])
+    outcome = cli("evaluate", mine, "--against", other, "--judge", "length")
+    assert "has no output for prompt 1" in outcome.errors[0]
+
+
+def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("reward", reward__epochs=6, reward__learning_rate=0.02))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    pairs = [pair | {"subset": "even" if i % 2 == 0 else "odd"} for i, pair in enumerate(PAIRS)]
+    write_jsonl(tmp_path / "subset_pairs.jsonl", pairs)
+    outcome = cli("evaluate-reward", "run", "subset_pairs.jsonl", "--second", "run/reward", "--out", "e")
+    assert outcome.code == 0, outcome
+    line = json.loads(outcome.out)
+    assert line["n"] == 8
+    assert {name: subset["n"] for name, subset in line["subsets"].items()} == {"even": 4, "odd": 4}
+    assert line["agreement"] == 1.0  # with itself
+    assert line["ci_low"] <= line["accuracy"] <= line["ci_high"]
+    assert line["length"]["longer_is_better"] + line["length"]["shorter_is_better"] == 8 - sum(
+        len(p["chosen"]) == len(p["rejected"]) for p in PAIRS
+    )
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "Reliability" in page
+    assert "Agreement with the second model" in page
+    judged = cli("evaluate", "run", *["--judge", "length"])
+    assert judged.code == 2  # a run without a ppo stage has no policy
+
+
+@pytest.fixture
+def page(cli: Callable[..., Outcome], tmp_path: Path) -> Path:
+    """A page with wins, losses, ties and flips; the judge has a leaning to A."""
+    mine, other = write_outputs(tmp_path)
+    (tmp_path / "leaning.py").write_text(
+        "def judge(prompts, a, b):\n"
+        "    return [min(1, max(0, 0.6 + 0.3 * (x.count('good') - y.count('good')))) for x, y in zip(a, b)]\n"
+    )
+    outcome = cli("evaluate", mine, "--against", other, "--judge", "leaning:judge", "--out", "e")
+    assert outcome.code == 0, outcome
+    return tmp_path / "e" / "report.html"
+
+
+def browse(page: Path, fragment: str = "", *more: str) -> str:
+    """The page's document after its scripts have run, in a real browser."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", *more]
+    command += ["--dump-dom", f"{page.as_uri()}{fragment}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def test_the_page_filters_by_outcome_in_a_browser(page: Path) -> None:
+    document = browse(page, "#flip")
+    kinds = dict(re.findall(r'data-show="(\w+)"[^>]*>\w+ \((\d+)\)', document))
+    assert kinds == {"all": "12", "win": "4", "loss": "4", "flip": "4"}
+    articles = re.findall(r'<article class="pair" data-kind="(\w+)"( hidden="")?', document)
+    assert len(articles) == 12
+    assert {kind for kind, hidden in articles if not hidden} == {"flip"}
+    assert 'data-show="flip" aria-pressed="true"' in document
+    assert "&lt;b&gt;x&lt;/b&gt;" in document  # a response is text, not markup
+
+
+def test_the_page_fits_a_phone(page: Path, tmp_path: Path) -> None:
+    """Nothing is wider than a screen of 390 pixels: a script beside the page's own says how wide the document is."""
+    probe = tmp_path / "probe.html"
+    frame = f'<iframe id="f" src="{page.as_uri()}" style="width:390px;height:800px"></iframe>'
+    script = (
+        "<script>f.onload = () => { document.title = "
+        "f.contentDocument.documentElement.scrollWidth + ' of ' + f.contentWindow.innerWidth; }</script>"
+    )
+    probe.write_text(frame + script)
+    document = browse(probe, "", "--allow-file-access-from-files")
+    width = re.search(r"<title>(\d+) of 390</title>", document)
+    assert width is not None, document
+    assert int(width[1]) <= 390
+
+
+def test_ppo_with_a_judge_every_other_step(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", "evaluate", ppo__eval_every=2, ppo__steps=3, ppo__eval_prompts=4))
+    assert cli("run", path, "--run-dir", "run", "--to", "ppo").code == 0
+    rows = read_jsonl(tmp_path / "run" / "ppo" / "metrics.jsonl")
+    assert ["judge_win_rate" in row for row in rows] == [False, True, True]
+    assert all(0 <= row["judge_ci_low"] <= row["judge_win_rate"] <= row["judge_ci_high"] <= 1 for row in rows[1:])
+    assert rows[-1]["judge_n"] == 4
+    verdicts = read_jsonl(tmp_path / "run" / "ppo" / "judge" / "step-000003.jsonl")
+    wins: list[Any] = [row["preference"] for row in verdicts]
+    assert rows[-1]["judge_win_rate"] == pytest.approx(sum(wins) / 4)
+    assert "Reward and judge" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_over_optimisation_is_told() -> None:
+    from pe_rlhf.report import over_optimisation
+
+    def row(step: int, reward: float, rate: float) -> dict[str, Any]:
+        return {"step": step, "reward": reward, "judge_win_rate": rate, "judge_ci_high": rate + 0.1}
+
+    up = [row(5, 0.1, 0.5), row(10, 0.5, 0.8)]
+    assert over_optimisation(up) == ""
+    assert over_optimisation([*up, row(15, 0.9, 0.75)]) == ""  # within the interval
+    assert over_optimisation([*up, row(15, 0.9, 0.6)]).startswith(
+        "over-optimised: the judge fell from 80.0 % at step 10"
+    )
+    assert over_optimisation([*up, row(15, 0.4, 0.6)]) == ""  # both fell: no sign of it
