@@ -17,15 +17,15 @@ class Mismatch:
         effective_sample_size: (Σw)² / (N·Σw²), a share: 1 where both are one policy, towards 1/N where they are not.
     """
 
-    mean: Tensor
-    max: Tensor
-    effective_sample_size: Tensor
+    mean: float
+    max: float
+    effective_sample_size: float
 
 
-def mismatch(trainer_N: Tensor, sampler_N: Tensor) -> Mismatch:
-    """Compare the log-probs of the same tokens, at least one, by the trainer and by the sampler."""
-    log_ratio_N = (trainer_N - sampler_N).double()
+def mismatch(log_ratio_N: Tensor) -> Mismatch:
+    """Figures of log w = log π_trainer − log π_sampler of tokens that the sampler drew, at least one."""
+    log_ratio_N = log_ratio_N.double()
     # The share is the same for any multiple of w: the largest becomes 1, so that nothing overflows.
     w_N = (log_ratio_N - log_ratio_N.max()).exp()
     share = w_N.sum() ** 2 / (w_N.numel() * (w_N**2).sum())
-    return Mismatch(log_ratio_N.abs().mean(), log_ratio_N.abs().max(), share)
+    return Mismatch(log_ratio_N.abs().mean().item(), log_ratio_N.abs().max().item(), share.item())

@@ -25,7 +25,8 @@ class EngineConfig(Section):
     )
     urls: list[str] = Field(default_factory=list, description="server: addresses such as http://host:8000")
     exchange_dir: str | None = Field(
-        default=None, description="server: where weights are handed over, seen by all servers; default: the run's folder"
+        default=None,
+        description="server: where weights are handed over, seen by all servers; default: the run's folder",
     )
     start_timeout: float = Field(
         default=600.0, gt=0, description="vllm: seconds to wait for an engine or a server that is not up"

@@ -31,7 +31,7 @@ def vllm_rank(backbone: Backbone) -> int:
 
 
 def response_seeds(seed: int, prompts: Sequence[object], rows: Sequence[int] | None) -> list[int]:
-    """A seed for each response, from its row in the whole batch: whichever process asks, and whichever engine answers."""
+    """A seed for each response, from its row in the whole batch: whoever asks, and whichever engine answers."""
     return [derive_seed(seed, row) for row in (range(len(prompts)) if rows is None else rows)]
 
 

@@ -17,11 +17,11 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm import LLM, SamplingParams
-from vllm.inputs import TokensPrompt
-from vllm.lora.request import LoRARequest
+# At run time vLLM is imported where it is used: it takes many seconds, and the watch over the parent runs before.
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -37,10 +37,14 @@ class Engine:
 
     def start(self, settings: dict[str, Any]) -> None:
         """Load the base. `settings` are arguments of `vllm.LLM`."""
+        from vllm import LLM
+
         self._llm = LLM(**settings)
 
     def load_adapter(self, tag: str, path: str) -> None:
         """Sample from a LoRA, under an id and a name that were never used before; the one before is dropped."""
+        from vllm.lora.request import LoRARequest
+
         self._adapters += 1
         adapter = LoRARequest(tag, self._adapters, path)
         if not self._llm.llm_engine.add_lora(adapter):
@@ -64,6 +68,9 @@ class Engine:
         self, tag: str, prompts: list[list[int]], seeds: list[int], sampling: dict[str, Any]
     ) -> list[tuple[list[int], list[float]]]:
         """Ids and log-probs of one response per prompt, in their order, by the weights of that tag and by no others."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
         if tag != self._tag:
             raise RuntimeError(f"the engine holds {self._tag}, it was asked for {tag}")
         engine = self._llm.llm_engine

@@ -19,7 +19,6 @@ from pe_rlhf.errors import TrainingError
 from pe_rlhf.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.progress import progress, say
 from pe_rlhf.resources import peak_memory
-from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
@@ -45,7 +44,7 @@ def run(context: StageContext) -> dict[str, Any]:
     prompts = PromptOrder(texts, ids, config.batch_size, config.rollout.samples_per_prompt, context.recipe.seed)
     scorer = make_scorer(config.reward, backbone, context.run_dir, config.micro_batch_tokens)
     engine = _add_roles(context, backbone, config)
-    rollout_engine = HFRollout(backbone, POLICY, config.rollout)
+    rollout_engine = context.rollout(backbone, POLICY, config.rollout, ids)
     first_step, beta = _resume(context, backbone, engine, config.kl.beta)
     rollout_engine.sync(first_step)
     metrics = context.metrics(first_step)

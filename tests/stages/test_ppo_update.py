@@ -35,7 +35,7 @@ class RecordingEngine(Engine):
 
 
 def config_of(**changes: Any) -> PPOConfig:
-    rollout = {"max_new_tokens": 10, **changes.pop("rollout", {})}
+    rollout = {"max_new_tokens": 10, "mismatch_limit": 10, **changes.pop("rollout", {})}
     steps = {"epochs": 1, "minibatches": 1, "learning_rate": 1e-2, "value_learning_rate": 3e-2}
     return PPOConfig.model_validate(
         {"prompts": "unused.jsonl", "batch_size": 6, "rollout": rollout, **steps, **changes}
