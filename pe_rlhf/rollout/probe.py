@@ -49,7 +49,7 @@ class Probe:
         distance = _distance(found, self._expected[role])
         if not distance <= self._tolerance:
             raise InputError(
-                f"{server.url} serves other weights than the {role} of {self._backbone.name}: log-probs of fixed tokens"
+                f"{server.url} serves other weights than the {role} of {self._backbone.name}: log-probs of some tokens"
                 f" differ by {distance:.3g} on average (another model, another dtype, or what an earlier run left there:"
                 " start it anew)"
             )

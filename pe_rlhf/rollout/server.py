@@ -29,6 +29,7 @@ from pe_rlhf.types import Rollout
 from reward.errors import InputError
 
 ATTEMPTS = 3  # how often a response is asked for
+SECONDS_BETWEEN_LOOKS = 0.5
 
 Response = tuple[list[int], list[float]]
 
@@ -127,7 +128,7 @@ class ServerVLLM:
             if not said:
                 say(f"waiting up to {self._config.start_timeout:g} s for the vLLM server {server.url}")
                 said = True
-            time.sleep(0.5)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         server.ask_for_models()
 
     # ---- responses --------------------------------------------------------------------------------------------------
@@ -194,15 +195,18 @@ class ServerVLLM:
     async def _back(self, server: Server) -> bool:
         """Wait until a server that failed answers, and give it the weights anew; False where it does not come back."""
         async with server.lock():
-            if server.down:
+            start = time.monotonic()
+            while server.down and time.monotonic() - start < self._config.start_timeout:
                 try:
-                    await asyncio.to_thread(self._wait_for, server)
-                    await asyncio.to_thread(self._put, server)
-                    say(f"{server.url} is back")
-                except (TrainingError, ServerFault) as error:
-                    say(f"{server.url} is given up for this batch: {error}")
-                    if all(other.down for other in self._servers):
-                        raise TrainingError(str(error)) from error
+                    # In a thread what it takes is short: a batch that the others finish does not wait for more.
+                    if await asyncio.to_thread(server.is_up):
+                        await asyncio.to_thread(server.ask_for_models)
+                        await asyncio.to_thread(self._put, server)
+                        say(f"{server.url} is back")
+                        break
+                except ServerFault as fault:
+                    say(f"{server.url}: {fault}")
+                await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
             return not server.down
 
 

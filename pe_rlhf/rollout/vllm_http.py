@@ -34,6 +34,7 @@ class Server:
         self._locks: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
         self.base, self._max_length = "", 0
         self.adapter: str | None = None
+        self._loaded: set[str] = set()
         self.merged = False  # whether the base's weights were replaced
         self.down = False
         self.probe_answer: list[float] = []
@@ -64,7 +65,6 @@ class Server:
             self.base, self._max_length = str(base["id"]), int(base["max_model_len"])
         except (httpx.HTTPError, ServerFault, KeyError, TypeError, ValueError, StopIteration) as error:
             raise InputError(f"{self.url} does not answer as a vLLM server does: {error!r}") from error
-        self.adapter = None
 
     def check_length(self, tokens: int) -> None:
         if tokens > self._max_length:
@@ -83,16 +83,19 @@ class Server:
                 f"{self.url} loads no adapters: start it by launch/vllm_server.sh, or with --enable-lora and"
                 " VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
             )
-        if answer.status_code != 200:
+        has_it = answer.status_code == 400 and "already been loaded" in answer.text  # it was away, and not started anew
+        if answer.status_code != 200 and not has_it:
             raise InputError(f"{self.url} did not load the adapter in {path}: {_message(answer)}")
-        self.unload()
+        self._loaded.add(name)
+        self.unload(but=name)
         self.adapter = name
 
-    def unload(self) -> None:
-        """Drop the adapter; one that the server does not know any more is dropped."""
-        if self.adapter is not None:
-            self._post("/v1/unload_lora_adapter", {"lora_name": self.adapter})
-            self.adapter = None
+    def unload(self, but: str | None = None) -> None:
+        """Drop all adapters that were loaded here; what the server does not know any more is dropped already."""
+        self.adapter = None
+        for name in self._loaded - {but}:
+            self._post("/v1/unload_lora_adapter", {"lora_name": name})
+            self._loaded.discard(name)
 
     def load_merged(self, path: Path) -> None:
         """Put a checkpoint's weights in the place of the base's, and forget what those computed."""
