@@ -50,7 +50,7 @@ class Probe:
         if not distance <= self._tolerance:
             raise InputError(
                 f"{server.url} serves other weights than the {role} of {self._backbone.name}: log-probs of some tokens"
-                f" differ by {distance:.3g} on average (another model, another dtype, or what an earlier run left there:"
+                f" differ by {distance:.3g} on average (another model or dtype, or what an earlier run left there:"
                 " start it anew)"
             )
         return found
