@@ -60,7 +60,7 @@ def resolve_model(name: str) -> str:
     if name.startswith("pip:"):
         return str(_pip_model_dir(name.removeprefix("pip:")))
     if name == TINY_RANDOM_MODEL:
-        return str(_cached("tiny-random-llama", lambda _, target: _make_tiny_random(target)))
+        return str(_cached("tiny-random-llama-2", lambda _, target: _make_tiny_random(target)))
     return str(Path(name).expanduser().resolve()) if _looks_local(name) else name
 
 

@@ -98,6 +98,7 @@ class EmbeddedVLLM:
     def _put_weights(self) -> None:
         """Give the engine the role as it is now, under a name that no other state ever had."""
         if self._loading:
+            say(f"waiting for vLLM to start; what it says goes to {self._log}")
             self._process.answer(self._config.start_timeout)
             self._loading = False
         old, self._tag = self._tag, f"{self._role}-{self._version}-{os.urandom(4).hex()}"

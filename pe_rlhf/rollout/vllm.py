@@ -81,7 +81,7 @@ class Engine:
             engine.add_request(str(i), prompt, parameters, lora_request=self._adapter)
         responses: dict[int, tuple[list[int], list[float]]] = {}
         while engine.has_unfinished_requests():
-            finished = [output for output in engine.step() if output.finished]
+            finished: list[Any] = [output for output in engine.step() if output.finished]
             for output in finished:
                 ids, tables = list(output.outputs[0].token_ids), output.outputs[0].logprobs or []
                 # As many log-probs as vLLM gave: whether there is one for each token is for the trainer to check.

@@ -56,6 +56,7 @@ def run(context: StageContext) -> dict[str, Any]:
             # 1. responses from the policy as it is
             batch = prompts.batch(step)
             rollout = rollout_engine.generate(batch.ids, derive_seed(context.recipe.seed, "rollout", step))
+            _refuse_other_version(rollout, step)
             sampled = time.monotonic()
             # 2.-4. anchor log-probs, values, scores; rewards shaped with the KL; GAE
             experience, figures = collect(backbone, scorer, codec, batch.prompts, rollout, beta, config)
@@ -98,6 +99,11 @@ def _add_roles(context: StageContext, backbone: Backbone, config: PPOConfig) -> 
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup(role, backbone.role_parameters(role), rate) for role, rate in rates.items()]
     return Engine(groups, config.optimizer, config.steps * config.epochs * config.minibatches)
+
+
+def _refuse_other_version(rollout: Rollout, step: int) -> None:
+    if rollout.version != step:
+        raise TrainingError(f"version {rollout.version} of the policy was sampled from, the trainer is at {step}")
 
 
 def _refuse_high_kl(kl: float, config: PPOConfig, step: int) -> None:

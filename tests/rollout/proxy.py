@@ -50,7 +50,7 @@ class Proxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Proxy
+    server: Proxy  # type: ignore[assignment]  # it is made by no other
 
     def do_GET(self) -> None:
         if self.server.refuses:
