@@ -1,84 +1,77 @@
-"""A fingerprint of weights that any server can be asked for: the log-probs of a few fixed tokens.
+"""A fingerprint of weights that any server can be asked for: the log-probs of what it samples after fixed tokens.
 
-Names, paths and configs say what somebody called the weights; these numbers follow from every one of them.
+Names, paths and configs say what somebody called the weights; these numbers follow from every one of them. They are not
+taken from vLLM's `prompt_logprobs`: with an adapter loaded those end the engine when other requests run beside them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import httpx
 import torch
 
-from pe_rlhf.backbone import ANCHOR, Backbone
-from pe_rlhf.rollout.vllm_http import Refusal, Server, ServerFault
+from pe_rlhf.backbone import Backbone
+from pe_rlhf.errors import TrainingError
+from pe_rlhf.rollout.vllm_http import Server
 from pe_rlhf.seeding import permutation
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 
-TOKENS = 24
+PROMPT_TOKENS, NEW_TOKENS = 24, 8
 # Mean of the absolute differences, nats per token: what two implementations differ by, times a hundred in fp32.
 TOLERANCE_FP32, TOLERANCE_NARROW = 1e-3, 0.1
 
 
 class Probe:
-    """Fixed tokens from all over the vocabulary, the highest id among them, and their log-probs under a role."""
+    """A prompt of tokens from all over the vocabulary, the highest id among them."""
 
-    def __init__(self, backbone: Backbone, longest_prompt: int) -> None:
+    def __init__(self, backbone: Backbone, longest_prompt: int, new_tokens: int, temperature: float) -> None:
         vocabulary: int = backbone.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-        drawn = permutation(vocabulary, 0, "probe")[: max(2, min(TOKENS, longest_prompt))]
-        self._ids = [*drawn[:-1], vocabulary - 1]
-        self._backbone = backbone
+        drawn = permutation(vocabulary, 0, "probe")[: min(PROMPT_TOKENS, longest_prompt)]
+        self._prompt = [*drawn[:-1], vocabulary - 1]
+        self._backbone, self._temperature = backbone, temperature
+        # No id ends these responses, so that there is always the same number of tokens to compare.
+        length = min(NEW_TOKENS, new_tokens)
+        self._sampling = {"temperature": temperature, "max_tokens": length, "ignore_eos": True}
         self._tolerance = TOLERANCE_FP32 if backbone.model.dtype == torch.float32 else TOLERANCE_NARROW
-        self._expected: dict[str, list[float]] = {}
-        self.expect(ANCHOR)
 
-    def expect(self, role: str) -> None:
-        """Compute the trainer's log-probs of a role as it is now."""
-        sequences = Sequences.pack([self._ids[:1]], [self._ids[1:]], self._backbone.pad_token_id)
-        with torch.no_grad(), self._backbone.role(role):
-            self._expected[role] = self._backbone.response_logprobs(sequences)[0].tolist()
-
-    def check(self, server: Server, model: str, role: str) -> list[float]:
-        """What the server answers for a model. Raises `InputError` where that is not the role, as last expected."""
+    def check(self, server: Server, model: str, role: str) -> None:
+        """Raise `InputError` where a model that the server has is not the role as it is now; `ServerFault`."""
         try:
-            found = server.prompt_logprobs(model, self._ids)
-        except Refusal as fault:
-            raise InputError(f"{server.url} serves another model than {self._backbone.name}: {fault}") from fault
-        distance = _distance(found, self._expected[role])
-        if not distance <= self._tolerance:
+            ids, found = asyncio.run(self._complete(server, model))
+        except TrainingError as refusal:
+            raise InputError(f"{server.url} serves another model than {self._backbone.name}: {refusal}") from refusal
+        distance = self._distance(ids, found, role, self._temperature)
+        if distance <= self._tolerance:
+            return
+        if self._distance(ids, found, role, 1.0) <= self._tolerance:
             raise InputError(
-                f"{server.url} serves other weights than the {role} of {self._backbone.name}: log-probs of some tokens"
-                f" differ by {distance:.3g} on average (another model or dtype, or what an earlier run left there:"
-                " start it anew)"
-            )
-        return found
-
-    def check_temperature(self, server: Server, role: str, sampling: dict[str, Any]) -> None:
-        """Raise `InputError` where the log-probs of sampled tokens are not those of the tempered distribution."""
-
-        async def complete() -> tuple[list[int], list[float]]:
-            async with httpx.AsyncClient(timeout=None) as client:
-                return await server.complete(client, self._ids[:2], 0, sampling, "probe")
-
-        ids, found = asyncio.run(complete())
-        sequences = Sequences.pack([self._ids[:2]], [ids], self._backbone.pad_token_id)
-        with torch.no_grad(), self._backbone.role(role):
-            expected = self._backbone.response_logprobs(sequences, sampling["temperature"])[0].tolist()
-        if not _distance(found, expected) <= self._tolerance:
-            raise InputError(
-                f"{server.url} gives log-probs that are not of temperature {sampling['temperature']:g}: start it by"
+                f"{server.url} gives log-probs that are not of temperature {self._temperature:g}: start it by"
                 " launch/vllm_server.sh, or with --logprobs-mode processed_logprobs"
             )
+        raise InputError(
+            f"{server.url} serves other weights than the {role} of {self._backbone.name}: its log-probs differ"
+            f" by {distance:.3g} on average (another model or dtype, or what an earlier run left there: start it anew)"
+        )
 
-    def same(self, server: Server) -> bool:
-        """Whether the server still answers as it did when it was last checked."""
+    def holds(self, server: Server, role: str) -> bool:
+        """Whether the server still samples from the role as it is now; raises `ServerFault`."""
         try:
-            return _distance(server.prompt_logprobs(server.model, self._ids), server.probe_answer) <= self._tolerance
-        except ServerFault:
+            self.check(server, server.model, role)
+        except InputError:
             return False
+        return True
 
+    async def _complete(self, server: Server, model: str) -> tuple[list[int], list[float]]:
+        async with httpx.AsyncClient(timeout=server.timeout) as client:
+            return await server.complete(client, self._prompt, 0, self._sampling, "probe-" + model, model)
 
-def _distance(a: list[float], b: list[float]) -> float:
-    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(b)
+    @torch.no_grad()
+    def _distance(self, ids: list[int], found: list[float], role: str, temperature: float) -> float:
+        if max(ids) > max(self._prompt) or len(ids) != len(found):
+            return float("inf")
+        sequences = Sequences.pack([self._prompt], [ids], self._backbone.pad_token_id)
+        with self._backbone.role(role):
+            expected_N = self._backbone.response_logprobs(sequences, temperature)[0]
+        return float((expected_N.float().cpu() - torch.tensor(found)).abs().mean())

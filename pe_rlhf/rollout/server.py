@@ -19,7 +19,6 @@ from pe_rlhf.backbone import ANCHOR, Backbone
 from pe_rlhf.config import SamplingConfig
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.progress import say
-from pe_rlhf.rollout.agreement import truncates
 from pe_rlhf.rollout.base import check_response, checked_rollout
 from pe_rlhf.rollout.exchange import WeightExchange
 from pe_rlhf.rollout.probe import Probe
@@ -59,7 +58,7 @@ class ServerVLLM:
         self._rank = 0 if self._merges or role == ANCHOR else vllm_rank(backbone)
         self._version, self._tag, self._path = 0, "", Path()
         self._servers = [Server(url, config.timeout) for url in config.urls]
-        self._probe = Probe(backbone, longest_prompt)
+        self._probe = Probe(backbone, longest_prompt, config.max_new_tokens, config.temperature)
         for server in self._servers:
             self._wait_for(server)
             server.check_length(longest_prompt + config.max_new_tokens)
@@ -77,7 +76,6 @@ class ServerVLLM:
             self._path = self._exchange.put_merged(self._backbone, self._role, self._tag)
         elif self._role != ANCHOR:
             self._path = self._exchange.put_adapter(self._backbone, self._role, self._tag, self._rank)
-        self._probe.expect(self._role)
         for server in self._servers:
             try:
                 self._put(server)
@@ -113,10 +111,7 @@ class ServerVLLM:
             server.unload()
         else:
             server.load_adapter(self._tag, self._path)
-        server.probe_answer = self._probe.check(server, server.model, self._role)
-        if self._config.temperature != 1 and not truncates(self._config):
-            sampling = sampling_parameters(self._config, self._backbone.eos_token_ids)
-            self._probe.check_temperature(server, self._role, sampling)
+        self._probe.check(server, server.model, self._role)
         server.down = False
 
     def _wait_for(self, server: Server) -> None:
@@ -135,13 +130,21 @@ class ServerVLLM:
 
     def generate(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Rollout:
         for server in self._servers:
-            if self._merges and not server.down and not self._probe.same(server):
-                say(f"{server.url} holds other weights than it was given (was it started again?); it gets them anew")
-                server.down = True
+            if self._merges and not server.down:
+                self._check_merged(server)
         batch = _Batch(prompts, response_seeds(seed, prompts, rows))
         asyncio.run(self._sample(batch))
         responses = [batch.responses[i] for i in range(len(prompts))]
         return checked_rollout(prompts, responses, self._version, self._backbone, self._config)
+
+    def _check_merged(self, server: Server) -> None:
+        """A server that was started again between two batches has its own weights, under the same name as before."""
+        try:
+            server.down = not self._probe.holds(server, self._role)
+        except ServerFault:
+            server.down = True
+        if server.down:
+            say(f"{server.url} does not hold the weights it was given (was it started again?); it gets them anew")
 
     async def _sample(self, batch: _Batch) -> None:
         """Ask all servers for responses at once, each for as many as it may compute side by side."""

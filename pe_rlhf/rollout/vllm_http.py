@@ -19,10 +19,6 @@ class ServerFault(Exception):
     """A server did not do what it was asked, in a way that may pass: asking again, or another one, is the answer."""
 
 
-class Refusal(ServerFault):
-    """A server understood what it was asked and will not do it."""
-
-
 class Server:
     """One server, the adapter that it samples from, and whether it can be used."""
 
@@ -30,6 +26,7 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         key = os.environ.get("VLLM_API_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.timeout = timeout
         self._http = httpx.Client(timeout=timeout, headers=self._headers)
         self._locks: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
         self.base, self._max_length = "", 0
@@ -37,7 +34,6 @@ class Server:
         self._loaded: set[str] = set()
         self.merged = False  # whether the base's weights were replaced
         self.down = False
-        self.probe_answer: list[float] = []
 
     @property
     def model(self) -> str:
@@ -114,26 +110,20 @@ class Server:
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
-    def prompt_logprobs(self, model: str, ids: list[int]) -> list[float]:
-        """Log-probs of all tokens but the first, under a model that the server has. Raises `ServerFault`."""
-        body = {"model": model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, "add_special_tokens": False}
-        answer = self._post("/v1/completions", body)
-        if answer.status_code != 200:
-            raise (Refusal if answer.status_code in (400, 404) else ServerFault)(_message(answer))
-        try:
-            tables = self._json(answer)["choices"][0]["prompt_logprobs"][1:]
-            return [float(table[str(token)]["logprob"]) for token, table in zip(ids[1:], tables, strict=True)]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ServerFault(f"an answer without the prompt's log-probs: {error!r}") from error
-
     async def complete(
-        self, client: httpx.AsyncClient, prompt: list[int], seed: int, sampling: dict[str, Any], salt: str
+        self,
+        client: httpx.AsyncClient,
+        prompt: list[int],
+        seed: int,
+        sampling: dict[str, Any],
+        salt: str,
+        model: str | None = None,
     ) -> tuple[list[int], list[float]]:
         """Ids and log-probs of one response.
 
         Raises `ServerFault`, and `TrainingError` for what asking again cannot mend.
         """
-        model = self.model
+        model = model or self.model
         body = {"model": model, "prompt": prompt, "seed": seed, "logprobs": 0, **sampling}
         # The salt is one more wall between the prefix caches of two versions.
         body |= {"return_token_ids": True, "add_special_tokens": False, "cache_salt": salt}

@@ -70,7 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer = httpx.post(
             self.server.upstream + self.path, content=body, headers={"Content-Type": "application/json"}, timeout=120
         )
-        if self.path == "/v1/completions" and "prompt_logprobs" not in json.loads(body) and answer.status_code == 200:
+        samples = self.path == "/v1/completions" and not json.loads(body)["cache_salt"].startswith("probe-")
+        if samples and answer.status_code == 200:
             self.server.completions += 1
             spoiled = self.server.spoil(self.server.completions, answer.json())
             self.server.gate.wait()
