@@ -7,6 +7,7 @@ taken from vLLM's `prompt_logprobs`: with an adapter loaded those end the engine
 from __future__ import annotations
 
 import asyncio
+import os
 
 import httpx
 import torch
@@ -65,7 +66,8 @@ class Probe:
 
     async def _complete(self, server: Server, model: str) -> tuple[list[int], list[float]]:
         async with httpx.AsyncClient(timeout=server.timeout) as client:
-            return await server.complete(client, self._prompt, 0, self._sampling, "probe-" + model, model)
+            salt = f"probe-{os.urandom(8).hex()}"  # nothing of an earlier answer is in the prefix cache for it
+            return await server.complete(client, self._prompt, 0, self._sampling, salt, model)
 
     @torch.no_grad()
     def _distance(self, ids: list[int], found: list[float], role: str, temperature: float) -> float:

@@ -45,7 +45,9 @@ def test_every_stage_samples_with_vllm(cli: Callable[..., Outcome], tmp_path: Pa
     assert [line["effective_sample_size"] > 0.9999 for line in lines] == [True, True]
     (evaluation,) = read_jsonl(tmp_path / "out/evaluate/metrics.jsonl")
     assert evaluation["logprob_mismatch"] < 1e-4
-    assert evaluation["kl"] > 1e-3  # the premise: policy and anchor differ by more than sampler and trainer do
+    assert (
+        abs(evaluation["kl"]) > 1e-2
+    )  # an estimate; the premise: policy and anchor differ by more than sampler and trainer do
     assert not list(tmp_path.glob("out/*/pe-rlhf-*"))
 
 
