@@ -31,7 +31,7 @@ from pe_rlhf.adapters.build import AdapterSpec, new_adapters, saved_adapter
 from pe_rlhf.adapters.export import export_peft
 from pe_rlhf.adapters.statistics import LayerStatistics, StatisticsSource
 from pe_rlhf.adapters.targets import Targets, find_targets, linear_modules
-from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, weight_out_in
+from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, merged_weight, weight_out_in
 from pe_rlhf.algo.logprobs import token_logprobs
 from pe_rlhf.causal_lm import eos_token_ids, find_device, freeze, load_causal_lm, logits_head, position_arguments
 from pe_rlhf.recompute import BlockCheckpointing
@@ -236,12 +236,34 @@ class Backbone(nn.Module):
         named = self._named(role, lambda module: dict(module.named_parameters()))
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
-    def export_adapter(self, role: str, path: str | Path) -> None:
-        """Write a role as a plain PEFT LoRA of rank 2r (r where B0 is zero) for the original base; see `export.py`."""
+    def export_adapter(self, role: str, path: str | Path, rank: int | None = None) -> None:
+        """Write a role as a plain PEFT LoRA of rank 2r (r where B0 is zero) for the original base; see `export.py`.
+
+        `rank` fills a smaller one up with zeros.
+        """
         layers = {name: layer.adapters[role] for name, layer in self._layers(role)}
         head = self.heads[role] if role in self.heads else None  # noqa: SIM401  (a ModuleDict has no get)
         names = list(linear_modules(self.model))
-        export_peft(layers, head, role=role, base_model=self.name, all_names=names, path=Path(path))
+        export_peft(layers, head, role=role, base_model=self.name, all_names=names, path=Path(path), rank=rank)
+
+    def export_rank(self, role: str) -> int:
+        """The rank that `export_adapter` writes unless told otherwise."""
+        return max(layer.adapters[role].factors().A_RI.shape[0] for _, layer in self._layers(role))  # type: ignore[operator]
+
+    def merged_tensors(self, role: str) -> Iterator[tuple[str, Tensor]]:
+        """The base's checkpoint, name by name, with `W0 + ΔW` of a role in it; computed fresh, the base is not touched.
+
+        A tensor that the model has under two names comes once, under the first.
+        """
+        layers = {} if role == ANCHOR else dict(self._layers(role))
+        seen: set[int] = set()
+        for name, tensor in self.model.state_dict().items():
+            module = name.removesuffix(".base.weight")
+            if ".adapters." in name or tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
+            layer = layers.get(module)
+            yield name.replace(".base.", "."), tensor if layer is None else merged_weight(layer, role)
 
     def train(self, mode: bool = True) -> Backbone:
         """Turn dropout of adapters on or off. The base stays as it is: it has none."""

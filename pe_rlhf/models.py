@@ -60,7 +60,7 @@ def resolve_model(name: str) -> str:
     if name.startswith("pip:"):
         return str(_pip_model_dir(name.removeprefix("pip:")))
     if name == TINY_RANDOM_MODEL:
-        return str(_cached("tiny-random-llama", lambda _, target: _make_tiny_random(target)))
+        return str(_cached("tiny-random-llama-2", lambda _, target: _make_tiny_random(target)))
     return str(Path(name).expanduser().resolve()) if _looks_local(name) else name
 
 
@@ -144,7 +144,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def _make_tiny_random(target: Path) -> None:
-    """A random Llama of 30 thousand parameters that reads bytes: for trying out a recipe, not for its answers."""
+    """A random Llama of 40 thousand parameters that reads bytes: for trying out a recipe, not for its answers."""
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|end|>", *alphabet])}
     bytewise = Tokenizer(BPE(vocab=vocabulary, merges=[]))
@@ -157,6 +157,7 @@ def _make_tiny_random(target: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,  # the smallest that vLLM's attention takes
         max_position_embeddings=512,
         eos_token_id=0,
         bos_token_id=None,

@@ -64,7 +64,7 @@ def test_the_installed_package_finds_its_recipes_anywhere(wheel: Path, tmp_path:
     assert all(path.startswith(str(tmp_path / "site")) for path in found.stdout.split())  # the premise
 
 
-@pytest.mark.parametrize("script", [*sorted((ROOT / "launch").glob("*.sbatch")), ROOT / ".ci" / "run"], ids=str)
+@pytest.mark.parametrize("script", [*sorted((ROOT / "launch").glob("*.s*h*")), ROOT / ".ci" / "run"], ids=str)
 def test_shell_scripts_parse(script: Path) -> None:
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -24,6 +24,7 @@ def export_peft(
     base_model: str,
     all_names: list[str],
     path: Path,
+    rank: int | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, and `head.safetensors` where the role has a head.
 
@@ -34,10 +35,11 @@ def export_peft(
         layers: the adapters by module name.
         all_names: the names of all layers that PEFT could put an adapter on.
         path: the directory to write.
+        rank: fill a smaller rank up to this one with zeros.
     """
     factors = {name: _factors(adapter) for name, adapter in layers.items()}
     ranks = {name: f.A_RI.shape[0] for name, f in factors.items()}
-    rank, scale = max(ranks.values()), next(iter(factors.values())).scale
+    rank, scale = max(rank or 0, *ranks.values()), next(iter(factors.values())).scale
     tensors: dict[str, Tensor] = {}
     for name, f in factors.items():
         # PEFT takes one rank and one alpha for all layers: a smaller one is filled up with zeros.

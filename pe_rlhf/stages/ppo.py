@@ -19,7 +19,6 @@ from pe_rlhf.errors import TrainingError
 from pe_rlhf.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.progress import progress, say
 from pe_rlhf.resources import peak_memory
-from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
@@ -50,7 +49,7 @@ def run(context: StageContext) -> dict[str, Any]:
     adapter = context.recipe.adapter_for("ppo").model_copy(update={"dropout": 0.0})
     anchor = AnchorRollouts(backbone, scorer, codec, (texts, ids), config, adapter, context.recipe.seed)
     engine = _add_roles(context, backbone, config, adapter, anchor)
-    rollout_engine = HFRollout(backbone, POLICY, config.rollout)
+    rollout_engine = context.rollout(backbone, POLICY, config.rollout, ids)
     judge = JudgeEvaluation(context, backbone, codec, POLICY)
     first_step, beta = _resume(context, backbone, engine, config.kl.beta)
     rollout_engine.sync(first_step)
@@ -63,6 +62,7 @@ def run(context: StageContext) -> dict[str, Any]:
             # 1. responses from the policy as it is
             batch = prompts.batch(step)
             rollout = rollout_engine.generate(batch.ids, derive_seed(context.recipe.seed, "rollout", step))
+            _refuse_other_version(rollout, step)
             sampled = time.monotonic()
             # 2.-4. anchor log-probs, values, scores; rewards shaped with the KL; GAE
             experience, figures = collect(backbone, scorer, codec, batch.prompts, rollout, beta, config)
@@ -107,6 +107,11 @@ def _add_roles(
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup(role, backbone.role_parameters(role), rate) for role, rate in rates.items()]
     return Engine(groups, config.optimizer, config.steps * config.epochs * config.minibatches)
+
+
+def _refuse_other_version(rollout: Rollout, step: int) -> None:
+    if rollout.version != step:
+        raise TrainingError(f"version {rollout.version} of the policy was sampled from, the trainer is at {step}")
 
 
 def _refuse_high_kl(kl: float, config: PPOConfig, step: int) -> None:

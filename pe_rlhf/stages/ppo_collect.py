@@ -13,6 +13,7 @@ from pe_rlhf.algo.masked import explained_variance, masked_mean, masked_var, mas
 from pe_rlhf.algo.rewards import adjust_scores, shape_rewards
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
+from pe_rlhf.rollout.agreement import agreement
 from pe_rlhf.scoring import Scorer
 from pe_rlhf.text import TextCodec
 from pe_rlhf.types import Experience, Rollout, Sequences, micro_batches
@@ -119,7 +120,7 @@ def _old_logprobs(
     trainer_BR = response_logprobs(backbone, "policy", sequences, config)
     if config.rollout.correction == "truncated_is":
         weights_BR = (trainer_BR - sampler_BR).exp().clamp(max=config.rollout.correction_cap)
-    return trainer_BR, weights_BR, {"logprob_mismatch": masked_mean((trainer_BR - sampler_BR).abs(), mask_BR).item()}
+    return trainer_BR, weights_BR, agreement((trainer_BR - sampler_BR)[mask_BR], config.rollout, backbone.model.dtype)
 
 
 def recomputes_old_logprobs(backbone: Backbone, config: PPOConfig) -> bool:

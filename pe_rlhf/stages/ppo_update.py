@@ -12,6 +12,7 @@ from pe_rlhf.algo.losses import policy_loss, value_loss
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.engine import Engine
+from pe_rlhf.rollout.agreement import agreement
 from pe_rlhf.seeding import permutation
 from pe_rlhf.types import Experience, micro_batches
 
@@ -21,30 +22,34 @@ def update(
 ) -> dict[str, float]:
     """Train policy and value on one rollout. Returns the means of losses and statistics over all minibatches."""
     means: dict[str, list[float]] = defaultdict(list)
+    figures: dict[str, float] = {}
     for epoch in range(config.epochs):
         order = torch.tensor(permutation(len(experience.sequences), seed, "minibatches", step, epoch))
         for rows in order.tensor_split(config.minibatches):
-            sums = _accumulate(backbone, engine, experience, rows, beta, config)
-            rates = engine.learning_rates()
-            norms = engine.step()
+            sums, log_ratio_N = _accumulate(backbone, engine, experience, rows, beta, config)
             if not means:
                 # No step was taken yet: what differs from π_old now is the sampler against the trainer.
-                means["logprob_mismatch"] = [sums["mismatch"]]
-            del sums["mismatch"]
+                figures = agreement(log_ratio_N, config.rollout, backbone.model.dtype)
+            rates = engine.learning_rates()
+            norms = engine.step()
             for name, value in sums.items():
                 means[name].append(value)
             for role in norms:
                 means[f"{role}_grad_norm"].append(norms[role])
                 means[f"lr_{role}"].append(rates[role])
-    return {name: sum(values) / len(values) for name, values in means.items()}
+    return figures | {name: sum(values) / len(values) for name, values in means.items()}
 
 
 def _accumulate(
     backbone: Backbone, engine: Engine, experience: Experience, rows: Tensor, beta: float, config: PPOConfig
-) -> dict[str, float]:
-    """Gradients of one minibatch, micro-batch by micro-batch. Returns means over the minibatch's tokens."""
+) -> tuple[dict[str, float], Tensor]:
+    """Gradients of one minibatch, micro-batch by micro-batch.
+
+    Returns means over the minibatch's tokens, and log π − log π_old _N of each of them.
+    """
     tokens = int(experience.mask_BR[rows].sum())
     totals: dict[str, float] = defaultdict(float)
+    log_ratios: list[Tensor] = []
     for index in micro_batches(experience.sequences.lengths_B[rows], config.micro_batch_tokens):
         part = rows[index]
         sequences, mask_BR = experience.sequences.take(part), experience.mask_BR[part]
@@ -86,5 +91,5 @@ def _accumulate(
         totals["value_clip_fraction"] += value.clipped.item() / tokens
         totals["approx_kl"] += policy.approx_kl.item() / tokens
         totals["entropy"] += entropies_N.sum().item() / tokens
-        totals["mismatch"] += (logprobs_N.detach() - old_N).abs().sum().item() / tokens
-    return dict(totals)
+        log_ratios.append(logprobs_N.detach() - old_N)
+    return dict(totals), torch.cat(log_ratios)

@@ -13,7 +13,6 @@ from pe_rlhf.files import write_whole
 from pe_rlhf.metrics import write_json
 from pe_rlhf.progress import progress
 from pe_rlhf.resources import peak_memory
-from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
 from reward.errors import InputError
@@ -36,7 +35,9 @@ def run(context: StageContext) -> dict[str, Any]:
     # 1. two responses for each prompt, from the anchor
     seed = derive_seed(context.recipe.seed, "preferences")
     with progress("preferences: sampling", 2 * len(prompts), "responses") as advance:
-        rollout = HFRollout(backbone, "anchor", config.sampling, advance).generate(prompt_ids * 2, seed)
+        engine = context.rollout(backbone, "anchor", config.sampling, prompt_ids, advance)
+        engine.sync(0)
+        rollout = engine.generate(prompt_ids * 2, seed)
     texts = [codec.decode(ids) for ids in rollout.responses]
     first, second = texts[: len(prompts)], texts[len(prompts) :]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pe_rlhf.adapters.registry import get_init
-from pe_rlhf.config import STAGES, Recipe
+from pe_rlhf.config import STAGES, EngineConfig, Recipe
 from pe_rlhf.data import load_preferences, load_prompts
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.judging import check_judge
@@ -22,6 +22,7 @@ from pe_rlhf.progress import say
 from pe_rlhf.recipes import load_recipe, save_recipe
 from pe_rlhf.report import write_report
 from pe_rlhf.resources import reset_peak_memory
+from pe_rlhf.rollout.make import check_installed
 from pe_rlhf.stages import evaluate, ppo, preferences, reward
 from pe_rlhf.stages.context import StageContext
 from reward.errors import InputError
@@ -72,6 +73,7 @@ def check_inputs(recipe: Recipe, stages: list[str]) -> None:
         adapter = recipe.adapter_for(stage)
         get_init(adapter.init).parse(adapter.init_options)
         section = getattr(recipe, stage)
+        check_installed(getattr(section, "rollout", None) or getattr(section, "sampling", None) or EngineConfig())
         if (prompts := getattr(section, "prompts", None)) is not None:
             load_prompts(prompts, f"{stage}.prompts")
         if (judge := getattr(section, "judge", None)) is not None:
@@ -112,7 +114,8 @@ def _run_stage(context: StageContext) -> None:
     save_recipe(context.recipe, context.folder / "recipe.yaml")
     reset_peak_memory()
     try:
-        summary = RUN[context.stage](context)
+        with context.resources:
+            summary = RUN[context.stage](context)
     except TrainingError as error:
         raise TrainingError(f"{context.stage}: {error}") from error
     except OSError as error:

