@@ -1,9 +1,19 @@
-"""What a process knows of the others. Without torch.distributed there is one, and every mean is its own."""
+"""What a process knows of the others. Without torch.distributed there is one, and every sum is its own.
+
+All processes call these functions in the same order. Rows of a batch are dealt out like cards: rank k has k, k + N, …
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -16,10 +26,72 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks, the same on each; every rank calls it, in the same order."""
+def is_main() -> bool:
+    """Whether this process is the one that writes files and talks to people."""
+    return rank() == 0
+
+
+def own_rows(count: int) -> list[int]:
+    """This rank's rows of a batch of that many."""
+    return list(range(count))[rank() :: world_size()]
+
+
+def all_rows(own: Sequence[T], count: int) -> list[T]:
+    """The whole batch, in order, from what each rank has of it; the inverse of `own_rows`."""
+    if world_size() == 1:
+        return list(own)
+    shares: list[Any] = [None] * world_size()
+    dist.all_gather_object(shares, list(own))
+    return [shares[row % world_size()][row // world_size()] for row in range(count)]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, the same on each."""
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
     dist.all_reduce(total)
-    return total / world_size()
+    return total
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, the same on each."""
+    return sum_over_ranks(tensor) / world_size()
+
+
+def sum_figures(figures: dict[str, float]) -> dict[str, float]:
+    """Each figure summed over all ranks, which have the same names in the same order."""
+    totals = sum_over_ranks(torch.tensor(list(figures.values()), dtype=torch.float64))
+    return dict(zip(figures, totals.tolist(), strict=True))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is so on any rank."""
+    return bool(sum_over_ranks(torch.tensor(float(flag))) > 0)
+
+
+def from_main(value: T) -> T:
+    """What rank 0 has."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has split the module's own parameters over the ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it the parameters of a module that ZeRO-3 has split are whole, to be read; every rank enters it."""
+    parts: list[Any] = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if parts:
+        parts[0].all_gather(param_list=parts)  # methods that DeepSpeed gives the parameters it splits
+    try:
+        yield
+    finally:
+        if parts:
+            parts[0].partition(param_list=parts, has_been_updated=False)

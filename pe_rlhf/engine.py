@@ -1,20 +1,28 @@
-"""Training: backward, clipping, optimizer step, learning-rate schedule, and their state.
+"""Training: backward, clipping, optimizer step, learning-rate schedule, and their state. The one place with DeepSpeed.
 
-Only adapters and heads are trained, one optimizer group per role, so that policy and critic have learning rates and
-gradient norms of their own.
+Only adapters and heads are trained, each role by an optimizer of its own, so that policy and critic have learning rates
+and gradient norms of their own. Gradients of a role are a few MB: they are summed over the ranks once per step, clipped
+and checked here, and then go to AdamW or, under DeepSpeed, to its ZeRO engine. So the numbers do not depend on how the
+states are split, and ranks may cut their share of a batch into different numbers of micro-batches.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pe_rlhf.adapters.lora_plus import learning_rate_groups
 from pe_rlhf.config import OptimizerConfig
+from pe_rlhf.distributed import sum_over_ranks, world_size
 from pe_rlhf.errors import TrainingError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -36,25 +44,41 @@ def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> flo
     return (total_steps - step) / max(1, total_steps - warmup)
 
 
-class Engine:
-    """AdamW over the roles of a stage.
+@dataclass(frozen=True)
+class _Slice:
+    """The parameters of a role that share a learning rate: the role's, times a factor."""
 
-    `total_steps` is the number of optimizer steps of the whole stage, which the schedule needs.
+    role: str
+    factor: float
+    optimizer: _Plain | _ZeRO
+
+
+class Engine:
+    """AdamW over the roles of a stage, on one process or many.
+
+    A loss is a rank's share of the loss of the whole batch: the ranks' gradients are added, not averaged.
+    `total_steps` is the number of optimizer steps of the whole stage, which the schedule needs. `deepspeed` is a
+    DeepSpeed configuration, of which ZeRO and offload are used; None is plain AdamW.
     """
 
-    def __init__(self, groups: list[RoleGroup], config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        groups: list[RoleGroup],
+        config: OptimizerConfig,
+        total_steps: int,
+        deepspeed: dict[str, Any] | None = None,
+    ) -> None:
         self._groups, self._config, self._total_steps = groups, config, total_steps
         self.steps = 0
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "lr": factor * group.learning_rate, "role": group.role, "factor": factor}
-                for group in groups
-                for factor, parameters in learning_rate_groups(group.parameters, config.lora_plus_ratio)
-            ],
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        self._slices = [
+            _Slice(
+                group.role,
+                factor,
+                _Plain(parameters, config) if deepspeed is None else _ZeRO(parameters, config, deepspeed),
+            )
+            for group in groups
+            for factor, parameters in learning_rate_groups(group.parameters, config.lora_plus_ratio)
+        ]
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients. Raises `TrainingError` for a loss that is not finite, before it reaches a weight."""
@@ -67,18 +91,19 @@ class Engine:
 
         Raises `TrainingError` for a gradient that is not finite; the weights are then as they were.
         """
-        norms = {
-            group.role: nn.utils.clip_grad_norm_(group.parameters.values(), self._config.max_grad_norm).item()
-            for group in self._groups
-        }
+        norms = {}
+        for group in self._groups:
+            _sum_gradients(group)
+            norms[group.role] = nn.utils.clip_grad_norm_(group.parameters.values(), self._config.max_grad_norm).item()
         for role, norm in norms.items():
             if not math.isfinite(norm):
                 raise TrainingError(f"the gradient of {role} is not finite at optimizer step {self.steps + 1}")
         rates = self.learning_rates()
-        for settings in self._optimizer.param_groups:
-            settings["lr"] = settings["factor"] * rates[settings["role"]]
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for part in self._slices:
+            part.optimizer.step(part.factor * rates[part.role])
+        for group in self._groups:
+            for parameter in group.parameters.values():
+                parameter.grad = None
         self.steps += 1
         return norms
 
@@ -88,22 +113,186 @@ class Engine:
         return {group.role: group.learning_rate * factor for group in self._groups}
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's moments by role and parameter name, and its step count."""
+        """The optimizer's moments by role and parameter name, and its step count; whole, on every rank.
+
+        The same tensors with and without DeepSpeed, on any number of ranks.
+        """
         tensors = {"steps": torch.tensor(self.steps)}
-        for group in self._groups:
-            for name, parameter in group.parameters.items():
-                for key, value in self._optimizer.state.get(parameter, {}).items():
-                    tensors[f"{group.role}/{name}/{key}"] = value.detach().to("cpu", copy=True)
+        if self.steps:
+            for part in self._slices:
+                tensors |= {f"{part.role}/{name}": tensor for name, tensor in part.optimizer.state().items()}
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Set what `state` gave, onto the parameters as they are now."""
         self.steps = int(tensors["steps"])
-        for group in self._groups:
-            for name, parameter in group.parameters.items():
-                prefix = f"{group.role}/{name}/"
-                moments = {k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)}
-                for key, value in moments.items():
-                    moments[key] = value if key == "step" else value.to(parameter.device)
-                if moments:
-                    self._optimizer.state[parameter] = moments
+        for part in self._slices if self.steps else ():
+            prefix = f"{part.role}/"
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            part.optimizer.load_state(own, self.steps)
+
+
+def _sum_gradients(group: RoleGroup) -> None:
+    """Add the ranks' gradients, all of a role in one message; a parameter without one has had no part in the loss."""
+    parameters = list(group.parameters.values())
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if world_size() == 1:
+        return
+    total = sum_over_ranks(_flat([p.grad for p in parameters if p.grad is not None]))
+    for parameter, gradient in zip(parameters, _split(total, parameters), strict=True):
+        parameter.grad = gradient
+
+
+class _Plain:
+    """torch's AdamW on the parameters themselves."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
+        self._parameters = parameters
+        self._adamw = _adamw(list(parameters.values()), config)
+
+    def step(self, rate: float) -> None:
+        self._adamw.param_groups[0]["lr"] = rate
+        self._adamw.step()
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{moment}": self._adamw.state[parameter][moment].detach().to("cpu", copy=True)
+            for name, parameter in self._parameters.items()
+            for moment in MOMENTS
+        }
+
+    def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
+        for name, parameter in self._parameters.items():
+            moments = {m: tensors[f"{name}/{m}"].to(parameter.device, copy=True) for m in MOMENTS}
+            self._adamw.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+
+
+class _ZeRO:
+    """AdamW in a DeepSpeed engine, which splits its state over the ranks and keeps it where the configuration says.
+
+    The engine trains one flat copy of the parameters. It gets the gradient, which is complete already, through the loss
+    ⟨copy, gradient⟩: a way in that every ZeRO stage supports.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, deepspeed: dict[str, Any]) -> None:
+        self._names, self._parameters = list(parameters), list(parameters.values())
+        self._copy = nn.Parameter(_flat(self._parameters))
+        self._engine, *_ = _deepspeed().initialize(
+            model=nn.ParameterList([self._copy]),
+            optimizer=_adamw([self._copy], config),
+            config=_role_config(deepspeed),
+        )
+
+    def step(self, rate: float) -> None:
+        self._step(rate, _flat([p.grad for p in self._parameters if p.grad is not None]))
+        for parameter, value in zip(self._parameters, _split(self._copy.detach(), self._parameters), strict=True):
+            parameter.data.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {}
+        for moment in MOMENTS:
+            parts = _split(self._moment(moment), self._parameters)
+            for name, part in zip(self._names, parts, strict=True):
+                tensors[f"{name}/{moment}"] = part.detach().to("cpu", copy=True).contiguous()
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
+        # The state exists from the first step on: one with rate 0 and gradient 0 makes it and changes no weight.
+        self._step(0.0, torch.zeros_like(self._copy))
+        for moment in MOMENTS:
+            self._set_moment(moment, _flat([tensors[f"{name}/{moment}"] for name in self._names]))
+        for state in self._adamw.state.values():
+            state["step"].fill_(steps)
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        """The optimizer inside ZeRO's, or the engine's own where there is no ZeRO."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+    def _step(self, rate: float, gradient: Tensor) -> None:
+        self._engine.optimizer.param_groups[0]["lr"] = rate
+        self._engine.backward((self._copy * gradient).sum())
+        self._engine.step()
+
+    def _moment(self, moment: str) -> Tensor:
+        """The whole moment, flat; every rank calls this."""
+        if not hasattr(self._copy, "_hp_mapping"):
+            return self._adamw.state[self._copy][moment]
+        return _deepspeed().utils.safe_get_full_optimizer_state(self._copy, moment)
+
+    def _set_moment(self, moment: str, value: Tensor) -> None:
+        if not hasattr(self._copy, "_hp_mapping"):
+            self._adamw.state[self._copy][moment].copy_(value)
+        else:
+            _deepspeed().utils.safe_set_full_optimizer_state(self._copy, value.to(self._copy.device), moment)
+
+
+def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=0.0,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _flat(tensors: list[Tensor] | list[nn.Parameter]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def _split(flat: Tensor, like: list[nn.Parameter]) -> Iterator[Tensor]:
+    parts = flat.split([parameter.numel() for parameter in like])
+    return (part.view_as(parameter) for part, parameter in zip(parts, like, strict=True))
+
+
+# ---- DeepSpeed ------------------------------------------------------------------------------------------------------
+
+
+def _deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise TrainingError(
+            "training on several processes needs DeepSpeed: pip install 'pe-rlhf[deepspeed]'"
+        ) from error
+    return deepspeed
+
+
+def init_processes() -> None:
+    """Join the other processes, where a launcher has started this one (`WORLD_SIZE` is set)."""
+    if "WORLD_SIZE" not in os.environ or torch.distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    _deepspeed().init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def shard_base(model: nn.Module, deepspeed: dict[str, Any]) -> None:
+    """Split a frozen base over the ranks by ZeRO-3; each layer's weights are gathered when a pass reaches it."""
+    config = {**_common(deepspeed), "zero_optimization": dict(deepspeed.get("zero_optimization", {}))}
+    config["zero_optimization"].pop("offload_optimizer", None)
+    _deepspeed().initialize(model=model, config=config)
+
+
+def _role_config(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """ZeRO-3 shards the base; the few MB of a role are whole on each rank, with their states split as in ZeRO-2."""
+    zero = dict(deepspeed.get("zero_optimization", {}))
+    zero["stage"] = min(2, zero.get("stage", 0))
+    zero = {key: value for key, value in zero.items() if not key.startswith(("stage3", "offload_param"))}
+    if zero["stage"] == 0:
+        zero.pop("offload_optimizer", None)
+    return {**_common(deepspeed), "zero_optimization": zero}
+
+
+def _common(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    own = {"optimizer", "scheduler", "train_batch_size", "gradient_clipping", "bf16", "fp16"}
+    return {key: value for key, value in deepspeed.items() if key not in own} | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 10**12,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }

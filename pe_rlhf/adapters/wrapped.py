@@ -14,6 +14,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pe_rlhf.distributed import gathered, is_sharded
 from reward.errors import InputError
 
 
@@ -73,7 +74,10 @@ def weight_out_in(base: nn.Module) -> Tensor:
     `InputError` for one that cannot be.
     """
     try:
-        weight = dequantize_module_weight(base).detach()
+        with gathered(base):
+            weight = dequantize_module_weight(base).detach()
+            if is_sharded(base):
+                weight = weight.clone()
     except (ImportError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise InputError(f"the weight of a {type(base).__name__} cannot be dequantised here: {error}") from error
     if not weight.is_floating_point():

@@ -1,0 +1,83 @@
+"""`pe-rlhf launch`: `pe-rlhf run` on several processes and nodes, through DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def launch(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that comes along.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="What `pe-rlhf run` takes after the recipe; put its options behind `--`: -- --resume"),
+    ] = None,
+    num_procs: Annotated[int, typer.Option(min=1, help="Processes on each node, one per GPU.")] = 1,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(help="`HOST slots=N` a line; the nodes are reached by ssh unless --node-rank is given."),
+    ] = None,
+    num_nodes: Annotated[int, typer.Option(min=1, help="Nodes, where there is no hostfile.")] = 1,
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, help="This node's number: run the same command on every node, without ssh.")
+    ] = None,
+    master_addr: Annotated[str | None, typer.Option(help="Where node 0 is reached by the others.")] = None,
+    master_port: Annotated[int, typer.Option(help="A free port on node 0.")] = 29500,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do nothing.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run a recipe on several processes; batch sizes in it are of all processes together.
+
+    `deepspeed=zero2` among the overrides chooses how states are split: zero0 … zero3, zero3_offload, or a JSON file.
+    """
+    from pe_rlhf.recipes import find_recipe, load_recipe
+    from reward.errors import InputError
+
+    overrides = [argument for argument in arguments or [] if not argument.startswith("-") and "=" in argument]
+    load_recipe(find_recipe(recipe), overrides)  # a mistake is told once, before any process is started
+    several = num_nodes > 1 or hostfile is not None
+    if node_rank is not None and not several:
+        raise InputError("--node-rank needs --num-nodes or --hostfile")
+    if num_nodes > 1 and hostfile is None and (node_rank is None or master_addr is None):
+        raise InputError("--num-nodes needs --node-rank and --master-addr, or a --hostfile with nodes that ssh reaches")
+    if node_rank is not None and node_rank >= num_nodes and hostfile is None:
+        raise InputError(f"--node-rank {node_rank} is not below --num-nodes {num_nodes}: the first node is 0")
+
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--master_port={master_port}"]
+    if master_addr is not None:
+        command.append(f"--master_addr={master_addr}")
+    if several:
+        command.append(f"--hostfile={hostfile or _numbered_hosts(num_nodes, num_procs)}")
+    else:
+        command.append(f"--num_accelerators={num_procs}")
+    if node_rank is not None:
+        command += ["--no_ssh", f"--node_rank={node_rank}"]
+    command += ["--no_local_rank", "--module", "pe_rlhf", "run", recipe, *(arguments or [])]
+    if debug:
+        command.append("--debug")
+    if dry_run:
+        typer.echo(shlex.join(command))
+        return
+    sys.stdout.flush()
+    os.execvpe(command[0], command, _environment())  # so that a signal to this process reaches the launcher
+
+
+def _environment() -> dict[str, str]:
+    """DeepSpeed guesses the accelerator from what is installed; without a GPU it is to be the CPU."""
+    import torch
+
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    return {**accelerator, **os.environ}
+
+
+def _numbered_hosts(nodes: int, slots: int) -> str:
+    """A hostfile for nodes that are started by hand: the launcher counts its lines and looks no name up."""
+    path = Path(tempfile.gettempdir()) / f"pe-rlhf-{nodes}x{slots}.hosts"
+    path.write_text("".join(f"node-{number} slots={slots}\n" for number in range(nodes)), encoding="utf-8")
+    return str(path)
