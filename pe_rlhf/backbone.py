@@ -34,6 +34,7 @@ from pe_rlhf.adapters.targets import Targets, find_targets, linear_modules
 from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, merged_weight, weight_out_in
 from pe_rlhf.algo.logprobs import token_logprobs
 from pe_rlhf.causal_lm import eos_token_ids, find_device, freeze, load_causal_lm, logits_head, position_arguments
+from pe_rlhf.distributed import world_size
 from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.trunk import FrozenTrunk
@@ -92,6 +93,7 @@ class Backbone(nn.Module):
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._tokenizer = tokenizer
         self._state = RoleState()
+        self._kept_fingerprint: str | None = None
         self._checkpointing: BlockCheckpointing | None = None
         self._trunk = FrozenTrunk(model)
         self.trunk_cache_mib = 0
@@ -124,6 +126,8 @@ class Backbone(nn.Module):
 
     def base_fingerprint(self) -> str:
         """SHA-256 over the base weights, names and shapes included: the identity of the anchor, whatever its name."""
+        if self._kept_fingerprint is not None:
+            return self._kept_fingerprint
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             if ".adapters." in name:
@@ -131,6 +135,10 @@ class Backbone(nn.Module):
             digest.update(f"{name.replace('.base.', '.')} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def keep_fingerprint(self) -> None:
+        """Compute it while the weights are whole, before ZeRO-3 splits them, and keep it."""
+        self._kept_fingerprint = self.base_fingerprint()
 
     # ---- roles ------------------------------------------------------------------------------------------------------
 
@@ -314,7 +322,12 @@ class Backbone(nn.Module):
         return self.heads[self.active_role](hidden_BTH[rows_B, sequences.lengths_B.to(self.device) - 1])
 
     def keeps_trunk(self, tokens: int) -> bool:
-        """Whether there is a trunk below the first adapter whose states of that many tokens fit `trunk_cache_mib`."""
+        """Whether there is a trunk below the first adapter whose states of that many tokens fit `trunk_cache_mib`.
+
+        Not on several ranks: a row is not on the same one in every pass.
+        """
+        if world_size() > 1:
+            return False
         size: int = self.model.get_input_embeddings().embedding_dim  # type: ignore[assignment]
         return self._trunk.depth > 0 and tokens * size * self.model.dtype.itemsize <= self.trunk_cache_mib * 2**20
 

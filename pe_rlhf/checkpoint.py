@@ -21,6 +21,7 @@ from torch import Tensor
 from pe_rlhf.adapters.build import AdapterSpec
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.metrics import write_json
+from pe_rlhf.processes import is_main
 from pe_rlhf.progress import say
 from reward.errors import InputError
 
@@ -28,7 +29,9 @@ KEEP = 2
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write `folder/checkpoints/step-N`, then drop all but the newest two."""
+    """Write `folder/checkpoints/step-N`, then drop all but the newest two; on rank 0."""
+    if not is_main():
+        return
     root = folder / "checkpoints"
     scratch, target = root / f".step-{step:06d}.tmp", root / f"step-{step:06d}"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -73,6 +76,8 @@ def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 def save_role(backbone: Backbone, role: str, folder: Path) -> None:
     """Write a role for the next stage (`role.json`, `role.safetensors`) and for everybody else (PEFT's files)."""
+    if not is_main():
+        return
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     backbone.export_adapter(role, scratch)

@@ -15,9 +15,11 @@ from pe_rlhf.commands.evaluate import evaluate
 from pe_rlhf.commands.evaluate_reward import evaluate_reward
 from pe_rlhf.commands.export import export
 from pe_rlhf.commands.inspect import inspect
+from pe_rlhf.commands.launch import launch
 from pe_rlhf.commands.run import run
 from pe_rlhf.commands.winrate import winrate
 from pe_rlhf.errors import TrainingError
+from pe_rlhf.processes import is_main, launched
 from reward.errors import InputError, JudgeError
 
 app = typer.Typer(
@@ -36,6 +38,7 @@ def _root() -> None:
 
 
 app.command("run")(run)
+app.command("launch")(launch)
 app.command("evaluate")(evaluate)
 app.command("evaluate-reward")(evaluate_reward)
 app.command("winrate")(winrate)
@@ -54,16 +57,30 @@ def main() -> None:
         _fail(error, USER_MISTAKE)
     except (TrainingError, JudgeError, OSError) as error:
         _fail(error, TRAINING_STOPPED)
+    except RuntimeError as error:
+        if not _is_another_ranks(error):
+            raise
+        os._exit(TRAINING_STOPPED)
     else:
         if status == INTERRUPTED:  # what typer makes of Ctrl-C
             print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         sys.exit(status or 0)
 
 
+def _is_another_ranks(error: RuntimeError) -> bool:
+    """Whether this rank fails only because another one has, which tells of it."""
+    lost = "closed by peer" in str(error) or "reset by peer" in str(error)
+    return launched() and (lost or type(error).__name__ in ("ElsewhereError", "DistBackendError"))
+
+
 def _fail(error: Exception, code: int) -> None:
     if "--debug" in sys.argv:
         traceback.print_exc()
-    print(f"error: {' '.join(_sentence(error).split())}", file=sys.stderr)
+    # A rank that fails says which it is; what all ranks know is told by rank 0.
+    where = "" if is_main() else f"rank {os.environ['RANK']}: "
+    print(f"error: {where}{' '.join(_sentence(error).split())}", file=sys.stderr, flush=True)
+    if launched():
+        os._exit(code)  # without waiting for the others in torch's own clean-up; the launcher ends them
     sys.exit(code)
 
 

@@ -5,13 +5,16 @@ All processes call these functions in the same order. Rows of a batch are dealt 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from pe_rlhf.processes import is_main
+from pe_rlhf.types import micro_batches
 
 T = TypeVar("T")
 
@@ -26,9 +29,8 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def is_main() -> bool:
-    """Whether this process is the one that writes files and talks to people."""
-    return rank() == 0
+class ElsewhereError(RuntimeError):
+    """What this rank raises when rank 0 has failed and tells of it."""
 
 
 def own_rows(count: int) -> list[int]:
@@ -43,6 +45,20 @@ def all_rows(own: Sequence[T], count: int) -> list[T]:
     shares: list[Any] = [None] * world_size()
     dist.all_gather_object(shares, list(own))
     return [shares[row % world_size()][row // world_size()] for row in range(count)]
+
+
+def own_micro_batches(lengths_B: Tensor, token_budget: int) -> list[tuple[Tensor, bool]]:
+    """This rank's micro-batches of a batch: the index of their rows, and whether they count.
+
+    Rows are dealt out by length, so that every rank has about as much to do. All ranks have the same number of
+    micro-batches, since under ZeRO-3 they gather the base's weights together: past its own a rank repeats the shortest
+    row of the batch, which then counts for nothing.
+    """
+    order = torch.argsort(lengths_B, descending=True, stable=True)
+    shares = [order[k :: world_size()] for k in range(world_size())]
+    cut = [[share[index] for index in micro_batches(lengths_B[share], token_budget)] for share in shares]
+    own = [(index, True) for index in cut[rank()]]
+    return own + [(order[-1:], False)] * (max(map(len, cut)) - len(own))
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -65,9 +81,30 @@ def sum_figures(figures: dict[str, float]) -> dict[str, float]:
     return dict(zip(figures, totals.tolist(), strict=True))
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether it is so on any rank."""
-    return bool(sum_over_ranks(torch.tensor(float(flag))) > 0)
+def concat_over_ranks(tensor_N: Tensor) -> Tensor:
+    """The ranks' tensors one after the other; each may have its own length."""
+    if world_size() == 1:
+        return tensor_N
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, tensor_N.detach().cpu())
+    return torch.cat(parts)
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What a function gives on rank 0, on every rank; what it raises there is raised on every rank."""
+    if world_size() == 1:
+        return function()
+    result: T | None = None
+    error: Exception | None = None
+    if is_main():
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    result, error = from_main((result, error))
+    if error is not None:
+        raise error if is_main() else ElsewhereError(str(error)) from error
+    return result  # type: ignore[return-value]
 
 
 def from_main(value: T) -> T:

@@ -21,6 +21,7 @@ from pe_rlhf.adapters.lora_plus import learning_rate_groups
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.distributed import sum_over_ranks, world_size
 from pe_rlhf.errors import TrainingError
+from pe_rlhf.processes import launched
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -262,12 +263,14 @@ def _deepspeed() -> Any:
 
 
 def init_processes() -> None:
-    """Join the other processes, where a launcher has started this one (`WORLD_SIZE` is set)."""
-    if "WORLD_SIZE" not in os.environ or torch.distributed.is_initialized():
+    """Join the other processes, where a launcher has started this one."""
+    if not launched() or torch.distributed.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    _deepspeed().init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    # gloo carries what lies on the CPU (counts, texts, experience), whatever the weights are on.
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _deepspeed().init_distributed(verbose=False)
 
 
 def shard_base(model: nn.Module, deepspeed: dict[str, Any]) -> None:

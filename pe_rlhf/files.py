@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+from pe_rlhf.processes import is_main
+
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file; until the new one is whole, the old one is there."""
+    """Write a text file, on rank 0; until the new one is whole, the old one is there."""
+    if not is_main():
+        return
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         scratch.write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from pe_rlhf.distributed import sum_over_ranks, world_size
+from pe_rlhf.processes import launched
 
 _received: list[int] = []
 
@@ -29,11 +29,13 @@ def listen() -> None:
 
 def stop_requested() -> int:
     """The signal that any rank has received, 0 for none; every rank asks at the same step boundary."""
+    own = _received[0] if _received else 0
+    if not launched():
+        return own
     import torch
 
-    own = _received[0] if _received else 0
-    if world_size() == 1:
-        return own
+    from pe_rlhf.distributed import sum_over_ranks
+
     found = torch.zeros(65)
     found[own] = 1
     found = sum_over_ranks(found)

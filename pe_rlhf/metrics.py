@@ -13,6 +13,7 @@ from typing import Any
 
 from pe_rlhf.config import TrackingConfig
 from pe_rlhf.files import write_whole
+from pe_rlhf.processes import is_main
 from reward.errors import InputError
 
 
@@ -22,8 +23,8 @@ class MetricsWriter:
     def __init__(self, folder: Path, tracking: TrackingConfig, run_name: str, resume_step: int = 0) -> None:
         self._path = folder / "metrics.jsonl"
         truncate_jsonl(self._path, resume_step)
-        self._tensorboard = _tensorboard(folder) if tracking.tensorboard else None
-        self._wandb = _wandb(tracking, run_name, folder) if tracking.wandb else None
+        self._tensorboard = _tensorboard(folder) if tracking.tensorboard and is_main() else None
+        self._wandb = _wandb(tracking, run_name, folder) if tracking.wandb and is_main() else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line; a value that is not finite is written as null, since JSON has no NaN."""
@@ -42,7 +43,9 @@ class MetricsWriter:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one line; it is on its way to the disk when this returns."""
+    """Append one line, on rank 0; it is on its way to the disk when this returns."""
+    if not is_main():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -60,7 +63,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def truncate_jsonl(path: Path, last_step: int) -> None:
     """Keep the lines up to and with a step; a line that a kill left half written is dropped too."""
-    if not path.exists():
+    if not path.exists() or not is_main():
         return
     kept = []
     for line in _lines(path):

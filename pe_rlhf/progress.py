@@ -10,6 +10,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pe_rlhf.processes import is_main
+
 console = Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -24,7 +26,9 @@ class Advance(Protocol):
 @contextmanager
 def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
     """Yield a function that is told how many more units are done."""
-    if console.is_terminal:
+    if not is_main():
+        yield lambda n, note="": None
+    elif console.is_terminal:
         with _bar(unit) as bar:
             task = bar.add_task(description, total=total, rate="")
             start = time.monotonic()
@@ -41,7 +45,9 @@ def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 def say(message: str) -> None:
-    """One line to the person at the terminal."""
+    """One line to the person at the terminal, from rank 0."""
+    if not is_main():
+        return
     console.print(message, markup=False, soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import reprlib
 import types
 import typing
@@ -40,6 +41,26 @@ def find_recipe(name: str) -> Path:
         f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}"
         + (f" (did you mean {hint[0]!r}?)" if hint else "")
     )
+
+
+def load_deepspeed_config(name: str) -> dict[str, Any]:
+    """A DeepSpeed configuration: zero0 … zero3_offload of `launch/`, or a JSON file.
+
+    Raises `InputError` for one that is not there or no JSON object.
+    """
+    path = Path(name)
+    if path.suffix != ".json":
+        known = sorted(p.stem for p in bundled("launch").glob("zero*.json"))
+        if name not in known:
+            raise InputError(f"deepspeed: there is no {name!r}; there are {', '.join(known)}, or name a JSON file")
+        path = bundled("launch") / f"{name}.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"deepspeed: {path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"deepspeed: {path} is not a JSON object")
+    return {key: value for key, value in config.items() if key != "comment"}
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:

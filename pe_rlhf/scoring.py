@@ -13,9 +13,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_role
 from pe_rlhf.config import RewardSource
+from pe_rlhf.distributed import all_rows, on_main, own_micro_batches, own_rows, sum_over_ranks
 from pe_rlhf.models import resolve_model
 from pe_rlhf.text import TextCodec
-from pe_rlhf.types import Sequences, micro_batches
+from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from reward.judges import load_function, score_responses
 from reward.records import Prompt
@@ -39,9 +40,11 @@ class AdapterScorer:
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
         scores_B = torch.zeros(len(sequences))
         with self._backbone.role(self._role):
-            for index in micro_batches(sequences.lengths_B, self._budget):
-                scores_B[index] = self._backbone.response_scores(sequences.take(index)).cpu()
-        return scores_B
+            for index, counts in own_micro_batches(sequences.lengths_B, self._budget):
+                part_B = self._backbone.response_scores(sequences.take(index)).cpu()
+                if counts:
+                    scores_B[index] = part_B
+        return sum_over_ranks(scores_B)  # each rank has filled in its own rows
 
 
 class ModelScorer:
@@ -78,7 +81,10 @@ class ModelScorer:
 
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
         last_B = sequences.ids_BT[torch.arange(len(sequences)), sequences.lengths_B - 1]
-        return self.score_texts(prompts, responses, (~torch.isin(last_B, self._eos_token_ids)).tolist())
+        cut = (~torch.isin(last_B, self._eos_token_ids)).tolist()
+        own = own_rows(len(sequences))
+        texts = ([prompts[i] for i in own], [responses[i] for i in own], [cut[i] for i in own])
+        return torch.tensor(all_rows(self.score_texts(*texts).tolist(), len(sequences)))
 
     @torch.no_grad()
     def score_texts(
@@ -93,17 +99,17 @@ class ModelScorer:
                 {"input_ids": rows[start : start + self._batch_size]}, padding_side="right", return_tensors="pt"
             )
             scores.append(self._model(**batch.to(self._model.device)).logits[:, 0].float().cpu())
-        return torch.cat(scores)
+        return torch.cat(scores) if scores else torch.zeros(0)
 
 
 class FunctionScorer:
-    """A Python function of prompts and responses, checked at every call."""
+    """A Python function of prompts and responses, called on rank 0 and checked at every call."""
 
     def __init__(self, path: str) -> None:
         self._function = load_function(path)
 
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
-        return torch.tensor(score_responses(self._function, prompts, responses))
+        return torch.tensor(on_main(lambda: score_responses(self._function, prompts, responses)))
 
 
 class WeightedScorer:

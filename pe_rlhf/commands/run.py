@@ -41,6 +41,7 @@ def run(
     target = run_dir or Path("runs") / loaded.name
 
     # Imported here: torch and transformers take seconds, and a mistake in the recipe should be told at once.
+    from pe_rlhf.processes import is_main
     from pe_rlhf.progress import console
     from pe_rlhf.stages.outcome import outcome_table
     from pe_rlhf.stages.run import check_inputs, run_recipe, select_stages
@@ -51,5 +52,7 @@ def run(
         typer.echo(f"{loaded.name}: {' → '.join(stages)} with {loaded.model}, into {target}; the recipe is valid")
         return
     summaries = run_recipe(loaded, target, stages, resume=resume, restart=first is not None)
+    if not is_main():
+        return
     console.print(outcome_table(loaded.name, summaries))
     typer.echo(f"report: {(target / 'report.html').resolve()}")

@@ -35,6 +35,9 @@ class Recipe(Section):
         default="auto",
         description="auto: the tokenizer's where it has one; none: plain text; or a Jinja template, or its file",
     )
+    deepspeed: str | None = Field(
+        default=None, description="how states are split: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file"
+    )
     backbone: BackboneConfig = BackboneConfig()
     adapter: AdapterConfig = AdapterConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -13,6 +13,7 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.causal_lm import position_arguments
 from pe_rlhf.config import RolloutConfig, SamplingConfig
+from pe_rlhf.distributed import is_sharded
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.types import FinishReason, Rollout
@@ -65,6 +66,7 @@ class HFRollout:
             attention_mask=attends_BT,
             past_key_values=self._shared_prefixes(prompts),
             logits_processor=LogitsProcessorList([sampler]),
+            synced_gpus=is_sharded(backbone.model),  # ZeRO-3: go on as long as any rank does
             generation_config=GenerationConfig(
                 do_sample=False,  # the sampler has sampled
                 max_new_tokens=config.max_new_tokens,
@@ -88,7 +90,7 @@ class HFRollout:
         """The KV cache of all prompts but for their last tokens, where some are equal: each is then read once."""
         unique = list(dict.fromkeys(map(tuple, prompts)))
         ids_UT, attends_UT = self._left_padded([list(prompt) for prompt in unique])
-        if len(unique) == len(prompts) or ids_UT.shape[1] == 1:
+        if len(unique) == len(prompts) or ids_UT.shape[1] == 1 or is_sharded(self._backbone.model):
             return None
         model = self._backbone.model
         cache = DynamicCache(config=model.config)

@@ -6,14 +6,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import DataSource, Recipe, SamplingConfig
 from pe_rlhf.data import load_prompts
+from pe_rlhf.distributed import world_size
+from pe_rlhf.engine import shard_base
 from pe_rlhf.metrics import MetricsWriter
 from pe_rlhf.progress import say
+from pe_rlhf.recipes import load_deepspeed_config
 from pe_rlhf.rollout.base import RolloutEngine
 from pe_rlhf.rollout.make import make_rollout
+from pe_rlhf.rollout.split import split
 from pe_rlhf.text import TextCodec
 from reward.errors import InputError
 from reward.records import Prompt
@@ -46,7 +51,17 @@ class StageContext:
         backbone.trunk_cache_mib = settings.trunk_cache_mib
         if settings.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
+        if (deepspeed := self.deepspeed) is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+            backbone.keep_fingerprint()
+            shard_base(backbone.model, deepspeed)
         return backbone
+
+    @property
+    def deepspeed(self) -> dict[str, Any] | None:
+        """The DeepSpeed configuration of this run; None is plain AdamW, which one process can do without."""
+        if self.recipe.deepspeed is None:
+            return {} if world_size() > 1 else None
+        return load_deepspeed_config(self.recipe.deepspeed)
 
     def codec(self, backbone: Backbone) -> TextCodec:
         eos = backbone.eos_token_ids[0] if backbone.eos_token_ids else None
@@ -71,7 +86,7 @@ class StageContext:
             on_progress=on_progress,
         )
         self.resources.callback(engine.close)
-        return engine
+        return split(engine)
 
     def metrics(self, resume_step: int = 0) -> MetricsWriter:
         return MetricsWriter(self.folder, self.recipe.tracking, self.recipe.name, resume_step)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_role
-from pe_rlhf.config import PPOConfig, SamplingConfig
+from pe_rlhf.config import EvaluateConfig, PPOConfig, SamplingConfig
+from pe_rlhf.distributed import concat_over_ranks, on_main, own_micro_batches, sum_figures
 from pe_rlhf.judging import build_judge
 from pe_rlhf.metrics import append_jsonl, write_json
+from pe_rlhf.processes import is_main
 from pe_rlhf.progress import progress
 from pe_rlhf.resources import peak_memory
 from pe_rlhf.rollout.agreement import agreement
 from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.types import Rollout, Sequences, micro_batches
+from pe_rlhf.types import Rollout, Sequences
 from reward.asking import Pair, judge_pairs
+from reward.judges import Judge
 from reward.summary import Outcome, summarise
 
 RESULTS = ("win_rate", "ci_low", "ci_high", "n", "wins", "ties", "losses", "invalid", "flip_share", "position_bias")
@@ -33,7 +37,7 @@ def run(context: StageContext) -> dict[str, Any]:
     assert config is not None
     assert ppo is not None
     start = time.monotonic()
-    judge = build_judge(config.judge)
+    judge = build_judge(config.judge) if is_main() else None
     backbone = context.backbone()
     codec = context.codec(backbone)
     load_role(backbone, "policy", context.run_dir / "ppo" / "adapter")
@@ -54,16 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
             zip(clusters, texts["policy"], texts["anchor"], strict=True)
         )
     ]
-    with progress("evaluate: judging", len(pairs) * (2 if judge.sees_order else 1), "verdicts") as advance:
-        outcomes = judge_pairs(
-            judge,
-            pairs,
-            context.folder / "verdicts.jsonl",
-            candidate="policy",
-            baseline="anchor",
-            max_invalid_share=config.max_invalid_share,
-            on_progress=lambda done, so_far: advance(done, f"win-rate so far {so_far:.3f}" if so_far else ""),
-        )
+    outcomes = on_main(lambda: _judged(judge, pairs, context.folder / "verdicts.jsonl", config))
     result = summarise("policy", outcomes)
 
     # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
@@ -83,9 +78,23 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics = context.metrics()
     metrics.write(ppo.steps, {name: value for name, value in summary.items() if value is not None})
     metrics.close()
-    _write_samples(context, pairs, outcomes, config.table_rows)
+    on_main(lambda: _write_samples(context, pairs, outcomes, config.table_rows))
     write_json(context.folder / "summary.json", summary)
     return summary
+
+
+def _judged(judge: Judge | None, pairs: list[Pair], path: Path, config: EvaluateConfig) -> list[Outcome]:
+    assert judge is not None
+    with progress("evaluate: judging", len(pairs) * (2 if judge.sees_order else 1), "verdicts") as advance:
+        return judge_pairs(
+            judge,
+            pairs,
+            path,
+            candidate="policy",
+            baseline="anchor",
+            max_invalid_share=config.max_invalid_share,
+            on_progress=lambda done, so_far: advance(done, f"win-rate so far {so_far:.3f}" if so_far else ""),
+        )
 
 
 @torch.no_grad()
@@ -93,17 +102,21 @@ def _policy_figures(
     backbone: Backbone, rollout: Rollout, sequences: Sequences, sampling: SamplingConfig, ppo: PPOConfig
 ) -> dict[str, float]:
     """KL(policy ‖ anchor) in nats per response from the policy's own samples, and whether they were the policy's."""
-    kl, log_ratios = 0.0, []
-    for index in micro_batches(sequences.lengths_B, ppo.micro_batch_tokens):
+    kl, log_ratios = 0.0, [torch.zeros(0)]
+    for index, counts in own_micro_batches(sequences.lengths_B, ppo.micro_batch_tokens):
         part = sequences.take(index)
         with backbone.role("policy"):
             policy_N, _ = backbone.response_logprobs(part, sampling.temperature)
         with backbone.role("anchor"):
             anchor_N, _ = backbone.response_logprobs(part, sampling.temperature)
+        if not counts:
+            continue
         kl += (policy_N - anchor_N).sum().item()
         sampler_N = torch.tensor([value for i in index.tolist() for value in rollout.logprobs[i]])
         log_ratios.append(policy_N.float().cpu() - sampler_N)
-    return {"kl": kl / len(sequences), **agreement(torch.cat(log_ratios), sampling, backbone.model.dtype)}
+    all_N = concat_over_ranks(torch.cat(log_ratios))
+    kl = sum_figures({"kl": kl})["kl"] / len(sequences)
+    return {"kl": kl, **agreement(all_N, sampling, backbone.model.dtype)}
 
 
 def _mean(scores: list[float | None]) -> float | None:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from pe_rlhf.backbone import ANCHOR, Backbone
 from pe_rlhf.config import EvaluateConfig
+from pe_rlhf.distributed import on_main
 from pe_rlhf.judging import build_judge
+from pe_rlhf.processes import is_main
 from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.rollout.split import split
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.text import TextCodec
 from reward.asking import Pair, judge_pairs
 from reward.judges import Judge
 from reward.records import Prompt
-from reward.summary import summarise
+from reward.summary import Outcome, summarise
 
 
 class JudgeEvaluation:
@@ -35,7 +39,7 @@ class JudgeEvaluation:
         if self._every is not None:
             assert evaluate is not None  # the recipe's own check
             self._config: EvaluateConfig = evaluate
-            self._judge: Judge = build_judge(evaluate.judge)
+            self._judge: Judge | None = build_judge(evaluate.judge) if is_main() else None
             limit = evaluate.sampling.max_new_tokens
             prompts, ids = context.prompts(evaluate.prompts, codec, backbone, limit)
             self._prompts, self._ids = prompts[: ppo.eval_prompts], ids[: ppo.eval_prompts]
@@ -53,15 +57,17 @@ class JudgeEvaluation:
             )
         ]
         path = self._context.folder / "judge" / f"step-{step:06d}.jsonl"
-        outcomes = judge_pairs(
-            self._judge, pairs, path, baseline=ANCHOR, max_invalid_share=self._config.max_invalid_share
-        )
-        result = summarise("policy", outcomes)
+        result = summarise("policy", on_main(lambda: self._judged(pairs, path)))
         kept = {f"judge_{key}": result[key] for key in ("win_rate", "ci_low", "ci_high", "n")}
         return kept | {"seconds_judge": time.monotonic() - start}
 
+    def _judged(self, pairs: list[Pair], path: Path) -> list[Outcome]:
+        assert self._judge is not None
+        share = self._config.max_invalid_share
+        return judge_pairs(self._judge, pairs, path, baseline=ANCHOR, max_invalid_share=share)
+
     def _sample(self, role: str) -> list[str]:
         """The same random numbers at every step, so that what changes is the policy."""
-        rollout = HFRollout(self._backbone, role, self._config.sampling)
+        rollout = split(HFRollout(self._backbone, role, self._config.sampling))
         seed = derive_seed(self._context.recipe.seed, "evaluate", role)
         return [self._codec.decode(ids) for ids in rollout.generate(self._ids, seed).responses]

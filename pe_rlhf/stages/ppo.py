@@ -14,6 +14,7 @@ from pe_rlhf.algo.kl import adapt_beta
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_checkpoint, save_checkpoint, save_role, with_prefix, without_prefix
 from pe_rlhf.config import AdapterConfig, PPOConfig
+from pe_rlhf.distributed import on_main
 from pe_rlhf.engine import Engine, RoleGroup
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
@@ -88,7 +89,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     save_role(backbone, POLICY, context.folder / "adapter")
     save_role(backbone, VALUE, context.folder / "value")
-    summary = _summary(context, backbone)
+    summary = on_main(lambda: _summary(context, backbone))
     write_json(context.folder / "summary.json", summary)
     return summary
 
@@ -106,7 +107,8 @@ def _add_roles(
         add_role(context, backbone, VALUE, adapter, anchor.value_statistics())
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup(role, backbone.role_parameters(role), rate) for role, rate in rates.items()]
-    return Engine(groups, config.optimizer, config.steps * config.epochs * config.minibatches)
+    total_steps = config.steps * config.epochs * config.minibatches
+    return Engine(groups, config.optimizer, total_steps, context.deepspeed)
 
 
 def _refuse_other_version(rollout: Rollout, step: int) -> None:

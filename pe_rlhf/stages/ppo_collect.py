@@ -13,10 +13,11 @@ from pe_rlhf.algo.masked import explained_variance, masked_mean, masked_var, mas
 from pe_rlhf.algo.rewards import adjust_scores, shape_rewards
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
+from pe_rlhf.distributed import own_micro_batches, sum_over_ranks
 from pe_rlhf.rollout.agreement import agreement
 from pe_rlhf.scoring import Scorer
 from pe_rlhf.text import TextCodec
-from pe_rlhf.types import Experience, Rollout, Sequences, micro_batches
+from pe_rlhf.types import Experience, Rollout, Sequences
 from reward.records import Prompt
 
 
@@ -92,11 +93,12 @@ def per_token(sequences: Sequences, config: PPOConfig, compute: Callable[[Sequen
     """Compute a number per response token in micro-batches of like length; _BR, fp32, on the CPU, 0 at padding."""
     mask_BR = sequences.mask_BR
     result_BR = torch.zeros(mask_BR.shape)
-    for index in micro_batches(sequences.lengths_B, config.micro_batch_tokens):
+    for index, counts in own_micro_batches(sequences.lengths_B, config.micro_batch_tokens):
         rows = torch.zeros(mask_BR[index].shape)
         rows[mask_BR[index]] = compute(sequences.take(index)).float().cpu()
-        result_BR[index] = rows
-    return result_BR
+        if counts:
+            result_BR[index] = rows
+    return sum_over_ranks(result_BR)  # each rank has filled in its own rows
 
 
 def _values(backbone: Backbone, sequences: Sequences) -> Tensor:

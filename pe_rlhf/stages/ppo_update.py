@@ -11,10 +11,13 @@ from pe_rlhf.algo.kl import kl_estimate
 from pe_rlhf.algo.losses import policy_loss, value_loss
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
+from pe_rlhf.distributed import concat_over_ranks, own_micro_batches, sum_figures
 from pe_rlhf.engine import Engine
 from pe_rlhf.rollout.agreement import agreement
 from pe_rlhf.seeding import permutation
-from pe_rlhf.types import Experience, micro_batches
+from pe_rlhf.types import Experience
+
+TOTALS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "entropy")
 
 
 def update(
@@ -43,15 +46,15 @@ def update(
 def _accumulate(
     backbone: Backbone, engine: Engine, experience: Experience, rows: Tensor, beta: float, config: PPOConfig
 ) -> tuple[dict[str, float], Tensor]:
-    """Gradients of one minibatch, micro-batch by micro-batch.
+    """Gradients of one minibatch, micro-batch by micro-batch, of this rank's rows.
 
-    Returns means over the minibatch's tokens, and log π − log π_old _N of each of them.
+    Returns, for the minibatch of all ranks, means over tokens, and log π − log π_old _N of each of them.
     """
     tokens = int(experience.mask_BR[rows].sum())
-    totals: dict[str, float] = defaultdict(float)
-    log_ratios: list[Tensor] = []
-    for index in micro_batches(experience.sequences.lengths_B[rows], config.micro_batch_tokens):
-        part = rows[index]
+    totals: dict[str, float] = dict.fromkeys(TOTALS, 0.0)
+    log_ratios: list[Tensor] = [torch.zeros(0)]
+    for index, counts in own_micro_batches(experience.sequences.lengths_B[rows], config.micro_batch_tokens):
+        part, share = rows[index], float(counts)
         sequences, mask_BR = experience.sequences.take(part), experience.mask_BR[part]
 
         def flat(values_BR: Tensor, part: Tensor = part, mask_BR: Tensor = mask_BR) -> Tensor:
@@ -72,7 +75,7 @@ def _accumulate(
         loss = policy.loss
         if config.kl.place == "loss":
             loss = loss + beta * kl_estimate(logprobs_N, anchor_N, config.kl.estimator).sum() / tokens
-        engine.backward(loss)
+        engine.backward(share * loss)
 
         with backbone.role("value"):
             values_N = backbone.response_values(sequences)
@@ -83,7 +86,9 @@ def _accumulate(
             clip_range=config.value_clip_range,
             tokens=tokens,
         )
-        engine.backward(config.value_coefficient * value.loss)
+        engine.backward(share * config.value_coefficient * value.loss)
+        if not counts:
+            continue
 
         totals["policy_loss"] += policy.loss.item()
         totals["value_loss"] += value.loss.item()
@@ -91,5 +96,5 @@ def _accumulate(
         totals["value_clip_fraction"] += value.clipped.item() / tokens
         totals["approx_kl"] += policy.approx_kl.item() / tokens
         totals["entropy"] += entropies_N.sum().item() / tokens
-        log_ratios.append(logprobs_N.detach() - old_N)
-    return dict(totals), torch.cat(log_ratios)
+        log_ratios.append((logprobs_N.detach() - old_N).cpu())
+    return sum_figures(totals), concat_over_ranks(torch.cat(log_ratios))

@@ -9,6 +9,7 @@ import json
 import time
 from typing import Any
 
+from pe_rlhf.distributed import on_main
 from pe_rlhf.files import write_whole
 from pe_rlhf.metrics import write_json
 from pe_rlhf.progress import progress
@@ -43,7 +44,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     # 2. the judge says which is better
     comparisons = [Comparison(p, a, b) for p, a, b in zip(prompts, first, second, strict=True)]
-    verdicts = judge.compare(comparisons)
+    verdicts = on_main(lambda: judge.compare(comparisons))
 
     # 3. pairs with a winner go into the file
     cut = rollout.truncated_B.tolist()

@@ -19,6 +19,7 @@ from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_checkpoint, save_checkpoint, save_role, with_prefix, without_prefix
 from pe_rlhf.config import DataSource, RewardConfig
 from pe_rlhf.data import load_preferences
+from pe_rlhf.distributed import own_micro_batches, rank, sum_figures, sum_over_ranks
 from pe_rlhf.engine import Engine, RoleGroup
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.metrics import write_json
@@ -30,7 +31,7 @@ from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_statistics import reward_statistics
 from pe_rlhf.stages.roles import add_role
 from pe_rlhf.text import TextCodec
-from pe_rlhf.types import Sequences, micro_batches
+from pe_rlhf.types import Sequences
 from reward.calibration import accuracy_interval, expected_calibration_error, reliability_table
 from reward.errors import InputError
 from reward.losses import pairwise_loss
@@ -79,7 +80,7 @@ def run(context: StageContext) -> dict[str, Any]:
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     group = RoleGroup(ROLE, backbone.role_parameters(ROLE), config.learning_rate)
-    engine = Engine([group], config.optimizer, total_steps)
+    engine = Engine([group], config.optimizer, total_steps, context.deepspeed)
     first_step, seconds_before = _resume(context, backbone, engine)
     train, held_out = _with_trunks(backbone, config, train, held_out)
     metrics = context.metrics(first_step)
@@ -90,7 +91,7 @@ def run(context: StageContext) -> dict[str, Any]:
             epoch, batch = divmod(step, steps_per_epoch)
             order = permutation(len(train), context.recipe.seed, "reward", epoch)
             rows = order[batch * config.batch_size : (batch + 1) * config.batch_size]
-            with seeded(context.recipe.seed, "reward dropout", step):
+            with seeded(context.recipe.seed, "reward dropout", step, rank()):
                 line = {"epoch": epoch, **train_step(backbone, engine, train, rows, config)}
             done = step + 1
             if done % config.eval_every == 0 or done == total_steps:
@@ -122,21 +123,21 @@ def train_step(
     """One optimizer step on the pairs of those rows; how they are cut into micro-batches changes rounding only."""
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
     backbone.train()
-    for chosen_B, rejected_B, margin_B in _scored(backbone, pairs, rows, config):
+    for scored in _scored(backbone, pairs, rows, config):
         part = pairwise_loss(
-            chosen_B,
-            rejected_B,
-            margin_B=margin_B,
+            scored.chosen_B,
+            scored.rejected_B,
+            margin_B=scored.margin_B,
             label_smoothing=config.label_smoothing,
             centering=config.centering,
         )
-        engine.backward(part.loss_B.sum() / len(rows))
-        share = len(chosen_B) / len(rows)
+        engine.backward(scored.counts * part.loss_B.sum() / len(rows))
+        share = scored.counts * len(scored.index) / len(rows)
         for name in sums:
             sums[name] += share * getattr(part, name).item()
     backbone.eval()
     learning_rate = engine.learning_rates()[ROLE]
-    return sums | {"grad_norm": engine.step()[ROLE], "lr": learning_rate}
+    return sum_figures(sums) | {"grad_norm": engine.step()[ROLE], "lr": learning_rate}
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,11 @@ def evaluate(backbone: Backbone, pairs: Pairs, config: RewardConfig) -> RewardEv
 
     Raises `TrainingError` where it is not finite: an accuracy of such scores would look like one.
     """
-    scored = list(_scored(backbone, pairs, list(range(len(pairs))), config))
-    chosen_B, rejected_B = (torch.cat([part[side].cpu() for part in scored]) for side in (0, 1))
+    scores_2B = torch.zeros(2, len(pairs))
+    for part in _scored(backbone, pairs, list(range(len(pairs))), config):
+        if part.counts:
+            scores_2B[:, part.index] = torch.stack([part.chosen_B, part.rejected_B]).float().cpu()
+    chosen_B, rejected_B = sum_over_ranks(scores_2B)  # each rank has filled in its own pairs
     result = pairwise_loss(chosen_B, rejected_B)
     if not result.loss.isfinite():
         raise TrainingError(f"the loss over {len(pairs)} pairs is {result.loss.item()}; lower reward.learning_rate")
@@ -168,17 +172,28 @@ def evaluate(backbone: Backbone, pairs: Pairs, config: RewardConfig) -> RewardEv
     return RewardEvaluation(*figures, (chosen_B - rejected_B).tolist(), torch.cat([chosen_B, rejected_B]).mean().item())
 
 
-def _scored(
-    backbone: Backbone, pairs: Pairs, rows: list[int], config: RewardConfig
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Chosen scores, rejected scores and wanted margins _B of micro-batches of those rows."""
+@dataclass(frozen=True)
+class Scored:
+    """A micro-batch of this rank: where its pairs stand among the rows, their scores and wanted margins, and whether
+    it counts (1 or 0; see `own_micro_batches`)."""
+
+    index: Tensor
+    chosen_B: Tensor
+    rejected_B: Tensor
+    margin_B: Tensor
+    counts: float
+
+
+def _scored(backbone: Backbone, pairs: Pairs, rows: list[int], config: RewardConfig) -> Iterator[Scored]:
+    """This rank's micro-batches of those rows."""
     longest = [max(sum(map(len, side[row])) for side in (pairs.chosen, pairs.rejected)) for row in rows]
-    for index in micro_batches(torch.tensor(longest), max(1, config.micro_batch_tokens // 2)):
+    for index, counts in own_micro_batches(torch.tensor(longest), max(1, config.micro_batch_tokens // 2)):
         part = [rows[i] for i in index.tolist()]
         with backbone.role(ROLE):
             scores_B = backbone.response_scores(pairs.pack(part, backbone.pad_token_id))
         chosen_B, rejected_B = scores_B.chunk(2)
-        yield chosen_B, rejected_B, torch.tensor([pairs.margins[i] for i in part], device=scores_B.device)
+        margin_B = torch.tensor([pairs.margins[i] for i in part], device=scores_B.device)
+        yield Scored(index, chosen_B, rejected_B, margin_B, float(counts))
 
 
 def _with_trunks(backbone: Backbone, config: RewardConfig, *sets: Pairs) -> list[Pairs]:

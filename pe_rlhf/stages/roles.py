@@ -9,7 +9,9 @@ from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_checkpoint, without_prefix
 from pe_rlhf.config import AdapterConfig
+from pe_rlhf.distributed import is_sharded
 from pe_rlhf.stages.context import StageContext
+from reward.errors import InputError
 
 
 def add_role(
@@ -17,6 +19,10 @@ def add_role(
 ) -> None:
     """A role at its initialisation. Where a run goes on, one whose init looks at data comes from the checkpoint."""
     settings = adapter.model_dump()
+    if get_init(adapter.init).needs is not None and is_sharded(backbone.model):
+        raise InputError(
+            f"adapter.init: {adapter.init} looks at data, for which the base has to be whole: not with zero3"
+        )
     if get_init(adapter.init).needs is None or (saved := load_checkpoint(context.folder)) is None:
         backbone.add_adapter(role, seed=context.recipe.seed, statistics=statistics, **settings)
         return

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from pe_rlhf.adapters.registry import get_init
 from pe_rlhf.config import STAGES, EngineConfig, Recipe
 from pe_rlhf.data import load_preferences, load_prompts
+from pe_rlhf.distributed import on_main
+from pe_rlhf.engine import init_processes
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.judging import check_judge
 from pe_rlhf.models import check_model_name
@@ -48,22 +50,29 @@ def run_recipe(recipe: Recipe, run_dir: Path, stages: list[str], *, resume: bool
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    check_inputs(recipe, stages)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(run_dir):
-        _refuse_overwriting(recipe, run_dir, stages, resume, restart)
-        if restart and not resume:
-            _put_aside(run_dir, stages[0])
-        save_recipe(recipe, run_dir / "recipe.yaml")
+    init_processes()
+    on_main(lambda: check_inputs(recipe, stages))
+    with ExitStack() as held:
+        on_main(lambda: _prepare(held, recipe, run_dir, stages, resume, restart))
         # No report before a stage has run: an unfinished one may have a line that a kill left half written.
         for stage in stages:
             if read_summary(run_dir / stage) is not None:
                 say(f"{stage}: finished before, left as it is")
                 continue
             _run_stage(StageContext(recipe, run_dir, stage))
-            write_report(run_dir)
-        write_report(run_dir)
+            on_main(lambda: write_report(run_dir))
+        on_main(lambda: write_report(run_dir))
     return {stage: summary for stage in recipe.stages if (summary := read_summary(run_dir / stage)) is not None}
+
+
+def _prepare(held: ExitStack, recipe: Recipe, run_dir: Path, stages: list[str], resume: bool, restart: bool) -> None:
+    """Take the run directory and make sure that what is in it stays whole."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(_locked(run_dir))
+    _refuse_overwriting(recipe, run_dir, stages, resume, restart)
+    if restart and not resume:
+        _put_aside(run_dir, stages[0])
+    save_recipe(recipe, run_dir / "recipe.yaml")
 
 
 def check_inputs(recipe: Recipe, stages: list[str]) -> None:
