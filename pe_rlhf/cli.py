@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import typer
 
@@ -18,7 +19,7 @@ from pe_rlhf.commands.inspect import inspect
 from pe_rlhf.commands.launch import launch
 from pe_rlhf.commands.run import run
 from pe_rlhf.commands.winrate import winrate
-from pe_rlhf.errors import TrainingError
+from pe_rlhf.errors import ElsewhereError, Stopped, TrainingError
 from pe_rlhf.processes import is_main, launched
 from reward.errors import InputError, JudgeError
 
@@ -57,6 +58,8 @@ def main() -> None:
         _fail(error, USER_MISTAKE)
     except (TrainingError, JudgeError, OSError) as error:
         _fail(error, TRAINING_STOPPED)
+    except Stopped as stop:
+        _end(f"{stop}; --resume continues from there", stop.code)
     except RuntimeError as error:
         if not _is_another_ranks(error):
             raise
@@ -70,15 +73,18 @@ def main() -> None:
 def _is_another_ranks(error: RuntimeError) -> bool:
     """Whether this rank fails only because another one has, which tells of it."""
     lost = "closed by peer" in str(error) or "reset by peer" in str(error)
-    return launched() and (lost or type(error).__name__ in ("ElsewhereError", "DistBackendError"))
+    return launched() and (lost or isinstance(error, ElsewhereError))
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception, code: int) -> NoReturn:
     if "--debug" in sys.argv:
         traceback.print_exc()
-    # A rank that fails says which it is; what all ranks know is told by rank 0.
     where = "" if is_main() else f"rank {os.environ['RANK']}: "
-    print(f"error: {where}{' '.join(_sentence(error).split())}", file=sys.stderr, flush=True)
+    _end(f"error: {where}{' '.join(_sentence(error).split())}", code)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
     if launched():
         os._exit(code)  # without waiting for the others in torch's own clean-up; the launcher ends them
     sys.exit(code)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pe_rlhf.errors import ElsewhereError
 from pe_rlhf.processes import is_main
 from pe_rlhf.types import micro_batches
 
@@ -27,10 +28,6 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-class ElsewhereError(RuntimeError):
-    """What this rank raises when rank 0 has failed and tells of it."""
 
 
 def own_rows(count: int) -> list[int]:
@@ -105,6 +102,15 @@ def on_main(function: Callable[[], T]) -> T:
     if error is not None:
         raise error if is_main() else ElsewhereError(str(error)) from error
     return result  # type: ignore[return-value]
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest of the ranks' numbers."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor(value)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
 
 
 def from_main(value: T) -> T:

@@ -16,7 +16,8 @@ from pe_rlhf.checkpoint import load_checkpoint, save_checkpoint, save_role, with
 from pe_rlhf.config import AdapterConfig, PPOConfig
 from pe_rlhf.distributed import on_main
 from pe_rlhf.engine import Engine, RoleGroup
-from pe_rlhf.errors import TrainingError
+from pe_rlhf.errors import Stopped, TrainingError
+from pe_rlhf.interruption import stop_requests
 from pe_rlhf.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.progress import progress, say
 from pe_rlhf.resources import peak_memory
@@ -57,7 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics = context.metrics(first_step)
     truncate_jsonl(context.folder / "samples.jsonl", first_step)
 
-    with progress("ppo", config.steps - first_step, "steps") as advance:
+    with progress("ppo", config.steps - first_step, "steps") as advance, stop_requests() as stop:
         for step in range(first_step, config.steps):
             start = time.monotonic()
             # 1. responses from the policy as it is
@@ -82,8 +83,11 @@ def run(context: StageContext) -> dict[str, Any]:
             _write_samples(context, config, step + 1, batch.prompts, rollout, experience, codec)
             if config.kl.controller == "adaptive":
                 beta = adapt_beta(beta, figures["kl"], config.kl.target, config.kl.horizon, len(rollout.responses))
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            stopped = stop.received()
+            if stopped or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 _save(context, backbone, engine, step + 1, beta)
+            if stopped:
+                raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
             advance(1)
     metrics.close()
 

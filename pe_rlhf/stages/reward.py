@@ -21,7 +21,8 @@ from pe_rlhf.config import DataSource, RewardConfig
 from pe_rlhf.data import load_preferences
 from pe_rlhf.distributed import own_micro_batches, rank, sum_figures, sum_over_ranks
 from pe_rlhf.engine import Engine, RoleGroup
-from pe_rlhf.errors import TrainingError
+from pe_rlhf.errors import Stopped, TrainingError
+from pe_rlhf.interruption import stop_requests
 from pe_rlhf.metrics import write_json
 from pe_rlhf.progress import progress, say
 from pe_rlhf.resources import peak_memory
@@ -86,7 +87,7 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics = context.metrics(first_step)
     result: RewardEvaluation | None = None
 
-    with progress("reward: training", total_steps - first_step, "steps") as advance:
+    with progress("reward: training", total_steps - first_step, "steps") as advance, stop_requests() as stop:
         for step in range(first_step, total_steps):
             epoch, batch = divmod(step, steps_per_epoch)
             order = permutation(len(train), context.recipe.seed, "reward", epoch)
@@ -99,8 +100,11 @@ def run(context: StageContext) -> dict[str, Any]:
                 line |= result.figures()
                 say(_line(done, total_steps, line))
             metrics.write(done, line)
-            if done % config.checkpoint_every == 0 or done == total_steps:
+            stopped = stop.received()
+            if stopped or done % config.checkpoint_every == 0 or done == total_steps:
                 _save(context, backbone, engine, done, seconds_before + time.monotonic() - start)
+            if stopped:
+                raise Stopped(f"reward: stopped after step {done}", stopped)
             advance(1)
     metrics.close()
 
