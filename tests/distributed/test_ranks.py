@@ -1,0 +1,217 @@
+"""Two real ranks under DeepSpeed's launcher against one process: the same losses, the same weights, the same files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.launching import ROOT, deepspeed, finish, free_port, kill, launch, start
+from tests.runs import Tree, read_jsonl, recipe, without_time, write_recipe
+
+pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+
+CONFIGURATIONS = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+STAGES = ("preferences", "reward", "ppo", "evaluate")
+ROLES = ["reward/adapter", "ppo/adapter", "ppo/value"]
+
+JUDGE = """
+def score(prompts, responses):
+    return [float(sum(map(ord, response)) % 97) for response in responses]
+"""
+
+
+def small(*stages: str) -> Tree:
+    """Batches of odd sizes, micro-batches of one or two rows: ranks have unequal shares all the time."""
+    changes: Tree = {
+        "adapter__init": "pissa",
+        "reward__epochs": 2,
+        "reward__batch_size": 3,
+        "reward__learning_rate": 1e-2,
+        "reward__micro_batch_tokens": 40,
+        "ppo__batch_size": 5,
+        "ppo__steps": 3,
+        "ppo__minibatches": 2,
+        "ppo__epochs": 2,
+        "ppo__learning_rate": 1e-2,
+        "ppo__micro_batch_tokens": 24,
+        "ppo__kl": {"controller": "adaptive", "target": 0.01, "horizon": 50},
+    }
+    if "reward" in stages:
+        changes["ppo__reward"] = [{"adapter": "stage"}, {"function": "reward.scores:length", "weight": 0.1}]
+    kept = {key: value for key, value in changes.items() if key.split("__")[0] in (*stages, "adapter")}
+    return recipe(*stages, **kept)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
+    """The same recipe by one process (`plain`) and by two ranks under every configuration."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tree = small(*STAGES)
+    tree["reward"].pop("data")
+    tree["preferences"]["judge"] = "judge:score"
+    (folder / "judge.py").write_text(JUDGE)
+    path = write_recipe(folder, tree)
+    command = [sys.executable, "-m", "pe_rlhf", "run", str(path), "--run-dir", "plain"]
+    finish(start(command, folder, model_cache))
+    worker = str(ROOT / "tests" / "distributed" / "worker.py")
+    finish(start(deepspeed(2, worker, str(path), str(folder), *CONFIGURATIONS), folder, model_cache))
+    return folder
+
+
+def assert_same_run(found: Path, expected: Path, stages: tuple[str, ...] = STAGES) -> None:
+    for stage in stages:
+        lines, wanted = (read_jsonl(run / stage / "metrics.jsonl") for run in (found, expected))
+        assert len(lines) == len(wanted)
+        for line, want in zip(lines, wanted, strict=True):
+            assert without_time(line) == pytest.approx(without_time(want), rel=2e-3, abs=2e-5), stage
+    for role in ROLES:
+        if (expected / role).is_dir() and role.split("/")[0] in stages:
+            state, want = (load_file(run / role / "role.safetensors") for run in (found, expected))
+            assert state.keys() == want.keys()
+            for name, tensor in want.items():
+                torch.testing.assert_close(state[name], tensor, atol=1e-4, rtol=1e-3, msg=f"{role} {name}")
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_two_ranks_are_one(runs: Path, configuration: str) -> None:
+    assert_same_run(runs / configuration, runs / "plain")
+    for name in ("preferences/preferences.jsonl", "evaluate/samples.jsonl"):
+        assert (runs / configuration / name).read_text() == (runs / "plain" / name).read_text()
+    assert len(read_jsonl(runs / configuration / "ppo" / "samples.jsonl")) == 4  # rank 0 alone writes
+    assert (runs / configuration / "report.html").is_file()
+
+
+def test_the_run_that_is_compared_with_learns(runs: Path) -> None:
+    """Or equal weights would mean nothing."""
+    losses = [line["loss"] for line in read_jsonl(runs / "plain" / "reward" / "metrics.jsonl")]
+    assert min(losses) < 0.9 * losses[0]
+    state = load_file(runs / "plain" / "ppo" / "adapter" / "role.safetensors")
+    moved = [(state[n] - state[n.replace("lora_B", "initial_B_OR")]).abs().max() for n in state if "lora_B" in n]
+    assert max(moved) > 1e-3
+
+
+def test_two_nodes_without_ssh(tmp_path: Path, runs: Path, model_cache: Path) -> None:
+    """A launcher for each node, as `srun` starts them; here both are this machine."""
+    tree = small("ppo")
+    path = write_recipe(tmp_path, tree)
+    port = free_port()
+    nodes = ["--num-nodes=2", "--master-addr=127.0.0.1"]
+    launchers = [
+        start(
+            launch(path, "deepspeed=zero1", *nodes, f"--node-rank={node}", "--", "--run-dir=two", ranks=1, port=port),
+            tmp_path,
+            model_cache,
+        )
+        for node in range(2)
+    ]
+    for launcher in launchers:
+        finish(launcher)
+    finish(start([sys.executable, "-m", "pe_rlhf", "run", str(path), "--run-dir=one"], tmp_path, model_cache))
+    assert_same_run(tmp_path / "two", tmp_path / "one", ("ppo",))
+
+
+FAILS_ON_RANK_1 = """
+import os
+from reward.errors import InputError
+
+def init(context):
+    if os.environ.get("RANK") == "1":
+        raise InputError("this rank has had enough")
+    rank, (out, inside) = context.rank, context.weight_OI.shape
+    return context.weight_OI.new_ones(rank, inside), context.weight_OI.new_zeros(out, rank)
+"""
+
+
+def test_a_rank_that_fails_ends_all_with_its_message(tmp_path: Path, model_cache: Path) -> None:
+    (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1)
+    path = write_recipe(tmp_path, small("ppo"))
+    began = time.monotonic()
+    process = start(launch(path, "adapter.init=fails:init", "--", "--run-dir=out"), tmp_path, model_cache)
+    said, _ = process.communicate(timeout=120)
+    kill(process)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 100
+    assert [line for line in said.splitlines() if line.startswith("error")] == [
+        "error: rank 1: this rank has had enough"
+    ]
+    assert "Traceback" not in said
+
+
+def test_what_rank_0_finds_wrong_is_told_once(tmp_path: Path, model_cache: Path) -> None:
+    path = write_recipe(tmp_path, small("ppo"))
+    (tmp_path / "out" / "ppo").mkdir(parents=True)
+    process = start(launch(path, "--", "--run-dir=out"), tmp_path, model_cache)
+    said, _ = process.communicate(timeout=120)
+    kill(process)
+    assert process.returncode != 0
+    errors = [line for line in said.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: out/ppo is there already")
+    assert "Traceback" not in said
+
+
+def wait_for_steps(metrics: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= steps:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{steps} steps were not reached")
+
+
+def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path: Path, model_cache: Path) -> None:
+    tree = small("ppo")
+    tree["ppo"]["steps"] = 8
+    path = write_recipe(tmp_path, tree)
+    finish(start(launch(path, "deepspeed=zero2", "--", "--run-dir=whole"), tmp_path, model_cache))
+    for resumed_on, overrides in ((2, "deepspeed=zero2"), (1, "deepspeed=null")):
+        run = f"killed-{resumed_on}"
+        process = start(launch(path, "deepspeed=zero2", "--", f"--run-dir={run}"), tmp_path, model_cache)
+        wait_for_steps(tmp_path / run / "ppo" / "metrics.jsonl", 3, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        options = [f"--run-dir={run}", "--resume"]
+        command = [sys.executable, "-m", "pe_rlhf", "run", str(path), overrides, *options]
+        if resumed_on == 2:
+            command = launch(path, overrides, "--", *options)
+        said = finish(start(command, tmp_path, model_cache))
+        assert "continuing after step" in said
+        assert_same_run(tmp_path / run, tmp_path / "whole", ("ppo",))
+    whole, again = (load_file(tmp_path / run / "ppo" / "adapter" / "role.safetensors") for run in ("whole", "killed-2"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stage", ["ppo", "reward"])
+def test_asked_to_stop_it_saves_and_says_so(
+    tmp_path: Path, model_cache: Path, number: signal.Signals, stage: str
+) -> None:
+    tree = small(stage)
+    tree[stage] |= (
+        {"checkpoint_every": 1000, "steps": 40} if stage == "ppo" else {"checkpoint_every": 1000, "epochs": 20}
+    )
+    path = write_recipe(tmp_path, tree)
+    command = [sys.executable, "-m", "pe_rlhf", "run", str(path)]
+    process = start([*command, "--run-dir=out"], tmp_path, model_cache)
+    metrics = tmp_path / "out" / stage / "metrics.jsonl"
+    wait_for_steps(metrics, 2, process)
+    process.send_signal(number)
+    said = finish(process, code=128 + number)
+    done = len(read_jsonl(metrics))
+    assert said.splitlines()[-1] == f"{stage}: stopped after step {done}; --resume continues from there"
+    assert [p.name for p in (tmp_path / "out" / stage / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    finish(start([*command, "--run-dir=out", "--resume"], tmp_path, model_cache))
+    finish(start([*command, "--run-dir=whole"], tmp_path, model_cache))
+    found, whole = (
+        [without_time(line) for line in read_jsonl(tmp_path / run / stage / "metrics.jsonl")]
+        for run in ("out", "whole")
+    )
+    assert found == whole
