@@ -7,6 +7,8 @@ or `("error", sentence)` back, and `("progress", n)` in between. In a process of
 when it hangs; it goes when its parent does, however that ends.
 """
 
+# vLLM is an extra: this file is checked with and without it.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import os

@@ -86,7 +86,9 @@ def _short(pairs: Pairs) -> Pairs:
         for row, both in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
         if all(len(prompt) + len(response) <= MAX_TOKENS for prompt, response in both)
     ]
-    return Pairs(*([side[row] for row in kept] for side in (pairs.chosen, pairs.rejected, pairs.margins)))
+    return Pairs(
+        [pairs.chosen[row] for row in kept], [pairs.rejected[row] for row in kept], [pairs.margins[row] for row in kept]
+    )
 
 
 def main() -> None:
