@@ -8,20 +8,17 @@ and the length-controlled win rate is its mean prediction with the length term a
 (negative where the judge likes long answers), ψ how the candidate takes to instructions that are hard for the baseline.
 
 As in AlpacaEval, the fit is regularised twice. An L1 penalty is chosen by five-fold cross-validation. And where the
-difficulty of the instructions is known, anchor rows take part: verdicts on the baseline itself, told to be verbose or
-concise, with θ = 0 and a weight of 0.1 each. They tell length from quality where a candidate is always the longer one.
-`data/alpaca_eval_anchors.csv` stands for these 1,610 rows with 32 cluster means; on models of very different strength
-and length bias that moves the result by some hundredths of a point.
+difficulty of the instructions is known, there is a prior on φ and ψ, which tells length from quality where a candidate
+is always the longer one. AlpacaEval's prior are anchor rows: verdicts on the baseline itself, told to be verbose or
+concise, with θ = 0. Here it is the normal approximation of their likelihood, which moves the result by some hundredths
+of a point.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +27,9 @@ from reward.winrate import checked_preferences, cluster_codes, normal_quantile, 
 
 Numbers = Sequence[float] | np.ndarray
 
-ANCHORS = Path(__file__).parent / "data" / "alpaca_eval_anchors.csv"
+# φ and ψ where AlpacaEval's anchor rows are likeliest, and the curvature of their negative log-likelihood there.
+PRIOR_MODE = np.array([-1.8298, 0.7422])
+PRIOR_CURVATURE = np.array([[11.402, 7.301], [7.301, 44.218]])
 PENALTIES = np.logspace(-4, 4, 10)  # C, the weight of the likelihood against the L1 norm
 FOLDS = 5
 
@@ -88,7 +87,7 @@ def length_controlled_win_rate(
     difficulty: Numbers | None = None,
     clusters: Sequence[Hashable] | None = None,
     *,
-    anchors: bool | None = None,
+    prior: bool | None = None,
     level: float = 0.95,
 ) -> LengthControl:
     """Fit the model of this module to one candidate's verdicts and predict at equal length.
@@ -96,7 +95,7 @@ def length_controlled_win_rate(
     preferences: probability that the candidate wins, per prompt. NaN: not judged; such a prompt has no part in the fit,
     but in the spread of lengths and in the mean prediction, as in AlpacaEval.
     len_*: lengths in any one unit. difficulty: of each prompt, on AlpacaEval's scale. clusters: as in `win_rate`.
-    anchors: use AlpacaEval's anchor rows; by default exactly where difficulties are given.
+    prior: use AlpacaEval's prior; by default exactly where difficulties are given.
     Raises `InputError` for numbers that are missing, of different count or not finite. Where all answers are equally
     long there is nothing to control, and the result is the plain win rate.
     """
@@ -110,8 +109,8 @@ def length_controlled_win_rate(
         return LengthControl(plain.win_rate, plain.ci_low, plain.ci_high, plain.standard_error, 0.0, None, math.nan)
 
     own = Rows(x_NK[judged_N], y_N, np.ones(len(y_N)))
-    use_anchors = difficulty is not None if anchors is None else anchors
-    extra = _anchors(x_NK.shape[1]) if use_anchors else own.take(np.zeros(len(y_N), dtype=bool))
+    uses_prior = difficulty is not None if prior is None else prior
+    extra = _prior_rows(x_NK.shape[1]) if uses_prior else own.take(np.zeros(len(y_N), dtype=bool))
     both = own.joined(extra)
     coefficient_K = fit_l1(both, _cross_validated(own, extra))
 
@@ -169,10 +168,10 @@ def _l1_quadratic(gradient_K: np.ndarray, hessian_KK: np.ndarray, b_K: np.ndarra
     return c_K
 
 
-def _cross_validated(own: Rows, anchors: Rows) -> float:
-    """The penalty with the best held-out log-likelihood; anchors are in every fold, a share of their weight held out.
+def _cross_validated(own: Rows, prior: Rows) -> float:
+    """The penalty with the best held-out log-likelihood; the prior is in every fold, a share of its weight held out.
 
-    With the anchors' own rows, AlpacaEval spreads them over the folds: on average the same, without their being rows.
+    AlpacaEval spreads its anchor rows over the folds, which is the same on average.
     """
     n = len(own.y_N)
     folds = min(FOLDS, n)
@@ -181,8 +180,8 @@ def _cross_validated(own: Rows, anchors: Rows) -> float:
     fold_N = (n - 1 - np.arange(n)) % folds
     loss_C = np.zeros(len(PENALTIES))
     for fold in range(folds):
-        train = own.take(fold_N != fold).joined(anchors.scaled(1 - 1 / folds))
-        held_out = own.take(fold_N == fold).joined(anchors.scaled(1 / folds))
+        train = own.take(fold_N != fold).joined(prior.scaled(1 - 1 / folds))
+        held_out = own.take(fold_N == fold).joined(prior.scaled(1 / folds))
         b_K = None
         for i, penalty in enumerate(PENALTIES):
             b_K = fit_l1(train, penalty, b_K)
@@ -193,7 +192,7 @@ def _cross_validated(own: Rows, anchors: Rows) -> float:
 def _standard_error(
     own: Rows, both: Rows, b_K: np.ndarray, slope_K: np.ndarray, clusters: Sequence[Hashable] | None
 ) -> float:
-    """Delta method: the clusters' scores are the spread, the curvature of own rows and anchors says what it moves."""
+    """Delta method: the clusters' scores are the spread, the curvature of own rows and prior says what it moves."""
     code_N = cluster_codes(clusters, len(own.y_N))
     groups = int(code_N.max()) + 1
     if groups < 2:
@@ -201,7 +200,7 @@ def _standard_error(
     score_NK = own.x_NK * (sigmoid(own.x_NK @ b_K) - own.y_N)[:, None]
     score_GK = np.zeros((groups, len(b_K)))
     np.add.at(score_GK, code_N, score_NK)
-    score_GK -= score_GK.mean(axis=0)  # with anchors and a penalty they do not sum to zero
+    score_GK -= score_GK.mean(axis=0)  # with a prior and a penalty they do not sum to zero
     _, hessian_KK = both.gradient_and_hessian(b_K)
     moved_K = np.linalg.pinv(hessian_KK, hermitian=True) @ slope_K
     return math.sqrt(groups / (groups - 1) * float(np.square(score_GK @ moved_K).sum()))
@@ -222,18 +221,16 @@ def _features(len_candidate: Numbers, len_baseline: Numbers, difficulty: Numbers
     return np.stack([length_N, *middle, np.ones(n)], axis=1)
 
 
-@cache
-def _anchor_table() -> np.ndarray:
-    with ANCHORS.open(encoding="utf-8") as lines:
-        rows = [[float(value) for value in row.values()] for row in csv.DictReader(lines)]
-    return np.array(rows)
+def _prior_rows(features: int) -> Rows:
+    """Rows whose likelihood has the prior's mode and curvature: one along each axis of the curvature.
 
-
-def _anchors(features: int) -> Rows:
-    """Length and, where the model has it, difficulty of the anchors; the baseline's intercept is 0 by definition."""
-    table = _anchor_table()
-    columns = [table[:, 0], *([table[:, 1]] if features == 3 else []), np.zeros(len(table))]
-    return Rows(np.stack(columns, axis=1), table[:, 2], table[:, 3])
+    A model without difficulty has the prior of φ at ψ = 0, and the intercept has none.
+    """
+    weight_2, axis_22 = np.linalg.eigh(PRIOR_CURVATURE)
+    x_22 = axis_22.T
+    p_2 = sigmoid(x_22 @ PRIOR_MODE)
+    columns = [x_22[:, 0], *([x_22[:, 1]] if features == 3 else []), np.zeros(2)]
+    return Rows(np.stack(columns, axis=1), p_2, weight_2 / (p_2 * (1 - p_2)))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
