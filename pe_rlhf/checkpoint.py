@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -25,11 +26,17 @@ from pe_rlhf.processes import is_main
 from pe_rlhf.progress import say
 from reward.errors import InputError
 
-KEEP = 2
 
-
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write `folder/checkpoints/step-N`, then drop all but the newest two; on rank 0."""
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int = 2,
+    score: float | None = None,
+) -> None:
+    """Write `folder/checkpoints/step-N` on rank 0; drop all but the newest `keep` and the one of the highest score."""
     if not is_main():
         return
     root = folder / "checkpoints"
@@ -38,7 +45,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     scratch.mkdir(parents=True)
     file = scratch / "state.safetensors"
     _save_tensors(tensors, file)
-    state = {"step": step, **state}
+    state = {"step": step, **state} | ({} if score is None else {"score": score})
     write_json(scratch / "state.json", {**state, "sha256": _sha256(file, state)})
     for written in (file, scratch / "state.json", scratch):
         _flush(written)
@@ -46,8 +53,20 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         shutil.rmtree(target)
     scratch.rename(target)
     _flush(root)
-    for old in sorted(root.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
+    there = sorted(root.glob("step-*"))
+    best = max(map(_score, there))
+    for old in there[:-keep]:
+        if _score(old) < best or best == -math.inf:
+            shutil.rmtree(old)
+
+
+def _score(path: Path) -> float:
+    """What a checkpoint was worth when it was written; one that cannot be read, or has none, is worth nothing."""
+    try:
+        score = json.loads((path / "state.json").read_text(encoding="utf-8")).get("score")
+    except (OSError, ValueError, AttributeError):
+        score = None
+    return score if isinstance(score, int | float) and math.isfinite(score) else -math.inf
 
 
 def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:

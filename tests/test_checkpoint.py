@@ -49,6 +49,14 @@ def test_the_newest_of_those_kept_is_loaded(tmp_path: Path) -> None:
     assert_is(load_checkpoint(tmp_path), 100)
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, score in enumerate([0.1, 0.9, None, 0.5, float("nan"), 0.3, 0.2], start=1):
+        save_checkpoint(tmp_path, step, tensors(step), {}, keep=2, score=score)
+    assert names(tmp_path) == ["step-000002", "step-000006", "step-000007"]
+    save_checkpoint(tmp_path, 8, tensors(8), {}, keep=1, score=0.95)
+    assert names(tmp_path) == ["step-000008"]
+
+
 def test_a_step_that_is_saved_again_replaces_the_old(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, {"policy/b": torch.zeros(1)}, {"beta": 0.0})
     save(tmp_path, 3)

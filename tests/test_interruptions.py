@@ -188,7 +188,15 @@ def test_stages_that_are_there(refused: Refused, cli: Cli, tmp_path: Path) -> No
     # 2. continued with another recipe: refused, and it says what differs
     said = refused("run", path, "--run-dir", "out", "--resume", "seed=7", "ppo.kl.beta=0.5")
     differs = "seed: 0 → 7; ppo.kl.beta: 0.05 → 0.5"
-    assert said == f"out was started with another recipe and cannot be resumed: {differs}"
+    hint = "(--may-change KEY lets one differ)"
+    assert said == f"out was started with another recipe and cannot be resumed {hint}: {differs}"
+    # …but for keys that may, by name, and for those that only say where it computes
+    options = ["--resume", "seed=7", "ppo.kl.beta=0.5", "--may-change", "ppo.kl"]
+    assert refused("run", path, "--run-dir", "out", *options).endswith(f"{hint}: seed: 0 → 7")
+    options = ["--resume", "threads=1", "deepspeed=zero2", "tracking.wandb_project=x"]
+    assert cli("run", path, "--run-dir", "out", *options).code == 0
+    assert cli("run", path, "--run-dir", "out", "--resume", "seed=7", "--may-change", "seed").code == 0
+    assert cli("run", path, "--run-dir", "out", "--resume", "--may-change", "seed").code == 0
 
     # 3. continued with its own: nothing is left to do
     outcome = cli("run", path, "--run-dir", "out", "--resume")

@@ -36,11 +36,14 @@ def launch(
 
     `deepspeed=zero2` among the overrides chooses how states are split: zero0 … zero3, zero3_offload, or a JSON file.
     """
-    from pe_rlhf.recipes import find_recipe, load_recipe
+    from pe_rlhf.recipes import find_recipe, load_deepspeed_config, load_recipe
     from reward.errors import InputError
 
     overrides = [argument for argument in arguments or [] if not argument.startswith("-") and "=" in argument]
-    load_recipe(find_recipe(recipe), overrides)  # a mistake is told once, before any process is started
+    # A mistake is told once, before any process is started.
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    if loaded.deepspeed is not None:
+        load_deepspeed_config(loaded.deepspeed)
     several = num_nodes > 1 or hostfile is not None
     if node_rank is not None and not several:
         raise InputError("--node-rank needs --num-nodes or --hostfile")

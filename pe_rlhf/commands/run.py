@@ -25,6 +25,10 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue: finished stages stay, the next one goes on.")
     ] = False,
+    may_change: Annotated[
+        list[str] | None,
+        typer.Option(help="With --resume: a key that may differ from the recipe the run was started with; repeatable."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe, data and functions; print the plan.")
     ] = False,
@@ -51,7 +55,8 @@ def run(
         check_inputs(loaded, stages)
         typer.echo(f"{loaded.name}: {' → '.join(stages)} with {loaded.model}, into {target}; the recipe is valid")
         return
-    summaries = run_recipe(loaded, target, stages, resume=resume, restart=first is not None)
+    restart = first is not None
+    summaries = run_recipe(loaded, target, stages, resume=resume, restart=restart, may_change=may_change or [])
     if not is_main():
         return
     console.print(outcome_table(loaded.name, summaries))

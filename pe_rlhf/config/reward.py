@@ -29,3 +29,6 @@ class RewardConfig(Section):
     centering: Rate = Field(default=0.0, description="weight of (r_chosen + r_rejected)²")
     eval_every: Positive = Field(default=20, description="optimizer steps between evaluations")
     checkpoint_every: Positive = Field(default=20, description="optimizer steps between checkpoints")
+    keep_checkpoints: Positive = Field(
+        default=2, description="the newest ones kept, besides the one of the lowest held-out loss"
+    )

@@ -29,6 +29,7 @@ from reward.errors import InputError
 
 ATTEMPTS = 3  # how often a response is asked for
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_PROBES = 2.0
 
 Response = tuple[list[int], list[float]]
 
@@ -99,10 +100,17 @@ class ServerVLLM:
         self._exchange.close()
 
     def _check_base(self, server: Server) -> None:
-        try:
-            self._probe.check(server, server.base, ANCHOR)
-        except ServerFault as fault:
-            raise TrainingError(f"{server.url}: {fault}") from fault
+        """More than once: an earlier run's requests for an adapter spoil a batch that they share (vLLM 0.32)."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._probe.check(server, server.base, ANCHOR)
+                return
+            except ServerFault as fault:
+                raise TrainingError(f"{server.url}: {fault}") from fault
+            except InputError:
+                if attempt == ATTEMPTS:
+                    raise
+                time.sleep(SECONDS_BETWEEN_PROBES)
 
     def _put(self, server: Server) -> None:
         if self._merges:

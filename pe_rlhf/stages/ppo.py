@@ -85,7 +85,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 beta = adapt_beta(beta, figures["kl"], config.kl.target, config.kl.horizon, len(rollout.responses))
             stopped = stop.received()
             if stopped or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                _save(context, backbone, engine, step + 1, beta)
+                _save(context, backbone, engine, step + 1, beta, figures)
             if stopped:
                 raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
             advance(1)
@@ -176,10 +176,15 @@ def _resume(context: StageContext, backbone: Backbone, engine: Engine, beta: flo
     return step, state["beta"]
 
 
-def _save(context: StageContext, backbone: Backbone, engine: Engine, step: int, beta: float) -> None:
+def _save(
+    context: StageContext, backbone: Backbone, engine: Engine, step: int, beta: float, figures: dict[str, float]
+) -> None:
+    config = context.recipe.ppo
+    assert config is not None
+    score = figures["reward"] - config.kl.beta * figures["kl"]
     roles = {role: with_prefix(role, backbone.role_state(role)) for role in (POLICY, VALUE)}
     tensors = roles[POLICY] | roles[VALUE] | with_prefix("engine", engine.state())
-    save_checkpoint(context.folder, step, tensors, {"beta": beta})
+    save_checkpoint(context.folder, step, tensors, {"beta": beta}, keep=config.keep_checkpoints, score=score)
 
 
 def _summary(context: StageContext, backbone: Backbone) -> dict[str, Any]:

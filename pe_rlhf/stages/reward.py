@@ -102,7 +102,8 @@ def run(context: StageContext) -> dict[str, Any]:
             metrics.write(done, line)
             stopped = stop.received()
             if stopped or done % config.checkpoint_every == 0 or done == total_steps:
-                _save(context, backbone, engine, done, seconds_before + time.monotonic() - start)
+                loss = result.loss if result is not None and "eval_loss" in line else None
+                _save(context, backbone, engine, done, seconds_before + time.monotonic() - start, loss)
             if stopped:
                 raise Stopped(f"reward: stopped after step {done}", stopped)
             advance(1)
@@ -274,9 +275,14 @@ def _resume(context: StageContext, backbone: Backbone, engine: Engine) -> tuple[
     return step, state["seconds"]
 
 
-def _save(context: StageContext, backbone: Backbone, engine: Engine, step: int, seconds: float) -> None:
+def _save(
+    context: StageContext, backbone: Backbone, engine: Engine, step: int, seconds: float, held_out_loss: float | None
+) -> None:
+    config = context.recipe.reward
+    assert config is not None
+    score = None if held_out_loss is None else -held_out_loss
     tensors = with_prefix(ROLE, backbone.role_state(ROLE)) | with_prefix("engine", engine.state())
-    save_checkpoint(context.folder, step, tensors, {"seconds": seconds})
+    save_checkpoint(context.folder, step, tensors, {"seconds": seconds}, keep=config.keep_checkpoints, score=score)
 
 
 def _summary(held_out: RewardEvaluation, train_pairs: int) -> dict[str, Any]:

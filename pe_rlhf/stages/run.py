@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,25 @@ RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
 }
 
 
-def run_recipe(recipe: Recipe, run_dir: Path, stages: list[str], *, resume: bool, restart: bool) -> dict[str, Any]:
+# Where and with how much memory a run computes; what it computes is the same.
+FREE_TO_CHANGE = ("deepspeed", "threads", "tracking", "backbone.device", "backbone.trunk_cache_mib")
+
+
+def run_recipe(
+    recipe: Recipe,
+    run_dir: Path,
+    stages: list[str],
+    *,
+    resume: bool,
+    restart: bool,
+    may_change: Sequence[str] = (),
+) -> dict[str, Any]:
     """Run stages of a recipe. Returns the summary of every stage that the run directory holds at the end.
 
     Args:
         resume: finished stages are left as they are, an unfinished one continues from its newest checkpoint.
+        may_change: keys, or starts of keys, that may differ from the recipe that a run to be resumed was started with;
+            those that only say where it computes may in any case.
         restart: the first of the stages and all after it that are there are put aside (`<stage>.old-1`) and run anew.
 
     Raises `InputError` for a stage that is there already where neither is given, for a stage whose predecessor has not
@@ -53,7 +67,7 @@ def run_recipe(recipe: Recipe, run_dir: Path, stages: list[str], *, resume: bool
     init_processes()
     on_main(lambda: check_inputs(recipe, stages))
     with ExitStack() as held:
-        on_main(lambda: _prepare(held, recipe, run_dir, stages, resume, restart))
+        on_main(lambda: _prepare(held, recipe, run_dir, stages, resume, restart, may_change))
         # No report before a stage has run: an unfinished one may have a line that a kill left half written.
         for stage in stages:
             if read_summary(run_dir / stage) is not None:
@@ -65,10 +79,20 @@ def run_recipe(recipe: Recipe, run_dir: Path, stages: list[str], *, resume: bool
     return {stage: summary for stage in recipe.stages if (summary := read_summary(run_dir / stage)) is not None}
 
 
-def _prepare(held: ExitStack, recipe: Recipe, run_dir: Path, stages: list[str], resume: bool, restart: bool) -> None:
+def _prepare(
+    held: ExitStack,
+    recipe: Recipe,
+    run_dir: Path,
+    stages: list[str],
+    resume: bool,
+    restart: bool,
+    may_change: Sequence[str],
+) -> None:
     """Take the run directory and make sure that what is in it stays whole."""
     run_dir.mkdir(parents=True, exist_ok=True)
     held.enter_context(_locked(run_dir))
+    if resume and (run_dir / "recipe.yaml").is_file():
+        _refuse_other_recipe(recipe, run_dir / "recipe.yaml", may_change)
     _refuse_overwriting(recipe, run_dir, stages, resume, restart)
     if restart and not resume:
         _put_aside(run_dir, stages[0])
@@ -134,8 +158,6 @@ def _run_stage(context: StageContext) -> None:
 
 def _refuse_overwriting(recipe: Recipe, run_dir: Path, stages: list[str], resume: bool, restart: bool) -> None:
     """Raise `InputError` where running these stages would mix runs or run over one. Nothing is touched before."""
-    if resume and (run_dir / "recipe.yaml").is_file():
-        _refuse_other_recipe(recipe, run_dir / "recipe.yaml")
     for stage in recipe.stages[: recipe.stages.index(stages[0])]:
         if read_summary(run_dir / stage) is None:
             raise InputError(f"{run_dir} holds no finished {stage} stage, which {stages[0]} needs")
@@ -157,12 +179,19 @@ def _put_aside(run_dir: Path, first: str) -> None:
             say(f"{folder} was put aside as {aside.name}")
 
 
-def _refuse_other_recipe(recipe: Recipe, path: Path) -> None:
+def _refuse_other_recipe(recipe: Recipe, path: Path, may_change: Sequence[str]) -> None:
     old, new = _flat(load_recipe(path).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
-    changed = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
+    allowed = (*FREE_TO_CHANGE, *may_change)
+    changed = [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in allowed))
+    ]
     if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise InputError(
-            f"{path.parent} was started with another recipe and cannot be resumed: {'; '.join(changed[:5])}"
+            f"{path.parent} was started with another recipe and cannot be resumed (--may-change KEY lets one differ):"
+            f" {'; '.join(changed[:5])}{more}"
         )
 
 
