@@ -99,7 +99,7 @@ def test_value_is_the_adapter_in_peft_and_the_head_of_its_file(family: str, init
         base_model = peft_model.get_base_model().base_model
         hidden_BTH = base_model(input_ids=IDS_BT).last_hidden_state  # type: ignore[operator]
     head = load_file(tmp_path / "head.safetensors")
-    assert head["bias"].abs() > 1e-3  # trained, too
+    assert head["bias"].abs() > 1e-4  # trained, too
     expected_BT1 = (hidden_BTH @ head["weight"] + head["bias"])[..., None]
     torch.testing.assert_close(role_logits(backbone, "value", IDS_BT), expected_BT1, atol=2e-5, rtol=1e-5)
 

@@ -20,7 +20,7 @@ from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.inits.corda import damped_inverse
 from pe_rlhf.adapters.inits.cross_task import shared_directions
 from pe_rlhf.adapters.inits.svd import bottom_directions, top_directions
-from pe_rlhf.adapters.registry import InitContext, get_init, register_init
+from pe_rlhf.adapters.registry import INITS, InitContext, get_init, register_init
 from pe_rlhf.adapters.statistics import InputMoments, LayerStatistics
 from pe_rlhf.backbone import Backbone, load_backbone
 from reward.errors import InputError
@@ -426,7 +426,8 @@ def test_options_that_an_init_has_not() -> None:
         get_init("lora_ga").parse({"gamma": -1})
 
 
-def test_an_init_that_gives_other_shapes_is_refused() -> None:
+def test_an_init_that_gives_other_shapes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pe_rlhf.adapters.registry.INITS", dict(INITS))  # what is registered goes with the test
     register_init("wrong_for_a_test", lambda context: (context.weight_OI, context.weight_OI))
     with pytest.raises(InputError, match=r"gave A and B of shapes \(24, 16\) and \(24, 16\) where \(2, 16\)"):
         run("wrong_for_a_test", matrix((24, 16)), 2)
