@@ -52,8 +52,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # OpenMP threads that spin while they wait slow everything down several times as soon as another process runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # DeepSpeed's launcher tells each process its local rank, which is in LOCAL_RANK, too.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:
-        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(args=arguments or ["--help"], standalone_mode=False)
     except (InputError, typer.TyperException) as error:
         _fail(error, USER_MISTAKE)
     except (TrainingError, JudgeError, OSError) as error:

@@ -19,7 +19,8 @@ from pe_rlhf.distributed import on_main
 from pe_rlhf.engine import init_processes
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.judging import check_judge
-from pe_rlhf.models import check_model_name
+from pe_rlhf.models import check_model_name, resolve_model
+from pe_rlhf.processes import launched
 from pe_rlhf.progress import say
 from pe_rlhf.recipes import load_recipe, save_recipe
 from pe_rlhf.report import write_report
@@ -66,6 +67,9 @@ def run_recipe(
         torch.set_num_threads(recipe.threads)
     init_processes()
     on_main(lambda: check_inputs(recipe, stages))
+    if launched():
+        # A model that is made here is made once: transformers saves nothing on other ranks.
+        on_main(lambda: resolve_model(recipe.model))
     with ExitStack() as held:
         on_main(lambda: _prepare(held, recipe, run_dir, stages, resume, restart, may_change))
         # No report before a stage has run: an unfinished one may have a line that a kill left half written.
