@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -173,18 +174,27 @@ class _Plain:
 class _ZeRO:
     """AdamW in a DeepSpeed engine, which splits its state over the ranks and keeps it where the configuration says.
 
-    The engine trains one flat copy of the parameters. It gets the gradient, which is complete already, through the loss
-    ⟨copy, gradient⟩: a way in that every ZeRO stage supports.
+    The engine trains one flat copy of the parameters, made when it is first needed: a run that goes on sets the
+    parameters before that. It gets the gradient, which is complete already, through the loss ⟨copy, gradient⟩: a way in
+    that every ZeRO stage supports.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, deepspeed: dict[str, Any]) -> None:
         self._names, self._parameters = list(parameters), list(parameters.values())
-        self._copy = nn.Parameter(_flat(self._parameters))
-        self._engine, *_ = _deepspeed().initialize(
+        self._config, self._deepspeed = config, deepspeed
+
+    @cached_property
+    def _copy(self) -> nn.Parameter:
+        return nn.Parameter(_flat(self._parameters))
+
+    @cached_property
+    def _engine(self) -> Any:
+        engine, *_ = _deepspeed().initialize(
             model=nn.ParameterList([self._copy]),
-            optimizer=_adamw([self._copy], config),
-            config=_role_config(deepspeed),
+            optimizer=_adamw([self._copy], self._config),
+            config=_role_config(self._deepspeed),
         )
+        return engine
 
     def step(self, rate: float) -> None:
         self._step(rate, _flat([p.grad for p in self._parameters if p.grad is not None]))
