@@ -78,6 +78,9 @@ def test_no_engine_outlives_a_stage_that_is_stopped(tmp_path: Path, model_cache:
         folder = Path(engine.cmdline()[-1])
         assert folder.is_dir()
         run.send_signal(how)
+        if how == signal.SIGINT:
+            time.sleep(1)
+            run.send_signal(how)  # the first asks for a stop at the end of the step, the second for one now
         code = run.wait(60)
     assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
     deadline = time.monotonic() + 30
