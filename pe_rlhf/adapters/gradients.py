@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from pe_rlhf.adapters.statistics import InputMoments, LayerStatistics, Need
-from pe_rlhf.distributed import mean_over_ranks
 from reward.errors import InputError
 
 GROUPS = 16
@@ -94,11 +93,10 @@ class ProbedStatistics:
         self._layers, self.probes = layers, probes
 
     def visit(self, modules: Sequence[str], need: Need, take: Callable[[str, LayerStatistics], None]) -> None:
-        """Hand over each layer's statistics, averaged over the ranks. On the CPU, the same bits every time."""
+        """Hand over each layer's statistics. On the CPU, the same bits every time."""
         probes = self.probes(need)
         layers = {name: self._layers(name) for name in modules}
-        # All ranks or none: the averages inside meet only where every rank goes the same way.
-        in_one_pass = float(mean_over_ranks(torch.tensor(float(len(probes))))) == 1
+        in_one_pass = len(probes) == 1
         for group in [layers] if in_one_pass else _groups(layers, need):
             visit = _visit_inputs if need == "inputs" else _visit_gradients
             visit(group, probes, need, take, in_one_pass)
@@ -126,7 +124,7 @@ def _visit_gradients(
     def finish(name: str) -> None:
         if name not in sums:
             raise InputError(f"the loss does not depend on the layer {name}: there is no gradient to start it from")
-        take(name, LayerStatistics(tuple(mean_over_ranks(gradient) for gradient in sums.pop(name))))
+        take(name, LayerStatistics(tuple(sums.pop(name))))
         done.add(name)
 
     with watched(layers, see) as open_passes, torch.enable_grad():
@@ -163,9 +161,7 @@ def _visit_inputs(
 
     def finish(name: str) -> None:
         second_II, first_I, count = sums.pop(name)
-        tokens = mean_over_ranks(torch.tensor(float(count)))
-        moments = mean_over_ranks(second_II) / float(tokens), mean_over_ranks(first_I) / float(tokens)
-        take(name, LayerStatistics(inputs=InputMoments(*moments, round(float(tokens)))))
+        take(name, LayerStatistics(inputs=InputMoments(second_II / count, first_I / count, count)))
 
     with watched(layers, see, backward=False), torch.no_grad():
         for probe in probes:

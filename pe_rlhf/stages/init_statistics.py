@@ -28,7 +28,6 @@ from pe_rlhf.algo.masked import masked_whiten
 from pe_rlhf.algo.rewards import adjust_scores, shape_rewards
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import AdapterConfig, PPOConfig, RewardConfig
-from pe_rlhf.distributed import mean_over_ranks, rank, world_size
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring import Scorer
 from pe_rlhf.seeding import derive_seed, permutation
@@ -67,7 +66,7 @@ def reward_statistics(
     """Statistics under the pairwise loss of a batch of training pairs."""
 
     def probes(need: Need) -> list[Probe]:
-        rows, batches = _own_rows(len(pairs), need, adapter, seed, "reward")
+        rows, batches = _batch_rows(len(pairs), need, adapter, seed, "reward")
         longest = [max(sum(map(len, side[row])) for side in (pairs.chosen, pairs.rejected)) for row in rows]
         parts = []
         for index in micro_batches(torch.tensor(longest), max(1, config.micro_batch_tokens // 2)):
@@ -171,8 +170,8 @@ class AnchorRollouts:
         if self._batch is not None:
             return self._batch
         config, backbone = self._config, self._backbone
-        rows, batches = _own_rows(len(self._ids), need, self._adapter, self._seed, "ppo")
-        seed = derive_seed(self._seed, "init rollout", rank())
+        rows, batches = _batch_rows(len(self._ids), need, self._adapter, self._seed, "ppo")
+        seed = derive_seed(self._seed, "init rollout")
         rollout = HFRollout(backbone, "anchor", config.rollout).generate([self._ids[row] for row in rows], seed)
         sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
         texts = [self._codec.decode(ids) for ids in rollout.responses]
@@ -207,8 +206,11 @@ class AnchorRollouts:
 # ---- shared ---------------------------------------------------------------------------------------------------------
 
 
-def _own_rows(count: int, need: Need, adapter: AdapterConfig, seed: int, stage: str) -> tuple[list[int], list[int]]:
-    """This rank's rows of the init's batch or batches, and which batch each belongs to."""
+def _batch_rows(count: int, need: Need, adapter: AdapterConfig, seed: int, stage: str) -> tuple[list[int], list[int]]:
+    """The rows of the init's batch or batches, and which batch each belongs to.
+
+    The same on every rank: it is a few sequences once, and every rank needs the whole gradient.
+    """
     options = get_init(adapter.init).parse(adapter.init_options)
     size: int = getattr(options, "batch_size", 8)
     batches = 2 if need == "two gradients" else 1
@@ -217,8 +219,7 @@ def _own_rows(count: int, need: Need, adapter: AdapterConfig, seed: int, stage: 
         raise InputError(f"{stage}: the init {adapter.init!r} needs two batches, and there is {count} row of data")
     # With little data the batches get smaller, but none is empty.
     numbered = [(row, position * batches // len(rows)) for position, row in enumerate(rows)]
-    mine = numbered[rank() :: world_size()] or numbered
-    return [row for row, _ in mine], [batch for _, batch in mine]
+    return [row for row, _ in numbered], [batch for _, batch in numbered]
 
 
 def _hidden(backbone: Backbone, sequences: Sequences) -> Tensor:
@@ -267,5 +268,5 @@ def _first_head_step(
         with torch.enable_grad():
             loss(states @ weight_H, part).backward()
     assert weight_H.grad is not None
-    step_H = -mean_over_ranks(weight_H.grad)
+    step_H = -weight_H.grad
     return step_H / step_H.norm().clamp(min=1e-30) / size**0.5

@@ -9,7 +9,7 @@ from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_checkpoint, without_prefix
 from pe_rlhf.config import AdapterConfig
-from pe_rlhf.distributed import is_sharded
+from pe_rlhf.distributed import from_main, is_sharded, world_size
 from pe_rlhf.stages.context import StageContext
 from reward.errors import InputError
 
@@ -25,6 +25,8 @@ def add_role(
         )
     if get_init(adapter.init).needs is None or (saved := load_checkpoint(context.folder)) is None:
         backbone.add_adapter(role, seed=context.recipe.seed, statistics=statistics, **settings)
+        if world_size() > 1:  # an SVD may come out with other signs on another machine, and ranks must not differ
+            backbone.set_role_state(role, from_main(backbone.role_state(role)))
         return
     modules = tuple(find_targets(backbone.model, settings.pop("targets"), settings.pop("last_layers")))
     backbone.load_role(role, AdapterSpec(**settings, modules=modules), without_prefix(role, saved[1]))
