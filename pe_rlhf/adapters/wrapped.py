@@ -73,16 +73,23 @@ def weight_out_in(base: nn.Module) -> Tensor:
     A quantised weight (bitsandbytes' 4 and 8 bit, HQQ, torchao) comes dequantised, a copy of this one layer. Raises
     `InputError` for one that cannot be.
     """
+    with gathered(base):
+        weight = getattr(base, "weight", None)
+        if type(weight) is nn.Parameter and weight.is_floating_point():
+            weight = weight.detach().clone() if is_sharded(base) else weight.detach()
+        else:
+            weight = _dequantised(base)
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def _dequantised(base: nn.Module) -> Tensor:
     try:
-        with gathered(base):
-            weight = dequantize_module_weight(base).detach()
-            if is_sharded(base):
-                weight = weight.clone()
-    except (ImportError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        weight = dequantize_module_weight(base).detach()
+    except Exception as error:  # it is the quantisation library's, of which there are several: it can raise anything
         raise InputError(f"the weight of a {type(base).__name__} cannot be dequantised here: {error}") from error
     if not weight.is_floating_point():
         raise InputError(f"the weight of a {type(base).__name__} is quantised in a way that is not known here")
-    return weight.T if isinstance(base, Conv1D) else weight
+    return weight
 
 
 def is_wrappable(module: nn.Module) -> bool:
