@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pe_rlhf.adapters.build import AdapterSpec
 from pe_rlhf.backbone import Backbone
+from pe_rlhf.distributed import on_main
 from pe_rlhf.metrics import write_json
-from pe_rlhf.processes import is_main
 from pe_rlhf.progress import say
 from reward.errors import InputError
 
@@ -36,16 +36,21 @@ def save_checkpoint(
     keep: int = 2,
     score: float | None = None,
 ) -> None:
-    """Write `folder/checkpoints/step-N` on rank 0; drop all but the newest `keep` and the one of the highest score."""
-    if not is_main():
-        return
+    """Write `folder/checkpoints/step-N`; drop all but the newest `keep` and the one of the highest score.
+
+    Rank 0 writes, and no rank goes on before it has: one that ended meanwhile would take rank 0 with it.
+    """
+    state = {"step": step, **state} | ({} if score is None else {"score": score})
+    on_main(lambda: _write_checkpoint(folder, step, tensors, state, keep))
+
+
+def _write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
     root = folder / "checkpoints"
     scratch, target = root / f".step-{step:06d}.tmp", root / f"step-{step:06d}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     file = scratch / "state.safetensors"
     _save_tensors(tensors, file)
-    state = {"step": step, **state} | ({} if score is None else {"score": score})
     write_json(scratch / "state.json", {**state, "sha256": _sha256(file, state)})
     for written in (file, scratch / "state.json", scratch):
         _flush(written)
@@ -95,8 +100,10 @@ def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 def save_role(backbone: Backbone, role: str, folder: Path) -> None:
     """Write a role for the next stage (`role.json`, `role.safetensors`) and for everybody else (PEFT's files)."""
-    if not is_main():
-        return
+    on_main(lambda: _write_role(backbone, role, folder))
+
+
+def _write_role(backbone: Backbone, role: str, folder: Path) -> None:
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     backbone.export_adapter(role, scratch)

@@ -67,11 +67,6 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks, the same on each."""
-    return sum_over_ranks(tensor) / world_size()
-
-
 def sum_figures(figures: dict[str, float]) -> dict[str, float]:
     """Each figure summed over all ranks, which have the same names in the same order."""
     totals = sum_over_ranks(torch.tensor(list(figures.values()), dtype=torch.float64))
@@ -88,20 +83,20 @@ def concat_over_ranks(tensor_N: Tensor) -> Tensor:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What a function gives on rank 0, on every rank; what it raises there is raised on every rank."""
+    """What a function gives on rank 0, on every rank; where it raises there, the others raise `ElsewhereError`."""
     if world_size() == 1:
         return function()
-    result: T | None = None
-    error: Exception | None = None
-    if is_main():
-        try:
-            result = function()
-        except Exception as raised:
-            error = raised
-    result, error = from_main((result, error))
-    if error is not None:
-        raise error if is_main() else ElsewhereError(str(error)) from error
-    return result  # type: ignore[return-value]
+    if not is_main():
+        result, failed = from_main((None, ""))
+        if failed:
+            raise ElsewhereError(failed)
+        return result  # type: ignore[return-value]  # rank 0 has sent what its function gave
+    try:
+        result = function()
+    except Exception as error:
+        from_main((None, str(error) or type(error).__name__))  # not the error itself: not every one can be sent
+        raise
+    return from_main((result, ""))[0]
 
 
 def max_over_ranks(value: int) -> int:

@@ -22,7 +22,7 @@ from pe_rlhf.adapters.lora_plus import learning_rate_groups
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.distributed import sum_over_ranks, world_size
 from pe_rlhf.errors import TrainingError
-from pe_rlhf.processes import launched
+from pe_rlhf.processes import accelerator_environment, launched
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -263,23 +263,34 @@ def _split(flat: Tensor, like: list[nn.Parameter]) -> Iterator[Tensor]:
 
 
 def _deepspeed() -> Any:
+    for name, value in accelerator_environment().items():
+        os.environ.setdefault(name, value)
     try:
         import deepspeed
     except ImportError as error:
         raise TrainingError(
             "training on several processes needs DeepSpeed: pip install 'pe-rlhf[deepspeed]'"
         ) from error
+    # Its own reduction for CPUs, which nothing here asks for, is compiled at the first start, under a lock file that
+    # stays when the process is killed: every later start would wait for it for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def init_processes() -> None:
-    """Join the other processes, where a launcher has started this one."""
-    if not launched() or torch.distributed.is_initialized():
+def init_processes(wants_deepspeed: bool) -> None:
+    """Join the other processes, where a launcher has started this one; alone, be a group of one for DeepSpeed."""
+    if torch.distributed.is_initialized() or not (launched() or wants_deepspeed):
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # gloo carries what lies on the CPU (counts, texts, experience), whatever the weights are on.
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if launched():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group(backend)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented all the same
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     _deepspeed().init_distributed(verbose=False)
 
 

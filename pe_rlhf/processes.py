@@ -10,6 +10,13 @@ def launched() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
+def accelerator_environment() -> dict[str, str]:
+    """DeepSpeed guesses the accelerator from what is installed; without a GPU it is to be the CPU."""
+    import torch
+
+    return {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes files and talks to people: rank 0, or the only one."""
     return not launched() or os.environ["RANK"] == "0"

@@ -65,7 +65,7 @@ def run_recipe(
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    init_processes()
+    init_processes(recipe.deepspeed is not None)
     on_main(lambda: check_inputs(recipe, stages))
     if launched():
         # A model that is made here is made once: transformers saves nothing on other ranks.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300
@@ -49,8 +50,12 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for a command and all that it has started, all at once."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        whole = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in whole:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait()
 
 

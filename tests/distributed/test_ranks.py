@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from tests.runs import Tree, read_jsonl, recipe, without_time, write_recipe
 
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 
-CONFIGURATIONS = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+CONFIGURATIONS = [f"deepspeed={name}" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")]
+LOOKS_AT_DATA = "adapter.init=lora_ga"
 STAGES = ("preferences", "reward", "ppo", "evaluate")
 ROLES = ["reward/adapter", "ppo/adapter", "ppo/value"]
 
@@ -32,7 +32,7 @@ def small(*stages: str) -> Tree:
     """Batches of odd sizes, micro-batches of one or two rows: ranks have unequal shares all the time."""
     changes: Tree = {
         "adapter__init": "pissa",
-        "reward__epochs": 2,
+        "reward__epochs": 4,
         "reward__batch_size": 3,
         "reward__learning_rate": 1e-2,
         "reward__micro_batch_tokens": 40,
@@ -59,14 +59,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
     tree["preferences"]["judge"] = "judge:score"
     (folder / "judge.py").write_text(JUDGE)
     path = write_recipe(folder, tree)
-    command = [sys.executable, "-m", "pe_rlhf", "run", str(path), "--run-dir", "plain"]
-    finish(start(command, folder, model_cache))
+    for name, overrides in (("plain", []), ("plain-lora_ga", [LOOKS_AT_DATA])):
+        command = [sys.executable, "-m", "pe_rlhf", "run", str(path), *overrides, "--run-dir", name]
+        finish(start(command, folder, model_cache))
     worker = str(ROOT / "tests" / "distributed" / "worker.py")
-    finish(start(deepspeed(2, worker, str(path), str(folder), *CONFIGURATIONS), folder, model_cache))
+    every = [*CONFIGURATIONS, f"deepspeed=zero1,{LOOKS_AT_DATA}"]
+    finish(start(deepspeed(2, worker, str(path), str(folder), *every), folder, model_cache))
     return folder
 
 
-def assert_same_run(found: Path, expected: Path, stages: tuple[str, ...] = STAGES) -> None:
+def assert_same_run(found: Path, expected: Path, stages: tuple[str, ...] = STAGES, weights: float = 1e-4) -> None:
     for stage in stages:
         lines, wanted = (read_jsonl(run / stage / "metrics.jsonl") for run in (found, expected))
         assert len(lines) == len(wanted)
@@ -77,7 +79,7 @@ def assert_same_run(found: Path, expected: Path, stages: tuple[str, ...] = STAGE
             state, want = (load_file(run / role / "role.safetensors") for run in (found, expected))
             assert state.keys() == want.keys()
             for name, tensor in want.items():
-                torch.testing.assert_close(state[name], tensor, atol=1e-4, rtol=1e-3, msg=f"{role} {name}")
+                torch.testing.assert_close(state[name], tensor, atol=weights, rtol=1e-3, msg=f"{role} {name}")
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -89,10 +91,17 @@ def test_two_ranks_are_one(runs: Path, configuration: str) -> None:
     assert (runs / configuration / "report.html").is_file()
 
 
-def test_the_run_that_is_compared_with_moves(runs: Path) -> None:
+def test_an_init_that_looks_at_data_sees_the_same_on_two_ranks(runs: Path) -> None:
+    two, one = runs / f"deepspeed=zero1,{LOOKS_AT_DATA}", runs / "plain-lora_ga"
+    assert_same_run(two, one, ("preferences", "reward"))
+    # PPO's init is made of singular vectors of a gradient that the reward's rounding is in: they are less exact.
+    assert_same_run(two, one, ("ppo", "evaluate"), weights=1e-3)
+
+
+def test_the_run_that_is_compared_with_learns(runs: Path) -> None:
     """Or equal weights would mean nothing."""
     losses = [line["loss"] for line in read_jsonl(runs / "plain" / "reward" / "metrics.jsonl")]
-    assert max(losses) - min(losses) > 0.05
+    assert min(losses) < 0.9 * losses[0]
     state = load_file(runs / "plain" / "ppo" / "adapter" / "role.safetensors")
     moved = [(state[n] - state[n.replace("lora_B", "initial_B_OR")]).abs().max() for n in state if "lora_B" in n]
     assert max(moved) > 1e-3
@@ -176,7 +185,7 @@ def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path: Path, model_cache:
         run = f"killed-{resumed_on}"
         process = start(launch(path, "deepspeed=zero2", "--", f"--run-dir={run}"), tmp_path, model_cache)
         wait_for_steps(tmp_path / run / "ppo" / "metrics.jsonl", 3, process)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         process.communicate()
         options = [f"--run-dir={run}", "--resume"]
         command = [sys.executable, "-m", "pe_rlhf", "run", str(path), overrides, *options]
@@ -187,6 +196,38 @@ def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path: Path, model_cache:
         assert_same_run(tmp_path / run, tmp_path / "whole", ("ppo",))
     whole, again = (load_file(tmp_path / run / "ppo" / "adapter" / "role.safetensors") for run in ("whole", "killed-2"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_two_ranks_that_are_asked_to_stop_save_too(tmp_path: Path, model_cache: Path) -> None:
+    """The launcher would end them after the first that has gone: rank 0 has to have saved by then."""
+    tree = small("ppo")
+    tree["ppo"] |= {"checkpoint_every": 1000, "steps": 40}
+    path = write_recipe(tmp_path, tree)
+    process = start(launch(path, "--", "--run-dir=out"), tmp_path, model_cache)
+    metrics = tmp_path / "out" / "ppo" / "metrics.jsonl"
+    wait_for_steps(metrics, 2, process)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process, code=143)
+    done = len(read_jsonl(metrics))
+    assert f"ppo: stopped after step {done}; --resume continues from there" in said.splitlines()
+    assert [p.name for p in (tmp_path / "out" / "ppo" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+
+
+def test_one_process_without_a_launcher_uses_deepspeed_where_asked(
+    tmp_path: Path, model_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has nothing compiled: a lock that a killed start left behind holds nobody up."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parents[1]))
+    path = write_recipe(tmp_path, small("ppo"))
+    for name, override in (("plain", "deepspeed=null"), ("zero2", "deepspeed=zero2"), ("zero3", "deepspeed=zero3")):
+        command = [sys.executable, "-m", "pe_rlhf", "run", str(path), override, f"--run-dir={name}"]
+        finish(start(command, tmp_path, model_cache))
+    for name in ("zero2", "zero3"):
+        assert_same_run(tmp_path / name, tmp_path / "plain", ("ppo",))
+    assert [file for file in lock.parents[1].rglob("*") if file.is_file()] == [lock]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,6 +1,6 @@
-"""One recipe under several DeepSpeed configurations, on every rank of a launcher; a process start is the slow part.
+"""One recipe with several overrides of its own, on every rank of a launcher; a process start is the slow part.
 
-deepspeed … worker.py RECIPE FOLDER zero0 zero1 …
+deepspeed … worker.py RECIPE FOLDER deepspeed=zero0 deepspeed=zero1,adapter.init=lora_ga …
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 from pe_rlhf.recipes import load_recipe
 from pe_rlhf.stages.run import run_recipe
 
-recipe_file, folder, *configurations = sys.argv[1:]
-for name in configurations:
-    recipe = load_recipe(Path(recipe_file), [f"deepspeed={name}"])
+recipe_file, folder, *runs = sys.argv[1:]
+for name in runs:
+    recipe = load_recipe(Path(recipe_file), name.split(","))
     run_recipe(recipe, Path(folder) / name, recipe.stages, resume=False, restart=False)
