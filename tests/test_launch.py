@@ -37,6 +37,8 @@ def test_four_nodes_by_ssh(cli: Cli, tmp_path: Path) -> None:
     assert outcome.code == 0
     run = f"--no_local_rank --module pe_rlhf run {path}"
     assert outcome.out == f"{START} --master_addr=node-0 --hostfile=hosts {run}\n"
+    fewer = cli("launch", path, "--hostfile", "hosts", "--num-procs", "4", "--dry-run")
+    assert fewer.out == f"{START} --hostfile=hosts --num_accelerators=4 {run}\n"
 
 
 @pytest.mark.parametrize("node", [0, 3])
@@ -49,7 +51,7 @@ def test_four_nodes_without_ssh(cli: Cli, tmp_path: Path, node: int) -> None:
     (hosts,) = [Path(word.removeprefix("--hostfile=")) for word in words if word.startswith("--hostfile=")]
     assert hosts.read_text() == "".join(f"node-{i} slots=8\n" for i in range(4))
     assert [word for word in words if "hostfile" not in word] == [
-        *f"{START} --master_addr=10.0.0.1 --no_ssh --node_rank={node}".split(),
+        *f"{START} --master_addr=10.0.0.1 --num_accelerators=8 --no_ssh --node_rank={node}".split(),
         *f"--no_local_rank --module pe_rlhf run {path}".split(),
     ]
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
+import psutil
 import typer
 
 
@@ -18,7 +23,10 @@ def launch(
         list[str] | None,
         typer.Argument(help="What `pe-rlhf run` takes after the recipe; put its options behind `--`: -- --resume"),
     ] = None,
-    num_procs: Annotated[int, typer.Option(min=1, help="Processes on each node, one per GPU.")] = 1,
+    num_procs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on each node, one per GPU; if left out, the hostfile's slots, or 1."),
+    ] = None,
     hostfile: Annotated[
         Path | None,
         typer.Option(help="`HOST slots=N` a line; the nodes are reached by ssh unless --node-rank is given."),
@@ -56,9 +64,9 @@ def launch(
     if master_addr is not None:
         command.append(f"--master_addr={master_addr}")
     if several:
-        command.append(f"--hostfile={hostfile or _numbered_hosts(num_nodes, num_procs)}")
-    else:
-        command.append(f"--num_accelerators={num_procs}")
+        command.append(f"--hostfile={hostfile or _numbered_hosts(num_nodes, num_procs or 1)}")
+    if num_procs is not None or not several:
+        command.append(f"--num_accelerators={num_procs or 1}")
     if node_rank is not None:
         command += ["--no_ssh", f"--node_rank={node_rank}"]
     command += ["--no_local_rank", "--module", "pe_rlhf", "run", recipe, *(arguments or [])]
@@ -67,20 +75,47 @@ def launch(
     if dry_run:
         typer.echo(shlex.join(command))
         return
-    sys.stdout.flush()
-    os.execvpe(command[0], command, _environment())  # so that a signal to this process reaches the launcher
+    raise typer.Exit(_run(command))
 
 
-def _environment() -> dict[str, str]:
-    """DeepSpeed guesses the accelerator from what is installed; without a GPU it is to be the CPU."""
-    import torch
+def _run(command: list[str]) -> int:
+    """Run the launcher and return its exit code. SIGTERM and SIGINT go to the training processes themselves.
 
-    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    return {**accelerator, **os.environ}
+    DeepSpeed's launcher would end them: at once where it is told by a signal, and after 30 seconds where they were.
+    """
+    from pe_rlhf.processes import accelerator_environment
+
+    launcher = subprocess.Popen(command, env={**accelerator_environment(), **os.environ}, process_group=0)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        ranks = _ranks(launcher.pid)
+        for process in ranks:
+            process.send_signal(number)
+        if not ranks:  # not there yet, or on other nodes
+            launcher.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _ranks(launcher: int) -> list[psutil.Process]:
+    """The training processes that a launcher has started here: what they have and it has not is a rank."""
+    ranks = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launcher).children(recursive=True):
+            with suppress(psutil.Error):
+                if "RANK" in process.environ():
+                    ranks.append(process)
+    return ranks
 
 
 def _numbered_hosts(nodes: int, slots: int) -> str:
     """A hostfile for nodes that are started by hand: the launcher counts its lines and looks no name up."""
-    path = Path(tempfile.gettempdir()) / f"pe-rlhf-{nodes}x{slots}.hosts"
+    path = Path(tempfile.gettempdir()) / f"pe-rlhf-{os.getuid()}-{nodes}x{slots}.hosts"
     path.write_text("".join(f"node-{number} slots={slots}\n" for number in range(nodes)), encoding="utf-8")
     return str(path)
