@@ -93,13 +93,14 @@ def test_merged_weights_in_a_plain_model_compute_the_role(family: str, init: str
 @pytest.mark.parametrize("init", ALL_INITS)
 def test_value_is_the_adapter_in_peft_and_the_head_of_its_file(family: str, init: str, tmp_path: Path) -> None:
     backbone, original = trained(family, init, role="value")
+    perturb(backbone, "value")  # where training leaves the bias, an init may by chance leave it near 0
     backbone.export_adapter("value", tmp_path)
     peft_model = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path).eval()
     with torch.no_grad():
         base_model = peft_model.get_base_model().base_model
         hidden_BTH = base_model(input_ids=IDS_BT).last_hidden_state  # type: ignore[operator]
     head = load_file(tmp_path / "head.safetensors")
-    assert head["bias"].abs() > 1e-4  # trained, too
+    assert head["bias"].abs() > 1e-3
     expected_BT1 = (hidden_BTH @ head["weight"] + head["bias"])[..., None]
     torch.testing.assert_close(role_logits(backbone, "value", IDS_BT), expected_BT1, atol=2e-5, rtol=1e-5)
 

@@ -128,9 +128,8 @@ def test_a_rank_above_the_number_of_singular_values_is_refused(init: str) -> Non
 
 
 def test_an_unknown_init_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        InputError, match=r"unknown init 'pisa' \(did you mean 'pissa'\?\); there are .*lora, .*milora, .*pissa"
-    ):
+    known = r"there are .*, lora, lora_ga, milora, olora, orthogonal, pissa"
+    with pytest.raises(InputError, match=rf"unknown init 'pisa' \(did you mean 'pissa'\?\); {known}"):
         get_init("pisa")
 
 
