@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.launching import ROOT, deepspeed, finish, free_port, kill, launch, start
+from tests.forked import Forked
 from tests.runs import Tree, read_jsonl, recipe, without_time, write_recipe
 
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
@@ -60,8 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
     (folder / "judge.py").write_text(JUDGE)
     path = write_recipe(folder, tree)
     for name, overrides in (("plain", []), ("plain-lora_ga", [LOOKS_AT_DATA])):
-        command = [sys.executable, "-m", "pe_rlhf", "run", str(path), *overrides, "--run-dir", name]
-        finish(start(command, folder, model_cache))
+        Forked(["run", str(path), *overrides, "--run-dir", name], folder, model_cache).finish()
     worker = str(ROOT / "tests" / "distributed" / "worker.py")
     every = [*CONFIGURATIONS, f"deepspeed=zero1,{LOOKS_AT_DATA}"]
     finish(start(deepspeed(2, worker, str(path), str(folder), *every), folder, model_cache))
@@ -107,24 +109,56 @@ def test_the_run_that_is_compared_with_learns(runs: Path) -> None:
     assert max(moved) > 1e-3
 
 
-def test_two_nodes_without_ssh(tmp_path: Path, runs: Path, model_cache: Path) -> None:
-    """A launcher for each node, as `srun` starts them; here both are this machine."""
-    tree = small("ppo")
-    path = write_recipe(tmp_path, tree)
+@pytest.fixture
+def hosts() -> Iterator[list[tuple[str, list[str]]]]:
+    """Two hosts of a network of their own, as (address, what to put before a command that is to run there)."""
+    ids = [f"pe-rlhf-{os.getpid()}-{node}" for node in range(2)]
+    made = [ip("netns", "add", name) for name in ids]
+    try:
+        if not all(made) or not ip(
+            "link", "add", "pe0", "netns", ids[0], "type", "veth", "peer", "pe1", "netns", ids[1]
+        ):
+            pytest.skip("network namespaces cannot be made here: that takes Linux, iproute2 and root")
+        for node, name in enumerate(ids):
+            assert ip("-n", name, "address", "add", f"10.77.0.{node + 1}/24", "dev", f"pe{node}")
+            assert ip("-n", name, "link", "set", f"pe{node}", "up")
+            assert ip("-n", name, "link", "set", "lo", "up")
+        yield [(f"10.77.0.{node + 1}", ["ip", "netns", "exec", name]) for node, name in enumerate(ids)]
+    finally:
+        for name in ids:
+            ip("netns", "delete", name)
+
+
+def ip(*arguments: str) -> bool:
+    return (
+        bool(shutil.which("ip"))
+        and subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode == 0
+    )
+
+
+def assert_two_nodes_are_one(folder: Path, cache: Path, master: str, inside: list[list[str]]) -> None:
+    """A launcher for each node, as `srun` starts them, against one process; `inside`: how to run something there."""
+    path = write_recipe(folder, small("ppo"))
     port = free_port()
-    nodes = ["--num-nodes=2", "--master-addr=127.0.0.1"]
-    launchers = [
-        start(
-            launch(path, "deepspeed=zero1", *nodes, f"--node-rank={node}", "--", "--run-dir=two", ranks=1, port=port),
-            tmp_path,
-            model_cache,
-        )
-        for node in range(2)
-    ]
+    nodes = ["deepspeed=zero1", "--num-nodes=2", f"--master-addr={master}"]
+    launchers = []
+    for node, before in enumerate(inside):
+        command = launch(path, *nodes, f"--node-rank={node}", "--", "--run-dir=two", ranks=1, port=port)
+        launchers.append(start([*before, *command], folder, cache))
     for launcher in launchers:
         finish(launcher)
-    finish(start([sys.executable, "-m", "pe_rlhf", "run", str(path), "--run-dir=one"], tmp_path, model_cache))
-    assert_same_run(tmp_path / "two", tmp_path / "one", ("ppo",))
+    Forked(["run", str(path), "--run-dir=one"], folder, cache).finish()
+    assert_same_run(folder / "two", folder / "one", ("ppo",))
+
+
+def test_two_nodes_that_are_both_this_machine(tmp_path: Path, model_cache: Path) -> None:
+    assert_two_nodes_are_one(tmp_path, model_cache, "127.0.0.1", [[], []])
+
+
+def test_two_nodes_of_a_network(tmp_path: Path, model_cache: Path, hosts: list[tuple[str, list[str]]]) -> None:
+    # gloo would take the address that the machine's name has, which is not of this network.
+    inside = [["env", f"GLOO_SOCKET_IFNAME=pe{node}", *before] for node, (_, before) in enumerate(hosts)]
+    assert_two_nodes_are_one(tmp_path, model_cache, hosts[0][0], inside)
 
 
 FAILS_ON_RANK_1 = """
@@ -167,10 +201,14 @@ def test_what_rank_0_finds_wrong_is_told_once(tmp_path: Path, model_cache: Path)
     assert "Traceback" not in said
 
 
+def lines(metrics: Path) -> int:
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
 def wait_for_steps(metrics: Path, steps: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= steps:
+        if lines(metrics) >= steps:
             return
         time.sleep(0.01)
     raise AssertionError(f"{steps} steps were not reached")
@@ -188,10 +226,10 @@ def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path: Path, model_cache:
         kill(process)
         process.communicate()
         options = [f"--run-dir={run}", "--resume"]
-        command = [sys.executable, "-m", "pe_rlhf", "run", str(path), overrides, *options]
         if resumed_on == 2:
-            command = launch(path, overrides, "--", *options)
-        said = finish(start(command, tmp_path, model_cache))
+            said = finish(start(launch(path, overrides, "--", *options), tmp_path, model_cache))
+        else:
+            said = Forked(["run", str(path), overrides, *options], tmp_path, model_cache).finish()
         assert "continuing after step" in said
         assert_same_run(tmp_path / run, tmp_path / "whole", ("ppo",))
     whole, again = (load_file(tmp_path / run / "ppo" / "adapter" / "role.safetensors") for run in ("whole", "killed-2"))
@@ -223,8 +261,7 @@ def test_one_process_without_a_launcher_uses_deepspeed_where_asked(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parents[1]))
     path = write_recipe(tmp_path, small("ppo"))
     for name, override in (("plain", "deepspeed=null"), ("zero2", "deepspeed=zero2"), ("zero3", "deepspeed=zero3")):
-        command = [sys.executable, "-m", "pe_rlhf", "run", str(path), override, f"--run-dir={name}"]
-        finish(start(command, tmp_path, model_cache))
+        Forked(["run", str(path), override, f"--run-dir={name}"], tmp_path, model_cache).finish()
     for name in ("zero2", "zero3"):
         assert_same_run(tmp_path / name, tmp_path / "plain", ("ppo",))
     assert [file for file in lock.parents[1].rglob("*") if file.is_file()] == [lock]
@@ -240,17 +277,16 @@ def test_asked_to_stop_it_saves_and_says_so(
         {"checkpoint_every": 1000, "steps": 40} if stage == "ppo" else {"checkpoint_every": 1000, "epochs": 20}
     )
     path = write_recipe(tmp_path, tree)
-    command = [sys.executable, "-m", "pe_rlhf", "run", str(path)]
-    process = start([*command, "--run-dir=out"], tmp_path, model_cache)
+    process = Forked(["run", str(path), "--run-dir=out"], tmp_path, model_cache)
     metrics = tmp_path / "out" / stage / "metrics.jsonl"
-    wait_for_steps(metrics, 2, process)
-    process.send_signal(number)
-    said = finish(process, code=128 + number)
-    done = len(read_jsonl(metrics))
+    process.wait_until(lambda: lines(metrics) >= 2)
+    process.send(number)
+    said = process.finish(code=128 + number)
+    done = lines(metrics)
     assert said.splitlines()[-1] == f"{stage}: stopped after step {done}; --resume continues from there"
     assert [p.name for p in (tmp_path / "out" / stage / "checkpoints").iterdir()] == [f"step-{done:06d}"]
-    finish(start([*command, "--run-dir=out", "--resume"], tmp_path, model_cache))
-    finish(start([*command, "--run-dir=whole"], tmp_path, model_cache))
+    Forked(["run", str(path), "--run-dir=out", "--resume"], tmp_path, model_cache).finish()
+    Forked(["run", str(path), "--run-dir=whole"], tmp_path, model_cache).finish()
     found, whole = (
         [without_time(line) for line in read_jsonl(tmp_path / run / stage / "metrics.jsonl")]
         for run in ("out", "whole")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.runs import Outcome, read_jsonl, without_time
+from tests.forked import Forked
+from tests.runs import read_jsonl, without_time
 
 # A checkpoint at every step, and all that a checkpoint has to hold: dropout, a β that adapts, an order of prompts
 # that runs over the end of a pass.
@@ -22,31 +19,6 @@ SETTINGS = [
     *("ppo.checkpoint_every=1", "ppo.steps=6", "ppo.batch_size=12", "ppo.samples_every=1"),
     *("ppo.kl.controller=adaptive", "ppo.kl.horizon=50", "ppo.kl.target=0.1"),
 ]
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def start(tmp_path: Path, model_cache: Path, data_cache: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start `pe-rlhf run smoke` on `killed` in a process of its own."""
-
-    def call(*options: str) -> subprocess.Popen[str]:
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "PE_RLHF_CACHE": str(model_cache),
-            "HF_DATASETS_CACHE": str(data_cache),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "pe_rlhf", "run", "smoke", *SETTINGS, "--run-dir", "killed", "--to", "ppo"]
-        return subprocess.Popen(
-            [*command, *options],
-            cwd=tmp_path,
-            env=environment,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-
-    return call
 
 
 def lines(stage: Path) -> int:
@@ -54,23 +26,18 @@ def lines(stage: Path) -> int:
     return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 
 
-def kill_when(process: subprocess.Popen[str], moment: Callable[[], bool]) -> None:
+def kill_when(process: Forked, moment: Callable[[], bool]) -> None:
     """SIGKILL as soon as the moment has come; it is an error for the process to end before."""
-    deadline = time.monotonic() + 600
-    while not moment():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.wait_until(moment)
+    assert process.kill() == -signal.SIGKILL
 
 
 @pytest.mark.slow
-def test_killed_three_times(
-    cli: Callable[..., Outcome], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    assert cli("run", "smoke", *SETTINGS, "--run-dir", "whole", "--to", "ppo").code == 0
+def test_killed_three_times(tmp_path: Path, model_cache: Path) -> None:
+    def start(*options: str) -> Forked:
+        return Forked(["run", "smoke", *SETTINGS, "--run-dir=killed", "--to=ppo", *options], tmp_path, model_cache)
+
+    Forked(["run", "smoke", *SETTINGS, "--run-dir=whole", "--to=ppo"], tmp_path, model_cache).finish()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     # 1. in the middle of the reward stage, a metrics line on the disk whose checkpoint may be there or not
@@ -87,9 +54,7 @@ def test_killed_three_times(
     # The tail of a line that a kill left half written.
     with (killed / "ppo" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')
-    last = start("--resume")
-    said = last.communicate(timeout=600)[1]
-    assert last.returncode == 0, said
+    said = start("--resume").finish()
     assert "reward: finished before, left as it is" in said
     assert "ppo: continuing after step " in said
 

@@ -1,0 +1,66 @@
+"""`pe-rlhf` in a process of its own that starts at once: forked from a server that has imported everything before."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pe_rlhf.cli import main
+
+SECONDS = 300
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["pe_rlhf.stages.run", "transformers.models.llama.modeling_llama", "matplotlib.figure", "tests.forked"]
+)
+
+
+class Forked:
+    """A command that runs: `Forked(["run", "recipe.yaml"], folder, cache)`."""
+
+    def __init__(self, arguments: list[str], folder: Path, cache: Path) -> None:
+        self._said = folder / f".said-{time.monotonic_ns()}"
+        self._process = _SERVER.Process(target=_command, args=(arguments, folder, cache, self._said, dict(os.environ)))
+        self._process.start()
+
+    def wait_until(self, moment: Callable[[], bool]) -> None:
+        """Wait for a moment in its life; that it ends or hangs before is an error."""
+        deadline = time.monotonic() + SECONDS
+        while not moment():
+            assert self._process.is_alive(), self._said.read_text(encoding="utf-8")
+            assert time.monotonic() < deadline, "it hangs"
+            time.sleep(0.001)
+
+    def send(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> int | None:
+        """SIGKILL; the exit code, which is another if it had ended before."""
+        self._process.kill()
+        self._process.join()
+        return self._process.exitcode
+
+    def finish(self, code: int = 0) -> str:
+        """Wait for its end and return what it said; a command that hangs is a failure."""
+        self._process.join(SECONDS)
+        if self._process.is_alive():
+            self.kill()
+        said = self._said.read_text(encoding="utf-8")
+        assert self._process.exitcode == code, said
+        return said
+
+
+def _command(arguments: list[str], folder: Path, cache: Path, said: Path, environment: dict[str, str]) -> None:
+    with said.open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= environment | {"PE_RLHF_CACHE": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
+    os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["pe-rlhf", *arguments]
+    main()
