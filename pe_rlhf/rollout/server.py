@@ -17,6 +17,7 @@ import httpx
 
 from pe_rlhf.backbone import ANCHOR, Backbone
 from pe_rlhf.config import SamplingConfig
+from pe_rlhf.distributed import on_main
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.progress import say
 from pe_rlhf.rollout.base import check_response, checked_rollout
@@ -75,14 +76,11 @@ class ServerVLLM:
         before, self._tag = self._tag, f"{self._role}-{version}-{os.urandom(4).hex()}"
         if self._merges:
             self._path = self._exchange.put_merged(self._backbone, self._role, self._tag)
+            on_main(self._push_merged)
         elif self._role != ANCHOR:
             self._path = self._exchange.put_adapter(self._backbone, self._role, self._tag, self._rank)
         for server in self._servers:
-            try:
-                self._put(server)
-            except ServerFault as fault:
-                server.down = True
-                say(f"{server.url}: {fault}; it is left out until it is back")
+            self._or_leave_out(server, self._probe_role if self._merges else self._put)
         if before:
             self._exchange.drop(before)
 
@@ -112,6 +110,18 @@ class ServerVLLM:
                     raise
                 time.sleep(SECONDS_BETWEEN_PROBES)
 
+    def _push_merged(self) -> None:
+        """Rank 0 does it for all: a server has one set of weights, and nobody's requests may run while they change."""
+        for server in self._servers:
+            self._or_leave_out(server, lambda server: server.load_merged(self._path))
+
+    def _or_leave_out(self, server: Server, step: Callable[[Server], None]) -> None:
+        try:
+            step(server)
+        except ServerFault as fault:
+            server.down = True
+            say(f"{server.url}: {fault}; it is left out until it is back")
+
     def _put(self, server: Server) -> None:
         if self._merges:
             server.load_merged(self._path)
@@ -119,6 +129,10 @@ class ServerVLLM:
             server.unload()
         else:
             server.load_adapter(self._tag, self._path)
+        self._probe_role(server)
+
+    def _probe_role(self, server: Server) -> None:
+        """Check that the server has the role as it is now; then it can be asked."""
         self._probe.check(server, server.model, self._role)
         server.down = False
 

@@ -19,8 +19,10 @@ from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.rollout.server import ServerVLLM
 from reward.errors import InputError
+from tests.distributed.launching import finish, launch, start
 from tests.rollout.proxy import comes_back, proxy
 from tests.rollout.vllm_support import INITS, LONGEST, PROMPTS, config, difference
+from tests.runs import read_jsonl, recipe, write_jsonl, write_recipe
 from tests.tiny import tiny_model, train_role
 
 Make = Callable[..., ServerVLLM]
@@ -61,6 +63,24 @@ def test_log_probs_are_the_trainers(make: Make, vllm_server: str, policies: Back
         assert rollout.version == version
         assert difference(policies, init, rollout) < 1e-4
         assert difference(policies, "anchor" if init != "anchor" else "lora", rollout) > 1e-2
+
+
+@pytest.mark.parametrize("sync", MODES)
+def test_two_ranks_share_a_server(
+    vllm_server: str, vllm_model: Path, tmp_path: Path, model_cache: Path, sync: str
+) -> None:
+    """What is merged, rank 0 alone puts there; then each rank finds its own policy in what it gets."""
+    pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+    rollout = {"engine": "vllm", "mode": "server", "urls": [vllm_server], "sync": sync, "max_new_tokens": 8}
+    changes = {"adapter__init": "pissa", "ppo__learning_rate": 0.03, "ppo__steps": 3, "ppo__rollout": rollout}
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(5, 13)])
+    path = write_recipe(tmp_path, recipe("ppo", model=str(vllm_model), **changes))
+    said = finish(start(launch(path, "--", "--run-dir=out"), tmp_path, model_cache))
+    assert "left out" not in said
+    lines = read_jsonl(tmp_path / "out" / "ppo" / "metrics.jsonl")
+    assert all(line["logprob_mismatch_max"] < 1e-3 for line in lines)
+    assert abs(lines[-1]["kl"]) > 0.1  # the premise: it is not the base any more that they sample from
+    assert not adapters(vllm_server)
 
 
 @pytest.mark.parametrize("sync", MODES)
