@@ -5,6 +5,7 @@ Errors are one sentence and a non-zero exit code; `--debug` shows where they cam
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -52,6 +53,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # OpenMP threads that spin while they wait slow everything down several times as soon as another process runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Where transformers load DeepSpeed along, it says on stdout, among our results, that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # DeepSpeed's launcher tells each process its local rank, which is in LOCAL_RANK, too.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:

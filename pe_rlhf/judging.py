@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pe_rlhf.causal_lm import find_device, load_causal_lm
 from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.policies import find_role, load_role_backbone
+from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.scoring import AdapterScorer, ModelScorer
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -44,12 +45,13 @@ def check_judge(judge: str | JudgeConfig) -> None:
         load_judge(settings.target)
     elif settings.kind == "llm":
         JudgePrompt(settings.template)
+        check_vllm(settings.engine == "vllm")
     elif settings.kind not in judge_kinds():
         make_judge(settings)
 
 
 def llm_judge(settings: JudgeSettings) -> Judge:
-    """A chat model at `base_url`, else one that is loaded here."""
+    """A chat model at `base_url`, else one that vLLM or transformers load here."""
     if not settings.target:
         raise InputError("judge: llm needs its model: llm:MODEL")
     prompt = JudgePrompt(settings.template)
@@ -58,6 +60,11 @@ def llm_judge(settings: JudgeSettings) -> Judge:
         from reward.judges.endpoint import Endpoint  # the client library takes a second to import
 
         backend = Endpoint(settings.target, settings)
+    elif settings.engine == "vllm":
+        from pe_rlhf.rollout.chat import VLLMChat
+
+        device = find_device(settings.device)
+        backend = VLLMChat(settings.target, settings.dtype, device, memory_share=settings.gpu_memory_share)
     else:
         from reward.judges.hf import HFChat
 

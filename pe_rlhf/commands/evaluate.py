@@ -37,6 +37,7 @@ def evaluate(
     ] = "general",
     reasoning: Annotated[bool, typer.Option("--reasoning", help="llm: reason first.")] = False,
     verdict: Annotated[str, typer.Option(help="llm: probabilities (of A and B), text, or auto.")] = "auto",
+    judge_engine: Annotated[str, typer.Option(help="llm: what runs a local model: hf or vllm.")] = "hf",
     base_url: Annotated[str | None, typer.Option(help="llm: an OpenAI-compatible server.")] = None,
     api_key_env: Annotated[str, typer.Option(help="The environment variable with the key.")] = "OPENAI_API_KEY",
     concurrency: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 8,
@@ -74,7 +75,13 @@ def evaluate(
 
     kind, target = split_judge_name(judge)
     fields = {"template": template, "reasoning": reasoning, "verdict": verdict, "base_url": base_url}
-    fields |= {"api_key_env": api_key_env, "concurrency": concurrency, "timeout": timeout, "attempts": attempts}
+    fields |= {
+        "engine": judge_engine,
+        "api_key_env": api_key_env,
+        "concurrency": concurrency,
+        "timeout": timeout,
+        "attempts": attempts,
+    }
     fields |= {"max_requests": max_requests, "max_cost": max_cost, "price_in": price_in, "price_out": price_out}
     judge_config = _validated(JudgeConfig, kind=kind, target=target, dtype=dtype, device=device, **fields)
     check_judge(judge_config)
@@ -154,6 +161,8 @@ def _validated(schema: type[T], **fields: Any) -> T:
         return schema(**fields)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # a rule over several options
+            raise InputError(first["msg"].removeprefix("Value error, ")) from error
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise InputError(f"{option}: {first['msg']} (got {first['input']!r})") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pe_rlhf.config.section import Positive, Rate, Section
 
@@ -22,6 +22,8 @@ class JudgeConfig(Section):
     verdict: Literal["auto", "probabilities", "text"] = Field(
         default="auto", description="llm: from the labels' probabilities, from parsed text, or whichever can be had"
     )
+    engine: Literal["hf", "vllm"] = Field(default="hf", description="llm: what runs a local model")
+    gpu_memory_share: float = Field(default=0.5, gt=0, lt=1, description="llm with vllm: its share of a GPU's memory")
     base_url: str | None = Field(default=None, description="llm: an OpenAI-compatible server")
     api_key_env: str = Field(default="OPENAI_API_KEY", description="environment variable that holds the server's key")
     top_logprobs: Positive = Field(default=20, description="how many log-probs to ask a server for")
@@ -35,3 +37,9 @@ class JudgeConfig(Section):
     price_out: Rate | None = Field(default=None, description="per million tokens written, for max_cost")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of a local model")
     device: str = Field(default="auto", description="of a local model")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> JudgeConfig:
+        if self.engine == "vllm" and self.base_url:
+            raise ValueError("engine: vllm is for a local model, base_url for a server: give one of them")
+        return self

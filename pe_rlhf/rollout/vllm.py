@@ -93,6 +93,19 @@ class Engine:
                 self._connection.send(("progress", len(finished)))
         return [responses[i] for i in range(len(prompts))]
 
+    def first_token_logprobs(self, tag: str, prompts: list[list[int]], ids: list[int]) -> list[dict[int, float]]:
+        """Log-probs of those ids as the first token after each prompt, by the base; nothing is sampled from them."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        if tag != self._tag:
+            raise RuntimeError(f"the engine holds {self._tag}, it was asked for {tag}")
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=ids, detokenize=False)
+        asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        outputs = self._llm.generate(asked, parameters, use_tqdm=False)
+        tables = [(output.outputs[0].logprobs or [{}])[0] for output in outputs]
+        return [{i: table[i].logprob for i in ids} for table in tables]
+
     def sleep(self) -> None:
         """Move the weights to the CPU and give up the KV cache; `wake_up` is the way back."""
         self._llm.sleep(level=1)

@@ -7,6 +7,7 @@
 | `length`    | longer wins: the control for length bias                                                   |
 | `reward_model` | rewards: A wins with probability σ(r_A − r_B)                                           |
 | `llm`       | a chat model as a judge, over any `ChatBackend`                                            |
+| `chat_tokens` | chats and labels as token ids, for local models                                          |
 | `hf`        | the backend for a transformers model in this process                                       |
 | `endpoint`  | the backend for an OpenAI-compatible server                                                |
 | `registry`  | the kinds of judges by name                                                                |

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward.errors import InputError
+from reward.judges.chat_tokens import ChatTokens
 from reward.judges.llm import Completion
 from reward.records import Message
 
 
 class HFChat:
-    """Chat with a model that is loaded already; without a chat template it is shown a plain transcript.
-
-    A label's probability is that of all tokens that read as the label, with or without a space before it.
-    """
+    """Chat with a model that is loaded already. A label's probability is that of all tokens that read as it."""
 
     concurrency = 1
 
@@ -28,18 +25,22 @@ class HFChat:
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
         self.identity, self.batch_size = f"hf:{identity}", batch_size
+        longest = getattr(model.config, "max_position_embeddings", None) or 10**9
+        vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+        self._tokens = ChatTokens(tokenizer, self.identity, longest, vocabulary)
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._label_ids: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def label_logprobs(self, chats: Sequence[list[Message]], labels: Sequence[str]) -> list[Completion]:
         """One forward pass per batch; the text is the most likely first token."""
-        rows, answers = self._encode(chats, room=1)
+        rows, answers = self._tokens.encode(chats, room=1)
         for batch in _batches(rows, self.batch_size):
             logprobs_BV = torch.log_softmax(self._last_logits([rows[i] for i in batch]).float(), dim=-1)
             tops = self._tokenizer.batch_decode(logprobs_BV.argmax(dim=-1)[:, None])
             for i, logprobs_V, top in zip(batch, logprobs_BV, tops, strict=True):
-                of_label = {label: logprobs_V[self._ids(label)].logsumexp(dim=0).item() for label in labels}
+                of_label = {
+                    label: logprobs_V[self._tokens.label_ids(label)].logsumexp(dim=0).item() for label in labels
+                }
                 answers[i] = Completion(top, of_label)
         return [answers[i] for i in range(len(chats))]
 
@@ -48,7 +49,7 @@ class HFChat:
         self, chats: Sequence[list[Message]], max_tokens: int, temperature: float, seed: int
     ) -> list[Completion]:
         """Greedy at temperature 0, else sampled; the same seed gives the same answers to the same chats."""
-        rows, answers = self._encode(chats, room=max_tokens)
+        rows, answers = self._tokens.encode(chats, room=max_tokens)
         sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": 0, "top_p": 1.0}
         if temperature > 0:
             sampling["temperature"] = temperature
@@ -66,29 +67,6 @@ class HFChat:
             texts = self._tokenizer.batch_decode(output_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
             answers |= {i: Completion(text) for i, text in zip(batch, texts, strict=True)}
         return [answers[i] for i in range(len(chats))]
-
-    def _encode(self, chats: Sequence[list[Message]], room: int) -> tuple[dict[int, list[int]], dict[int, Completion]]:
-        """Token ids of the chats that the model can read, and an error for those that are too long for it."""
-        limit = getattr(self._model.config, "max_position_embeddings", None) or 10**9
-        rows: dict[int, list[int]] = {}
-        errors: dict[int, Completion] = {}
-        for i, chat in enumerate(chats):
-            rows[i] = self._ids_of(chat)
-            if len(rows[i]) + room > limit:
-                why = f"the question has {len(rows[i])} tokens, the judge reads {limit} with {room} left for its answer"
-                errors[i] = Completion("", error=why)
-                del rows[i]
-        return rows, errors
-
-    def _ids_of(self, chat: list[Message]) -> list[int]:
-        if self._tokenizer.chat_template is None:
-            text = "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in chat)
-            return self._tokenizer(f"{text}Assistant:")["input_ids"]  # type: ignore[return-value]
-        try:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise InputError(f"judge: the chat template of {self.identity} fails: {error}") from error
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
     def _last_logits(self, rows: list[list[int]]) -> Tensor:
         ids_BT, mask_BT, position_BT = self._left_padded(rows)
@@ -109,16 +87,6 @@ class HFChat:
             if isinstance(token, int):
                 return token
         return 0
-
-    def _ids(self, label: str) -> Tensor:
-        if label not in self._label_ids:
-            count = self._model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
-            texts = self._tokenizer.batch_decode([[i] for i in range(min(count, len(self._tokenizer)))])
-            found = [i for i, text in enumerate(texts) if text.strip() == label]
-            if not found:
-                raise InputError(f"judge: the vocabulary of {self.identity} has no token {label!r}; use verdict: text")
-            self._label_ids[label] = torch.tensor(found, device=self._model.device)
-        return self._label_ids[label]
 
 
 def _batches(rows: dict[int, list[int]], size: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ class JudgeSettings:
     template: an `llm` judge's prompt: the name of one of `reward/prompts`, or a file.
     reasoning: have it reason first, in `reasoning_tokens` at most. verdict: `probabilities` of the labels, parsed
         `text`, or `auto`: probabilities where they can be had.
+    engine: what runs a local model, `hf` or `vllm`, the latter with `gpu_memory_share` of the card.
     base_url: an OpenAI-compatible server; the key comes from the environment variable `api_key_env`.
     attempts: how often a request is sent that fails for a passing reason; answer_attempts: how often the judge is asked
         whose answer cannot be understood. timeout: seconds for one request.
@@ -33,6 +34,8 @@ class JudgeSettings:
     reasoning: bool = False
     reasoning_tokens: int = 256
     verdict: str = "auto"
+    engine: str = "hf"
+    gpu_memory_share: float = 0.5
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
     top_logprobs: int = 20

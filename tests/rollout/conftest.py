@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import BackboneConfig, RolloutConfig
 from pe_rlhf.rollout.embedded import EmbeddedVLLM
+from tests.rollout.serving import serve
 from tests.rollout.vllm_support import ENDS, INITS, LONGEST, NEW_TOKENS, config
 from tests.tiny import tiny_model, train_role
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -61,36 +53,11 @@ def embedded(
 
 @pytest.fixture(scope="session")
 def vllm_server(vllm_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server that the project's own script has started, for both ways of sync."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = os.environ | {"MERGED": "1", "RANK": "8", "PYTHON": sys.executable, "VLLM_NO_USAGE_STATS": "1"}
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    options = ["--dtype", "float32", "--max-model-len", str(LONGEST + NEW_TOKENS), "--enforce-eager"]
-    options += ["--kv-cache-memory-bytes", "16m", "--block-size", "32", "--max-num-seqs", "32"]
-    command = [str(ROOT / "launch" / "vllm_server.sh"), str(vllm_model), str(port), *options]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 600
-        while not _answers(url):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.3)
+    """The address of a server of the tiny model."""
+    options = ["--max-model-len", str(LONGEST + NEW_TOKENS), "--kv-cache-memory-bytes", "16m"]
+    with serve(str(vllm_model), tmp_path_factory.mktemp("server"), *options) as url:
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def new_engine(backbone: Backbone, settings: RolloutConfig, folder: Path) -> EmbeddedVLLM:
     return EmbeddedVLLM(backbone, "pissa", settings, BackboneConfig(), longest_prompt=LONGEST, log=folder / "vllm.log")
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False

@@ -18,7 +18,8 @@ import torch
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.rollout.embedded import EmbeddedVLLM
-from tests.rollout.conftest import ROOT, new_engine
+from tests.rollout.conftest import new_engine
+from tests.rollout.serving import ROOT
 from tests.rollout.test_hf import assert_sampled_from
 from tests.rollout.vllm_support import ENDS, INITS, NEW_TOKENS, PROMPTS, TEMPERATURE, config, difference
 from tests.tiny import train_role

@@ -1,0 +1,60 @@
+"""Chats as a model reads them, and the tokens that read as a label: what all local chat models share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from reward.errors import InputError
+from reward.judges.llm import Completion
+from reward.records import Message
+
+
+class ChatTokens:
+    """Encodes chats for a model; without a chat template it is shown a plain transcript.
+
+    Args:
+        identity: of the model, for messages.
+        longest: the most tokens that it reads, answer included.
+        vocabulary: how many token ids it has.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, identity: str, longest: int, vocabulary: int) -> None:
+        self.tokenizer, self._identity = tokenizer, identity
+        self._longest, self._vocabulary = longest, vocabulary
+        self._label_ids: dict[str, list[int]] = {}
+
+    def encode(self, chats: Sequence[list[Message]], room: int) -> tuple[dict[int, list[int]], dict[int, Completion]]:
+        """Token ids of the chats that the model can read, and an error for those that are too long for it."""
+        rows: dict[int, list[int]] = {}
+        errors: dict[int, Completion] = {}
+        for i, chat in enumerate(chats):
+            ids = self._ids_of(chat)
+            if len(ids) + room > self._longest:
+                read = f"the judge reads {self._longest} with {room} left for its answer"
+                errors[i] = Completion("", error=f"the question has {len(ids)} tokens, {read}")
+            else:
+                rows[i] = ids
+        return rows, errors
+
+    def label_ids(self, label: str) -> list[int]:
+        """All tokens that read as the label, with or without a space before it. Raises `InputError` for none."""
+        if label not in self._label_ids:
+            count = min(self._vocabulary, len(self.tokenizer))
+            texts = self.tokenizer.batch_decode([[i] for i in range(count)])
+            found = [i for i, text in enumerate(texts) if text.strip() == label]
+            if not found:
+                raise InputError(f"judge: the vocabulary of {self._identity} has no token {label!r}; use verdict: text")
+            self._label_ids[label] = found
+        return self._label_ids[label]
+
+    def _ids_of(self, chat: list[Message]) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            text = "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in chat)
+            return self.tokenizer(f"{text}Assistant:")["input_ids"]  # type: ignore[return-value]
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise InputError(f"judge: the chat template of {self._identity} fails: {error}") from error
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
