@@ -9,11 +9,12 @@ from transformers.pytorch_utils import Conv1D
 
 from pe_rlhf.adapters.anchored import AnchoredLoRA, lora_scale
 from pe_rlhf.adapters.build import AdapterSpec, new_adapter, saved_adapter
+from pe_rlhf.adapters.statistics import InputMoments, LayerStatistics
 from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, count_trainable, merged_weight, weight_out_in
-from tests.tiny import INITS
+from tests.tiny import ALL_INITS
 
 IN, OUT, RANK, SCALE = 12, 20, 3, 1.5
-ZERO_B = {"lora", "gaussian", "rlpo", "rlmo"}  # inits whose B0 is zero by definition: nothing to subtract
+ZERO_B = {"lora", "gaussian", "rlpo", "rlmo", "eva"}  # inits whose B0 is zero by definition: nothing to subtract
 
 
 def base_layer(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -36,7 +37,11 @@ def dense_base(base: nn.Module) -> tuple[Tensor, Tensor]:
 
 def adapter_for(base: nn.Module, init: str, dropout: float = 0.0) -> AnchoredLoRA:
     spec = AdapterSpec(init, RANK, SCALE * RANK, "standard", dropout, ())
-    adapter = new_adapter(spec, dense_base(base)[0], seed=0)
+    generator = torch.Generator().manual_seed(9)
+    gradients = torch.randn(OUT, IN, generator=generator), torch.randn(OUT, IN, generator=generator)
+    x_NI = torch.randn(40, IN, generator=generator)
+    moments = InputMoments(x_NI.T @ x_NI / len(x_NI), x_NI.mean(0), len(x_NI))
+    adapter = new_adapter(spec, dense_base(base)[0], seed=0, statistics=LayerStatistics(gradients, moments))
     assert isinstance(adapter, AnchoredLoRA)
     return adapter
 
@@ -63,7 +68,7 @@ def test_scale_is_alpha_over_rank_or_over_its_root() -> None:
     assert lora_scale(1, 3, "rslora") == pytest.approx(1 / math.sqrt(3))
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_output_and_gradients_equal_the_published_form_computed_densely(kind: str, init: str) -> None:
     base = base_layer(kind)
@@ -88,7 +93,7 @@ def test_output_and_gradients_equal_the_published_form_computed_densely(kind: st
         torch.testing.assert_close(gradient, expected_gradient, atol=5e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_new_adapter_changes_not_one_bit(dtype: torch.dtype, init: str) -> None:
     base = base_layer("linear", dtype)
@@ -99,7 +104,7 @@ def test_a_new_adapter_changes_not_one_bit(dtype: torch.dtype, init: str) -> Non
     assert adapter.lora_A.dtype == adapter.lora_B.dtype == torch.float32
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 def test_on_a_bf16_base_the_difference_is_taken_in_fp32_and_rounded_once(init: str) -> None:
     base = base_layer("linear", torch.bfloat16)
     adapter = adapter_for(base, init)
@@ -114,7 +119,7 @@ def test_on_a_bf16_base_the_difference_is_taken_in_fp32_and_rounded_once(init: s
     torch.testing.assert_close(found.float(), (y + difference.to(torch.bfloat16)).float(), atol=1e-2, rtol=2**-7)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 def test_dropout_gives_both_terms_the_same_input_and_rests_in_eval_mode(init: str) -> None:
     base = base_layer("linear")
     adapter = adapter_for(base, init, dropout=0.4)
@@ -136,7 +141,7 @@ def test_dropout_gives_both_terms_the_same_input_and_rests_in_eval_mode(init: st
     torch.testing.assert_close(adapter(x, y, base), y + F.linear(x, delta), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 def test_factors_and_delta_weight_equal_the_dense_difference(init: str) -> None:
     base = base_layer("linear")
     adapter = adapter_for(base, init)
@@ -160,7 +165,7 @@ def test_factors_are_copies() -> None:
     assert torch.equal(adapter.lora_B, before)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 def test_only_a_and_b_are_trained(init: str) -> None:
     adapter = adapter_for(base_layer("linear"), init)
     assert {name for name, p in adapter.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
@@ -169,7 +174,7 @@ def test_only_a_and_b_are_trained(init: str) -> None:
     assert set(adapter.state_dict()) == {"lora_A", "lora_B"} | (set() if init in ZERO_B else initials)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 def test_a_saved_adapter_comes_back_exactly(init: str) -> None:
     base = base_layer("linear")
     spec = AdapterSpec(init, RANK, SCALE * RANK, "standard", 0.0, ())
@@ -208,7 +213,7 @@ def test_the_wrapper_adds_the_active_role_alone(kind: str) -> None:
     assert not torch.allclose(layer(x), y, atol=0.1)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ALL_INITS)
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merged_weight_is_a_fresh_one_in_the_layout_of_the_base(dtype: torch.dtype, kind: str, init: str) -> None:

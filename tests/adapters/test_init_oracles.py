@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import LoraGAConfig
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -153,6 +154,31 @@ def test_the_first_step_of_lora_ga_is_the_best_of_rank_2r(shape: tuple[int, int]
     G = matrix(shape, 9) @ torch.diag(0.9 ** torch.arange(float(shape[1])))
     A, B = run("lora_ga", matrix(shape), rank, LayerStatistics((G,)))
     assert cosine(first_update(A, B, G), G) == pytest.approx(best_cosine(G, 2 * rank), abs=1e-4)
+
+
+def first_step_of_peft(G: Tensor, rank: int) -> Tensor:
+    linear = nn.Linear(G.shape[1], G.shape[0], bias=False)
+    linear._peft_loraga_grad = G  # type: ignore[assignment]  # where PEFT's own preparation leaves it
+    settings: Any = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
+    named = dict(
+        get_peft_model(nn.Sequential(linear), LoraConfig(r=rank, target_modules=["0"], **settings)).named_parameters()
+    )  # type: ignore[arg-type]
+    A, B = (named[f"base_model.model.0.lora_{part}.default.weight"].detach() for part in "AB")
+    return first_update(A, B, G)
+
+
+def test_lora_ga_of_peft_depends_on_the_size_of_the_gradient() -> None:
+    """It has the singular values in B and scales B alone: B counts for nothing where G is small, alone where large."""
+    U, _ = torch.linalg.qr(matrix((64, 64), 1))
+    V, _ = torch.linalg.qr(matrix((48, 48), 2))
+    unit = U[:, :48] @ torch.diag(0.7 ** torch.arange(48.0)) @ V.T
+    weight_OI = matrix((64, 48), 4)
+    for size, of_peft in ((1e-3, best_cosine(unit, 4)), (1e3, 0.3)):
+        G = size * unit
+        ours = cosine(first_update(*run("lora_ga", weight_OI, 4, LayerStatistics((G,))), G), G)
+        assert ours == pytest.approx(best_cosine(unit, 8), abs=1e-4)
+        theirs = cosine(first_step_of_peft(G, 4), G)
+        assert theirs < of_peft + 1e-3 < ours, (size, theirs)
 
 
 def test_lora_ga_where_a_layer_has_fewer_than_2r_directions() -> None:
