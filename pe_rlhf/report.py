@@ -194,9 +194,10 @@ def _change(label: str, before: float | None, after: float | None, detail: str) 
 
 def _stage_row(name: str, summary: Row) -> dict[str, str]:
     """One line of the stage table: what it did, how long it took and what it held in memory."""
+    scored = "mean_score_chosen" in summary
     texts = {
-        "preferences": "{pairs} pairs from {prompts} prompts, {pairs_dropped} without a clear winner; "
-        "mean score {mean_score_chosen} chosen, {mean_score_rejected} rejected",
+        "preferences": "{pairs} pairs from {prompts} prompts, {pairs_dropped} without a clear winner"
+        + ("; mean score {mean_score_chosen} chosen, {mean_score_rejected} rejected" if scored else ""),
         "reward": "{train_pairs} training and {eval_pairs} held-out pairs; margin {eval_margin}, "
         "calibration error {calibration_error}",
         "ppo": "{steps} steps, {episodes} episodes; {seconds_per_step} s per step, {tokens_per_second} tokens/s",

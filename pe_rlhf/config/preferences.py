@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.config.sampling import SamplingConfig
-from pe_rlhf.config.section import Data, Positive, Rate, Section
+from pe_rlhf.config.section import Data, Positive, Rate, Section, Share
 
 
 class PreferencesConfig(Section):
     """Sample two responses for each prompt and have a judge label them."""
 
     prompts: Data
-    judge: str = Field(description="module:callable, (prompts, responses) → scores; the higher score is chosen")
+    judge: str | JudgeConfig = Field(
+        description="module:callable, (prompts, responses) → scores; length, llm:MODEL, reward_model:RUN; or a section"
+    )
+    max_invalid_share: Share = Field(default=0.05, description="more pairs without a valid verdict fail the run")
     sampling: SamplingConfig = SamplingConfig()
     pairs_per_prompt: Positive = 1
-    min_margin: Rate = Field(default=0.0, description="drop pairs whose scores differ by no more than this")
+    min_margin: Rate = Field(
+        default=0.0, description="drop pairs won by no more than this: by scores, else by |2·P(first wins) − 1|"
+    )

@@ -1,23 +1,31 @@
 """The preferences stage: sample two responses for each prompt, have a judge label them, write a preference file.
 
-Left out of it: nothing is trained, and the judge here is a Python function of prompts and responses.
+Nothing is trained here. Any judge will do; one that sees an order is asked both ways, and a pair whose verdict turns
+with the order has no winner. Verdicts are on disk as they come: a stage that was interrupted asks nothing twice.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
+from pathlib import Path
 from typing import Any
 
+from pe_rlhf.config import PreferencesConfig
 from pe_rlhf.distributed import on_main
 from pe_rlhf.files import write_whole
+from pe_rlhf.judging import build_judge
 from pe_rlhf.metrics import write_json
+from pe_rlhf.processes import is_main
 from pe_rlhf.progress import progress
 from pe_rlhf.resources import peak_memory
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
+from reward.asking import Pair, judge_pairs, number_prompts
 from reward.errors import InputError
-from reward.judges import Comparison, FunctionJudge, load_function
+from reward.judges import Judge
+from reward.summary import Outcome
 
 FILE = "preferences.jsonl"
 
@@ -27,7 +35,7 @@ def run(context: StageContext) -> dict[str, Any]:
     config = context.recipe.preferences
     assert config is not None
     start = time.monotonic()
-    judge = FunctionJudge(load_function(config.judge))
+    judge = build_judge(config.judge) if is_main() else None
     backbone = context.backbone()
     codec = context.codec(backbone)
     prompts, prompt_ids = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
@@ -43,29 +51,27 @@ def run(context: StageContext) -> dict[str, Any]:
     first, second = texts[: len(prompts)], texts[len(prompts) :]
 
     # 2. the judge says which is better
-    comparisons = [Comparison(p, a, b) for p, a, b in zip(prompts, first, second, strict=True)]
-    verdicts = on_main(lambda: judge.compare(comparisons))
+    sides = zip(prompts, first, second, number_prompts(prompts), strict=True)
+    pairs = [Pair(prompt, a, b, *numbers) for prompt, a, b, numbers in sides]
+    outcomes = on_main(lambda: _judged(judge, pairs, context.folder / "verdicts.jsonl", config))
 
     # 3. pairs with a winner go into the file
     cut = rollout.truncated_B.tolist()
-    rows: list[dict[str, Any]] = []
-    for i, (comparison, verdict) in enumerate(zip(comparisons, verdicts, strict=True)):
-        cuts = {"a": cut[i], "b": cut[i + len(prompts)]}
-        row = _row(comparison, verdict.preference, verdict.score_a or 0.0, verdict.score_b or 0.0, cuts)
-        chosen, rejected = row["chosen"].strip(), row["rejected"].strip()
-        usable = chosen and rejected and chosen != rejected
-        if verdict.preference != 0.5 and usable and row["score_chosen"] - row["score_rejected"] > config.min_margin:
-            rows.append(row)
+    cuts = zip(cut[: len(pairs)], cut[len(pairs) :], strict=True)
+    labelled = (_row(pair, outcome, *ends) for pair, outcome, ends in zip(pairs, outcomes, cuts, strict=True))
+    rows = [row for row in labelled if row is not None and _margin(row) > config.min_margin]
     if not rows:
-        raise InputError(f"preferences.judge: {config.judge} found no difference in any of {len(comparisons)} pairs")
+        name = config.judge if isinstance(config.judge, str) else config.judge.kind
+        raise InputError(f"preferences.judge: {name} found no difference in any of {len(pairs)} pairs")
     write_whole(context.folder / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     summary = {
         "prompts": len(prompts) // config.pairs_per_prompt,
         "pairs": len(rows),
-        "pairs_dropped": len(comparisons) - len(rows),
-        "mean_score_chosen": sum(row["score_chosen"] for row in rows) / len(rows),
-        "mean_score_rejected": sum(row["score_rejected"] for row in rows) / len(rows),
+        "pairs_dropped": len(pairs) - len(rows),
+        "invalid": sum(math.isnan(outcome.preference) for outcome in outcomes),
+        "flips": sum(outcome.flipped for outcome in outcomes),
+        **_mean_scores(rows),
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
     }
@@ -76,19 +82,53 @@ def run(context: StageContext) -> dict[str, Any]:
     return summary
 
 
-def _row(
-    comparison: Comparison, preference: float, score_a: float, score_b: float, cuts: dict[str, bool]
-) -> dict[str, Any]:
-    a_wins = preference > 0.5
-    winner, loser = ("a", "b") if a_wins else ("b", "a")
-    text = {"a": comparison.response_a, "b": comparison.response_b}
-    score = {"a": score_a, "b": score_b}
-    return {
-        "prompt": comparison.prompt,
-        "chosen": text[winner],
-        "rejected": text[loser],
-        "chosen_truncated": cuts[winner],
-        "rejected_truncated": cuts[loser],
-        "score_chosen": score[winner],
-        "score_rejected": score[loser],
+def _judged(judge: Judge | None, pairs: list[Pair], path: Path, config: PreferencesConfig) -> list[Outcome]:
+    assert judge is not None
+    with progress("preferences: judging", len(pairs) * (2 if judge.sees_order else 1), "verdicts") as advance:
+        return judge_pairs(
+            judge,
+            pairs,
+            path,
+            candidate="first",
+            baseline="second",
+            max_invalid_share=config.max_invalid_share,
+            on_progress=lambda done, _: advance(done),
+        )
+
+
+def _row(pair: Pair, outcome: Outcome, first_cut: bool, second_cut: bool) -> dict[str, Any] | None:
+    """A preference record, or None where there is no winner or nothing to learn from."""
+    if math.isnan(outcome.preference) or outcome.preference == 0.5:
+        return None
+    sides = [
+        (pair.candidate, first_cut, outcome.row.score_candidate, outcome.preference),
+        (pair.baseline, second_cut, outcome.row.score_baseline, 1 - outcome.preference),
+    ]
+    winner, loser = sides if outcome.preference > 0.5 else reversed(sides)
+    chosen, rejected = winner[0].strip(), loser[0].strip()
+    if not chosen or not rejected or chosen == rejected:
+        return None
+    row: dict[str, Any] = {
+        "prompt": pair.prompt,
+        "chosen": winner[0],
+        "rejected": loser[0],
+        "chosen_truncated": winner[1],
+        "rejected_truncated": loser[1],
+        "preference": winner[3],
     }
+    if winner[2] is not None and loser[2] is not None:
+        row |= {"score_chosen": winner[2], "score_rejected": loser[2]}
+    return row
+
+
+def _margin(row: dict[str, Any]) -> float:
+    """By how much the winner won: of the scores where the judge gives some, else of the probabilities."""
+    if "score_chosen" in row:
+        return row["score_chosen"] - row["score_rejected"]
+    return 2 * row["preference"] - 1
+
+
+def _mean_scores(rows: list[dict[str, Any]]) -> dict[str, float]:
+    scored = [row for row in rows if "score_chosen" in row]
+    keys = ("score_chosen", "score_rejected") if scored else ()
+    return {f"mean_{key}": sum(row[key] for row in scored) / len(scored) for key in keys}

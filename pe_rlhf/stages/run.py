@@ -114,7 +114,7 @@ def check_inputs(recipe: Recipe, stages: list[str]) -> None:
         if (prompts := getattr(section, "prompts", None)) is not None:
             load_prompts(prompts, f"{stage}.prompts")
         if (judge := getattr(section, "judge", None)) is not None:
-            check_judge(judge) if stage == "evaluate" else load_function(judge)
+            check_judge(judge)
     if recipe.reward is not None and "reward" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.reward, key)) is not None:

@@ -10,10 +10,12 @@ import pytest
 
 from pe_rlhf.backbone import load_backbone
 from pe_rlhf.config import Recipe, SamplingConfig
+from pe_rlhf.judging import build_judge
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.text import TextCodec
 from reward.errors import InputError
+from reward.judges import Comparison
 from reward.records import load_records
 from tests.runs import Tree, read_jsonl
 from tests.stages.support import byte_model, run, write_prompts
@@ -93,6 +95,33 @@ def test_a_minimum_margin_drops_close_pairs(tmp_path: Path) -> None:
     wide = pairs(tmp_path / "wide")
     assert wide == [row for row in everything if row["score_chosen"] - row["score_rejected"] > 3]
     assert 0 < len(wide) < len(everything)
+
+
+def test_a_chat_model_labels_in_both_orders(tmp_path: Path) -> None:
+    judge_model = byte_model(tmp_path / "judge", pad_is_eos=True, initializer_range=0.4, max_position_embeddings=2048)
+    summary = run(recipe(tmp_path, f"llm:{judge_model}"), tmp_path / "run")["preferences"]
+    responses = sampled(recipe(tmp_path))
+    firsts, seconds = responses[: len(PROMPTS)], responses[len(PROMPTS) :]
+    judge = build_judge(f"llm:{judge_model}")
+    expected, flips = [], 0
+    for (prompt, first, _), (_, second, _) in zip(firsts, seconds, strict=True):
+        (forward,) = judge.compare([Comparison(prompt, first, second)])
+        (backward,) = judge.compare([Comparison(prompt, second, first)])
+        if (forward.preference > 0.5) == (backward.preference > 0.5):
+            flips += 1
+        elif first.strip() and second.strip() and first.strip() != second.strip():
+            expected.append((first, second) if forward.preference > 0.5 else (second, first))
+    rows = pairs(tmp_path)
+    assert [(row["chosen"], row["rejected"]) for row in rows] == expected
+    assert 0 < flips == summary["flips"]
+    assert all(0.5 < row["preference"] <= 1 and "score_chosen" not in row for row in rows)
+    assert "mean_score_chosen" not in summary
+
+    # Without scores the margin is that of the probabilities.
+    margins = sorted(2 * row["preference"] - 1 for row in rows)
+    between = (margins[0] + margins[-1]) / 2
+    run(recipe(tmp_path, f"llm:{judge_model}", min_margin=between), tmp_path / "wide" / "run")
+    assert pairs(tmp_path / "wide") == [row for row in rows if 2 * row["preference"] - 1 > between]
 
 
 def judge_module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, score: str) -> str:
