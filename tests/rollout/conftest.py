@@ -12,8 +12,8 @@ from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import BackboneConfig, RolloutConfig
 from pe_rlhf.rollout.embedded import EmbeddedVLLM
 from tests.rollout.serving import serve
-from tests.rollout.vllm_support import ENDS, INITS, LONGEST, NEW_TOKENS, config
-from tests.tiny import tiny_model, train_role
+from tests.rollout.vllm_support import ENDS, LONGEST, NEW_TOKENS, config
+from tests.tiny import ALL_INITS, add_role, tiny_model, train_role
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +35,8 @@ def vllm_model(_vllm: None, tmp_path_factory: pytest.TempPathFactory, tiny_token
 def policies(vllm_model: Path) -> Backbone:
     """A backbone with a policy of every init, each after real updates."""
     backbone = load_backbone(str(vllm_model))
-    for init in INITS:
-        backbone.add_adapter(init, init=init, rank=3, alpha=6)
+    for init in ALL_INITS:
+        add_role(backbone, init, init, rank=3, alpha=6)
         train_role(backbone, init)
     return backbone
 

@@ -21,19 +21,19 @@ from pe_rlhf.rollout.embedded import EmbeddedVLLM
 from tests.rollout.conftest import new_engine
 from tests.rollout.serving import ROOT
 from tests.rollout.test_hf import assert_sampled_from
-from tests.rollout.vllm_support import ENDS, INITS, NEW_TOKENS, PROMPTS, TEMPERATURE, config, difference
-from tests.tiny import train_role
+from tests.rollout.vllm_support import ENDS, NEW_TOKENS, PROMPTS, TEMPERATURE, config, difference
+from tests.tiny import ALL_INITS, train_role
 
 # ---- what it samples from -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("init", [*INITS, "anchor"])
+@pytest.mark.parametrize("init", [*ALL_INITS, "anchor"])
 def test_log_probs_are_the_trainers(embedded: EmbeddedVLLM, policies: Backbone, init: str) -> None:
     embedded.sync(4, init)
     rollout = embedded.generate(PROMPTS, seed=1)
     assert rollout.version == 4
     assert difference(policies, init, rollout) < 1e-4
-    others = {difference(policies, other, rollout) for other in [*INITS, "anchor"] if other != init}
+    others = {difference(policies, other, rollout) for other in [*ALL_INITS, "anchor"] if other != init}
     assert min(others) > 1e-2  # the premise: the roles differ by more than they may
 
 

@@ -21,9 +21,9 @@ from pe_rlhf.rollout.server import ServerVLLM
 from reward.errors import InputError
 from tests.distributed.launching import finish, launch, start
 from tests.rollout.proxy import comes_back, proxy
-from tests.rollout.vllm_support import INITS, LONGEST, PROMPTS, config, difference
+from tests.rollout.vllm_support import LONGEST, PROMPTS, config, difference
 from tests.runs import read_jsonl, recipe, write_jsonl, write_recipe
-from tests.tiny import tiny_model, train_role
+from tests.tiny import ALL_INITS, tiny_model, train_role
 
 Make = Callable[..., ServerVLLM]
 MODES = ["adapter", "merged"]
@@ -57,7 +57,7 @@ def adapters(url: str) -> list[str]:
 @pytest.mark.parametrize("sync", MODES)
 def test_log_probs_are_the_trainers(make: Make, vllm_server: str, policies: Backbone, sync: str) -> None:
     engine = make(vllm_server, sync=sync)
-    for version, init in enumerate([*INITS, "anchor"]):
+    for version, init in enumerate([*ALL_INITS, "anchor"]):
         engine.sync(version, init)
         rollout = engine.generate(PROMPTS, seed=1)
         assert rollout.version == version

@@ -12,7 +12,6 @@ from pe_rlhf.types import Rollout, Sequences
 from tests.tiny import EOS, PAD
 
 ENDS = [EOS, 7, 9, 30]  # several, so that many responses end before the limit
-INITS = ["lora", "pissa", "milora"]
 PROMPTS = [[5, 6, 7], [8], [9, PAD, 11, 12, 13, 14, 15], [20, 21]] * 4
 LONGEST, NEW_TOKENS, TEMPERATURE = 40, 20, 0.8
 

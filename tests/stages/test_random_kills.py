@@ -19,7 +19,14 @@ ROLES = {"ppo": ("ppo/adapter", "ppo/value"), "reward": ("reward/adapter",)}
 def several_seconds_of(stage: str) -> Tree:
     """A checkpoint at every step or at every third: a kill falls into one, or throws finished steps away."""
     if stage == "reward":
-        return recipe(stage, threads=1, reward__epochs=40, reward__checkpoint_every=3, reward__adapter={"dropout": 0.2})
+        return recipe(
+            stage,
+            threads=1,
+            adapter__init="lora_ga",  # from a gradient, which a resumed run does not take again
+            adapter__dropout=0.2,
+            reward__epochs=40,
+            reward__checkpoint_every=3,
+        )
     return recipe(
         stage,
         threads=1,
