@@ -78,13 +78,45 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any
     """The newest valid checkpoint as `(step, tensors, state)`, or None; a damaged one is named and passed over."""
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if state.pop("sha256") != _sha256(path / "state.safetensors", state):
-                raise ValueError("its checksum is wrong")
-            return state["step"], load_file(path / "state.safetensors"), state
+            return _read_checkpoint(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             say(f"{path} is damaged ({error}); trying the one before")
     return None
+
+
+def role_of_checkpoint(folder: Path, which: str, role: str) -> tuple[int, AdapterSpec, dict[str, Tensor]]:
+    """A role as it was at the checkpoint `best`, `newest`, or of a step's number: the step, its spec and its state.
+
+    Raises `InputError` where there is none, or where it is damaged.
+    """
+    there = sorted((folder / "checkpoints").glob("step-*"))
+    steps = [int(path.name.removeprefix("step-")) for path in there]
+    if not there or (which not in ("best", "newest") and which not in map(str, steps)):
+        has = f"there are best, newest, {', '.join(map(str, steps))}" if there else "there are none"
+        raise InputError(f"{folder / 'checkpoints'} has no checkpoint {which!r}; {has}")
+    if which == "best":
+        path = max(there, key=lambda path: (_score(path), path))
+    else:
+        path = there[-1] if which == "newest" else there[steps.index(int(which))]
+    try:
+        step, tensors, state = _read_checkpoint(path)
+        spec = state["specs"][role]
+        return step, AdapterSpec(**{**spec, "modules": tuple(spec["modules"])}), without_prefix(role, tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: the {role} cannot be read here: {error}") from error
+
+
+def _read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.pop("sha256") != _sha256(path / "state.safetensors", state):
+        raise ValueError("its checksum is wrong")
+    return state["step"], load_file(path / "state.safetensors"), state
+
+
+def roles_in(backbone: Backbone, *roles: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint keeps of roles: their tensors, each under its role's name, and how their adapters are made."""
+    tensors = {key: value for role in roles for key, value in with_prefix(role, backbone.role_state(role)).items()}
+    return tensors, {"specs": {role: asdict(backbone.specs[role]) for role in roles}}
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from transformers import (
 
 from pe_rlhf.adapters.wrapped import WrappedLayer, merged_weight
 from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.checkpoint import load_role
+from pe_rlhf.checkpoint import load_role, role_of_checkpoint, save_role
 from pe_rlhf.config import Recipe
 from pe_rlhf.files import write_whole
 from pe_rlhf.models import resolve_model
@@ -54,18 +55,45 @@ class FinishedRole:
         return self.description["role"]
 
 
-def export_role(run: Path, form: Format, to: Path | None = None, role: str | None = None) -> Path:
+def export_role(
+    run: Path, form: Format, to: Path | None = None, role: str | None = None, checkpoint: str | None = None
+) -> Path:
     """Write a role of a run as `lora` (PEFT's files) or `merged` (a checkpoint), with a model card. Returns where.
 
     Args:
         run: a run's directory, a stage's in it, or an adapter's.
         to: where to write; default `export/<role>-<form>` in the run. It must not be there already.
         role: `policy`, `value` or `reward`; default: the first of these that the run has.
+        checkpoint: `best`, `newest` or a step's number; default: what the stage ended with.
 
     Raises `InputError` where there is no such role, or where `to` is taken.
     """
-    found = find_role(run, role)
-    target = to or found.folder.parent.parent / "export" / f"{found.role}-{form}"
+    if checkpoint is None:
+        found = find_role(run, role)
+        default = found.folder.parent.parent / "export" / f"{found.role}-{form}"
+        return _write_export(found, form, to or default)
+    with tempfile.TemporaryDirectory() as scratch:
+        step, found = _take_out(run, role or "policy", checkpoint, Path(scratch))
+        return _write_export(found, form, to or run / "export" / f"{found.role}-step-{step}-{form}")
+
+
+def _take_out(run: Path, role: str, checkpoint: str, scratch: Path) -> tuple[int, FinishedRole]:
+    """A role of a checkpoint, written as a stage writes the roles that it ends with; and the checkpoint's step."""
+    if role not in FOLDERS:
+        raise InputError(f"there is no role {role!r} to export; there are {', '.join(FOLDERS)}")
+    stage, name = FOLDERS[role].split("/")
+    source = run if (run / "checkpoints").is_dir() else run / stage
+    step, spec, state = role_of_checkpoint(source, checkpoint, role)
+    recipe = load_recipe(source / "recipe.yaml")
+    backbone = _load_backbone(recipe)
+    backbone.load_role(role, spec, state)
+    folder = scratch / stage / name
+    folder.parent.mkdir()
+    save_role(backbone, role, folder)
+    return step, FinishedRole(folder, _read_json(folder / "role.json"), recipe)
+
+
+def _write_export(found: FinishedRole, form: Format, target: Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is there already; name another place with --to")
     scratch = target.with_name(f".{target.name}.tmp")
@@ -142,14 +170,7 @@ def model_card(found: FinishedRole, form: Format) -> str:
 
 def _write_merged(found: FinishedRole, path: Path) -> None:
     settings = found.recipe.backbone
-    backbone = load_backbone(
-        found.recipe.model,
-        dtype=settings.dtype,
-        device="cpu",
-        attention=settings.attention,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
-    )
+    backbone = _load_backbone(found.recipe)
     load_role(backbone, found.role, found.folder)
     source = resolve_model(found.recipe.model)
     common = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
@@ -172,6 +193,18 @@ def _write_merged(found: FinishedRole, path: Path) -> None:
     if found.role in backbone.heads:
         head = backbone.head(found.role).state_dict()
         save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, path / "head.safetensors")
+
+
+def _load_backbone(recipe: Recipe) -> Backbone:
+    settings = recipe.backbone
+    return load_backbone(
+        recipe.model,
+        dtype=settings.dtype,
+        device="cpu",
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.revision,
+    )
 
 
 def _empty(kind: Any, config: PretrainedConfig) -> PreTrainedModel:

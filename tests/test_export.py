@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,3 +65,30 @@ def test_what_cannot_be_exported(refused: Callable[..., str], tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     assert "no stage that trains one has finished there" in refused("export", tmp_path / "empty")
     assert "there are policy, value, reward" in refused("export", tmp_path / "empty", "--role", "polcy")
+
+
+def test_a_checkpoint_is_exported(cli: Cli, refused: Callable[..., str], tmp_path: Path) -> None:
+    settings = {"ppo__steps": 4, "ppo__keep_checkpoints": 4, "ppo__learning_rate": 0.05}
+    path = write_recipe(tmp_path, recipe("ppo", adapter__init="pissa", **settings))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    assert cli("run", path, "--run-dir", "short", "ppo.steps=2").code == 0  # the schedule has no part in it: constant
+    run = tmp_path / "run"
+    states = {p.name: json.loads((p / "state.json").read_text()) for p in (run / "ppo" / "checkpoints").iterdir()}
+    best = max(states.values(), key=lambda state: state["score"])["step"]
+    for which, step in (("2", 2), ("newest", 4), ("best", best)):
+        done = cli("export", "run", "--checkpoint", which)
+        assert done.code == 0, done
+        folder = tmp_path / done.out.strip()
+        assert folder.name == f"policy-step-{step}-lora"
+        if step in (2, 4):
+            ended = tmp_path / {2: "short", 4: "run"}[step] / "ppo" / "adapter"
+            name = "adapter_model.safetensors"
+            assert (folder / name).read_bytes() == (ended / name).read_bytes()
+        shutil.rmtree(folder)
+    there = "there are best, newest, 1, 2, 3, 4"
+    assert refused("export", "run", "--checkpoint", "7").endswith(f"has no checkpoint '7'; {there}")
+    assert "has no checkpoint 'best'; there are none" in refused(
+        "export", "run", "--role", "reward", "--checkpoint", "best"
+    )
+    (run / "ppo" / "checkpoints" / "step-000003" / "state.safetensors").write_bytes(b"damaged")
+    assert "the policy cannot be read here: its checksum is wrong" in refused("export", "run", "--checkpoint", "3")

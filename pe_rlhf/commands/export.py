@@ -24,6 +24,9 @@ def export(
     ] = ExportFormat.lora,
     to: Annotated[Path | None, typer.Option(help="Where to; <run>/export/<role>-<format> if left out.")] = None,
     role: Annotated[str | None, typer.Option(help="policy (default), value or reward.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="best, newest or a step's number; what the stage ended with if left out.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write a trained role for PEFT, vLLM and transformers.
@@ -33,4 +36,4 @@ def export(
     """
     from pe_rlhf.export import export_role
 
-    typer.echo(export_role(run, form.value, to, role))
+    typer.echo(export_role(run, form.value, to, role, checkpoint))

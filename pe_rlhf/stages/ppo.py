@@ -12,7 +12,7 @@ from typing import Any
 
 from pe_rlhf.algo.kl import adapt_beta
 from pe_rlhf.backbone import Backbone
-from pe_rlhf.checkpoint import load_checkpoint, save_checkpoint, save_role, with_prefix, without_prefix
+from pe_rlhf.checkpoint import load_checkpoint, roles_in, save_checkpoint, save_role, with_prefix, without_prefix
 from pe_rlhf.config import AdapterConfig, PPOConfig
 from pe_rlhf.distributed import on_main
 from pe_rlhf.engine import Engine, RoleGroup
@@ -182,9 +182,9 @@ def _save(
     config = context.recipe.ppo
     assert config is not None
     score = figures["reward"] - config.kl.beta * figures["kl"]
-    roles = {role: with_prefix(role, backbone.role_state(role)) for role in (POLICY, VALUE)}
-    tensors = roles[POLICY] | roles[VALUE] | with_prefix("engine", engine.state())
-    save_checkpoint(context.folder, step, tensors, {"beta": beta}, keep=config.keep_checkpoints, score=score)
+    tensors, specs = roles_in(backbone, POLICY, VALUE)
+    tensors |= with_prefix("engine", engine.state())
+    save_checkpoint(context.folder, step, tensors, {"beta": beta} | specs, keep=config.keep_checkpoints, score=score)
 
 
 def _summary(context: StageContext, backbone: Backbone) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.backbone import Backbone
-from pe_rlhf.checkpoint import load_checkpoint, save_checkpoint, save_role, with_prefix, without_prefix
+from pe_rlhf.checkpoint import load_checkpoint, roles_in, save_checkpoint, save_role, with_prefix, without_prefix
 from pe_rlhf.config import DataSource, RewardConfig
 from pe_rlhf.data import load_preferences
 from pe_rlhf.distributed import own_micro_batches, rank, sum_figures, sum_over_ranks
@@ -281,8 +281,10 @@ def _save(
     config = context.recipe.reward
     assert config is not None
     score = None if held_out_loss is None else -held_out_loss
-    tensors = with_prefix(ROLE, backbone.role_state(ROLE)) | with_prefix("engine", engine.state())
-    save_checkpoint(context.folder, step, tensors, {"seconds": seconds}, keep=config.keep_checkpoints, score=score)
+    tensors, specs = roles_in(backbone, ROLE)
+    tensors |= with_prefix("engine", engine.state())
+    state = {"seconds": seconds} | specs
+    save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
 
 
 def _summary(held_out: RewardEvaluation, train_pairs: int) -> dict[str, Any]:
