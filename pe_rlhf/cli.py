@@ -21,7 +21,7 @@ from pe_rlhf.commands.launch import launch
 from pe_rlhf.commands.run import run
 from pe_rlhf.commands.winrate import winrate
 from pe_rlhf.errors import ElsewhereError, Stopped, TrainingError
-from pe_rlhf.processes import is_main, launched
+from pe_rlhf.processes import is_main, launched, openmp_environment
 from reward.errors import InputError, JudgeError
 
 app = typer.Typer(
@@ -50,9 +50,8 @@ app.command("export")(export)
 
 def main() -> None:
     """Entry point of `pe-rlhf` and `python -m pe_rlhf`."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP threads that spin while they wait slow everything down several times as soon as another process runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for name, value in {"TOKENIZERS_PARALLELISM": "false", **openmp_environment()}.items():
+        os.environ.setdefault(name, value)
     # Where transformers load DeepSpeed along, it says on stdout, among our results, that there is no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # DeepSpeed's launcher tells each process its local rank, which is in LOCAL_RANK, too.

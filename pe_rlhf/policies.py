@@ -12,10 +12,11 @@ from typing import Protocol
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from pe_rlhf.backbone import ANCHOR, Backbone, load_backbone
+from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.checkpoint import load_role
 from pe_rlhf.config import SamplingConfig
 from pe_rlhf.recipes import load_recipe
+from pe_rlhf.roles import ANCHOR
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.text import TextCodec

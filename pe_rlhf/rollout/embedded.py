@@ -16,11 +16,13 @@ from typing import Any, NoReturn
 import torch
 from transformers import PretrainedConfig
 
-from pe_rlhf.backbone import ANCHOR, Backbone
+from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import BackboneConfig, SamplingConfig
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.models import resolve_model
+from pe_rlhf.processes import openmp_environment
 from pe_rlhf.progress import say
+from pe_rlhf.roles import ANCHOR
 from pe_rlhf.rollout.base import checked_rollout
 from pe_rlhf.rollout.exchange import WeightExchange, memory_backed
 from pe_rlhf.rollout.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
@@ -267,7 +269,7 @@ def engine_environment(device: torch.device) -> dict[str, str]:
         # As many threads as the trainer has, on any core: vLLM's own binding leaves one core in two idle.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "OMP_WAIT_POLICY": "passive",
+        **openmp_environment(),
     }
     if device.type == "cuda":
         visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")

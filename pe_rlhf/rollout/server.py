@@ -15,11 +15,12 @@ from pathlib import Path
 
 import httpx
 
-from pe_rlhf.backbone import ANCHOR, Backbone
+from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import SamplingConfig
 from pe_rlhf.distributed import on_main
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.progress import say
+from pe_rlhf.roles import ANCHOR
 from pe_rlhf.rollout.base import check_response, checked_rollout
 from pe_rlhf.rollout.exchange import WeightExchange
 from pe_rlhf.rollout.probe import Probe

@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pe_rlhf.backbone import ANCHOR, Backbone
+from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import EvaluateConfig
 from pe_rlhf.distributed import on_main
 from pe_rlhf.judging import build_judge
 from pe_rlhf.processes import is_main
+from pe_rlhf.roles import ANCHOR
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.rollout.split import split
 from pe_rlhf.seeding import derive_seed

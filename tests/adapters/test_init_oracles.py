@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,22 +12,16 @@ from peft.tuners.lora.config import LoraGAConfig
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from pe_rlhf.adapters import svd_cache
-from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.inits.corda import damped_inverse
 from pe_rlhf.adapters.inits.cross_task import shared_directions
-from pe_rlhf.adapters.inits.svd import bottom_directions, top_directions
 from pe_rlhf.adapters.registry import INITS, InitContext, get_init, register_init
 from pe_rlhf.adapters.statistics import InputMoments, LayerStatistics
-from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.backbone import load_backbone
 from reward.errors import InputError
-from tests.tiny import ALL_INITS, add_role, ragged_sequences, rows_of, statistics_for, tiny_model
+from tests.adapters.first_steps import best_cosine, cosine, first_update, matrix
+from tests.tiny import ALL_INITS, tiny_model
 
 SHAPES = [(24, 24), (40, 16), (16, 40)]
-
-
-def matrix(shape: tuple[int, int], seed: int = 3) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def run(
@@ -46,19 +36,6 @@ def run(
     generator = torch.Generator().manual_seed(0)
     given = statistics or LayerStatistics()
     return registered(InitContext(weight_OI, rank, scale, generator, registered.parse(options), given))
-
-
-def first_update(A: Tensor, B: Tensor, G: Tensor) -> Tensor:
-    return B @ B.T @ G + G @ A.T @ A
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum() / (a.norm() * b.norm()))
-
-
-def best_cosine(G: Tensor, rank: int) -> float:
-    S = np.linalg.svd(G.double().numpy(), compute_uv=False)
-    return float(np.sqrt((S[:rank] ** 2).sum() / (S**2).sum()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -267,159 +244,6 @@ def test_the_diversity_term_is_maximised_by_the_closed_form() -> None:
     torch.testing.assert_close(shared_directions(M, rank, 1e6), orthonormal, atol=1e-4, rtol=0)
 
 
-# ---- gradients ------------------------------------------------------------------------------------------------------
-
-
-def brute_force(family: str, rows: list[int]) -> dict[str, Tensor]:
-    """Gradients of every weight of a plain model, out × in, of the likelihood that `statistics_for` takes."""
-    model = tiny_model(family).requires_grad_(True)
-    sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 0, 1, 2]))
-    sequences.ids_BT[3:, 0] += 1
-    total = int(sequences.response_lengths_B.sum())
-    loss = torch.zeros(())
-    for index, (prompt, response) in enumerate(rows_of(sequences)):
-        if index in rows:
-            logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
-            logprobs = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
-            loss = loss - logprobs[torch.arange(len(response)), torch.tensor(response)].sum() / total
-    loss.backward()
-    transposed = family == "gpt2"
-    return {
-        name.removesuffix(".weight"): (p.grad.T if transposed else p.grad)
-        for name, p in model.named_parameters()
-        if p.grad is not None and p.dim() == 2
-    }
-
-
-def visit(backbone: Backbone, source: ProbedStatistics, modules: list[str], need: Any) -> dict[str, LayerStatistics]:
-    found: dict[str, LayerStatistics] = {}
-    source.visit(modules, need, found.__setitem__)
-    return found
-
-
-def all_modules(family: str) -> tuple[Backbone, list[str]]:
-    backbone = load_backbone(tiny_model(family))
-    backbone.add_adapter("value", rank=1)  # names the targets; plays no part at the anchor
-    return backbone, list(backbone.specs["value"].modules)
-
-
-def test_gradients_equal_those_of_the_plain_model(family: str) -> None:
-    backbone, modules = all_modules(family)
-    one = visit(backbone, statistics_for(backbone), modules, "gradient")
-    two = visit(backbone, statistics_for(backbone), modules, "two gradients")
-    for rows, gradients in (
-        (range(6), {name: found.gradients_OI[0] for name, found in one.items()}),
-        (range(3), {name: found.gradients_OI[0] for name, found in two.items()}),
-        (range(3, 6), {name: found.gradients_OI[1] for name, found in two.items()}),
-    ):
-        expected = brute_force(family, list(rows))
-        assert len(gradients) == len(modules)
-        for name in modules:
-            torch.testing.assert_close(gradients[name], expected[name], atol=2e-6, rtol=1e-4)
-
-
-def in_parts(backbone: Backbone) -> ProbedStatistics:
-    """The same loss in three forward passes."""
-    (whole,) = statistics_for(backbone).probes("gradient")
-    sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 0, 1, 2]))
-    sequences.ids_BT[3:, 0] += 1
-    total = int(sequences.response_lengths_B.sum())
-
-    def probe(rows: list[int]) -> Probe:
-        part = sequences.take(torch.tensor(rows))
-        width = part.ids_BT.shape[1]
-
-        def loss() -> Tensor:
-            return -backbone.response_logprobs(part)[0].sum() / total
-
-        return Probe(loss, whole.mask_BT[rows][:, :width], whole.batch_B[rows])
-
-    return ProbedStatistics(backbone.base_layer, lambda need: [probe([0, 3]), probe([1]), probe([2, 4, 5])])
-
-
-@pytest.mark.parametrize("need", ["gradient", "two gradients", "inputs"])
-def test_several_passes_add_up_to_one(need: Any) -> None:
-    backbone, modules = all_modules("llama")
-    whole = visit(backbone, statistics_for(backbone), modules, need)
-    parts = visit(backbone, in_parts(backbone), modules, need)
-    assert list(parts) == modules
-    for name in modules:
-        for a, b in zip(whole[name].gradients_OI, parts[name].gradients_OI, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-        if need == "inputs":
-            first, second = whole[name].inputs, parts[name].inputs
-            assert first is not None
-            assert second is not None
-            torch.testing.assert_close(first.second_II, second.second_II, atol=1e-5, rtol=1e-4)
-            assert first.tokens == second.tokens
-
-
-def test_one_pass_hands_over_each_layer_before_the_next_and_keeps_no_gradient() -> None:
-    backbone, modules = all_modules("llama")
-    held: list[Any] = []
-    alive: list[int] = []
-
-    def take(name: str, found: LayerStatistics) -> None:
-        held.append(weakref.ref(found.gradients_OI[0]))
-        alive.append(sum(ref() is not None for ref in held))
-
-    statistics_for(backbone).visit(modules, "gradient", take)
-    assert len(alive) == len(modules)
-    assert max(alive) <= 2  # this one, and at most the one that is being let go
-    assert all(parameter.grad is None for parameter in backbone.model.parameters())
-
-
-def test_inputs_are_those_of_real_tokens_alone(family: str) -> None:
-    backbone, modules = all_modules(family)
-    found = visit(backbone, statistics_for(backbone), modules, "inputs")
-    model = tiny_model(family)
-    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
-    for name in modules:
-        model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, name=name: seen[name].append(inputs[0][0].detach())
-        )
-    sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 0, 1, 2]))
-    sequences.ids_BT[3:, 0] += 1
-    with torch.no_grad():
-        for prompt, response in rows_of(sequences):  # each alone: no padding anywhere
-            model(input_ids=torch.tensor([prompt + response]))
-    for name in modules:
-        X, inputs = torch.cat(seen[name]).double(), found[name].inputs
-        assert inputs is not None
-        assert inputs.tokens == len(X)
-        torch.testing.assert_close(inputs.second_II.double(), X.T @ X / len(X), atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(inputs.mean_I.double(), X.mean(0), atol=1e-4, rtol=1e-3)
-
-
-def test_the_same_statistics_every_time() -> None:
-    states = []
-    for _ in range(2):
-        backbone = load_backbone(tiny_model("gpt_neo"))
-        add_role(backbone, "policy", "lora_ga", rank=3)
-        states.append(backbone.role_state("policy"))
-    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-
-
-def test_lora_ga_in_a_model_beats_every_other_init_and_reaches_the_bound(family: str) -> None:
-    gradients = brute_force(family, list(range(6)))
-    cosines: dict[str, float] = {}
-    for init in ALL_INITS:
-        backbone = load_backbone(tiny_model(family))
-        add_role(backbone, "policy", init, rank=3, alpha=3)
-        state = backbone.role_state("policy")
-        inner = square = bound = whole = 0.0
-        for name in backbone.specs["policy"].modules:
-            G = gradients[name]
-            update = first_update(state[f"{name}.lora_A"], state[f"{name}.lora_B"], G)
-            inner, square = inner + float((update * G).sum()), square + float(update.square().sum())
-            S = np.linalg.svd(G.double().numpy(), compute_uv=False)
-            bound, whole = bound + float((S[:6] ** 2).sum()), whole + float((S**2).sum())
-            if init == "lora_ga":
-                assert cosine(update, G) == pytest.approx(best_cosine(G, 6), abs=1e-3)
-        cosines[init] = inner / math.sqrt(square * whole)
-    assert max(cosines, key=cosines.__getitem__) == "lora_ga", cosines
-
-
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -457,43 +281,3 @@ def test_an_init_that_gives_other_shapes_is_refused(monkeypatch: pytest.MonkeyPa
     register_init("wrong_for_a_test", lambda context: (context.weight_OI, context.weight_OI))
     with pytest.raises(InputError, match=r"gave A and B of shapes \(24, 16\) and \(24, 16\) where \(2, 16\)"):
         run("wrong_for_a_test", matrix((24, 16)), 2)
-
-
-# ---- the cache ------------------------------------------------------------------------------------------------------
-
-
-def test_svds_are_kept_by_weight_and_survive_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
-    monkeypatch.setattr(svd_cache, "SMALLEST", 8)
-    weight_OI = matrix((24, 16))
-    first = top_directions(weight_OI, 3, cache=True)
-    (file,) = (tmp_path / "svd").iterdir()
-    monkeypatch.setattr(torch.linalg, "svd", None)  # from here on only the file can answer
-    again, minor = top_directions(weight_OI, 3, cache=True), bottom_directions(weight_OI, 5, cache=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert minor.U_OK.shape == (24, 5)
-    monkeypatch.undo()
-    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
-    monkeypatch.setattr(svd_cache, "SMALLEST", 8)
-    file.write_bytes(file.read_bytes()[:100])
-    mended = top_directions(weight_OI, 3, cache=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, mended, strict=True))
-    assert file.stat().st_size > 1000
-    other = top_directions(weight_OI + 1e-3, 3, cache=True)
-    assert not torch.equal(other.S_K, first.S_K)
-    assert len(list((tmp_path / "svd").iterdir())) == 2
-
-
-def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "svd").write_text("a file where the folder should be")
-    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
-    monkeypatch.setattr(svd_cache, "SMALLEST", 8)
-    assert top_directions(matrix((24, 16)), 3, cache=True).S_K.shape == (3,)
-
-
-def test_the_base_keeps_no_copy_of_the_model(family: str) -> None:
-    original = tiny_model(family)
-    backbone = load_backbone(copy.deepcopy(original))
-    before = backbone.base_fingerprint()
-    add_role(backbone, "policy", "cross_task", rank=2)
-    assert backbone.base_fingerprint() == before

@@ -12,7 +12,9 @@ import os
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does; before torch is imported
+from pe_rlhf.processes import openmp_environment
+
+os.environ |= openmp_environment()  # as the command line does; before torch is imported
 
 import torch
 

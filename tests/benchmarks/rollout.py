@@ -16,7 +16,9 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does; before torch is imported
+from pe_rlhf.processes import openmp_environment
+
+os.environ |= openmp_environment()  # as the command line does; before torch is imported
 
 import torch
 from harness import first_turns, machine, write_prompts

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,9 @@ from pe_rlhf.stages.init_statistics import AnchorRollouts, reward_statistics
 from pe_rlhf.stages.reward import Pairs
 from pe_rlhf.text import TextCodec
 from pe_rlhf.types import Sequences
+from tests.adapters.first_steps import assert_none_is_closer_than_lora_ga
 from tests.runs import PPO
-from tests.tiny import ALL_INITS, add_role, rows_of, tiny_model
+from tests.tiny import add_role, rows_of, tiny_model
 
 RANK, SEED, BETA, LAMBDA = 3, 0, 0.25, 0.95
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -150,25 +150,13 @@ def test_a_stage_gives_the_gradient_of_its_own_loss(stage: Found) -> None:
 def test_no_init_takes_a_first_step_closer_to_that_gradient_than_lora_ga(stage: Found) -> None:
     source, loss = stage
     model = tiny_model("llama").requires_grad_(True)
-    every = gradients(model, loss(model))
-    cosines: dict[str, float] = {}
-    for init in ALL_INITS:
+
+    def with_policy(init: str) -> Backbone:
         backbone = load_backbone(tiny_model("llama"))
-        settings = {"rank": RANK, "alpha": RANK}
         if init == "lora_ga":
-            backbone.add_adapter("policy", init=init, statistics=source, **settings)  # type: ignore[arg-type]
+            backbone.add_adapter("policy", init=init, rank=RANK, alpha=RANK, statistics=source)
         else:
-            add_role(backbone, "policy", init, **settings)
-        state = backbone.role_state("policy")
-        inner = square = bound = whole = 0.0
-        for name in backbone.specs["policy"].modules:
-            A, B, G = state[f"{name}.lora_A"], state[f"{name}.lora_B"], every[name]
-            update = B @ B.T @ G + G @ A.T @ A  # the first step of SGD, but for its length
-            S = np.linalg.svd(G.double().numpy(), compute_uv=False)
-            inner, square = inner + float((update * G).sum()), square + float(update.square().sum())
-            bound, whole = bound + float((S[: 2 * RANK] ** 2).sum()), whole + float((S**2).sum())
-            if init == "lora_ga":
-                best = math.sqrt((S[: 2 * RANK] ** 2).sum() / (S**2).sum())
-                assert float((update * G).sum() / (update.norm() * G.norm())) == pytest.approx(best, abs=1e-3)
-        cosines[init] = inner / math.sqrt(square * whole)
-    assert max(cosines, key=cosines.__getitem__) == "lora_ga", cosines
+            add_role(backbone, "policy", init, rank=RANK, alpha=RANK)
+        return backbone
+
+    assert_none_is_closer_than_lora_ga(gradients(model, loss(model)), RANK, with_policy)
