@@ -53,13 +53,13 @@ def compare(model: str, inits: list[str], rank: int) -> None:
     table = Table(title=f"adapter inits, rank {rank}, {model}, {torch.get_num_threads()} threads")
     for heading in ("init", "seconds, first", "seconds, again", "MiB over the base", "7B, first (estimate)"):
         table.add_column(heading, justify="left" if heading == "init" else "right")
-    with tempfile.TemporaryDirectory() as cache:
-        for init in inits:
+    for init in inits:
+        with tempfile.TemporaryDirectory() as cache:  # one for each: several inits need the same SVDs
             first, again = (_child(model, init, rank, Path(cache)) for _ in range(2))
-            seconds, factor = first["seconds"], first["factor_7b"]
-            estimate = f"{seconds * factor / 60:.0f} min" if seconds > 1 else "–"
-            extra = first["peak_mib"] - first["base_mib"]
-            table.add_row(init, f"{seconds:.1f}", f"{again['seconds']:.1f}", f"{extra:,.0f}", estimate)
+        seconds, factor = first["seconds"], first["factor_7b"]
+        estimate = f"{seconds * factor / 60:.0f} min" if seconds > 1 else "–"
+        extra = first["peak_mib"] - first["base_mib"]
+        table.add_row(init, f"{seconds:.1f}", f"{again['seconds']:.1f}", f"{extra:,.0f}", estimate)
     Console(width=110).print(table)
 
 
