@@ -13,7 +13,8 @@ import torch
 from pe_rlhf.backbone import load_backbone
 from pe_rlhf.inspection import inspect_inits, spectrum_position
 from pe_rlhf.seeding import derive_seed
-from tests.adapters.test_init_oracles import best_cosine, brute_force, cosine, first_update
+from tests.adapters.first_steps import best_cosine, cosine, first_update
+from tests.adapters.test_gradients import brute_force
 from tests.runs import Outcome, recipe, write_recipe
 from tests.tiny import ALL_INITS, add_role, statistics_for, tiny_model
 
