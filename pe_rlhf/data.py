@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _why(path: Path, source: DataSource, error: Exception) -> str:
                         json.loads(line)
         except json.JSONDecodeError as mistake:
             return f"{source.path} line {number}: not valid JSON: {mistake.msg}"
-        except (OSError, EOFError, UnicodeDecodeError) as mistake:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as mistake:
             return f"{source.path}: damaged or not text: {mistake}"
     reason = " ".join(str(error.__cause__ or error).split())[:300]
     if "corresponds to no data" in reason:

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,7 @@ from pe_rlhf.errors import TrainingError
 from pe_rlhf.processes import accelerator_environment, launched
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LONGEST_WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,8 @@ def init_processes(wants_deepspeed: bool) -> None:
     if launched():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group(backend)
+        # A rank may wait for hours while rank 0 asks a judge; one that has died is noticed by its closed connection.
+        torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented all the same

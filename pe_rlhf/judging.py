@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from pe_rlhf.causal_lm import find_device, load_causal_lm
 from pe_rlhf.config.judge import JudgeConfig
-from pe_rlhf.policies import find_role, load_role_backbone
+from pe_rlhf.policies import find_role, load_role_backbone, weights_of
 from pe_rlhf.rollout.make import check_vllm
-from pe_rlhf.scoring import AdapterScorer, ModelScorer
-from pe_rlhf.types import Sequences
+from pe_rlhf.scoring import ModelScorer
+from pe_rlhf.types import Sequences, micro_batches
 from reward.errors import InputError
 from reward.judges import Judge, load_judge
 from reward.judges.functions import ScoreFunction
@@ -93,14 +95,19 @@ def reward_scores(target: str, dtype: str = "float32", device: str = "auto") -> 
         scorer = ModelScorer(target, find_device(device), dtype)
         return lambda prompts, responses: scorer.score_texts(prompts, responses).tolist()
     backbone, codec = load_role_backbone(found, "reward", dtype=dtype, device=device)
-    adapter = AdapterScorer(backbone, "reward", MICRO_BATCH_TOKENS)
     limit = backbone.max_positions or 10**9
 
+    @torch.no_grad()
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         pairs = [codec.encode_pair(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         cut = [(prompt[-max(1, limit - len(response)) :], response[: limit - 1]) for prompt, response in pairs]
         sequences = Sequences.pack([p for p, _ in cut], [r for _, r in cut], backbone.pad_token_id)
-        return adapter.score(list(prompts), list(responses), sequences).tolist()
+        # Not by `AdapterScorer`, which shares the rows out: a judge is asked on one rank alone.
+        scores_B = torch.zeros(len(sequences))
+        with backbone.role("reward"):
+            for index in micro_batches(sequences.lengths_B, MICRO_BATCH_TOKENS):
+                scores_B[index] = backbone.response_scores(sequences.take(index)).cpu()
+        return scores_B.tolist()
 
     return score
 
@@ -108,7 +115,9 @@ def reward_scores(target: str, dtype: str = "float32", device: str = "auto") -> 
 def _reward_model(settings: JudgeSettings) -> Judge:
     if not settings.target:
         raise InputError("judge: reward_model needs a run's directory or a model: reward_model:RUN")
-    return reward_model_judge(reward_scores(settings.target, settings.dtype, settings.device), settings.target)
+    score = reward_scores(settings.target, settings.dtype, settings.device)
+    identity = f"{settings.target} {settings.dtype} {weights_of(settings.target, 'reward')}".rstrip()
+    return reward_model_judge(score, identity)
 
 
 register_judge("llm", llm_judge)

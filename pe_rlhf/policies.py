@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,23 @@ def load_policy(name: str, sampling: SamplingConfig, seed: int, *, dtype: str, d
     else:
         backbone = load_backbone(name, dtype=dtype, device=device)
     return LocalPolicy(backbone, ANCHOR, _codec(backbone, "auto"), sampling, seed)
+
+
+def weights_of(name: str, stage: str) -> str:
+    """What tells the weights under a directory's name from others that were there before; "" for other names.
+
+    Adapters by their bytes, whole models, which take long to read, by their files' sizes and times.
+    """
+    found = None if is_endpoint(name) else find_role(name, stage)
+    folder = found.folder if found else Path(name).expanduser()
+    if not folder.is_dir():
+        return ""
+    digest, small = hashlib.sha256(), found is not None or (folder / "adapter_config.json").is_file()
+    for file in sorted(folder.glob("*.safetensors")):
+        about = file.stat()
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes() if small else f"{about.st_size} {about.st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]
 
 
 def base_of(name: str) -> str | None:

@@ -6,6 +6,7 @@ interrupted goes on from it and asks nothing twice.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -59,15 +60,20 @@ class VerdictFile:
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
         self.rows: dict[str, Row] = {}
-        if path.exists():
-            self._read()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise InputError(f"{path} is being written by another process, which asks the same questions") from None
+        self._read()
 
     def append(self, row: Row) -> None:
         """Write one answer; it is the system's to keep when this returns."""
         with self._lock:
-            self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            # ASCII: a response that was cut within a character may hold half of one, which UTF-8 has no bytes for.
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
             self.rows[row["key"]] = row
 
@@ -197,9 +203,12 @@ def _row(question: Question, verdict: Verdict, names: dict[str, str]) -> Row:
 
 
 def _rows_of(path: Path, keys: set[str]) -> list[VerdictRow]:
-    """The verdicts of those questions; the file may hold others, of another set of prompts."""
-    wanted = [json.loads(line)["key"] in keys for line in path.read_bytes().split(b"\n") if line.strip()]
-    return [row for row, kept in zip(read_verdicts(path), wanted, strict=True) if kept] if any(wanted) else []
+    """The verdicts of those questions, one of each; the file may hold others, of another set of prompts."""
+    found = [json.loads(line)["key"] for line in path.read_bytes().split(b"\n") if line.strip()]
+    if keys.isdisjoint(found):
+        return []
+    rows = dict(zip(found, read_verdicts(path), strict=True))
+    return [row for key, row in rows.items() if key in keys]
 
 
 class _Tally:

@@ -125,6 +125,9 @@ def length_controlled_win_rate(
     centre = math.log(mean / (1 - mean))
     low, high = sigmoid(np.array([centre - half_width, centre + half_width]))
     middle = float(coefficient_K[1]) if difficulty is not None else None
+    if (y_N == y_N[0]).all():  # the clusters do not differ, so their spread says nothing of how sure this is
+        plain = win_rate(y_N, names, level)
+        low, high, error = plain.ci_low, plain.ci_high, plain.standard_error
     return LengthControl(
         mean, float(low), float(high), error, float(coefficient_K[0]), middle, float(coefficient_K[-1])
     )

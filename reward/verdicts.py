@@ -24,6 +24,7 @@ import gzip
 import io
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -80,16 +81,20 @@ def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         text = raw.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged or not text: {error}") from error
     if not text.strip():
         raise InputError(f"{path} is empty")
     if ending == ".csv":
+        csv.field_size_limit(2**31 - 1)  # of a cell; a long response goes over the default
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            if None in row:
-                raise InputError(f"{path} line {reader.line_num}: more values than columns")
-            yield reader.line_num, row
+        try:
+            for row in reader:
+                if None in row:
+                    raise InputError(f"{path} line {reader.line_num}: more values than columns")
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise InputError(f"{path} line {reader.line_num}: {error}") from error
     elif ending == ".json":
         yield from enumerate(_parsed_list(path, text), start=1)
     else:

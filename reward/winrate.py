@@ -104,9 +104,9 @@ def bootstrap_interval(
     code_N = cluster_codes(clusters, len(value_N))
     size_G, sum_G = np.bincount(code_N), np.bincount(code_N, weights=value_N)
     rng = np.random.default_rng(seed)
-    drawn = [
+    drawn = (  # a part at a time: all of them are gigabytes where there are many clusters
         rng.integers(0, len(size_G), size=(min(500, resamples - i), len(size_G))) for i in range(0, resamples, 500)
-    ]
+    )
     mean_R = np.concatenate([sum_G[index].sum(axis=1) / size_G[index].sum(axis=1) for index in drawn])
     tail = (1 - _checked_level(level)) / 2
     low, high = np.quantile(mean_R, [tail, 1 - tail])
@@ -138,7 +138,9 @@ class Difference:
 
 
 def compare_policies(
-    preferences_a: Mapping[Prompt, Sequence[float]], preferences_b: Mapping[Prompt, Sequence[float]]
+    preferences_a: Mapping[Prompt, Sequence[float]],
+    preferences_b: Mapping[Prompt, Sequence[float]],
+    level: float = 0.95,
 ) -> Difference:
     """Compare two policies prompt by prompt; both map a prompt to the preferences of its comparisons.
 
@@ -148,7 +150,7 @@ def compare_policies(
     if not shared:
         raise InputError("the two policies were not compared on any prompt in common")
     difference_N = np.array([np.mean(preferences_a[p]) - np.mean(preferences_b[p]) for p in shared])
-    low, high = bootstrap_interval(difference_N)
+    low, high = bootstrap_interval(difference_N, level=level)
     return Difference(float(difference_N.mean()), low, high, sign_test(difference_N), len(shared))
 
 

@@ -131,7 +131,7 @@ def _source(
 ) -> Source:
     from pe_rlhf.evaluation import Source
     from pe_rlhf.models import check_model_name
-    from pe_rlhf.policies import base_of_adapter, find_role, is_endpoint, load_policy, read_outputs
+    from pe_rlhf.policies import base_of_adapter, find_role, is_endpoint, load_policy, read_outputs, weights_of
     from reward.errors import InputError
 
     if Path(name).is_file():
@@ -147,7 +147,7 @@ def _source(
         return Source(name, name, outputs=outputs)
     if not is_endpoint(name) and find_role(name, "ppo") is None and base_of_adapter(name) is None:
         check_model_name(name)
-    identity = json.dumps([name, sampling.model_dump(), seed, dtype])
+    identity = json.dumps([name, sampling.model_dump(), seed, dtype, weights_of(name, "ppo")])
     options = {"dtype": dtype, "device": device, "api_key_env": api_key_env}
     return Source(name, identity, load=lambda: load_policy(name, sampling, seed, **options))
 

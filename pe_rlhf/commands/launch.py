@@ -90,7 +90,8 @@ def _run(command: list[str]) -> int:
     def hand_on(number: int, frame: FrameType | None) -> None:
         ranks = _ranks(launcher.pid)
         for process in ranks:
-            process.send_signal(number)
+            with suppress(psutil.Error):  # it may have ended by now
+                process.send_signal(number)
         if not ranks:  # not there yet, or on other nodes
             launcher.send_signal(number)
 

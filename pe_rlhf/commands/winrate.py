@@ -45,7 +45,7 @@ def winrate(
 
     outcomes = pair_up(read_verdicts(verdicts))
     if pairwise or ranking:
-        lines = _pairwise(group_by_candidate(outcomes)) if pairwise else _ranking(outcomes, level)
+        lines = _pairwise(group_by_candidate(outcomes), level) if pairwise else _ranking(outcomes, level)
     else:
         lines = _results(group_by_candidate(outcomes), _difficulty_table(verdicts, difficulty), level)
     for line in lines:
@@ -69,7 +69,7 @@ def _difficulty_table(verdicts: Path, named: Path | None) -> list[float] | None:
     return read_difficulty(path) if path is not None and path != verdicts else None
 
 
-def _pairwise(groups: dict[str, list[Outcome]]) -> Iterator[dict[str, Any]]:
+def _pairwise(groups: dict[str, list[Outcome]], level: float) -> Iterator[dict[str, Any]]:
     import math
     from collections import defaultdict
     from dataclasses import asdict
@@ -89,7 +89,7 @@ def _pairwise(groups: dict[str, list[Outcome]]) -> Iterator[dict[str, Any]]:
     if len(groups) < 2:
         raise InputError("--pairwise needs at least two candidates")
     for a, b in itertools.combinations(by_prompt, 2):
-        yield {"candidate_a": a, "candidate_b": b, **asdict(compare_policies(by_prompt[a], by_prompt[b]))}
+        yield {"candidate_a": a, "candidate_b": b, **asdict(compare_policies(by_prompt[a], by_prompt[b], level))}
 
 
 def _ranking(outcomes: list[Outcome], level: float) -> Iterator[dict[str, Any]]:

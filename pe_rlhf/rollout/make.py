@@ -8,9 +8,11 @@ from pathlib import Path
 
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import BackboneConfig, EngineConfig, SamplingConfig
+from pe_rlhf.distributed import is_sharded
 from pe_rlhf.rollout.base import RolloutEngine
 from pe_rlhf.rollout.embedded import EmbeddedVLLM
 from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.rollout.requests import sync_mode
 from pe_rlhf.rollout.server import ServerVLLM
 from reward.errors import InputError
 
@@ -35,6 +37,8 @@ def make_rollout(
     check_installed(config)
     if config.engine == "hf":
         return HFRollout(backbone, role, config, on_progress)
+    if is_sharded(backbone.model) and (config.mode == "server" or sync_mode(config, backbone) == "merged"):
+        raise InputError("rollout: with zero3, vLLM has to be embedded, with sync: adapter; no rank has the whole base")
     common = {"longest_prompt": longest_prompt, "on_progress": on_progress}
     if config.mode == "server":
         return ServerVLLM(backbone, role, config, folder=folder, **common)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any
 
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import RolloutConfig, SamplingConfig
+from pe_rlhf.distributed import is_sharded
 from pe_rlhf.seeding import derive_seed
 from reward.errors import InputError
 
@@ -18,7 +19,8 @@ def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
     """`adapter` or `merged`. On a CPU vLLM's LoRA kernels run at a fifth of its speed, on a GPU they cost little."""
     if config.sync != "auto":
         return config.sync
-    return "merged" if config.mode == "embedded" and backbone.device.type == "cpu" else "adapter"
+    on_cpu = config.mode == "embedded" and backbone.device.type == "cpu"
+    return "merged" if on_cpu and not is_sharded(backbone.model) else "adapter"
 
 
 def vllm_rank(backbone: Backbone) -> int:

@@ -197,6 +197,9 @@ class ServerVLLM:
             if server.down and not await self._back(server):
                 return
             i = await batch.queue.get()
+            if server.down:  # it went while this waited for something to ask
+                batch.queue.put_nowait(i)
+                continue
             try:
                 ids, logprobs = await server.complete(client, batch.prompts[i], batch.seeds[i], sampling, self._tag)
                 limits = {"eos_token_ids": self._backbone.eos_token_ids, "max_new_tokens": self._config.max_new_tokens}

@@ -74,6 +74,7 @@ class Server:
     def load_adapter(self, name: str, path: Path) -> None:
         """Load a LoRA under a name never used before, then drop the one that was sampled from."""
         answer = self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        _raise_fault(answer)
         if answer.status_code == 404 and "lora" not in answer.text.lower():
             raise InputError(
                 f"{self.url} loads no adapters: start it by launch/vllm_server.sh, or with --enable-lora and"
@@ -97,6 +98,7 @@ class Server:
         """Put a checkpoint's weights in the place of the base's, and forget what those computed."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
         answer = self._post("/collective_rpc", call)
+        _raise_fault(answer)
         if answer.status_code == 404:
             raise InputError(
                 f"{self.url} has no route for new weights (sync: merged): start it by launch/vllm_server.sh with"
@@ -165,6 +167,12 @@ class Server:
         if not isinstance(tree, dict):
             raise ServerFault("an answer that is not an object")
         return tree
+
+
+def _raise_fault(answer: httpx.Response) -> None:
+    """Raise `ServerFault` for an answer of a server that is going down, or whose engine has died."""
+    if answer.status_code >= 500:
+        raise ServerFault(f"{answer.status_code}: {_message(answer)}")
 
 
 def _message(answer: httpx.Response) -> str:

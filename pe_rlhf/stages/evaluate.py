@@ -23,7 +23,7 @@ from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.types import Rollout, Sequences
-from reward.asking import Pair, judge_pairs
+from reward.asking import Pair, judge_pairs, number_prompts
 from reward.judges import Judge
 from reward.summary import Outcome, summarise
 
@@ -52,12 +52,8 @@ def run(context: StageContext) -> dict[str, Any]:
             engine.sync(version, role)
             rollouts[role] = engine.generate(repeated_ids, derive_seed(context.recipe.seed, "evaluate", role))
     texts = {role: [codec.decode(ids) for ids in rollout.responses] for role, rollout in rollouts.items()}
-    pairs = [
-        Pair(prompts[position], policy, anchor, position, sample % config.samples_per_prompt)
-        for sample, (position, policy, anchor) in enumerate(
-            zip(clusters, texts["policy"], texts["anchor"], strict=True)
-        )
-    ]
+    sides = zip(repeated, texts["policy"], texts["anchor"], number_prompts(repeated), strict=True)
+    pairs = [Pair(prompt, policy, anchor, *numbers) for prompt, policy, anchor, numbers in sides]
     outcomes = on_main(lambda: _judged(judge, pairs, context.folder / "verdicts.jsonl", config))
     result = summarise("policy", outcomes)
 

@@ -53,7 +53,7 @@ def run(context: StageContext) -> dict[str, Any]:
     engine = _add_roles(context, backbone, config, adapter, anchor)
     rollout_engine = context.rollout(backbone, POLICY, config.rollout, ids)
     judge = JudgeEvaluation(context, backbone, codec, POLICY)
-    first_step, beta = _resume(context, backbone, engine, config.kl.beta)
+    first_step, beta = _resume(context, backbone, engine, config)
     rollout_engine.sync(first_step)
     metrics = context.metrics(first_step)
     truncate_jsonl(context.folder / "samples.jsonl", first_step)
@@ -163,8 +163,9 @@ def _write_samples(
         append_jsonl(context.folder / "samples.jsonl", row | {"score": round(score, 4), "kl": round(kl, 4)})
 
 
-def _resume(context: StageContext, backbone: Backbone, engine: Engine, beta: float) -> tuple[int, float]:
-    """Continue from the newest checkpoint, if any: the next step and the KL coefficient."""
+def _resume(context: StageContext, backbone: Backbone, engine: Engine, config: PPOConfig) -> tuple[int, float]:
+    """Continue from the newest checkpoint, if any: the next step and β, which is the recipe's where it is fixed."""
+    beta, adapts = config.kl.beta, config.kl.controller == "adaptive"
     loaded = load_checkpoint(context.folder)
     if loaded is None:
         return 0, beta
@@ -173,7 +174,7 @@ def _resume(context: StageContext, backbone: Backbone, engine: Engine, beta: flo
         backbone.set_role_state(role, without_prefix(role, tensors))
     engine.load_state(without_prefix("engine", tensors))
     say(f"ppo: continuing after step {step}")
-    return step, state["beta"]
+    return step, state["beta"] if adapts else beta
 
 
 def _save(

@@ -119,7 +119,7 @@ class Endpoint:
         if not content:
             return Completion(text)
         found: dict[str, float] = {}
-        for token in content[0].top_logprobs:
+        for token in content[0].top_logprobs or []:
             label = token.token.strip()
             if label in labels:
                 found[label] = _log_add(found.get(label, -math.inf), token.logprob)
@@ -187,8 +187,8 @@ class Endpoint:
 
     def _clean(self, said: object) -> str:
         """What a server or library said, without the key, which some put into their messages."""
-        text = " ".join(str(said).split())[:300]
-        return text.replace(self._key, "***") if len(self._key) > 3 else text
+        text = str(said).replace(self._key, "***") if len(self._key) > 3 else str(said)
+        return " ".join(text.split())[:300]
 
 
 class TooLong(InputError):
@@ -196,7 +196,9 @@ class TooLong(InputError):
 
 
 def _key(settings: JudgeSettings) -> str:
-    key = os.environ.get(settings.api_key_env, "")
+    key = os.environ.get(settings.api_key_env, "").strip()  # a file that a secret comes from often ends in a newline
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"judge: the key in {settings.api_key_env} has characters that no HTTP header can have")
     host = urlsplit(settings.base_url or "").hostname or ""
     if not key and host not in ("localhost", "127.0.0.1", "::1"):
         raise InputError(f"judge: the environment variable {settings.api_key_env} with the key is not set")

@@ -8,13 +8,13 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from reward.errors import InputError
+from reward.errors import InputError, JudgeError
 from reward.judges.base import Comparison, Judge, Verdict
 from reward.records import Prompt
 
@@ -96,7 +96,14 @@ class ForeignJudge:
         return int(getattr(self.judge, "concurrency", 1))
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        return checked_verdicts(repr(self.identity), self.judge.compare(comparisons), len(comparisons))
+        name = repr(self.identity)
+        try:
+            returned: Any = self.judge.compare(comparisons)
+        except (InputError, JudgeError):
+            raise
+        except Exception as error:  # it is the user's: it can raise anything
+            raise InputError(f"judge {name} raised {_describe(error)}") from error
+        return checked_verdicts(name, returned, len(comparisons))
 
 
 def load_judge(path: str) -> Judge:
@@ -107,7 +114,10 @@ def load_judge(path: str) -> Judge:
     """
     named = load_function(path)
     if hasattr(named, "compare"):
-        return ForeignJudge(named() if inspect.isclass(named) else named, path)
+        try:
+            return ForeignJudge(named() if inspect.isclass(named) else named, path)
+        except Exception as error:
+            raise InputError(f"judge {path!r} raised {_describe(error)} when it was made") from error
     try:
         wanted = [
             p
@@ -134,8 +144,20 @@ def checked_verdicts(name: str, returned: Any, n: int) -> list[Verdict]:
             verdict = Verdict(float(answer))
         if verdict is None or not (verdict.invalid or 0 <= verdict.preference <= 1):
             raise InputError(f"judge {name} returned {answer!r} for comparison {index}, not a probability in [0, 1]")
-        verdicts.append(verdict)
+        verdicts.append(_plain(verdict, name, index))
     return verdicts
+
+
+def _plain(verdict: Verdict, name: str, index: int) -> Verdict:
+    """A user's verdict as numbers that can be written: one that is invalid has no preference, whatever it says."""
+    scores = {"score_a": verdict.score_a, "score_b": verdict.score_b}
+    try:
+        numbers = {side: None if score is None else float(score) for side, score in scores.items()}
+    except (TypeError, ValueError):
+        numbers = {"score_a": math.nan}
+    if not all(number is None or math.isfinite(number) for number in numbers.values()):
+        raise InputError(f"judge {name} returned {verdict!r} for comparison {index}, whose scores are not numbers")
+    return replace(verdict, preference=math.nan if verdict.invalid else float(verdict.preference), **numbers)
 
 
 def score_responses(function: ScoreFunction, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
