@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from reward.asking import Pair, judge_pairs
+from reward.asking import Pair, VerdictFile, judge_pairs
 from reward.errors import InputError, JudgeError
 from reward.judges.endpoint import Endpoint
+from reward.judges.length import length_judge
 from reward.judges.llm import LLMJudge, parse_label, probability_of_a
 from reward.judges.registry import JudgeSettings
 from reward.judges.templates import JudgePrompt, template_names
@@ -123,6 +124,39 @@ def test_the_key_is_in_no_file_and_no_log(tmp_path: Path, caplog: pytest.LogCapt
     assert KEY not in str(caught.value)
     assert KEY not in caplog.text
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_key_from_a_file_may_end_in_a_newline_and_a_wrong_one_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    with running(ChatServer()) as server:
+        assert len(judge_pairs(judge(server), PAIRS, tmp_path / "v.jsonl")) == len(PAIRS)
+    for wrong in ("sk-ü-in-it", "sk-two\nlines"):
+        monkeypatch.setenv("OPENAI_API_KEY", wrong)
+        with pytest.raises(InputError, match="characters that no HTTP header can have") as caught:
+            Endpoint("m", JudgeSettings("llm", "m", base_url="http://127.0.0.1:1/v1"))
+        assert "sk-" not in str(caught.value)
+
+
+def test_one_file_is_written_by_one_process_and_each_verdict_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "v.jsonl"
+    with running(ChatServer()) as server:
+        whole = judge_pairs(judge(server), PAIRS, path)
+        held = VerdictFile(path)
+        with pytest.raises(InputError, match="is being written by another process"):
+            judge_pairs(judge(server), PAIRS, path)
+        held.close()
+        path.write_bytes(path.read_bytes() * 2)  # what two processes left before there was a lock
+        assert judge_pairs(judge(server), PAIRS, path) == whole
+        assert server.requests == 2 * len(PAIRS)
+
+
+def test_half_a_character_in_a_response_is_written_and_read(tmp_path: Path) -> None:
+    pair = Pair("p", "cut \ud83d", "all", 0)
+    for _ in range(2):
+        (outcome,) = judge_pairs(length_judge(), [pair], tmp_path / "v.jsonl")
+        assert outcome.preference == 1.0
 
 
 def test_a_missing_key_is_an_error_but_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from reward.errors import InputError
-from reward.judges import Comparison, FunctionJudge, Judge, Verdict, load_function, score_responses
+from reward.judges import (
+    CompareJudge,
+    Comparison,
+    FunctionJudge,
+    Judge,
+    Verdict,
+    load_function,
+    load_judge,
+    score_responses,
+)
 from reward.records import Prompt
 
 
@@ -163,3 +172,27 @@ def test_another_failed_import_gives_its_reason(user_folder: Path) -> None:
     (user_folder / "wrong_name.py").write_text("from math import no_such_function\n")
     with pytest.raises(InputError, match="'wrong_name:f' cannot be imported: cannot import name 'no_such_function'"):
         load_function("wrong_name:f")
+
+
+def test_a_users_verdict_that_is_invalid_is_no_tie_and_its_numbers_are_checked() -> None:
+    def answers(*found: Any) -> list[Verdict]:
+        judge = CompareJudge(lambda prompts, a, b: list(found))
+        return judge.compare([Comparison("p", "a", "b")] * len(found))
+
+    (invalid, plain) = answers(Verdict(0.5, invalid="no idea"), Verdict(np.float32(0.75), score_a=np.int64(3)))  # type: ignore[arg-type]
+    assert math.isnan(invalid.preference)
+    assert (plain.preference, plain.score_a) == (0.75, 3.0)
+    assert type(plain.preference) is type(plain.score_a) is float
+    with pytest.raises(InputError, match="whose scores are not numbers"):
+        answers(Verdict(0.5, score_a=math.nan))
+
+
+def test_what_a_users_object_raises_is_one_sentence(user_folder: Path) -> None:
+    (user_folder / "mine_that_fails.py").write_text(
+        "class Fails:\n    def compare(self, comparisons):\n        raise KeyError('x')\n"
+        "class Never(Fails):\n    def __init__(self):\n        raise OSError('no licence')\n"
+    )
+    with pytest.raises(InputError, match="mine_that_fails:Fails' raised KeyError"):
+        load_judge("mine_that_fails:Fails").compare([Comparison("p", "a", "b")])
+    with pytest.raises(InputError, match=r"mine_that_fails:Never' raised OSError.*when it was made"):
+        load_judge("mine_that_fails:Never")

@@ -101,6 +101,14 @@ def test_repeated_comparisons_of_a_prompt_are_not_independent() -> None:
     assert clustered.standard_error == pytest.approx(single.standard_error, rel=0.05)
 
 
+@pytest.mark.parametrize("preference", [0.0, 0.5, 1.0])
+def test_verdicts_that_are_all_the_same_have_the_plain_interval(preference: float) -> None:
+    found = length_controlled_win_rate([preference] * 6, [3, 5, 2, 8, 4, 4], [4, 2, 2, 6, 4, 3])
+    plain = win_rate([preference] * 6)
+    assert (found.ci_low, found.ci_high) == (plain.ci_low, plain.ci_high)
+    assert found.ci_high - found.ci_low > 0.3
+
+
 def test_equal_lengths_leave_the_plain_win_rate() -> None:
     preferences = [1.0, 1.0, 0.0, 0.5]
     result = length_controlled_win_rate(preferences, [10] * 4, [10] * 4, [0.1, 0.2, -0.3, 0.4])

@@ -132,6 +132,8 @@ def test_pairwise_and_ranking(cli: Callable[..., Outcome], tmp_path: Path) -> No
     assert (pair["candidate_a"], pair["candidate_b"], pair["difference"], pair["n"]) == ("x", "y", 0.5, 40)
     assert pair["ci_low"] > 0.3
     assert pair["p_value"] < 1e-4
+    (narrow,) = map(json.loads, cli("winrate", path, "--pairwise", "--level", "0.5").out.splitlines())
+    assert pair["ci_low"] < narrow["ci_low"] < narrow["ci_high"] < pair["ci_high"]
     ranking = [json.loads(line)["policy"] for line in cli("winrate", path, "--ranking").out.splitlines()]
     assert ranking == ["x", "old", "y"]
 
@@ -157,6 +159,16 @@ def test_refusals(refused: Callable[..., str], tmp_path: Path, name: str, text: 
 
     (tmp_path / name).write_text(text)
     assert re.search(message, refused("winrate", tmp_path / name))
+
+
+def test_a_gzip_file_that_is_damaged_inside_and_a_very_long_cell(
+    cli: Callable[..., Outcome], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    whole = gzip.compress(b'{"preference": 0.5}\n' * 200)
+    (tmp_path / "v.jsonl.gz").write_bytes(whole[:12] + bytes(255 - byte for byte in whole[12:-8]) + whole[-8:])
+    assert "damaged or not text" in refused("winrate", tmp_path / "v.jsonl.gz")
+    (tmp_path / "v.csv").write_text(f"preference,response\n0.5,{'x' * 200_000}\n")
+    assert results(cli("winrate", tmp_path / "v.csv"))["candidate"]["n"] == 1
 
 
 def test_a_missing_file_is_named(refused: Callable[..., str]) -> None:
