@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import traceback
+from contextlib import suppress
 from typing import NoReturn
 
 import typer
@@ -32,6 +34,7 @@ app = typer.Typer(
 )
 
 USER_MISTAKE, TRAINING_STOPPED, INTERRUPTED = 2, 3, 130
+SECONDS_FOR_MAIN = 120.0
 
 
 @app.callback()
@@ -63,11 +66,13 @@ def main() -> None:
     except (TrainingError, JudgeError, OSError) as error:
         _fail(error, TRAINING_STOPPED)
     except Stopped as stop:
+        if not is_main():
+            _leave_after_main(stop.code)
         _end(f"{stop}; --resume continues from there", stop.code)
     except RuntimeError as error:
         if not _is_another_ranks(error):
             raise
-        os._exit(TRAINING_STOPPED)
+        _leave_after_main(TRAINING_STOPPED)
     else:
         if status == INTERRUPTED:  # what typer makes of Ctrl-C
             print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
@@ -78,6 +83,20 @@ def _is_another_ranks(error: RuntimeError) -> bool:
     """Whether this rank fails only because another one has, which tells of it."""
     lost = "closed by peer" in str(error) or "reset by peer" in str(error)
     return launched() and (lost or isinstance(error, ElsewhereError))
+
+
+def _leave_after_main(code: int) -> NoReturn:
+    """End this rank once rank 0 has: the launcher ends them all when one is gone, and rank 0 may have more to do."""
+    from pe_rlhf.distributed import from_main
+
+    def wait() -> None:
+        with suppress(Exception):  # what ends it is that the connection is closed
+            from_main(None)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(SECONDS_FOR_MAIN)
+    os._exit(code)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -262,3 +262,20 @@ def test_a_run_directory_in_use_and_free_again_after_a_kill(
             other.send_signal(signal.SIGKILL)
     assert cli("run", path, "--run-dir", "out", "--resume").code == 0
     assert steps(tmp_path / "out/ppo") == [1, 2]
+
+
+def test_a_fixed_beta_is_the_recipes_after_a_resume_and_an_adaptive_one_the_checkpoints(
+    cli: Cli, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", ppo__learning_rate=0.03))
+    adaptive = ["ppo.kl.controller=adaptive", "ppo.kl.target=0.001", "ppo.kl.horizon=20"]
+    for run, options in (("fixed", []), ("adaptive", adaptive)):
+        assert cli("run", path, "--run-dir", run, *options).code == 0
+        (tmp_path / run / "ppo" / "summary.json").unlink()
+        changed = ["ppo.steps=3", "ppo.kl.beta=0.5", "--resume", "--may-change", "ppo"]
+        assert cli("run", path, "--run-dir", run, *options, *changed).code == 0
+        betas = [line["beta"] for line in read_jsonl(tmp_path / run / "ppo" / "metrics.jsonl")]
+        assert betas[:1] == [0.05]
+        assert (betas[2] == 0.5) == (run == "fixed")
+        if run == "adaptive":
+            assert betas[2] == pytest.approx(betas[1], rel=0.05)
