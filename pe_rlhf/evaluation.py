@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.files import write_whole
+from pe_rlhf.judging import ask_judge
 from pe_rlhf.metrics import append_jsonl, write_json
 from pe_rlhf.policies import Policy
 from pe_rlhf.progress import progress
-from reward.asking import OnProgress, Pair, judge_pairs
+from reward.asking import Pair
 from reward.errors import InputError
 from reward.judges import Judge
 from reward.records import Prompt
@@ -75,27 +76,11 @@ def evaluate_pairs(
     level: float = 0.95,
 ) -> Summary:
     """Have all pairs judged, with progress, and write `verdicts.jsonl` and `summary.json`. Raises as `judge_pairs`."""
-    questions = len(pairs) * (2 if judge.sees_order else 1)
-    with progress("judging", questions, "verdicts") as advance:
-        outcomes = judge_pairs(
-            judge,
-            pairs,
-            folder / "verdicts.jsonl",
-            candidate=candidate,
-            baseline=baseline,
-            max_invalid_share=max_invalid_share,
-            on_progress=_noting(advance),
-        )
+    verdicts, names = folder / "verdicts.jsonl", (candidate, baseline)
+    outcomes = ask_judge(judge, pairs, verdicts, title="judging", names=names, max_invalid=max_invalid_share)
     summary = {**summarise(candidate, outcomes, level=level), "baseline": baseline, "judge": judge.identity}
     write_json(folder / "summary.json", summary)
     return summary
-
-
-def _noting(advance: Callable[..., None]) -> OnProgress:
-    def told(done: int, win_rate: float | None) -> None:
-        advance(done, "" if win_rate is None else f"win-rate so far {win_rate:.3f}")
-
-    return told
 
 
 def _finished(path: Path, head: dict[str, Any]) -> list[str]:

@@ -6,15 +6,18 @@ They stand behind the protocol of `reward.judges`, like all others; importing th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from pe_rlhf.causal_lm import find_device, load_causal_lm
 from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.policies import find_role, load_role_backbone, weights_of
+from pe_rlhf.progress import progress
 from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.scoring import ModelScorer
 from pe_rlhf.types import Sequences, micro_batches
+from reward.asking import Pair, judge_pairs
 from reward.errors import InputError
 from reward.judges import Judge, load_judge
 from reward.judges.functions import ScoreFunction
@@ -23,6 +26,7 @@ from reward.judges.registry import JudgeSettings, judge_kinds, make_judge, regis
 from reward.judges.reward_model import reward_model_judge
 from reward.judges.templates import JudgePrompt
 from reward.records import Prompt
+from reward.summary import Outcome
 
 MICRO_BATCH_TOKENS = 4096
 
@@ -50,6 +54,31 @@ def check_judge(judge: str | JudgeConfig) -> None:
         check_vllm(settings.engine == "vllm")
     elif settings.kind not in judge_kinds():
         make_judge(settings)
+
+
+def ask_judge(
+    judge: Judge | None, pairs: Sequence[Pair], path: Path, *, title: str, names: tuple[str, str], max_invalid: float
+) -> list[Outcome]:
+    """`judge_pairs` with progress and the win-rate so far; `names` are those of candidate and baseline.
+
+    `judge` is None on the ranks that do not ask.
+    """
+    assert judge is not None
+    with progress(title, len(pairs) * (2 if judge.sees_order else 1), "verdicts") as advance:
+
+        def told(done: int, win_rate: float | None) -> None:
+            advance(done, "" if win_rate is None else f"win-rate so far {win_rate:.3f}")
+
+        candidate, baseline = names
+        return judge_pairs(
+            judge,
+            pairs,
+            path,
+            candidate=candidate,
+            baseline=baseline,
+            max_invalid_share=max_invalid,
+            on_progress=told,
+        )
 
 
 def llm_judge(settings: JudgeSettings) -> Judge:

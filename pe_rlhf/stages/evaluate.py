@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_role
-from pe_rlhf.config import EvaluateConfig, PPOConfig, SamplingConfig
+from pe_rlhf.config import PPOConfig, SamplingConfig
 from pe_rlhf.distributed import concat_over_ranks, on_main, own_micro_batches, sum_figures
-from pe_rlhf.judging import build_judge
+from pe_rlhf.judging import ask_judge, build_judge
 from pe_rlhf.metrics import append_jsonl, write_json
 from pe_rlhf.processes import is_main
 from pe_rlhf.progress import progress
@@ -23,8 +22,7 @@ from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.types import Rollout, Sequences
-from reward.asking import Pair, judge_pairs, number_prompts
-from reward.judges import Judge
+from reward.asking import Pair, number_prompts
 from reward.summary import Outcome, summarise
 
 RESULTS = ("win_rate", "ci_low", "ci_high", "n", "wins", "ties", "losses", "invalid", "flip_share", "position_bias")
@@ -54,7 +52,12 @@ def run(context: StageContext) -> dict[str, Any]:
     texts = {role: [codec.decode(ids) for ids in rollout.responses] for role, rollout in rollouts.items()}
     sides = zip(repeated, texts["policy"], texts["anchor"], number_prompts(repeated), strict=True)
     pairs = [Pair(prompt, policy, anchor, *numbers) for prompt, policy, anchor, numbers in sides]
-    outcomes = on_main(lambda: _judged(judge, pairs, context.folder / "verdicts.jsonl", config))
+    options: Any = {
+        "title": "evaluate: judging",
+        "names": ("policy", "anchor"),
+        "max_invalid": config.max_invalid_share,
+    }
+    outcomes = on_main(lambda: ask_judge(judge, pairs, context.folder / "verdicts.jsonl", **options))
     result = summarise("policy", outcomes)
 
     # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
@@ -77,20 +80,6 @@ def run(context: StageContext) -> dict[str, Any]:
     on_main(lambda: _write_samples(context, pairs, outcomes, config.table_rows))
     write_json(context.folder / "summary.json", summary)
     return summary
-
-
-def _judged(judge: Judge | None, pairs: list[Pair], path: Path, config: EvaluateConfig) -> list[Outcome]:
-    assert judge is not None
-    with progress("evaluate: judging", len(pairs) * (2 if judge.sees_order else 1), "verdicts") as advance:
-        return judge_pairs(
-            judge,
-            pairs,
-            path,
-            candidate="policy",
-            baseline="anchor",
-            max_invalid_share=config.max_invalid_share,
-            on_progress=lambda done, so_far: advance(done, f"win-rate so far {so_far:.3f}" if so_far else ""),
-        )
 
 
 @torch.no_grad()

@@ -9,22 +9,19 @@ from __future__ import annotations
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
-from pe_rlhf.config import PreferencesConfig
 from pe_rlhf.distributed import on_main
 from pe_rlhf.files import write_whole
-from pe_rlhf.judging import build_judge
+from pe_rlhf.judging import ask_judge, build_judge
 from pe_rlhf.metrics import write_json
 from pe_rlhf.processes import is_main
 from pe_rlhf.progress import progress
 from pe_rlhf.resources import peak_memory
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
-from reward.asking import Pair, judge_pairs, number_prompts
+from reward.asking import Pair, number_prompts
 from reward.errors import InputError
-from reward.judges import Judge
 from reward.summary import Outcome
 
 FILE = "preferences.jsonl"
@@ -53,7 +50,12 @@ def run(context: StageContext) -> dict[str, Any]:
     # 2. the judge says which is better
     sides = zip(prompts, first, second, number_prompts(prompts), strict=True)
     pairs = [Pair(prompt, a, b, *numbers) for prompt, a, b, numbers in sides]
-    outcomes = on_main(lambda: _judged(judge, pairs, context.folder / "verdicts.jsonl", config))
+    options: Any = {
+        "title": "preferences: judging",
+        "names": ("first", "second"),
+        "max_invalid": config.max_invalid_share,
+    }
+    outcomes = on_main(lambda: ask_judge(judge, pairs, context.folder / "verdicts.jsonl", **options))
 
     # 3. pairs with a winner go into the file
     cut = rollout.truncated_B.tolist()
@@ -80,20 +82,6 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics.close()
     write_json(context.folder / "summary.json", summary)
     return summary
-
-
-def _judged(judge: Judge | None, pairs: list[Pair], path: Path, config: PreferencesConfig) -> list[Outcome]:
-    assert judge is not None
-    with progress("preferences: judging", len(pairs) * (2 if judge.sees_order else 1), "verdicts") as advance:
-        return judge_pairs(
-            judge,
-            pairs,
-            path,
-            candidate="first",
-            baseline="second",
-            max_invalid_share=config.max_invalid_share,
-            on_progress=lambda done, _: advance(done),
-        )
 
 
 def _row(pair: Pair, outcome: Outcome, first_cut: bool, second_cut: bool) -> dict[str, Any] | None:
