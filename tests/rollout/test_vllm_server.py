@@ -200,13 +200,17 @@ def test_a_server_without_the_route(make: Make, vllm_server: str, route: str, sy
 # ---- servers that fail in a batch -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("at_once", [4, 16])
 @pytest.mark.parametrize("sync", MODES)
 def test_a_server_that_goes_in_the_middle_of_a_batch(
-    make: Make, vllm_server: str, policies: Backbone, sync: str, capsys: pytest.CaptureFixture[str]
+    make: Make, vllm_server: str, policies: Backbone, sync: str, at_once: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Alone: the batch waits until it is back, and then it is given the weights again."""
+    """Alone: the batch waits until it is back, and then it is given the weights again.
+
+    With all requests under way at once, workers that have nothing left to ask are idle when it goes.
+    """
     with proxy(vllm_server) as dying:
-        engine = make(dying.url, sync=sync, batch_size=4)
+        engine = make(dying.url, sync=sync, batch_size=at_once)
         engine.sync(3)
         expected = engine.generate(PROMPTS, seed=1)
 

@@ -25,7 +25,9 @@ PROMPTS = [f"Prompt {i}:" for i in range(40)]
 SEED = 2
 
 
-def evaluated(folder: Path, judge: str, *, size: float = 0.0, **settings: Any) -> tuple[Tree, list[Tree], Backbone]:
+def evaluated(
+    folder: Path, judge: str, *, size: float = 0.0, texts: list[str] = PROMPTS, **settings: Any
+) -> tuple[Tree, list[Tree], Backbone]:
     """Evaluate a policy that was moved by `size` from the anchor: the summary, all samples, and the backbone."""
     model = byte_model(folder / "model", pad_is_eos=True, initializer_range=0.3, eos_token_id=list(range(0, 258, 12)))
     backbone = load_backbone(model)
@@ -34,7 +36,7 @@ def evaluated(folder: Path, judge: str, *, size: float = 0.0, **settings: Any) -
     run_dir = folder / "run"
     (run_dir / "evaluate").mkdir(parents=True)
     save_role(backbone, "policy", run_dir / "ppo" / "adapter")
-    prompts = write_prompts(folder / "prompts.jsonl", PROMPTS)
+    prompts = write_prompts(folder / "prompts.jsonl", texts)
     tree = {
         "model": str(model),
         "seed": SEED,
@@ -122,6 +124,15 @@ def test_samples_of_a_prompt_are_a_cluster(tmp_path: Path) -> None:
     clustered = win_rate(preferences, [i // 2 for i in range(80)])
     assert (summary["ci_low"], summary["ci_high"]) == pytest.approx((clustered.ci_low, clustered.ci_high))
     alone = win_rate(preferences)
+    assert (summary["ci_low"], summary["ci_high"]) != pytest.approx((alone.ci_low, alone.ci_high))
+
+
+def test_a_prompt_that_stands_there_twice_is_a_cluster(tmp_path: Path) -> None:
+    summary, rows, _ = evaluated(tmp_path, "reward.scores:length", size=0.2, texts=[*PROMPTS[:15], *PROMPTS[:15]])
+    assert [row["prompt"] for row in rows] == [*PROMPTS[:15], *PROMPTS[:15]]
+    preferences = [row["preference"] for row in rows]
+    clustered, alone = win_rate(preferences, [i % 15 for i in range(30)]), win_rate(preferences)
+    assert (summary["ci_low"], summary["ci_high"]) == pytest.approx((clustered.ci_low, clustered.ci_high))
     assert (summary["ci_low"], summary["ci_high"]) != pytest.approx((alone.ci_low, alone.ci_high))
 
 
