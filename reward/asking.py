@@ -244,6 +244,12 @@ class _Tally:
             )
 
 
+def make_pairs(prompts: Sequence[Prompt], candidates: Sequence[str], baselines: Sequence[str]) -> list[Pair]:
+    """One pair per prompt. Equal prompts are samples of one position, since their comparisons go together."""
+    numbered = zip(prompts, candidates, baselines, number_prompts(prompts), strict=True)
+    return [Pair(prompt, mine, other, *numbers) for prompt, mine, other, numbers in numbered]
+
+
 def number_prompts(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
     """Position and sample of each prompt: equal prompts share a position, since their comparisons go together."""
     position_of: dict[str, int] = {}

@@ -69,7 +69,7 @@ def evaluate(
     from pe_rlhf.evaluation_report import write_evaluation_report
     from pe_rlhf.judging import JudgeConfig, build_judge, check_judge
     from pe_rlhf.policies import base_of
-    from reward.asking import Pair, number_prompts
+    from reward.asking import make_pairs
     from reward.errors import InputError
     from reward.judges.registry import split_judge_name
 
@@ -100,8 +100,7 @@ def evaluate(
     # The judge first: a key that is missing or a model that cannot be loaded is to be known before anything is sampled.
     built = build_judge(judge_config)
     texts = {side: responses_of(s, asked, folder / f"{side}.jsonl") for side, s in sources.items()}
-    rows = zip(asked, texts["candidate"], texts["baseline"], number_prompts(asked), strict=True)
-    pairs = [Pair(prompt, mine, other, *numbers) for prompt, mine, other, numbers in rows]
+    pairs = make_pairs(asked, texts["candidate"], texts["baseline"])
     summary = evaluate_pairs(
         built, pairs, folder, candidate=policy, baseline=baseline, max_invalid_share=max_invalid, level=level
     )

@@ -22,7 +22,7 @@ from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.types import Rollout, Sequences
-from reward.asking import Pair, number_prompts
+from reward.asking import Pair, make_pairs
 from reward.summary import Outcome, summarise
 
 RESULTS = ("win_rate", "ci_low", "ci_high", "n", "wins", "ties", "losses", "invalid", "flip_share", "position_bias")
@@ -50,8 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
             engine.sync(version, role)
             rollouts[role] = engine.generate(repeated_ids, derive_seed(context.recipe.seed, "evaluate", role))
     texts = {role: [codec.decode(ids) for ids in rollout.responses] for role, rollout in rollouts.items()}
-    sides = zip(repeated, texts["policy"], texts["anchor"], number_prompts(repeated), strict=True)
-    pairs = [Pair(prompt, policy, anchor, *numbers) for prompt, policy, anchor, numbers in sides]
+    pairs = make_pairs(repeated, texts["policy"], texts["anchor"])
     options: Any = {
         "title": "evaluate: judging",
         "names": ("policy", "anchor"),

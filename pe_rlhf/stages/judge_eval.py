@@ -21,7 +21,7 @@ from pe_rlhf.rollout.split import split
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.text import TextCodec
-from reward.asking import Pair, judge_pairs, number_prompts
+from reward.asking import Pair, judge_pairs, make_pairs
 from reward.judges import Judge
 from reward.records import Prompt
 from reward.summary import Outcome, summarise
@@ -51,8 +51,7 @@ class JudgeEvaluation:
             return {}
         start = time.monotonic()
         self._anchor = self._anchor or self._sample(ANCHOR)
-        sides = zip(self._prompts, self._sample(self._role), self._anchor, number_prompts(self._prompts), strict=True)
-        pairs = [Pair(prompt, mine, other, *numbers) for prompt, mine, other, numbers in sides]
+        pairs = make_pairs(self._prompts, self._sample(self._role), self._anchor)
         path = self._context.folder / "judge" / f"step-{step:06d}.jsonl"
         result = summarise("policy", on_main(lambda: self._judged(pairs, path)))
         kept = {f"judge_{key}": result[key] for key in ("win_rate", "ci_low", "ci_high", "n")}

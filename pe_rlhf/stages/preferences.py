@@ -20,7 +20,7 @@ from pe_rlhf.progress import progress
 from pe_rlhf.resources import peak_memory
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
-from reward.asking import Pair, number_prompts
+from reward.asking import Pair, make_pairs
 from reward.errors import InputError
 from reward.summary import Outcome
 
@@ -48,8 +48,7 @@ def run(context: StageContext) -> dict[str, Any]:
     first, second = texts[: len(prompts)], texts[len(prompts) :]
 
     # 2. the judge says which is better
-    sides = zip(prompts, first, second, number_prompts(prompts), strict=True)
-    pairs = [Pair(prompt, a, b, *numbers) for prompt, a, b, numbers in sides]
+    pairs = make_pairs(prompts, first, second)
     options: Any = {
         "title": "preferences: judging",
         "names": ("first", "second"),
