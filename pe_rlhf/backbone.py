@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 from transformers.utils.generic import ModelOutput
 
 from pe_rlhf.algo.logprobs import token_logprobs
-from pe_rlhf.causal_lm import eos_token_ids, find_device, freeze, load_causal_lm, logits_head, position_arguments
+from pe_rlhf.causal_lm import (
+    check_logits,
+    eos_token_ids,
+    find_device,
+    freeze,
+    load_causal_lm,
+    logits_of,
+    position_arguments,
+)
 from pe_rlhf.distributed import world_size
 from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.roles import ModelWithRoles
@@ -76,12 +85,13 @@ class Backbone(ModelWithRoles):
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._tokenizer = tokenizer
         self._kept_fingerprint: str | None = None
-        self._checkpointing: BlockCheckpointing | None = None
+        self._recomputes = False
+        self._checkpointing: dict[PreTrainedModel, BlockCheckpointing] = {}
         self._trunk = FrozenTrunk(model)
         self.trunk_cache_mib = 0
         freeze(model)
         self.train(False)
-        self.logits_head = logits_head(model)
+        check_logits(model)
 
     # ---- what it is -------------------------------------------------------------------------------------------------
 
@@ -101,6 +111,11 @@ class Backbone(ModelWithRoles):
     def max_positions(self) -> int | None:
         """The longest sequence the model takes, where its config says so."""
         return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def logits_head(self) -> Callable[[Tensor], Tensor]:
+        """The function from last hidden states to logits in the active role."""
+        return partial(logits_of, self.active_model)
 
     def base_fingerprint(self) -> str:
         """SHA-256 over the base weights, names and shapes included: the identity of the anchor, whatever its name."""
@@ -132,7 +147,7 @@ class Backbone(ModelWithRoles):
             the score at the last real token.
         """
         if self.active_role not in self.heads:
-            return self.model(input_ids=input_ids, **position_arguments(attention_mask), use_cache=False)
+            return self.active_model(input_ids=input_ids, **position_arguments(attention_mask), use_cache=False)
         numbers_BT = self.heads[self.active_role](self._hidden(input_ids, attention_mask))
         if not self.active_role.startswith("reward"):
             return TokenClassifierOutput(logits=numbers_BT[..., None])
@@ -145,7 +160,8 @@ class Backbone(ModelWithRoles):
     def response_logprobs(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies _N of the response tokens under the active role; logits exist for those alone."""
         targets_N = sequences.targets_N.to(self.device)
-        return token_logprobs(self._response_hidden(sequences), self.logits_head, targets_N, temperature)
+        hidden_NH, is_own = self._response_hidden(sequences), self.active_role in self.own_models
+        return token_logprobs(hidden_NH, self.logits_head, targets_N, temperature, train_head=is_own)
 
     def response_values(self, sequences: Sequences) -> Tensor:
         """The active role's head _N at the positions that predict the response tokens."""
@@ -190,17 +206,26 @@ class Backbone(ModelWithRoles):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass, in the role they were computed in."""
-        self._checkpointing = BlockCheckpointing(self.model, lambda: self.role(self.active_role))
+        self._recomputes = True
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _hidden(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        with self._checkpointing.one_pass() if self._checkpointing else nullcontext():
+        with self._recomputing():
             arguments = position_arguments(attention_mask)
-            return self.model.base_model(input_ids=ids_BT, **arguments, use_cache=False).last_hidden_state
+            return self.active_model.base_model(input_ids=ids_BT, **arguments, use_cache=False).last_hidden_state
+
+    def _recomputing(self) -> AbstractContextManager[None]:
+        if not self._recomputes:
+            return nullcontext()
+        model = self.active_model
+        if model not in self._checkpointing:
+            self._checkpointing[model] = BlockCheckpointing(model, lambda: self.role(self.active_role))
+        return self._checkpointing[model].one_pass()
 
     def _sequence_hidden(self, sequences: Sequences) -> Tensor:
-        with nullcontext() if sequences.trunk_BTH is None else self._trunk.given(sequences.trunk_BTH):
+        trunk_BTH = sequences.trunk_BTH if self.active_model is self.model else None
+        with nullcontext() if trunk_BTH is None else self._trunk.given(trunk_BTH):
             return self._hidden(sequences.ids_BT.to(self.device))
 
     def _response_hidden(self, sequences: Sequences) -> Tensor:

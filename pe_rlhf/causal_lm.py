@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,27 +86,28 @@ def position_arguments(attention_mask: Tensor | None) -> dict[str, Tensor]:
     return {"attention_mask": attention_mask, "position_ids": position_ids}
 
 
-def logits_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The function from the decoder's last hidden states to logits, checked against the model's own on a few tokens.
-
-    Raises `InputError` for a model that does something else to its logits.
-    """
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits from the decoder's last hidden states, of any leading shape."""
     projection = model.get_output_embeddings()
-    if projection is None:
+    config = model.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    multiplier = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    logits = projection(hidden)  # type: ignore[operator]  # that there is one was checked
+    if multiplier != 1:
+        logits = logits * multiplier
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def check_logits(model: PreTrainedModel) -> None:
+    """Compare `logits_of` with the model's own logits on a few tokens.
+
+    Raises `InputError` for a model that has no head, or does something else to its logits.
+    """
+    if model.get_output_embeddings() is None:
         raise InputError(f"model: {type(model).__name__} has no language-model head")
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    multiplier = getattr(model.config, "logit_scale", None) or 1 / (getattr(model.config, "logits_scaling", None) or 1)
-
-    def head(hidden: Tensor) -> Tensor:
-        logits = projection(hidden)
-        if multiplier != 1:
-            logits = logits * multiplier
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
-
     probe_BT = torch.arange(4, device=model.device)[None]
     with torch.no_grad():
         expected = model(input_ids=probe_BT, use_cache=False).logits
-        found = head(model.base_model(input_ids=probe_BT, use_cache=False).last_hidden_state)
+        found = logits_of(model, model.base_model(input_ids=probe_BT, use_cache=False).last_hidden_state)
     if not torch.allclose(expected.float(), found.float(), atol=1e-2, rtol=1e-2):
         raise InputError(f"model: {type(model).__name__} computes its logits in a way that is not supported")
-    return head

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pe_rlhf.adapters.build import AdapterSpec
+from pe_rlhf.adapters.build import FullSpec, RoleSpec, spec_from_json
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.distributed import on_main
 from pe_rlhf.metrics import write_json
@@ -84,7 +84,7 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any
     return None
 
 
-def role_of_checkpoint(folder: Path, which: str, role: str) -> tuple[int, AdapterSpec, dict[str, Tensor]]:
+def role_of_checkpoint(folder: Path, which: str, role: str) -> tuple[int, RoleSpec, dict[str, Tensor]]:
     """A role as it was at the checkpoint `best`, `newest`, or of a step's number: the step, its spec and its state.
 
     Raises `InputError` where there is none, or where it is damaged.
@@ -100,8 +100,7 @@ def role_of_checkpoint(folder: Path, which: str, role: str) -> tuple[int, Adapte
         path = there[-1] if which == "newest" else there[steps.index(int(which))]
     try:
         step, tensors, state = _read_checkpoint(path)
-        spec = state["specs"][role]
-        return step, AdapterSpec(**{**spec, "modules": tuple(spec["modules"])}), without_prefix(role, tensors)
+        return step, spec_from_json(state["specs"][role]), without_prefix(role, tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: the {role} cannot be read here: {error}") from error
 
@@ -114,8 +113,12 @@ def _read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]
 
 
 def roles_in(backbone: Backbone, *roles: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a checkpoint keeps of roles: their tensors, each under its role's name, and how their adapters are made."""
-    tensors = {key: value for role in roles for key, value in with_prefix(role, backbone.role_state(role)).items()}
+    """What a checkpoint keeps of roles: their tensors, each under its role's name, and how they are made.
+
+    The tensors are not copied: a fully tuned role has as many as the model.
+    """
+    states = {role: backbone.role_state(role, copy=False) for role in roles}
+    tensors = {key: value for role in roles for key, value in with_prefix(role, states[role]).items()}
     return tensors, {"specs": {role: asdict(backbone.specs[role]) for role in roles}}
 
 
@@ -131,15 +134,21 @@ def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def save_role(backbone: Backbone, role: str, folder: Path) -> None:
-    """Write a role for the next stage (`role.json`, `role.safetensors`) and for everybody else (PEFT's files)."""
+    """Write a role for the next stage (`role.json`, `role.safetensors`) and for everybody else (PEFT's files).
+
+    A fully tuned role has no PEFT files: `pe-rlhf export --format merged` makes a checkpoint of it.
+    """
     on_main(lambda: _write_role(backbone, role, folder))
 
 
 def _write_role(backbone: Backbone, role: str, folder: Path) -> None:
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    backbone.export_adapter(role, scratch)
-    _save_tensors(backbone.role_state(role), scratch / "role.safetensors")
+    if isinstance(backbone.specs[role], FullSpec):
+        scratch.mkdir(parents=True)
+    else:
+        backbone.export_adapter(role, scratch)
+    _save_tensors(backbone.role_state(role, copy=False), scratch / "role.safetensors")
     description = {"role": role, "base_model": backbone.name, "base_sha256": backbone.base_fingerprint()}
     write_json(scratch / "role.json", {**description, "spec": asdict(backbone.specs[role])})
     shutil.rmtree(folder, ignore_errors=True)
@@ -154,9 +163,9 @@ def load_role(backbone: Backbone, role: str, folder: Path) -> None:
     try:
         description = json.loads((folder / "role.json").read_text(encoding="utf-8"))
         state = load_file(folder / "role.safetensors")
-        spec = AdapterSpec(**{**description["spec"], "modules": tuple(description["spec"]["modules"])})
+        spec = spec_from_json(description["spec"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder}: no adapter of a stage can be read here: {error}") from error
+        raise InputError(f"{folder}: no role of a stage can be read here: {error}") from error
     if description["base_sha256"] != backbone.base_fingerprint():
         raise InputError(f"{folder} was trained on another base ({description['base_model']}) than {backbone.name}")
     backbone.load_role(role, spec, state)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 
 from pe_rlhf.config import DataSource
+from pe_rlhf.examples import Example, has_format, parse_example
+from pe_rlhf.progress import say
+from pe_rlhf.seeding import permutation
 from reward.errors import InputError
-from reward.records import BadRecord, PreferenceRecord, Prompt, load_records, parse_prompt
+from reward.records import BadRecord, PreferenceRecord, Prompt, load_records, parse_prompt, parse_rows
+
+Record = TypeVar("Record")
 
 # The builder of `datasets` for each ending of a local file.
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
@@ -72,6 +78,36 @@ def load_preferences(
     for column in ("chosen", "rejected"):
         _refuse_without(column, rows, source, key)
     return load_records(rows, f"{key}: {source.path}", max_bad_share)
+
+
+def load_examples(source: DataSource, key: str, max_bad_share: float) -> tuple[list[Example], list[BadRecord]]:
+    """The rows of a data set to fine-tune on, and apart from them those that are none; see `examples.py`."""
+    rows = load_rows(source, key)
+    if not has_format(rows[0]):
+        raise InputError(
+            f"{key}: {source.path} has neither the columns prompt and completion (or response), nor messages, nor text;"
+            f" it has {', '.join(rows[0])}; map them with columns: {{completion: …}}"
+        )
+    return parse_rows(rows, parse_example, f"{key}: {source.path}", max_bad_share)
+
+
+def hold_out(
+    records: list[Record], group: Callable[[Record], str], share: float, seed: int, *purpose: str
+) -> tuple[list[Record], list[Record]]:
+    """Split off the records of a share of the groups, at least of one, so that no group is on both sides."""
+    groups = sorted({group(record) for record in records})
+    order = permutation(len(groups), seed, *purpose)
+    chosen = {groups[i] for i in order[: max(1, round(share * len(groups)))]}
+    train = [record for record in records if group(record) not in chosen]
+    return train, [record for record in records if group(record) in chosen]
+
+
+def tell_bad_rows(key: str, bad: list[BadRecord]) -> None:
+    """Say which rows were left out: the first few, and how many in all."""
+    for record in bad[:5]:
+        say(f"{key}: left out row {record.index}: {record.reason}")
+    if len(bad) > 5:
+        say(f"{key}: left out {len(bad)} unusable rows in all")
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

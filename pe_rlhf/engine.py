@@ -1,9 +1,11 @@
 """Training: backward, clipping, optimizer step, learning-rate schedule, and their state. The one place with DeepSpeed.
 
-Only adapters and heads are trained, each role by an optimizer of its own, so that policy and critic have learning rates
-and gradient norms of their own. Gradients of a role are a few MB: they are summed over the ranks once per step, clipped
-and checked here, and then go to AdamW or, under DeepSpeed, to its ZeRO engine. So the numbers do not depend on how the
-states are split, and ranks may cut their share of a batch into different numbers of micro-batches.
+Each role is trained by an optimizer of its own, so that policy and critic have learning rates and gradient norms of
+their own. Gradients of an adapter are a few MB: they are summed over the ranks once per step, clipped and checked here,
+and then go to AdamW or, under DeepSpeed, to its ZeRO engine. So the numbers do not depend on how the states are split,
+and ranks may cut their share of a batch into different numbers of micro-batches. Fully tuned roles go the same way.
+
+Steps are made in fp32. Adapters and heads are fp32 anyway; weights of a narrower dtype have a master copy.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pe_rlhf.errors import TrainingError
 from pe_rlhf.processes import accelerator_environment, launched
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
 LONGEST_WAIT = timedelta(days=7)
 
 
@@ -116,15 +119,16 @@ class Engine:
         factor = schedule_factor(self._config, self.steps, self._total_steps)
         return {group.role: group.learning_rate * factor for group in self._groups}
 
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's moments by role and parameter name, and its step count; whole, on every rank.
+    def state(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """The optimizer's moments by role and parameter name, and its step count; whole, on every rank, on the CPU.
 
-        The same tensors with and without DeepSpeed, on any number of ranks.
+        The same tensors with and without DeepSpeed, on any number of ranks. Without `copy` those that are on the CPU
+        are the optimizer's own, to be written away before the next step.
         """
         tensors = {"steps": torch.tensor(self.steps)}
         if self.steps:
             for part in self._slices:
-                tensors |= {f"{part.role}/{name}": tensor for name, tensor in part.optimizer.state().items()}
+                tensors |= {f"{part.role}/{name}": tensor for name, tensor in part.optimizer.state(copy).items()}
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -146,31 +150,46 @@ def _sum_gradients(group: RoleGroup) -> None:
         return
     total = sum_over_ranks(_flat([p.grad for p in parameters if p.grad is not None]))
     for parameter, gradient in zip(parameters, _split(total, parameters), strict=True):
-        parameter.grad = gradient
+        parameter.grad = gradient.to(parameter.dtype)
 
 
 class _Plain:
-    """torch's AdamW on the parameters themselves."""
+    """torch's AdamW on the parameters themselves, or on fp32 copies of those that are narrower."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
         self._parameters = parameters
-        self._adamw = _adamw(list(parameters.values()), config)
+        self._masters = {name: p if _is_wide(p) else nn.Parameter(p.detach().float()) for name, p in parameters.items()}
+        self._adamw = _adamw(list(self._masters.values()), config)
 
     def step(self, rate: float) -> None:
+        narrow = [(p, self._masters[name]) for name, p in self._parameters.items() if p is not self._masters[name]]
+        for parameter, master in narrow:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
         self._adamw.param_groups[0]["lr"] = rate
         self._adamw.step()
+        for parameter, master in narrow:
+            parameter.data.copy_(master)
+            master.grad = None
 
-    def state(self) -> dict[str, Tensor]:
-        return {
-            f"{name}/{moment}": self._adamw.state[parameter][moment].detach().to("cpu", copy=True)
-            for name, parameter in self._parameters.items()
+    def state(self, copy: bool) -> dict[str, Tensor]:
+        moments = {
+            f"{name}/{moment}": self._adamw.state[master][moment].detach().to("cpu", copy=copy)
+            for name, master in self._masters.items()
             for moment in MOMENTS
+        }
+        return moments | {
+            f"{name}/{MASTER}": self._masters[name].detach().to("cpu", copy=copy)
+            for name, parameter in self._parameters.items()
+            if not _is_wide(parameter)
         }
 
     def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
         for name, parameter in self._parameters.items():
-            moments = {m: tensors[f"{name}/{m}"].to(parameter.device, copy=True) for m in MOMENTS}
-            self._adamw.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+            master = self._masters[name]
+            if not _is_wide(parameter):
+                master.data.copy_(tensors[f"{name}/{MASTER}"])
+            moments = {m: tensors[f"{name}/{m}"].to(master.device, copy=True) for m in MOMENTS}
+            self._adamw.state[master] = {"step": torch.tensor(float(steps)), **moments}
 
 
 class _ZeRO:
@@ -187,7 +206,7 @@ class _ZeRO:
 
     @cached_property
     def _copy(self) -> nn.Parameter:
-        return nn.Parameter(_flat(self._parameters))
+        return nn.Parameter(_flat(self._parameters).float())
 
     @cached_property
     def _engine(self) -> Any:
@@ -199,19 +218,24 @@ class _ZeRO:
         return engine
 
     def step(self, rate: float) -> None:
-        self._step(rate, _flat([p.grad for p in self._parameters if p.grad is not None]))
+        self._step(rate, _flat([p.grad for p in self._parameters if p.grad is not None]).float())
         for parameter, value in zip(self._parameters, _split(self._copy.detach(), self._parameters), strict=True):
             parameter.data.copy_(value)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, copy: bool) -> dict[str, Tensor]:
         tensors = {}
-        for moment in MOMENTS:
-            parts = _split(self._moment(moment), self._parameters)
-            for name, part in zip(self._names, parts, strict=True):
-                tensors[f"{name}/{moment}"] = part.detach().to("cpu", copy=True).contiguous()
+        for kind in (*MOMENTS, MASTER):
+            parts = _split(self._copy if kind == MASTER else self._moment(kind), self._parameters)
+            for name, parameter, part in zip(self._names, self._parameters, parts, strict=True):
+                if kind != MASTER or not _is_wide(parameter):
+                    tensors[f"{name}/{kind}"] = part.detach().to("cpu", copy=copy).contiguous()
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
+        # Before the engine is made, which may keep a copy of its own: what the parameters were rounded from.
+        for name, own in zip(self._names, _split(self._copy.data, self._parameters), strict=True):
+            if (master := tensors.get(f"{name}/{MASTER}")) is not None:
+                own.copy_(master)
         # The state exists from the first step on: one with rate 0 and gradient 0 makes it and changes no weight.
         self._step(0.0, torch.zeros_like(self._copy))
         for moment in MOMENTS:
@@ -250,6 +274,11 @@ def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.opt
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
+
+
+def _is_wide(parameter: nn.Parameter) -> bool:
+    """Whether a step can be made on the parameter itself."""
+    return parameter.dtype == torch.float32
 
 
 def _flat(tensors: list[Tensor] | list[nn.Parameter]) -> Tensor:
@@ -319,6 +348,7 @@ def _common(deepspeed: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in deepspeed.items() if key not in own} | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # gradients come clipped; DeepSpeed's own default may clip them once more
         "steps_per_print": 10**12,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

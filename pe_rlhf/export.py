@@ -26,10 +26,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pe_rlhf.adapters.wrapped import WrappedLayer, merged_weight
-from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.adapters.build import FullSpec, spec_from_json
+from pe_rlhf.backbone import Backbone
+from pe_rlhf.base_model import base_of_role, load_base, starting_model
 from pe_rlhf.checkpoint import load_role, role_of_checkpoint, save_role
-from pe_rlhf.config import Recipe
+from pe_rlhf.config import BackboneConfig, Recipe
 from pe_rlhf.files import write_whole
 from pe_rlhf.models import resolve_model
 from pe_rlhf.recipes import load_recipe
@@ -53,6 +54,10 @@ class FinishedRole:
     @property
     def role(self) -> str:
         return self.description["role"]
+
+    @property
+    def is_full(self) -> bool:
+        return isinstance(spec_from_json(self.description["spec"]), FullSpec)
 
 
 def export_role(
@@ -85,7 +90,7 @@ def _take_out(run: Path, role: str, checkpoint: str, scratch: Path) -> tuple[int
     source = run if (run / "checkpoints").is_dir() else run / stage
     step, spec, state = role_of_checkpoint(source, checkpoint, role)
     recipe = load_recipe(source / "recipe.yaml")
-    backbone = _load_backbone(recipe)
+    backbone = load_base(recipe, starting_model(recipe, source.absolute().parent), "cpu")
     backbone.load_role(role, spec, state)
     folder = scratch / stage / name
     folder.parent.mkdir()
@@ -99,10 +104,13 @@ def _write_export(found: FinishedRole, form: Format, target: Path) -> Path:
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    if form == "lora" and found.is_full:
+        raise InputError(f"{found.folder} was fully tuned and is no adapter: export it with --format merged")
     if form == "lora":
         for name in LORA_FILES:
             if (found.folder / name).is_file():
                 shutil.copyfile(found.folder / name, scratch / name)
+        _name_base(scratch / "adapter_config.json", found.description["base_model"])
     else:
         _write_merged(found, scratch)
     write_whole(scratch / "README.md", model_card(found, form))
@@ -129,20 +137,16 @@ def find_role(run: Path, role: str | None) -> FinishedRole:
         has = f"it has {', '.join(found)}" if found else "no stage that trains one has finished there"
         raise InputError(f"{run} holds no {role or 'role'} to export; {has}")
     folder, description = found[chosen]
+    description["base_model"] = base_of_role(folder, description["base_model"])
     return FinishedRole(folder, description, load_recipe(folder.parent / "recipe.yaml"))
 
 
 def merged_state(backbone: Backbone, role: str) -> dict[str, Tensor]:
-    """The state dict of a plain model that computes the role: W0 + ΔW, fresh, in the base's dtype; no head."""
-    state = {
-        name.replace(".base.", "."): tensor
-        for name, tensor in backbone.model.state_dict().items()
-        if ".adapters." not in name
-    }
-    for name, layer in backbone.model.named_modules():
-        if isinstance(layer, WrappedLayer) and role in layer.adapters:
-            state[f"{name}.weight"] = merged_weight(layer, role)
-    return state
+    """The state dict of a plain model that computes the role: fresh, in the base's dtype; no head."""
+    state = dict(backbone.merged_tensors(role))
+    names = {n: t.data_ptr() for n, t in backbone.model.state_dict().items() if ".adapters." not in n}
+    first = {pointer: name for name, pointer in reversed(names.items())}
+    return {n.replace(".base.", "."): state[first[pointer].replace(".base.", ".")] for n, pointer in names.items()}
 
 
 def model_card(found: FinishedRole, form: Format) -> str:
@@ -154,7 +158,7 @@ def model_card(found: FinishedRole, form: Format) -> str:
     summary = found.folder.parent / "summary.json"
     numbers = {k: v for k, v in _read_json(summary).items() if isinstance(v, int | float)} if summary.is_file() else {}
     spec = found.description["spec"]
-    peft = _read_json(found.folder / "adapter_config.json")
+    rank = None if found.is_full else _read_json(found.folder / "adapter_config.json")["r"]
     return page.render(
         role=found.role,
         form=form,
@@ -162,23 +166,34 @@ def model_card(found: FinishedRole, form: Format) -> str:
         base_model=found.description["base_model"],
         base_sha256=found.description["base_sha256"],
         spec=spec,
-        rank=peft["r"],
+        rank=rank,
         numbers=numbers,
         stage=found.folder.parent.name,
     )
 
 
 def _write_merged(found: FinishedRole, path: Path) -> None:
-    settings = found.recipe.backbone
-    backbone = _load_backbone(found.recipe)
+    backbone = load_base(found.recipe, found.description["base_model"], "cpu")
     load_role(backbone, found.role, found.folder)
-    source = resolve_model(found.recipe.model)
+    write_merged(backbone, found.role, found.recipe.backbone, path)
+
+
+def write_merged(
+    backbone: Backbone, role: str, settings: BackboneConfig, path: Path, chat_template: str | None = None
+) -> None:
+    """Write a role as a checkpoint of its own, computed fresh, with the base's tokenizer; a head goes beside it.
+
+    `chat_template` takes the place of the tokenizer's own.
+    """
+    source = resolve_model(backbone.name)
     common = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     config = AutoConfig.from_pretrained(source, **common)
     config.dtype = settings.dtype
     tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    state = merged_state(backbone, found.role)
-    if found.role == "reward":
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    state = merged_state(backbone, role)
+    if role == "reward":
         config.num_labels, config.pad_token_id = 1, backbone.pad_token_id
         plain = _empty(AutoModelForSequenceClassification, config)
         state = {name: tensor for name, tensor in state.items() if name in plain.state_dict()}
@@ -190,21 +205,16 @@ def _write_merged(found: FinishedRole, path: Path) -> None:
     plain.generation_config = _generation_config(source, common, config)
     plain.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    if found.role in backbone.heads:
-        head = backbone.head(found.role).state_dict()
+    if role in backbone.heads:
+        head = backbone.head(role).state_dict()
         save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, path / "head.safetensors")
 
 
-def _load_backbone(recipe: Recipe) -> Backbone:
-    settings = recipe.backbone
-    return load_backbone(
-        recipe.model,
-        dtype=settings.dtype,
-        device="cpu",
-        attention=settings.attention,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
-    )
+def _name_base(path: Path, base: str) -> None:
+    """Set the base in an adapter's config, which says where it was when the adapter was trained."""
+    config = _read_json(path)
+    if config["base_model_name_or_path"] != base:
+        write_whole(path, json.dumps(config | {"base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n")
 
 
 def _empty(kind: Any, config: PretrainedConfig) -> PreTrainedModel:

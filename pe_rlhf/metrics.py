@@ -76,6 +76,15 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
     write_whole(path, "".join(kept))
 
 
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """A stage's summary, or None where the stage has not finished."""
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a summary; the old file is there until the new one is whole."""
     write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
 """Line plots, stacked times and reliability diagrams as SVG to be put into an HTML page.
 
-Colours are CSS variables of that page (`--ink`, `--muted`, `--grid`, `--c1` … `--c3`) and text stays text, so a plot
+Colours are CSS variables of that page (`--ink`, `--muted`, `--grid`, `--c1` … `--c12`) and text stays text, so a plot
 follows the page's light or dark theme and its fonts. No pyplot: nothing here has global state.
 """
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 # Matplotlib wants real colours; these stand-ins become CSS variables once the plot is drawn.
 INK, MUTED, GRID = "#010101", "#010102", "#010103"
-SERIES = ("#020201", "#020202", "#020203")
+SERIES = tuple(f"#0202{i:02x}" for i in range(1, 13))
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {colour: f"c{i}" for i, colour in enumerate(SERIES, 1)}
 
 STYLE: dict[RcKeyType, Any] = {
@@ -117,7 +117,7 @@ def draw_stacked(curves: Curves, rows: Sequence[Row]) -> Plot | None:
             top = [low + row[key] for low, row in zip(floor, rows, strict=True)]
             axis.stairs(top, edges, baseline=floor, fill=True, color=colour, alpha=0.75, linewidth=0, label=label)
             floor = top
-        _finish(axis, panel.unit, legend=True)
+        finish_axis(axis, panel.unit, legend=True)
         axis.set_xlabel(curves.x_label)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
@@ -138,13 +138,13 @@ def draw_reliability(title: str, bins: Sequence[Row]) -> Plot | None:
         confidence, accuracy = [r["mean_confidence"] for r in filled], [r["accuracy"] for r in filled]
         top.plot(confidence, accuracy, color=SERIES[0], marker="o", markersize=4.5, label="reward model")
         top.set_ylim(-0.03, 1.03)
-        _finish(top, "accuracy", legend=True)
+        finish_axis(top, "accuracy", legend=True)
         widths = [row["upper"] - row["lower"] for row in bins]
         bottom.bar(
             [r["lower"] for r in bins], [r["count"] for r in bins], widths, align="edge", color=SERIES[0], alpha=0.5
         )
         bottom.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-        _finish(bottom, "pairs")
+        finish_axis(bottom, "pairs")
         bottom.set_xlabel("confidence")
 
     told = [
@@ -168,10 +168,11 @@ def _draw_panel(axis: Axes, panel: Panel, rows: Sequence[Row]) -> None:
         both = [row for row in rows if row.get(key) is not None and row.get(panel.band) is not None]
         lower, upper = ([row[key] + sign * row[panel.band] for row in both] for sign in (-1, 1))
         axis.fill_between([row["step"] for row in both], lower, upper, color=SERIES[0], alpha=0.16, linewidth=0)
-    _finish(axis, panel.unit, legend=len(panel.lines) > 1)
+    finish_axis(axis, panel.unit, legend=len(panel.lines) > 1)
 
 
-def _finish(axis: Axes, unit: str, *, legend: bool = False) -> None:
+def finish_axis(axis: Axes, unit: str, *, legend: bool = False) -> None:
+    """Label y, leave out tick marks and vertical grid lines, put a legend above the axes."""
     axis.set_ylabel(unit)
     axis.tick_params(length=0)
     axis.grid(visible=False, axis="x")
@@ -186,13 +187,15 @@ def _in_words(rows: Sequence[Row], key: str, label: str) -> str:
     return f"{label}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}."
 
 
-def plot_figure(title: str, note: str, told: str, draw: Callable[[Figure], None]) -> Plot:
-    """Draw on a fresh figure under this module's style and turn it into inline SVG."""
+def plot_figure(
+    title: str, note: str, told: str, draw: Callable[[Figure], None], size: tuple[float, float] = (4.3, 3.0)
+) -> Plot:
+    """Draw on a fresh figure under this module's style and turn it into inline SVG; `size` in inches."""
     buffer = io.StringIO()
     # Without these entries matplotlib writes no metadata block, which would carry the date and foreign addresses.
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.3, 3.0), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     return Plot(title, note, _inline(buffer.getvalue(), title, told))

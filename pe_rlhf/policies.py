@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.base_model import base_of_role
 from pe_rlhf.checkpoint import load_role
 from pe_rlhf.config import SamplingConfig
 from pe_rlhf.recipes import load_recipe
@@ -60,7 +61,7 @@ def find_role(name: str, stage: str) -> RoleFolder | None:
         base = json.loads((folder / "role.json").read_text(encoding="utf-8"))["base_model"]
     except (ValueError, KeyError) as error:
         raise InputError(f"{folder / 'role.json'} is damaged: {error}") from error
-    return RoleFolder(folder, base, load_recipe(recipe).chat_template if recipe else "auto")
+    return RoleFolder(folder, base_of_role(folder, base), load_recipe(recipe).chat_template if recipe else "auto")
 
 
 def load_role_backbone(found: RoleFolder, role: str, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:

@@ -7,7 +7,7 @@ import json
 import reprlib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from pe_rlhf.files import write_whole
 from reward.errors import InputError
 
 UNION_BRANCHES = ("str", "list[str]")
+
+# Where and with how much memory a run computes; what it computes is the same.
+FREE_TO_CHANGE = ("deepspeed", "threads", "tracking", "backbone.device", "backbone.trunk_cache_mib")
 
 
 def bundled(folder: str) -> Path:
@@ -68,6 +71,11 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
     Raises `InputError` naming the file and the key.
     """
+    return make_recipe(read_tree(path, overrides), path)
+
+
+def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What a recipe's file says, with overrides, before it is checked against the schema."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -81,6 +89,14 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     tree.setdefault("name", path.stem)
     for override in overrides or []:
         _apply(tree, override)
+    return tree
+
+
+def make_recipe(tree: dict[str, Any], path: Path) -> Recipe:
+    """The recipe that a tree describes. `path` is the file that it came from: data is looked for beside it.
+
+    Raises `InputError` naming the file and the key.
+    """
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -94,6 +110,29 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_whole(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
+def refuse_other_recipe(recipe: Recipe, path: Path, may_change: Sequence[str] = ()) -> None:
+    """Raise `InputError` where a run that is to go on was started with another recipe, the one at `path`."""
+    old, new = _flat(load_recipe(path).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    allowed = (*FREE_TO_CHANGE, *may_change)
+    changed = [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in allowed))
+    ]
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise InputError(
+            f"{path.parent} was started with another recipe and cannot be resumed (--may-change KEY lets one differ):"
+            f" {'; '.join(changed[:5])}{more}"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
@@ -102,6 +141,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"override {override!r}: the value is not valid YAML") from error
+    set_key(tree, key, value, f"override {override!r}")
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set `key.sub` in a recipe's tree. Raises `InputError`, which says `where` it was asked for."""
     *parents, last = parts = key.split(".")
     node: Any = tree
     for i, part in enumerate(parents):
@@ -111,8 +155,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            where = ".".join(parents[: i + 1])
-            raise InputError(f"override {override!r}: {where} is {node!r} and has no {parts[i + 1]!r} below it")
+            above = ".".join(parents[: i + 1])
+            raise InputError(f"{where}: {above} is {node!r} and has no {parts[i + 1]!r} below it")
     node[last] = value
 
 

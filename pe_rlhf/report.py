@@ -20,11 +20,11 @@ from reward.errors import InputError
 
 Row = dict[str, Any]
 
-STAGES = ("preferences", "reward", "ppo", "evaluate")
+STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
 SAMPLES_SHOWN = 10
 PPO_STEPS_SHOWN, PPO_SAMPLES_PER_STEP = 5, 2
 
-PPO_STEP, REWARD_STEP = "PPO step", "optimizer step"
+PPO_STEP, OPTIMIZER_STEP = "PPO step", "optimizer step"
 PPO_CURVES = (
     Curves(
         "Reward",
@@ -55,9 +55,12 @@ PPO_SECONDS = Curves(
     (Panel("seconds", {"seconds_rollout": "rollout", "seconds_score": "score", "seconds_update": "update"}),),
     PPO_STEP,
 )
+SFT_CURVES = Curves("Loss", (Panel("nats per token", {"loss": "training", "eval_loss": "held out"}),), OPTIMIZER_STEP)
 REWARD_CURVES = (
-    Curves("Pairwise loss", (Panel("nats per pair", {"loss": "training", "eval_loss": "held out"}),), REWARD_STEP),
-    Curves("Accuracy", (Panel("share of pairs", {"accuracy": "training", "eval_accuracy": "held out"}),), REWARD_STEP),
+    Curves("Pairwise loss", (Panel("nats per pair", {"loss": "training", "eval_loss": "held out"}),), OPTIMIZER_STEP),
+    Curves(
+        "Accuracy", (Panel("share of pairs", {"accuracy": "training", "eval_accuracy": "held out"}),), OPTIMIZER_STEP
+    ),
 )
 
 
@@ -93,6 +96,7 @@ def write_report(run_dir: Path) -> Path:
         tiles=_tiles(stages),
         ppo_plots=_ppo_plots(stages),
         reward_plots=_reward_plots(stages),
+        sft_plots=_sft_plots(stages),
         comparisons=_comparisons(stages),
         ppo_samples=_ppo_samples(stages),
         stages=[_stage_row(name, stage.summary) for name, stage in stages.items()],
@@ -162,7 +166,7 @@ def _parse(text: bytes, where: str) -> Row:
 
 def _tiles(stages: dict[str, Stage]) -> list[Tile]:
     """The strip of results at the top, with what the finished stages know."""
-    reward, ppo, evaluate = (stages[name].summary if name in stages else {} for name in STAGES[1:])
+    reward, ppo, evaluate = (stages[name].summary if name in stages else {} for name in ("reward", "ppo", "evaluate"))
     tiles = []
     if evaluate.get("win_rate") is not None:
         interval = (evaluate["ci_low"], evaluate["win_rate"], evaluate["ci_high"])
@@ -196,6 +200,7 @@ def _stage_row(name: str, summary: Row) -> dict[str, str]:
     """One line of the stage table: what it did, how long it took and what it held in memory."""
     scored = "mean_score_chosen" in summary
     texts = {
+        "sft": "{steps} steps on {train_rows} rows; loss on {eval_rows} held-out rows {eval_loss_before} → {eval_loss}",
         "preferences": "{pairs} pairs from {prompts} prompts, {pairs_dropped} without a clear winner"
         + ("; mean score {mean_score_chosen} chosen, {mean_score_rejected} rejected" if scored else ""),
         "reward": "{train_pairs} training and {eval_pairs} held-out pairs; margin {eval_margin}, "
@@ -225,12 +230,18 @@ def _ppo_plots(stages: dict[str, Stage]) -> list[Plot]:
     return [plot for plot in plots if plot]
 
 
-def over_optimisation(rows: list[Row]) -> str:
-    """A warning where the judge has turned down since its best step while the reward has risen; rows have both."""
+def judge_turned_down(rows: list[Row]) -> tuple[Row, Row] | None:
+    """The judge's best step and the last, where it has turned down in between while the reward rose; rows have both."""
     best, last = max(rows, key=lambda row: row["judge_win_rate"]), rows[-1]
     fell = last["judge_ci_high"] < best["judge_win_rate"]
-    if not (fell and last["reward"] > best["reward"]):
+    return (best, last) if fell and last["reward"] > best["reward"] else None
+
+
+def over_optimisation(rows: list[Row]) -> str:
+    """A warning where the judge has turned down since its best step while the reward has risen; rows have both."""
+    if (turn := judge_turned_down(rows)) is None:
         return ""
+    best, last = turn
     rates = f"{percent(best['judge_win_rate'])} at step {best['step']} to {percent(last['judge_win_rate'])}"
     return f"over-optimised: the judge fell from {rates} while the reward rose"
 
@@ -242,6 +253,11 @@ def _reward_plots(stages: dict[str, Stage]) -> list[Plot]:
     plots = [draw_curves(curves, stage.metrics) for curves in REWARD_CURVES]
     plots.append(draw_reliability("Reliability", stage.summary.get("reliability") or []))
     return [plot for plot in plots if plot]
+
+
+def _sft_plots(stages: dict[str, Stage]) -> list[Plot]:
+    plot = draw_curves(SFT_CURVES, stages["sft"].metrics) if "sft" in stages else None
+    return [plot] if plot else []
 
 
 def _comparisons(stages: dict[str, Stage]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The roles on one frozen model: which adapters and heads there are, which role is active, and what each one trains."""
+"""The roles on one frozen model: which adapters and heads there are, which role is active, and what each one trains.
+
+A role may also have weights of its own, the whole model trained: the baseline that adapters are measured against.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.anchored import Scaling
-from pe_rlhf.adapters.build import AdapterSpec, new_adapters, saved_adapter
+from pe_rlhf.adapters.build import AdapterSpec, FullSpec, RoleSpec, new_adapters, saved_adapter
 from pe_rlhf.adapters.export import export_peft
 from pe_rlhf.adapters.statistics import LayerStatistics, StatisticsSource
 from pe_rlhf.adapters.targets import Targets, find_targets, linear_modules
-from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, merged_weight, weight_out_in
+from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, like_out_in, merged_weight, unwrap, weight_out_in
+from pe_rlhf.distributed import is_sharded
 from pe_rlhf.seeding import derive_seed
 from reward.errors import InputError
 from reward.head import ScalarHead
@@ -34,7 +38,8 @@ class ModelWithRoles(nn.Module):
         super().__init__()
         self.model, self.name = model, name
         self.heads = nn.ModuleDict()
-        self.specs: dict[str, AdapterSpec] = {}
+        self.own_models = nn.ModuleDict()
+        self.specs: dict[str, RoleSpec] = {}
         self._state = RoleState()
 
     @property
@@ -44,6 +49,11 @@ class ModelWithRoles(nn.Module):
     @property
     def active_role(self) -> str:
         return self._state.active or ANCHOR
+
+    @property
+    def active_model(self) -> PreTrainedModel:
+        """The model that computes the active role: the shared one, or the role's own. With a head it is a decoder."""
+        return self.model if self.active_role not in self.own_models else self._own_model(self.active_role)
 
     @property
     def roles(self) -> list[str]:
@@ -86,6 +96,17 @@ class ModelWithRoles(nn.Module):
         adapters = new_adapters(spec, self.base_weight, lambda name: derive_seed(seed, role, name), statistics)
         self._install(role, spec, adapters, self._new_head(role))
 
+    def add_own_weights(self, role: str, source: str = ANCHOR) -> None:
+        """Add a role that is fully tuned: a plain copy of the model, and its head, that start as another role.
+
+        Raises `InputError` for a role that is there already, and for a base that is quantised or split by ZeRO-3.
+        """
+        self._refuse_taken(role)
+        head = self._new_head(role)
+        if head is not None and source in self.heads:
+            head.load_state_dict(self.heads[source].state_dict())
+        self._install_own(role, self._plain_copy(source, whole=head is None), head)
+
     def base_weight(self, name: str) -> Tensor:
         """The frozen weight _OI of a layer that adapters can be put on; a quantised one is dequantised."""
         return weight_out_in(self.base_layer(name))
@@ -94,29 +115,42 @@ class ModelWithRoles(nn.Module):
         """The frozen module of a layer that adapters can be put on."""
         return self._wrap(name).base
 
+    def adapter_spec(self, role: str) -> AdapterSpec:
+        """How a role's adapter was made. Raises `InputError` for a role that has none."""
+        spec = self.specs.get(role)
+        if not isinstance(spec, AdapterSpec):
+            raise InputError(f"there is no adapter {role!r} on this backbone")
+        return spec
+
     def copy_role(self, source: str, target: str) -> None:
         """Add a role that starts as a copy of another, head and all (the critic from the reward model)."""
+        if source in self.own_models:
+            return self.add_own_weights(target, source)
         self._refuse_taken(target)
         adapters = {name: copy.deepcopy(layer.adapters[source]) for name, layer in self._layers(source)}
         head = self._new_head(target)
         if head is not None and source in self.heads:
             head.load_state_dict(self.heads[source].state_dict())
-        self._install(target, self.specs[source], adapters, head)
+        return self._install(target, self.adapter_spec(source), adapters, head)
 
-    def load_role(self, role: str, spec: AdapterSpec, state: dict[str, Tensor]) -> None:
+    def load_role(self, role: str, spec: RoleSpec, state: dict[str, Tensor]) -> None:
         """Add a role, or set one that is there, to what `role_state` gave.
 
         Raises `InputError` where the tensors are not those of such a role on this model.
         """
         try:
-            weights = {name: weight_out_in(self._wrap(name).base) for name in spec.modules}
-            adapters = {name: saved_adapter(spec, weight, _part(state, name)) for name, weight in weights.items()}
             head = self._new_head(role)
             if head is not None:
                 head.load_state_dict(_part(state, "head"))
+            if isinstance(spec, FullSpec):
+                model = self._plain_copy(ANCHOR, whole=head is None)
+                _set_tensors(unique_tensors(model), _part(state, "model"))
+                return self._install_own(role, model, head)
+            weights = {name: weight_out_in(self._wrap(name).base) for name in spec.modules}
+            adapters = {name: saved_adapter(spec, weight, _part(state, name)) for name, weight in weights.items()}
         except (KeyError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"the saved adapter does not fit role {role!r} on {self.name}") from error
-        self._install(role, spec, adapters, head)
+            raise InputError(f"what was saved does not fit role {role!r} on {self.name}") from error
+        return self._install(role, spec, adapters, head)
 
     def head(self, role: str) -> ScalarHead:
         """The scalar head of a role that has one."""
@@ -126,17 +160,17 @@ class ModelWithRoles(nn.Module):
 
     def set_role_state(self, role: str, state: dict[str, Tensor]) -> None:
         """Set the tensors of a role that is there in place, so that an optimizer on them stays valid."""
-        own = dict(self._named(role, nn.Module.state_dict))
-        if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in state.items()}:
-            raise InputError(f"the saved tensors are not those of role {role!r} on {self.name}")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+        try:
+            _set_tensors(dict(self._named(role, unique_tensors)), state)
+        except ValueError as error:
+            raise InputError(f"the saved tensors are not those of role {role!r} on {self.name}") from error
 
-    def role_state(self, role: str) -> dict[str, Tensor]:
-        """All tensors of a role by name: A, B, their initial values, and the head; copies, on the CPU."""
-        return {
-            name: t.detach().to("cpu", copy=True).contiguous() for name, t in self._named(role, nn.Module.state_dict)
-        }
+    def role_state(self, role: str, *, copy: bool = True) -> dict[str, Tensor]:
+        """All tensors of a role by name, on the CPU: A, B, their initial values or the model's own, and the head.
+
+        Without `copy` those that are on the CPU are the role's own, to be written away before the next step.
+        """
+        return {name: t.detach().to("cpu", copy=copy).contiguous() for name, t in self._named(role, unique_tensors)}
 
     def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The parameters of a role that an optimizer trains, by name."""
@@ -146,8 +180,10 @@ class ModelWithRoles(nn.Module):
     def export_adapter(self, role: str, path: str | Path, rank: int | None = None) -> None:
         """Write a role as a plain PEFT LoRA of rank 2r (r where B0 is zero) for the original base; see `export.py`.
 
-        `rank` fills a smaller one up with zeros.
+        `rank` fills a smaller one up with zeros. Raises `InputError` for a role with weights of its own.
         """
+        if role in self.own_models:
+            raise InputError(f"the {role} was fully tuned and is no adapter; it can be exported as a merged checkpoint")
         layers = {name: layer.adapters[role] for name, layer in self._layers(role)}
         head = self.heads[role] if role in self.heads else None  # noqa: SIM401  (a ModuleDict has no get)
         names = list(linear_modules(self.model))
@@ -162,15 +198,23 @@ class ModelWithRoles(nn.Module):
 
         A tensor that the model has under two names comes once, under the first.
         """
+        own = {} if role not in self.own_models else self._own_tensors(role)
         layers = {} if role == ANCHOR else dict(self._layers(role))
-        seen: set[int] = set()
-        for name, tensor in self.model.state_dict().items():
-            module = name.removesuffix(".base.weight")
-            if ".adapters." in name or tensor.data_ptr() in seen:
-                continue
-            seen.add(tensor.data_ptr())
-            layer = layers.get(module)
-            yield name.replace(".base.", "."), tensor if layer is None else merged_weight(layer, role)
+        for name, tensor in unique_tensors(self.model).items():
+            plain, layer = name.replace(".base.", "."), layers.get(name.removesuffix(".base.weight"))
+            if ".adapters." not in name:
+                yield plain, own.get(plain, tensor) if layer is None else merged_weight(layer, role)
+
+    def weight_changes(self, role: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Base weight _OI and change ΔW_OI, fp32, of each linear layer that a role may have changed, layer by layer."""
+        for _, layer in self._layers(role):
+            yield weight_out_in(layer.base), layer.adapters[role].delta_weight()  # type: ignore[operator]
+        if role in self.own_models:
+            own = self._own_tensors(role)
+            for name, module in linear_modules(self.model).items():
+                base = module.base if isinstance(module, WrappedLayer) else module
+                if (trained := own.get(f"{name}.weight")) is not None:
+                    yield weight_out_in(base), like_out_in(base, trained).float() - weight_out_in(base).float()
 
     def train(self, mode: bool = True) -> Self:
         """Turn dropout of adapters on or off. The base stays as it is: it has none."""
@@ -195,15 +239,48 @@ class ModelWithRoles(nn.Module):
 
     def _install(self, role: str, spec: AdapterSpec, adapters: dict[str, nn.Module], head: ScalarHead | None) -> None:
         """Put a role that is complete on the layers, in place of the one of that name."""
-        if role in self.specs:
-            for _, layer in self._layers(role):
-                del layer.adapters[role]
+        self._remove(role)
         for name, adapter in adapters.items():
             self._wrap(name).adapters[role] = adapter
         if head is not None:
             self.heads[role] = head
         self.specs[role] = spec
         self.train(self.training)
+
+    def _install_own(self, role: str, model: nn.Module, head: ScalarHead | None) -> None:
+        self._remove(role)
+        self.own_models[role] = model
+        if head is not None:
+            self.heads[role] = head
+        self.specs[role] = FullSpec()
+
+    def _remove(self, role: str) -> None:
+        if role in self.specs:
+            for _, layer in self._layers(role):
+                del layer.adapters[role]
+            self.own_models.pop(role) if role in self.own_models else None
+
+    def _own_model(self, role: str) -> PreTrainedModel:
+        model = self.own_models[role]
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    def _own_tensors(self, role: str) -> dict[str, Tensor]:
+        """The tensors of a role's own model under the names that they have in the whole one."""
+        prefix = f"{self.model.base_model_prefix}." if role in self.heads else ""
+        return {f"{prefix}{name}": tensor for name, tensor in unique_tensors(self.own_models[role]).items()}
+
+    def _plain_copy(self, source: str, *, whole: bool) -> nn.Module:
+        """A model without adapters that computes what a role does, all of it trainable; its decoder unless `whole`."""
+        if is_sharded(self.model):
+            raise InputError("tuning: full: the base has to be whole on each process: not with zero3")
+        if source in self.own_models and not whole:
+            return copy.deepcopy(self.own_models[source])
+        model = copy.deepcopy(self.model)
+        unwrap(model, source)
+        if not all(parameter.is_floating_point() for parameter in model.parameters()):
+            raise InputError("tuning: full: a quantised base cannot be trained")
+        return (model if whole else model.base_model).requires_grad_(True)
 
     def _wrap(self, name: str) -> WrappedLayer:
         parent_name, _, leaf = name.rpartition(".")
@@ -222,7 +299,9 @@ class ModelWithRoles(nn.Module):
         return [(name, layer) for name, layer in named if role in layer.adapters]
 
     def _named(self, role: str, tensors_of: Any) -> Iterator[tuple[str, Any]]:
-        modules = {name: layer.adapters[role] for name, layer in self._layers(role)}
+        modules: dict[str, nn.Module] = {name: layer.adapters[role] for name, layer in self._layers(role)}
+        if role in self.own_models:
+            modules["model"] = self.own_models[role]
         if role in self.heads:
             modules["head"] = self.heads[role]
         for name, module in modules.items():
@@ -232,3 +311,17 @@ class ModelWithRoles(nn.Module):
 def _part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     prefix = f"{name}."
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module's state by name; one that has two names (tied embeddings) is there under the first."""
+    seen: set[int] = set()
+    return {n: t for n, t in module.state_dict().items() if not (t.data_ptr() in seen or seen.add(t.data_ptr()))}
+
+
+def _set_tensors(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Copy a saved state into the tensors that it was saved from. Raises ValueError where they are others."""
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in state.items()}:
+        raise ValueError("the names or shapes of the tensors differ")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

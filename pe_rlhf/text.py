@@ -60,11 +60,24 @@ class TextCodec:
             ids = [*ids, self.eos_token_id]
         return self.encode_prompt(prompt), ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a whole text with the tokenizer's special tokens, and EOS at its end if it has none there."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        if self.eos_token_id is not None and ids[-1:] != [self.eos_token_id]:
+            return [*ids, self.eos_token_id]
+        return ids
+
     def decode(self, ids: list[int]) -> str:
         """The text of a response, without special tokens."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         assert isinstance(text, str)
         return text
+
+
+def cut_pair(prompt: list[int], response: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """At most `limit` tokens: the start of the prompt goes first, then the end of the response."""
+    response = response[: limit - 1]
+    return prompt[-(limit - len(response)) :], response
 
 
 def transcript(messages: list[Message]) -> str:

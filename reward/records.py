@@ -14,14 +14,16 @@ something the dialogues hold, and is ignored.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
+from typing import TypeVar
 
 from reward.errors import InputError
 
 Message = dict[str, str]
 Prompt = str | list[Message]
+Record = TypeVar("Record")
 
 TRANSCRIPT_START = "\n\nHuman:"
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -45,7 +47,7 @@ class PreferenceRecord:
 
 @dataclass
 class BadRecord:
-    """A row that is not a preference: its index, counted from 0, and why."""
+    """A row that cannot be used: its index, counted from 0, and why."""
 
     index: int
     reason: str
@@ -54,16 +56,26 @@ class BadRecord:
 def load_records(
     rows: Iterable[Mapping[str, object]], source: str, max_bad_share: float = 0.05
 ) -> tuple[list[PreferenceRecord], list[BadRecord]]:
+    """Parse all rows as preferences; see `parse_rows`."""
+    return parse_rows(rows, parse_record, source, max_bad_share)
+
+
+def parse_rows(
+    rows: Iterable[Mapping[str, object]],
+    parse: Callable[[Mapping[str, object]], Record],
+    source: str,
+    max_bad_share: float = 0.05,
+) -> tuple[list[Record], list[BadRecord]]:
     """Parse all rows; return the records and, apart from them, the rows that are none.
 
-    Raises `InputError`, naming `source` and the row, when there are no rows, when no row can be used, and when more
-    than `max_bad_share` of them cannot.
+    `parse` raises `InputError` for a row that is none. Raises `InputError`, naming `source` and the row, when there are
+    no rows, when no row can be used, and when more than `max_bad_share` of them cannot.
     """
-    records: list[PreferenceRecord] = []
+    records: list[Record] = []
     bad: list[BadRecord] = []
     for index, row in enumerate(rows):
         try:
-            records.append(parse_record(row))
+            records.append(parse(row))
         except InputError as error:
             bad.append(BadRecord(index, str(error)))
 
@@ -112,7 +124,7 @@ def parse_prompt(value: object) -> Prompt:
     """
     if not isinstance(value, str | list):
         raise InputError("the prompt must be text or a list of messages")
-    prompt = value if isinstance(value, str) else _messages(value, "prompt")
+    prompt = value if isinstance(value, str) else parse_messages(value, "prompt")
     contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     if not any(content.strip() for content in contents):
         raise InputError("the prompt is empty")
@@ -132,19 +144,20 @@ def _split_row(row: Mapping[str, object]) -> tuple[Prompt, str, str]:
         if isinstance(prompt, str):
             return prompt, chosen, rejected
         if isinstance(prompt, list):
-            return _messages(prompt, "prompt"), chosen, rejected
+            return parse_messages(prompt, "prompt"), chosen, rejected
         if chosen.startswith(TRANSCRIPT_START) and rejected.startswith(TRANSCRIPT_START):
             return _split_dialogues(_transcript_messages(chosen), _transcript_messages(rejected))
         return _split_texts(chosen, rejected)
 
     if isinstance(chosen, list) and isinstance(rejected, list):
-        chosen_messages, rejected_messages = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+        chosen_messages, rejected_messages = parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")
         if not isinstance(prompt, list):
             return _split_dialogues(chosen_messages, rejected_messages)
         if len(chosen_messages) != 1 or len(rejected_messages) != 1:
             raise InputError("beside a prompt of messages, each response must be a single assistant message")
-        prompt_messages = _messages(prompt, "prompt")
-        return prompt_messages, _response(chosen_messages[0], "chosen"), _response(rejected_messages[0], "rejected")
+        prompt_messages = parse_messages(prompt, "prompt")
+        better, worse = assistant_text(chosen_messages[0], "chosen"), assistant_text(rejected_messages[0], "rejected")
+        return prompt_messages, better, worse
 
     raise InputError("columns 'chosen' and 'rejected' must both be text or both be lists of messages")
 
@@ -155,7 +168,7 @@ def _split_dialogues(chosen: list[Message], rejected: list[Message]) -> tuple[Pr
         raise InputError("the dialogues must be the same up to one final assistant message each")
     if len(chosen) == 1:
         raise InputError("the dialogues hold no prompt before the response")
-    return chosen[:-1], _response(chosen[-1], "chosen"), _response(rejected[-1], "rejected")
+    return chosen[:-1], assistant_text(chosen[-1], "chosen"), assistant_text(rejected[-1], "rejected")
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[Prompt, str, str]:
@@ -198,7 +211,7 @@ def _transcript_messages(text: str) -> list[Message]:
     ]
 
 
-def _messages(value: list[object], column: str) -> list[Message]:
+def parse_messages(value: list[object], column: str) -> list[Message]:
     """Check a list of chat messages; keep role and content of each."""
     if not value:
         raise InputError(f"column {column!r} holds no messages")
@@ -212,7 +225,8 @@ def _messages(value: list[object], column: str) -> list[Message]:
     return messages
 
 
-def _response(message: Message, column: str) -> str:
+def assistant_text(message: Message, column: str) -> str:
+    """The text of an assistant's message; `column` is where it stands, for the reason. Raises `InputError` with it."""
     if message["role"] != "assistant":
         raise InputError(f"the last message of {column!r} has the role {message['role']!r}, not 'assistant'")
     return message["content"]

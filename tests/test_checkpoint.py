@@ -232,7 +232,7 @@ def test_a_role_that_cannot_be_read_is_named(file: str, damage: str, tmp_path: P
     else:
         path.write_bytes(path.read_bytes()[:-40] if damage == "cut" else b"{}")
     backbone = backbone_with()
-    with pytest.raises(InputError, match=f"^{tmp_path}/adapter: no adapter of a stage can be read here: "):
+    with pytest.raises(InputError, match=f"^{tmp_path}/adapter: no role of a stage can be read here: "):
         load_role(backbone, "policy", tmp_path / "adapter")
     assert backbone.roles == ["anchor"]
 

@@ -23,7 +23,7 @@ from tests.tiny import ALL_INITS, add_role, statistics_for, tiny_model
 def test_kernels_and_cosines_are_those_of_the_gradients_themselves(family: str, init: str) -> None:
     backbone = load_backbone(tiny_model(family))
     add_role(backbone, "policy", init, rank=3, alpha=6)
-    spec = backbone.specs["policy"]
+    spec = backbone.adapter_spec("policy")
     state = backbone.role_state("policy")
     (probe,) = statistics_for(backbone).probes("gradient")
     layers = {name: backbone.base_layer(name) for name in spec.modules}

@@ -59,7 +59,14 @@ def test_algo_imports_torch_and_types_alone() -> None:
     assert wrong == set()
 
 
-@pytest.mark.parametrize(("module", "place"), [("vllm", "pe_rlhf/rollout/vllm.py"), ("deepspeed", "pe_rlhf/engine.py")])
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [
+        ("vllm", "pe_rlhf/rollout/vllm.py"),
+        ("deepspeed", "pe_rlhf/engine.py"),
+        ("trl", "pe_rlhf/stages/sft_trainer.py"),
+    ],
+)
 def test_one_place_imports_it(module: str, place: str) -> None:
     assert importing(module) <= {place}
 

@@ -86,7 +86,7 @@ def test_a_role_that_cannot_be_made_leaves_nothing_behind(changes: dict[str, obj
 @pytest.mark.parametrize("init", INITS)
 def test_what_a_role_trains(init: str) -> None:
     backbone = backbone_with(*ROLES, init=init)
-    layers = {f"{name}.{factor}" for name in backbone.specs["policy"].modules for factor in ("lora_A", "lora_B")}
+    layers = {f"{name}.{factor}" for name in backbone.adapter_spec("policy").modules for factor in ("lora_A", "lora_B")}
     assert len(layers) == 2 * 14
     assert set(backbone.role_parameters("policy")) == layers
     assert set(backbone.role_parameters("value")) == layers | {"head.weight", "head.bias"}
@@ -125,7 +125,7 @@ def test_a_policy_can_be_copied_too() -> None:
     perturb(backbone, "policy")
     backbone.copy_role("policy", "behaviour")
     assert torch.equal(role_logits(backbone, "behaviour"), role_logits(backbone, "policy"))
-    assert backbone.specs["behaviour"] == backbone.specs["policy"]
+    assert backbone.specs["behaviour"] == backbone.adapter_spec("policy")
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -135,7 +135,7 @@ def test_a_saved_role_comes_back_exactly(role: str, init: str) -> None:
     train_role(backbone, role)
     state = backbone.role_state(role)
     fresh = backbone_with()
-    fresh.load_role(role, backbone.specs[role], copy.deepcopy(state))
+    fresh.load_role(role, backbone.adapter_spec(role), copy.deepcopy(state))
     assert torch.equal(role_logits(fresh, role), role_logits(backbone, role))
     loaded = fresh.role_state(role)
     assert loaded.keys() == state.keys()
@@ -160,7 +160,7 @@ def test_loading_replaces_a_role_that_is_there_wherever_its_layers_were() -> Non
     perturb(source, "policy")
     backbone = backbone_with("policy")
     perturb(backbone, "policy")
-    backbone.load_role("policy", source.specs["policy"], source.role_state("policy"))
+    backbone.load_role("policy", source.adapter_spec("policy"), source.role_state("policy"))
     assert torch.equal(role_logits(backbone, "policy"), role_logits(source, "policy"))
     assert backbone.role_state("policy").keys() == source.role_state("policy").keys()
 
@@ -183,8 +183,8 @@ def test_a_role_of_another_model_is_refused_and_changes_nothing(
     source, backbone = make_source(role), backbone_with(role)
     perturb(backbone, role)
     before = role_logits(backbone, role)
-    with pytest.raises(InputError, match=f"the saved adapter does not fit role '{role}'"):
-        backbone.load_role(role, source.specs[role], source.role_state(role))
+    with pytest.raises(InputError, match=f"what was saved does not fit role '{role}'"):
+        backbone.load_role(role, source.adapter_spec(role), source.role_state(role))
     assert torch.equal(role_logits(backbone, role), before)
 
 
@@ -194,7 +194,7 @@ def test_a_role_with_a_tensor_missing_is_refused(missing: str) -> None:
     state = backbone.role_state("value")
     del state[missing]
     with pytest.raises(InputError, match="does not fit role 'value'"):
-        backbone_with().load_role("value", backbone.specs["value"], state)
+        backbone_with().load_role("value", backbone.adapter_spec("value"), state)
 
 
 def test_the_state_of_a_role_that_is_there_is_set_in_place() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,23 @@ class AdapterSpec:
     @property
     def scale(self) -> float:
         return lora_scale(self.alpha, self.rank, self.scaling)
+
+
+@dataclass(frozen=True)
+class FullSpec:
+    """A role with weights of its own, all of them trained."""
+
+    tuning: Literal["full"] = "full"
+
+
+RoleSpec = AdapterSpec | FullSpec
+
+
+def spec_from_json(saved: dict[str, Any]) -> RoleSpec:
+    """The spec that `dataclasses.asdict` gave. Raises KeyError or TypeError for what is none."""
+    if saved.get("tuning") == "full":
+        return FullSpec()
+    return AdapterSpec(**{**saved, "modules": tuple(saved["modules"])})
 
 
 def new_adapters(

@@ -79,6 +79,11 @@ def weight_out_in(base: nn.Module) -> Tensor:
             weight = weight.detach().clone() if is_sharded(base) else weight.detach()
         else:
             weight = _dequantised(base)
+    return like_out_in(base, weight)
+
+
+def like_out_in(base: nn.Module, weight: Tensor) -> Tensor:
+    """A weight that is laid out as the module's own, as _OI."""
     return weight.T if isinstance(base, Conv1D) else weight
 
 
@@ -106,6 +111,16 @@ def merged_weight(layer: WrappedLayer, role: str) -> Tensor:
     else:
         merged_OI = weight_OI.clone()
     return (merged_OI.T if isinstance(layer.base, Conv1D) else merged_OI).contiguous()
+
+
+def unwrap(model: nn.Module, role: str) -> None:
+    """Make a model plain again, with `W0 + ΔW` of a role in its layers; for a copy, never for a backbone's own."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, WrappedLayer):
+                if role in layer.adapters:
+                    layer.base.weight = nn.Parameter(merged_weight(layer, role))
+                setattr(parent, name, layer.base)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Log-probs of given tokens without ever holding the logits of more than one chunk.
 
-The language-model head is frozen, and the log-prob of token n depends on hidden state n alone. So the gradient of
-each log-prob with respect to its hidden state can be taken while the chunk's logits are at hand, and only that _NH
-tensor is kept: no logits are stored for the backward pass and none are computed twice.
+Where the language-model head is frozen, the log-prob of token n depends on hidden state n alone. So the gradient
+of each log-prob with respect to its hidden state can be taken while the chunk's logits are at hand, and only that _NH
+tensor is kept: no logits are stored for the backward pass and none are computed twice. Where the head is trained,
+which full tuning does, the backward pass computes each chunk's logits again.
 """
 
 from __future__ import annotations
@@ -12,25 +13,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
 
 
 def token_logprobs(
-    hidden_NH: Tensor, head: Head, tokens_N: Tensor, temperature: float = 1.0, chunk: int = 256
+    hidden_NH: Tensor,
+    head: Head,
+    tokens_N: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 256,
+    *,
+    train_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of `tokens_N` under `softmax(head(hidden) / temperature)`, and the entropies of those distributions.
 
     Args:
         hidden_NH: hidden states that predict the tokens; gradients flow to them.
-        head: maps _NH to logits _NV; its own parameters get no gradient.
+        head: maps _NH to logits _NV; its own parameters get a gradient only with `train_head`.
         temperature: divides the logits.
         chunk: how many rows of logits exist at once.
 
     Returns:
         `(logprobs_N, entropies_N)` in nats, fp32; the entropies carry no gradient.
     """
-    return _TokenLogprobs.apply(hidden_NH, head, tokens_N, temperature, chunk)
+    if not train_head:
+        return _TokenLogprobs.apply(hidden_NH, head, tokens_N, temperature, chunk)
+    chunks = zip(hidden_NH.split(chunk), tokens_N.split(chunk), strict=True)
+    parts = [checkpoint(_chunk, head, hidden, tokens, temperature, use_reentrant=False) for hidden, tokens in chunks]
+    logprobs, entropies = zip(*parts, strict=True)  # type: ignore[arg-type]  # what `_chunk` gives
+    return torch.cat(logprobs), torch.cat(entropies).detach()
+
+
+def _chunk(head: Head, hidden_NH: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs of the tokens, and entropies, of one chunk."""
+    logprobs_NV = torch.log_softmax(head(hidden_NH).float() / temperature, dim=-1)
+    with torch.no_grad():
+        entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+    return logprobs_NV.gather(-1, tokens_N[:, None])[:, 0], entropies_N
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -45,13 +66,11 @@ class _TokenLogprobs(torch.autograd.Function):
         for hidden, tokens in zip(hidden_NH.split(chunk), tokens_N.split(chunk), strict=True):
             with torch.set_grad_enabled(wants_gradient):
                 hidden = hidden.detach().requires_grad_(wants_gradient)
-                all_logprobs = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
-                selected = all_logprobs.gather(-1, tokens[:, None])[:, 0]
+                selected, entropy = _chunk(head, hidden, tokens, temperature)
                 if wants_gradient:
                     jacobians.append(torch.autograd.grad(selected.sum(), hidden)[0])
             logprobs.append(selected.detach())
-            all_logprobs = all_logprobs.detach()
-            entropies.append(-(all_logprobs.exp() * all_logprobs).sum(-1))
+            entropies.append(entropy)
         if wants_gradient:
             ctx.save_for_backward(torch.cat(jacobians))
         entropies_N = torch.cat(entropies)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from reward.errors import InputError
+
 
 def run(
     recipe: Annotated[
@@ -42,6 +44,8 @@ def run(
     from pe_rlhf.recipes import find_recipe, load_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides)
+    if loaded.compare is not None:
+        raise InputError(f"{recipe} is a comparison: run it by `pe-rlhf compare {recipe}`")
     target = run_dir or Path("runs") / loaded.name
 
     # Imported here: torch and transformers take seconds, and a mistake in the recipe should be told at once.

@@ -4,6 +4,7 @@ Every key of every recipe is here with its meaning; an unknown key is an error t
 wrong between keys is checked here too, before a model or a data set is touched.
 """
 
+from pe_rlhf.config.compare import CollapseConfig, CompareConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
 from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.config.model import AdapterConfig, BackboneConfig
@@ -14,11 +15,14 @@ from pe_rlhf.config.recipe import STAGES, Recipe, TrackingConfig
 from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.sampling import EngineConfig, RolloutConfig, SamplingConfig
 from pe_rlhf.config.section import DataSource, Section
+from pe_rlhf.config.sft import SFTConfig, SFTOptimizerConfig
 
 __all__ = [
     "STAGES",
     "AdapterConfig",
     "BackboneConfig",
+    "CollapseConfig",
+    "CompareConfig",
     "DataSource",
     "EngineConfig",
     "EvaluateConfig",
@@ -32,6 +36,8 @@ __all__ = [
     "RewardOptimizerConfig",
     "RewardSource",
     "RolloutConfig",
+    "SFTConfig",
+    "SFTOptimizerConfig",
     "SamplingConfig",
     "Section",
     "TrackingConfig",

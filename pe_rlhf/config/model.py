@@ -43,7 +43,7 @@ class AdapterConfig(Section):
         default=None, description="adapters on the last blocks alone: less time and memory, since backward ends there"
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="on the adapter's input; training the reward model only"
+        default=0.0, ge=0, lt=1, description="on the adapter's input; in sft and in training the reward model only"
     )
 
     @field_validator("init_options")

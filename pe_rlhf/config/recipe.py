@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from pe_rlhf.config.compare import CompareConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
 from pe_rlhf.config.model import AdapterConfig, BackboneConfig
 from pe_rlhf.config.ppo import PPOConfig
 from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.section import Positive, Section
+from pe_rlhf.config.sft import SFTConfig
 
-STAGES = ("preferences", "reward", "ppo", "evaluate")
+STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
 
 
 class TrackingConfig(Section):
@@ -39,12 +41,17 @@ class Recipe(Section):
         default=None, description="how states are split: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file"
     )
     backbone: BackboneConfig = BackboneConfig()
+    tuning: Literal["adapter", "full"] = Field(
+        default="adapter", description="full: reward, policy and value each have weights of their own: the baseline"
+    )
     adapter: AdapterConfig = AdapterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    sft: SFTConfig | None = None
     preferences: PreferencesConfig | None = None
     reward: RewardConfig | None = None
     ppo: PPOConfig | None = None
     evaluate: EvaluateConfig | None = None
+    compare: CompareConfig | None = Field(default=None, description="for `pe-rlhf compare`: arms and seeds")
 
     @model_validator(mode="before")
     @classmethod
@@ -54,9 +61,10 @@ class Recipe(Section):
             for stage in STAGES:
                 section = tree.get(stage)
                 if isinstance(section, dict) and isinstance(own := section.get("adapter"), dict):
-                    # The options of one init mean nothing to another.
+                    # The options of one init mean nothing to another, and sft knows plain LoRA alone.
                     other = own.get("init", common.get("init")) != common.get("init")
-                    inherited = {key: value for key, value in common.items() if not (other and key == "init_options")}
+                    left_out = {"init", "init_options"} if stage == "sft" else {"init_options"} if other else set()
+                    inherited = {key: value for key, value in common.items() if key not in left_out}
                     tree = {**tree, stage: {**section, "adapter": {**inherited, **own}}}
         return tree
 

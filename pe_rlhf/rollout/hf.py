@@ -61,7 +61,7 @@ class HFRollout:
         ids_BT, attends_BT = self._left_padded(prompts)
         width = ids_BT.shape[1]
         sampler = _Sampler(config, uniform_BR)
-        output_BT = backbone.model.generate(  # type: ignore[operator]  # a decorator of transformers hides its type
+        output_BT = backbone.active_model.generate(  # type: ignore[operator]  # a decorator of transformers hides its type
             input_ids=ids_BT,
             attention_mask=attends_BT,
             past_key_values=self._shared_prefixes(prompts),
@@ -92,7 +92,7 @@ class HFRollout:
         ids_UT, attends_UT = self._left_padded([list(prompt) for prompt in unique])
         if len(unique) == len(prompts) or ids_UT.shape[1] == 1 or is_sharded(self._backbone.model):
             return None
-        model = self._backbone.model
+        model = self._backbone.active_model
         cache = DynamicCache(config=model.config)
         arguments = position_arguments(attends_UT[:, :-1])
         model.base_model(input_ids=ids_UT[:, :-1], **arguments, past_key_values=cache, use_cache=True)

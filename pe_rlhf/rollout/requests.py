@@ -16,7 +16,14 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
-    """`adapter` or `merged`. On a CPU vLLM's LoRA kernels run at a fifth of its speed, on a GPU they cost little."""
+    """`adapter` or `merged`. On a CPU vLLM's LoRA kernels run at a fifth of its speed, on a GPU they cost little.
+
+    A fully tuned policy goes as merged weights. Raises `InputError` where the recipe wants an adapter of it.
+    """
+    if any(role not in backbone.heads for role in backbone.own_models):
+        if config.sync == "adapter":
+            raise InputError("rollout.sync: a fully tuned policy has no adapter; use merged")
+        return "merged"
     if config.sync != "auto":
         return config.sync
     on_cpu = config.mode == "embedded" and backbone.device.type == "cpu"

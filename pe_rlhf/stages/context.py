@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.backbone import Backbone
+from pe_rlhf.base_model import load_base, starting_model
 from pe_rlhf.config import DataSource, Recipe, SamplingConfig
 from pe_rlhf.data import load_prompts
 from pe_rlhf.distributed import world_size
@@ -38,16 +39,9 @@ class StageContext:
         return self.run_dir / self.stage
 
     def backbone(self) -> Backbone:
-        """The base model of the recipe, loaded fresh: stages hand over through their folders, never through memory."""
+        """The model that the stages start from, loaded fresh: they hand over through folders, never through memory."""
         settings = self.recipe.backbone
-        backbone = load_backbone(
-            self.recipe.model,
-            dtype=settings.dtype,
-            device=settings.device,
-            attention=settings.attention,
-            trust_remote_code=settings.trust_remote_code,
-            revision=settings.revision,
-        )
+        backbone = load_base(self.recipe, starting_model(self.recipe, self.run_dir))
         backbone.trunk_cache_mib = settings.trunk_cache_mib
         if settings.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
@@ -104,7 +98,7 @@ class StageContext:
         if room < 1:
             raise InputError(
                 f"{self.stage}: max_new_tokens {new_tokens} leaves no room for a prompt,"
-                f" {self.recipe.model} takes {backbone.max_positions} tokens"
+                f" {backbone.name} takes {backbone.max_positions} tokens"
             )
         limit = min(room, max_prompt_tokens or room)
         pairs = [(p, codec.encode_prompt(p)) for p in load_prompts(source, f"{self.stage}.prompts")]

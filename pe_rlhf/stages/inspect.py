@@ -73,7 +73,7 @@ def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     html = page.render(
         name=recipe.name,
-        model=recipe.model,
+        model=recipe.model if recipe.sft is None else f"{recipe.model} after sft",
         stage=stage,
         adapter=adapter,
         samples=len(result.kernel),

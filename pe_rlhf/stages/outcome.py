@@ -14,7 +14,12 @@ def outcome_table(name: str, summaries: dict[str, dict[str, Any]]) -> Table:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_column("95 % interval, n", justify="right")
-    reward, ppo, final = (summaries.get(stage) for stage in ("reward", "ppo", "evaluate"))
+    sft, reward, ppo, final = (summaries.get(stage) for stage in ("sft", "reward", "ppo", "evaluate"))
+    if sft:
+        losses = (sft["eval_loss_before"], sft["eval_loss"])
+        table.add_row(
+            "sft, held-out loss (nats per token)", f"{losses[0]:.3f}", f"{losses[1]:.3f}", f"{sft['eval_rows']} rows"
+        )
     if reward:
         interval = (
             f"{reward['eval_accuracy_low']:.3f} – {reward['eval_accuracy_high']:.3f}, {reward['eval_pairs']} pairs"

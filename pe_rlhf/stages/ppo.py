@@ -29,10 +29,9 @@ from pe_rlhf.stages.judge_eval import JudgeEvaluation
 from pe_rlhf.stages.ppo_collect import collect
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.stages.prompt_order import PromptOrder
-from pe_rlhf.stages.roles import add_role
+from pe_rlhf.stages.roles import add_critic, add_role
 from pe_rlhf.text import TextCodec
 from pe_rlhf.types import Experience, Rollout
-from reward.errors import InputError
 from reward.records import Prompt
 
 POLICY, VALUE = "policy", "value"
@@ -103,12 +102,7 @@ def _add_roles(
 ) -> Engine:
     """The policy, fresh; the critic from the reward role where there is one; the engine that trains both."""
     add_role(context, backbone, POLICY, adapter, anchor.policy_statistics())
-    if config.value_init == "reward" and "reward" not in backbone.roles:
-        raise InputError("ppo.value_init: there is no reward adapter to start the critic from; use fresh")
-    if config.value_init != "fresh" and "reward" in backbone.roles:
-        backbone.copy_role("reward", VALUE)
-    else:
-        add_role(context, backbone, VALUE, adapter, anchor.value_statistics())
+    add_critic(context, backbone, VALUE, adapter, anchor.value_statistics())
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup(role, backbone.role_parameters(role), rate) for role, rate in rates.items()]
     total_steps = config.steps * config.epochs * config.minibatches
@@ -184,7 +178,7 @@ def _save(
     assert config is not None
     score = figures["reward"] - config.kl.beta * figures["kl"]
     tensors, specs = roles_in(backbone, POLICY, VALUE)
-    tensors |= with_prefix("engine", engine.state())
+    tensors |= with_prefix("engine", engine.state(copy=False))
     save_checkpoint(context.folder, step, tensors, {"beta": beta} | specs, keep=config.keep_checkpoints, score=score)
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_checkpoint, roles_in, save_checkpoint, save_role, with_prefix, without_prefix
 from pe_rlhf.config import DataSource, RewardConfig
-from pe_rlhf.data import load_preferences
-from pe_rlhf.distributed import own_micro_batches, rank, sum_figures, sum_over_ranks
+from pe_rlhf.data import hold_out, load_preferences, tell_bad_rows
+from pe_rlhf.distributed import on_main, own_micro_batches, rank, sum_figures, sum_over_ranks
 from pe_rlhf.engine import Engine, RoleGroup
 from pe_rlhf.errors import Stopped, TrainingError
 from pe_rlhf.interruption import stop_requests
-from pe_rlhf.metrics import write_json
+from pe_rlhf.metrics import read_jsonl, write_json
 from pe_rlhf.progress import progress, say
 from pe_rlhf.resources import peak_memory
 from pe_rlhf.seeding import permutation, seeded
@@ -31,7 +31,7 @@ from pe_rlhf.stages import preferences
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_statistics import reward_statistics
 from pe_rlhf.stages.roles import add_role
-from pe_rlhf.text import TextCodec
+from pe_rlhf.text import TextCodec, cut_pair
 from pe_rlhf.types import Sequences
 from reward.calibration import accuracy_interval, expected_calibration_error, reliability_table
 from reward.errors import InputError
@@ -92,8 +92,10 @@ def run(context: StageContext) -> dict[str, Any]:
             epoch, batch = divmod(step, steps_per_epoch)
             order = permutation(len(train), context.recipe.seed, "reward", epoch)
             rows = order[batch * config.batch_size : (batch + 1) * config.batch_size]
+            step_start = time.monotonic()
             with seeded(context.recipe.seed, "reward dropout", step, rank()):
                 line = {"epoch": epoch, **train_step(backbone, engine, train, rows, config)}
+            line["seconds_step"] = time.monotonic() - step_start
             done = step + 1
             if done % config.eval_every == 0 or done == total_steps:
                 result = evaluate(backbone, held_out, config)
@@ -114,6 +116,8 @@ def run(context: StageContext) -> dict[str, Any]:
     backbone.head(ROLE).shift(-evaluate(backbone, train, config).mean_score)
     save_role(backbone, ROLE, context.folder / "adapter")
     summary = _summary(result, len(train)) | {
+        "steps": total_steps,
+        "seconds_per_step": on_main(lambda: _seconds_per_step(context)),
         "trainable_parameters": sum(p.numel() for p in group.parameters.values()),
         "seconds": round(seconds_before + time.monotonic() - start, 2),
         **peak_memory(),
@@ -222,7 +226,8 @@ def load_pairs(context: StageContext, config: RewardConfig, codec: TextCodec, li
     if config.eval_data is not None:
         train, held_out = records, _records(config.eval_data, "reward.eval_data", config)
     else:
-        train, held_out = _split_by_prompt(records, config.eval_share, context.recipe.seed)
+        share, seed = config.eval_share, context.recipe.seed
+        train, held_out = hold_out(records, lambda record: repr(record.prompt), share, seed, "reward held out")
     if not train or not held_out:
         raise InputError(f"reward.data: {len(records)} pairs are too few to hold out a share of {config.eval_share}")
     return encode_pairs(train, codec, limit), encode_pairs(held_out, codec, limit)
@@ -230,37 +235,17 @@ def load_pairs(context: StageContext, config: RewardConfig, codec: TextCodec, li
 
 def _records(source: DataSource, key: str, config: RewardConfig) -> list[PreferenceRecord]:
     records, bad = load_preferences(source, key, config.max_bad_share)
-    for record in bad[:5]:
-        say(f"{key}: left out row {record.index}: {record.reason}")
-    if len(bad) > 5:
-        say(f"{key}: left out {len(bad)} unusable rows in all")
+    tell_bad_rows(key, bad)
     return records
-
-
-def _split_by_prompt(
-    records: list[PreferenceRecord], share: float, seed: int
-) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
-    """Hold out the pairs of a share of the prompts, so that no prompt is on both sides."""
-    prompts = sorted({repr(record.prompt) for record in records})
-    order = permutation(len(prompts), seed, "reward held out")
-    held_out = {prompts[i] for i in order[: max(1, round(share * len(prompts)))]}
-    train = [record for record in records if repr(record.prompt) not in held_out]
-    return train, [record for record in records if repr(record.prompt) in held_out]
 
 
 def encode_pairs(records: list[PreferenceRecord], codec: TextCodec, limit: int) -> Pairs:
     """Token ids of all records, each response with its prompt cut to `limit` tokens."""
     chosen, rejected = [], []
     for record in records:
-        chosen.append(_cut(*codec.encode_pair(record.prompt, record.chosen, record.chosen_truncated), limit))
-        rejected.append(_cut(*codec.encode_pair(record.prompt, record.rejected, record.rejected_truncated), limit))
+        chosen.append(cut_pair(*codec.encode_pair(record.prompt, record.chosen, record.chosen_truncated), limit))
+        rejected.append(cut_pair(*codec.encode_pair(record.prompt, record.rejected, record.rejected_truncated), limit))
     return Pairs(chosen, rejected, [record.margin or 0.0 for record in records])
-
-
-def _cut(prompt: list[int], response: list[int], limit: int) -> tuple[list[int], list[int]]:
-    """At most `limit` tokens: the start of the prompt goes first, then the end of the response."""
-    response = response[: limit - 1]
-    return prompt[-(limit - len(response)) :], response
 
 
 def _resume(context: StageContext, backbone: Backbone, engine: Engine) -> tuple[int, float]:
@@ -282,7 +267,7 @@ def _save(
     assert config is not None
     score = None if held_out_loss is None else -held_out_loss
     tensors, specs = roles_in(backbone, ROLE)
-    tensors |= with_prefix("engine", engine.state())
+    tensors |= with_prefix("engine", engine.state(copy=False))
     state = {"seconds": seconds} | specs
     save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
 
@@ -301,6 +286,11 @@ def _summary(held_out: RewardEvaluation, train_pairs: int) -> dict[str, Any]:
         "calibration_error": expected_calibration_error(held_out.margins),
         "reliability": reliability_table(held_out.margins),
     }
+
+
+def _seconds_per_step(context: StageContext) -> float:
+    lines = read_jsonl(context.folder / "metrics.jsonl")
+    return round(sum(line["seconds_step"] for line in lines) / len(lines), 3)
 
 
 def _line(step: int, total: int, line: dict[str, float]) -> str:

@@ -18,6 +18,8 @@ def add_role(
     context: StageContext, backbone: Backbone, role: str, adapter: AdapterConfig, statistics: StatisticsSource
 ) -> None:
     """A role at its initialisation. Where a run goes on, one whose init looks at data comes from the checkpoint."""
+    if context.recipe.tuning == "full":
+        return backbone.add_own_weights(role)
     settings = adapter.model_dump()
     if get_init(adapter.init).needs is not None and is_sharded(backbone.model):
         raise InputError(
@@ -27,6 +29,24 @@ def add_role(
         backbone.add_adapter(role, seed=context.recipe.seed, statistics=statistics, **settings)
         if world_size() > 1:  # an SVD may come out with other signs on another machine, and ranks must not differ
             backbone.set_role_state(role, from_main(backbone.role_state(role)))
-        return
+        return None
     modules = tuple(find_targets(backbone.model, settings.pop("targets"), settings.pop("last_layers")))
-    backbone.load_role(role, AdapterSpec(**settings, modules=modules), without_prefix(role, saved[1]))
+    return backbone.load_role(role, AdapterSpec(**settings, modules=modules), without_prefix(role, saved[1]))
+
+
+def add_critic(
+    context: StageContext, backbone: Backbone, role: str, adapter: AdapterConfig, statistics: StatisticsSource
+) -> None:
+    """The critic: from the reward role where there is one (`ppo.value_init`), else fresh."""
+    ppo = context.recipe.ppo
+    assert ppo is not None
+    if ppo.value_init == "reward" and "reward" not in backbone.roles:
+        raise InputError("ppo.value_init: there is no reward adapter to start the critic from; use fresh")
+    if ppo.value_init == "fresh" or "reward" not in backbone.roles:
+        add_role(context, backbone, role, adapter, statistics)
+    elif context.recipe.tuning == "full":
+        backbone.add_own_weights(role, "reward")
+    elif "reward" in backbone.own_models:
+        raise InputError("ppo.value_init: the reward model was fully tuned, an adapter cannot start there; use fresh")
+    else:
+        backbone.copy_role("reward", role)

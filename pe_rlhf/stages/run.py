@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,33 +13,31 @@ import torch
 
 from pe_rlhf.adapters.registry import get_init
 from pe_rlhf.config import STAGES, EngineConfig, Recipe
-from pe_rlhf.data import load_preferences, load_prompts
+from pe_rlhf.data import load_examples, load_preferences, load_prompts
 from pe_rlhf.distributed import on_main
 from pe_rlhf.engine import init_processes
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.judging import check_judge
+from pe_rlhf.metrics import read_summary
 from pe_rlhf.models import check_model_name, resolve_model
 from pe_rlhf.processes import launched
 from pe_rlhf.progress import say
-from pe_rlhf.recipes import load_recipe, save_recipe
+from pe_rlhf.recipes import refuse_other_recipe, save_recipe
 from pe_rlhf.report import write_report
 from pe_rlhf.resources import reset_peak_memory
 from pe_rlhf.rollout.make import check_installed
-from pe_rlhf.stages import evaluate, ppo, preferences, reward
+from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
 from reward.errors import InputError
 from reward.judges import load_function
 
 RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
+    "sft": sft.run,
     "preferences": preferences.run,
     "reward": reward.run,
     "ppo": ppo.run,
     "evaluate": evaluate.run,
 }
-
-
-# Where and with how much memory a run computes; what it computes is the same.
-FREE_TO_CHANGE = ("deepspeed", "threads", "tracking", "backbone.device", "backbone.trunk_cache_mib")
 
 
 def run_recipe(
@@ -66,8 +63,10 @@ def run_recipe(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     init_processes(recipe.deepspeed is not None)
-    on_main(lambda: check_inputs(recipe, stages))
-    if launched():
+    anew = restart and not resume
+    finished = [] if anew else [stage for stage in stages if read_summary(run_dir / stage) is not None]
+    on_main(lambda: check_inputs(recipe, stages, finished))
+    if launched() and recipe.sft is None:
         # A model that is made here is made once: transformers saves nothing on other ranks.
         on_main(lambda: resolve_model(recipe.model))
     with ExitStack() as held:
@@ -96,25 +95,37 @@ def _prepare(
     run_dir.mkdir(parents=True, exist_ok=True)
     held.enter_context(_locked(run_dir))
     if resume and (run_dir / "recipe.yaml").is_file():
-        _refuse_other_recipe(recipe, run_dir / "recipe.yaml", may_change)
+        refuse_other_recipe(recipe, run_dir / "recipe.yaml", may_change)
     _refuse_overwriting(recipe, run_dir, stages, resume, restart)
     if restart and not resume:
         _put_aside(run_dir, stages[0])
     save_recipe(recipe, run_dir / "recipe.yaml")
 
 
-def check_inputs(recipe: Recipe, stages: list[str]) -> None:
-    """Look at everything that can be wrong with names, data and functions before a model is loaded."""
-    check_model_name(recipe.model)
+def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()) -> None:
+    """Look at everything that can be wrong with names, data and functions before a model is loaded.
+
+    Of the `finished` stages the data is still looked at, but they do not run again.
+    """
+    if recipe.sft is None or "sft" in stages:
+        check_model_name(recipe.model)
+    if launched() and "sft" in stages and "sft" not in finished:
+        raise InputError(
+            "sft: TRL's trainer is for one process; run it first with `pe-rlhf run RECIPE --to sft`, then launch the"
+            " other stages with `-- --resume`"
+        )
+    check_inits(recipe)
     for stage in stages:
-        adapter = recipe.adapter_for(stage)
-        get_init(adapter.init).parse(adapter.init_options)
         section = getattr(recipe, stage)
         check_installed(getattr(section, "rollout", None) or getattr(section, "sampling", None) or EngineConfig())
         if (prompts := getattr(section, "prompts", None)) is not None:
             load_prompts(prompts, f"{stage}.prompts")
         if (judge := getattr(section, "judge", None)) is not None:
             check_judge(judge)
+    if recipe.sft is not None and "sft" in stages:
+        for key in ("data", "eval_data"):
+            if (source := getattr(recipe.sft, key)) is not None:
+                load_examples(source, f"sft.{key}", recipe.sft.max_bad_share)
     if recipe.reward is not None and "reward" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.reward, key)) is not None:
@@ -123,6 +134,13 @@ def check_inputs(recipe: Recipe, stages: list[str]) -> None:
         for source in recipe.ppo.reward:
             if source.function is not None:
                 load_function(source.function)
+
+
+def check_inits(recipe: Recipe) -> None:
+    """Raise `InputError` for an init of a stage that there is not, or an option that it has not."""
+    for stage in recipe.stages:
+        adapter = recipe.adapter_for(stage)
+        get_init(adapter.init).parse(adapter.init_options)
 
 
 def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
@@ -135,15 +153,6 @@ def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[s
     if start > end:
         raise InputError(f"--from {first} comes after --to {last}")
     return [stage for stage in recipe.stages if start <= STAGES.index(stage) <= end]
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """A stage's summary, or None where the stage has not finished."""
-    path = folder / "summary.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
 
 
 def _run_stage(context: StageContext) -> None:
@@ -181,28 +190,6 @@ def _put_aside(run_dir: Path, first: str) -> None:
             aside = next(p for i in range(1, 10_000) if not (p := run_dir / f"{stage}.old-{i}").exists())
             folder.rename(aside)
             say(f"{folder} was put aside as {aside.name}")
-
-
-def _refuse_other_recipe(recipe: Recipe, path: Path, may_change: Sequence[str]) -> None:
-    old, new = _flat(load_recipe(path).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
-    allowed = (*FREE_TO_CHANGE, *may_change)
-    changed = [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in allowed))
-    ]
-    if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise InputError(
-            f"{path.parent} was started with another recipe and cannot be resumed (--may-change KEY lets one differ):"
-            f" {'; '.join(changed[:5])}{more}"
-        )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def assert_none_is_closer_than_lora_ga(
         backbone = with_policy(init)
         state = backbone.role_state("policy")
         inner = square = whole = 0.0
-        for name in backbone.specs["policy"].modules:
+        for name in backbone.adapter_spec("policy").modules:
             G = gradients[name]
             update = first_update(state[f"{name}.lora_A"], state[f"{name}.lora_B"], G)
             inner, square = inner + float((update * G).sum()), square + float(update.square().sum())

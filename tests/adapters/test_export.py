@@ -150,7 +150,7 @@ def test_a_partial_target_list_names_those_layers_and_no_others(
     backbone.export_adapter("policy", tmp_path)
     peft_model = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path)
     hit = {name for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)}
-    assert hit == {f"base_model.model.{name}" for name in backbone.specs["policy"].modules}
+    assert hit == {f"base_model.model.{name}" for name in backbone.adapter_spec("policy").modules}
     assert len(hit) == count
     if short is not None:  # endings where they say it all, as PEFT configs usually have them
         assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == short

@@ -47,7 +47,7 @@ def visit(backbone: Backbone, source: ProbedStatistics, modules: list[str], need
 def all_modules(family: str) -> tuple[Backbone, list[str]]:
     backbone = load_backbone(tiny_model(family))
     backbone.add_adapter("value", rank=1)  # names the targets; plays no part at the anchor
-    return backbone, list(backbone.specs["value"].modules)
+    return backbone, list(backbone.adapter_spec("value").modules)
 
 
 def test_gradients_equal_those_of_the_plain_model(family: str) -> None:

@@ -70,7 +70,7 @@ def test_pissa_equals_that_of_peft_on_every_layer_of_a_model(family: str) -> Non
     backbone = load_backbone(tiny_model(family))
     backbone.add_adapter("policy", init="pissa", rank=3, alpha=6, targets=targets)
     state = backbone.role_state("policy")
-    names = backbone.specs["policy"].modules
+    names = backbone.adapter_spec("policy").modules
     assert len(names) == {"llama": 4, "gpt2": 6, "gpt_neo": 4}[family]
     for name in names:
         layer = peft_model.get_submodule(f"base_model.model.{name}")

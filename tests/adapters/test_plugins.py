@@ -58,7 +58,7 @@ def test_an_entry_point_is_found_by_its_name_and_makes_adapters(folder: Path) ->
     backbone = load_backbone(tiny_model("llama"))
     backbone.add_adapter("policy", init="half", rank=3)
     state = backbone.role_state("policy")
-    name = backbone.specs["policy"].modules[0]
+    name = backbone.adapter_spec("policy").modules[0]
     assert torch.equal(state[f"{name}.lora_A"], torch.eye(32)[:3])
     backbone.add_adapter("value", init="other", rank=2)
     assert any(key.endswith("initial_B_OR") for key in backbone.role_state("value"))

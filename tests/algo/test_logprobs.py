@@ -27,10 +27,13 @@ def plain(hidden_NH: Tensor, head: Callable[[Tensor], Tensor], tokens_N: Tensor,
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 @pytest.mark.parametrize("chunk", [1, 8, 256])
-def test_values_and_gradients_equal_log_softmax_over_complete_logits(temperature: float, chunk: int) -> None:
+@pytest.mark.parametrize("train_head", [False, True])
+def test_values_and_gradients_equal_log_softmax_over_complete_logits(
+    temperature: float, chunk: int, train_head: bool
+) -> None:
     hidden_NH, head, tokens_N = example()
     weights_N = torch.linspace(-1, 2, N)  # what a loss would put on the tokens
-    logprobs_N, _ = token_logprobs(hidden_NH, head, tokens_N, temperature, chunk)
+    logprobs_N, _ = token_logprobs(hidden_NH, head, tokens_N, temperature, chunk, train_head=train_head)
     expected_N = plain(hidden_NH, head, tokens_N, temperature)
     torch.testing.assert_close(logprobs_N, expected_N, atol=1e-5, rtol=1e-6)
     (gradient_NH,) = torch.autograd.grad((weights_N * logprobs_N).sum(), hidden_NH)
@@ -52,6 +55,20 @@ def test_the_head_gets_no_gradient() -> None:
     token_logprobs(hidden_NH, head, tokens_N)[0].sum().backward()
     assert hidden_NH.grad is not None
     assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 256])
+def test_a_trained_head_gets_its_gradient(chunk: int) -> None:
+    hidden_NH, head, tokens_N = example()
+    weights_N = torch.linspace(-1, 2, N)
+    logprobs_N, entropies_N = token_logprobs(hidden_NH, head, tokens_N, 0.7, chunk, train_head=True)
+    found = torch.autograd.grad((weights_N * logprobs_N).sum(), list(head.parameters()))
+    expected_N = plain(hidden_NH, head, tokens_N, 0.7)
+    expected = torch.autograd.grad((weights_N * expected_N).sum(), list(head.parameters()))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    expected_N = torch.distributions.Categorical(logits=head(hidden_NH) / 0.7).entropy()
+    torch.testing.assert_close(entropies_N, expected_N.detach(), atol=1e-5, rtol=1e-5)
+    assert not entropies_N.requires_grad
 
 
 def test_bf16_hidden_states() -> None:

@@ -84,7 +84,7 @@ def measure(model: str, init: str, rank: int) -> dict[str, float]:
     statistics = likelihood(backbone) if get_init(init).needs else None
     backbone.add_adapter("policy", init=init, rank=rank, statistics=statistics)
     seconds = time.monotonic() - start
-    work = sum(_work(backbone.base_weight(name).shape) for name in backbone.specs["policy"].modules)
+    work = sum(_work(backbone.base_weight(name).shape) for name in backbone.adapter_spec("policy").modules)
     factor = BLOCKS_7B * sum(map(_work, SHAPES_7B)) / work
     return {"seconds": seconds, "base_mib": base, "peak_mib": _peak_mib(), "factor_7b": factor}
 

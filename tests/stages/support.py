@@ -59,7 +59,7 @@ def plain_role(backbone: Backbone, role: str) -> PlainRole:
     if role == "anchor":
         return PlainRole(model, 0.0, (), {}, {})
     state = backbone.role_state(role)
-    spec = backbone.specs[role]
+    spec = backbone.adapter_spec(role)
     initial = {name: tensor for name, tensor in state.items() if "initial" in name}
     factors = {name: tensor.requires_grad_() for name, tensor in state.items() if name not in initial}
     return PlainRole(model, spec.alpha / spec.rank, spec.modules, factors, initial)

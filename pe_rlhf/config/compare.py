@@ -1,0 +1,80 @@
+"""What `pe-rlhf compare` does with a recipe: which settings differ, by which seeds, and how runs are judged."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pe_rlhf.config.section import Positive, Section, Share
+
+SHORT_KEYS = {
+    "init": "adapter.init",
+    "rank": "adapter.rank",
+    "targets": "adapter.targets",
+    "lr": "ppo.learning_rate",
+    "beta": "ppo.kl.beta",
+}
+
+
+class TuneConfig(Section):
+    """Learning-rate trials: as many for each arm, with a seed that no reported run has."""
+
+    lr_factors: list[float] = Field(
+        min_length=1, description="what the arm's ppo.learning_rate is multiplied by, a trial each"
+    )
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _positive_factors(self) -> TuneConfig:
+        if any(factor <= 0 for factor in self.lr_factors) or len(set(self.lr_factors)) != len(self.lr_factors):
+            raise ValueError("lr_factors: positive numbers, each once")
+        return self
+
+
+class CollapseConfig(Section):
+    """From where on a run counts as collapsed."""
+
+    kl: float = Field(default=50.0, gt=0, description="KL to the anchor, nats per response")
+    entropy_share: Share = Field(default=0.1, description="entropy below this share of the first step's")
+
+
+class CompareConfig(Section):
+    """Arms that differ in some keys, each run with every seed; init, rank, targets, lr, beta stand for longer keys."""
+
+    grid: dict[str, list[Any]] = Field(
+        default_factory=dict, description="key → values; every combination is an arm (`seed` is the same as seeds)"
+    )
+    arms: list[dict[str, Any]] = Field(default_factory=list, description="more arms, one by one")
+    seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
+    tune: TuneConfig | None = Field(default=None, description="learning-rate trials before the runs; default: none")
+    share: Literal["reward", "preferences", "nothing"] = Field(
+        default="reward", description="what is done once for all runs, with the recipe's own settings and seed"
+    )
+    target_reward: float | None = Field(
+        default=None, description="reward whose time is reported; default: what the first arm ends with"
+    )
+    collapse: CollapseConfig = CollapseConfig()
+    nodes: Positive = Field(default=8, description="--submit slurm: tasks of an array that run at once")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seed_axis(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(grid := tree.get("grid"), dict) and "seed" in grid:
+            if "seeds" in tree:
+                raise ValueError("give the seeds in seeds or in grid.seed, not in both")
+            rest = {key: values for key, values in grid.items() if key != "seed"}
+            return {**tree, "grid": rest, "seeds": grid["seed"]}
+        return tree
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> CompareConfig:
+        if not self.grid and not self.arms:
+            raise ValueError("there are no arms: give grid, arms or both")
+        if empty := [key for key, values in self.grid.items() if not values]:
+            raise ValueError(f"grid.{empty[0]} has no values")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError("seeds: whole numbers from 0 on, each once")
+        if self.tune and self.tune.seed in self.seeds:
+            raise ValueError(f"tune.seed: {self.tune.seed} is one of seeds; keep a seed of its own for the trials")
+        return self

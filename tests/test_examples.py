@@ -1,0 +1,97 @@
+"""Rows to fine-tune on: every format, what counts where a row has several, and what is wrong with the others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pe_rlhf.config import DataSource
+from pe_rlhf.data import hold_out, load_examples
+from pe_rlhf.examples import Example, parse_example
+from reward.errors import InputError
+from tests.runs import write_jsonl
+
+pytestmark = pytest.mark.usefixtures("data_cache")
+
+ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+SAID = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "completion": "c"}, Example("p", "c")),
+        ({"prompt": "p", "response": " c"}, Example("p", " c")),
+        ({"prompt": ASKED, "completion": "c"}, Example(ASKED, "c")),
+        ({"prompt": ASKED, "completion": [SAID]}, Example(ASKED, "a")),
+        ({"prompt": "p", "response": [SAID | {"tool_calls": None}]}, Example("p", "a")),
+        ({"messages": [*ASKED, SAID]}, Example(ASKED, "a")),
+        ({"messages": [*ASKED, SAID, ASKED[1], SAID]}, Example([*ASKED, SAID, ASKED[1]], "a")),
+        ({"text": "a whole\ntext "}, Example(None, "a whole\ntext ")),
+        # As in UltraChat: a prompt of its own beside the messages, and no completion.
+        ({"prompt": "u", "prompt_id": "1", "messages": [*ASKED, SAID]}, Example(ASKED, "a")),
+        # A loader fills in what other rows of the file have.
+        ({"prompt": None, "completion": None, "messages": None, "text": "t"}, Example(None, "t")),
+        ({"prompt": "p", "completion": None, "response": "r", "text": "p r"}, Example("p", "r")),
+    ],
+)
+def test_formats(row: dict[str, Any], expected: Example) -> None:
+    assert parse_example(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "p"}, "neither a prompt and a completion"),
+        ({"completion": "c"}, "neither a prompt and a completion"),
+        ({"messages": "text"}, "neither a prompt and a completion"),
+        ({"text": 3}, "neither a prompt and a completion"),
+        ({"prompt": " ", "completion": "c"}, "the prompt is empty"),
+        ({"prompt": "p", "completion": " \n"}, "the response is empty"),
+        ({"text": "\n"}, "the text is empty"),
+        ({"prompt": "p", "completion": [SAID, SAID]}, "'completion' must be text or a list of one assistant message"),
+        ({"prompt": "p", "completion": 3}, "'completion' must be text or a list of one assistant message"),
+        ({"prompt": "p", "response": ASKED[:1]}, "'response' has the role 'system', not 'assistant'"),
+        ({"messages": ASKED}, "'messages' has the role 'user', not 'assistant'"),
+        ({"messages": [SAID]}, "no prompt before the response"),
+        ({"messages": []}, "'messages' holds no messages"),
+        ({"messages": [{"role": "user"}, SAID]}, "without a text 'role' and a text 'content'"),
+    ],
+)
+def test_rows_that_are_none(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        parse_example(row)
+
+
+def test_a_file_with_some_bad_rows(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "answer": f"a{i}" if i != 3 else ""} for i in range(8)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = DataSource(path=str(path), columns={"prompt": "question", "completion": "answer"})
+    examples, bad = load_examples(source, "sft.data", 0.2)
+    assert examples == [Example(f"q{i}", f"a{i}") for i in range(8) if i != 3]
+    assert [(record.index, record.reason) for record in bad] == [(3, "the response is empty")]
+    with pytest.raises(InputError, match=r"sft\.data: .*1 of 8 rows \(12\.5%\) cannot be used.* row 3: the response"):
+        load_examples(source, "sft.data", 0.1)
+
+
+def test_a_file_without_the_columns(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(InputError, match=r"sft\.data: .* it has question, answer; map them with columns: \{completion"):
+        load_examples(DataSource(path=str(path)), "sft.data", 0.1)
+
+
+def test_a_text_file_is_a_row_a_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("one line\nand another\n")
+    examples, _ = load_examples(DataSource(path=str(tmp_path / "rows.txt")), "sft.data", 0.0)
+    assert examples == [Example(None, "one line"), Example(None, "and another")]
+
+
+def test_a_group_is_held_out_whole() -> None:
+    records = [f"{group}{i}" for i in range(3) for group in "abcdefghij"]
+    train, held_out = hold_out(records, lambda record: record[0], 0.2, 0, "test")
+    assert sorted(train + held_out) == sorted(records)
+    assert len({record[0] for record in held_out}) == 2
+    assert not {record[0] for record in held_out} & {record[0] for record in train}
+    assert train == [record for record in records if record in set(train)]  # in their order
+    assert hold_out(records, lambda record: record[0], 0.2, 0, "test") == (train, held_out)
+    assert len(hold_out(records, lambda record: record[0], 0.0, 0, "test")[1]) == 3  # one group at least
