@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import typer
 
+from pe_rlhf.commands.compare import compare
 from pe_rlhf.commands.evaluate import evaluate
 from pe_rlhf.commands.evaluate_reward import evaluate_reward
 from pe_rlhf.commands.export import export
@@ -44,6 +45,7 @@ def _root() -> None:
 
 app.command("run")(run)
 app.command("launch")(launch)
+app.command("compare")(compare)
 app.command("evaluate")(evaluate)
 app.command("evaluate-reward")(evaluate_reward)
 app.command("winrate")(winrate)
@@ -68,7 +70,7 @@ def main() -> None:
     except Stopped as stop:
         if not is_main():
             _leave_after_main(stop.code)
-        _end(f"{stop}; --resume continues from there", stop.code)
+        _end(str(stop), stop.code)
     except RuntimeError as error:
         if not _is_another_ranks(error):
             raise

@@ -8,8 +8,8 @@ class TrainingError(RuntimeError):
 class Stopped(Exception):
     """A run that was asked to stop and has saved; `code` is its exit code, 128 + the signal's number."""
 
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, number: int, hint: str = "--resume continues from there") -> None:
+        super().__init__(f"{message}; {hint}")
         self.code = 128 + number
 
 

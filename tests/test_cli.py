@@ -178,7 +178,10 @@ def test_a_value_that_cannot_be(refused: Refused, tmp_path: Path, key: str, valu
         ("model: !!python/object:os.system x\n", " line 1: not valid YAML: could not determine a constructor"),
         ("model: \0\n", ": not valid YAML: unacceptable character #x0000"),
         ("1: x\n", ": 1: keys should be strings"),
-        ("model: random:tiny-llama\n", ": a recipe needs a section for at least one stage: preferences, reward, ppo"),
+        (
+            "model: random:tiny-llama\n",
+            ": a recipe needs a section for at least one stage: sft, preferences, reward, ppo",
+        ),
         ("ppo: {prompts: prompts.jsonl}\n", ": model is missing"),
         ("model: x\nreward: {}\n", ": reward.data is missing, and there is no preferences stage to take it from"),
     ],
@@ -197,9 +200,18 @@ def test_a_recipe_that_is_not_text(refused: Refused, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smok", "there is no recipe 'smok': neither a file nor one of quickstart, smoke (did you mean 'smoke'?)"),
-        ("zzz", "there is no recipe 'zzz': neither a file nor one of quickstart, smoke"),
-        ("smoke.yaml", "there is no recipe 'smoke.yaml': neither a file nor one of quickstart, smoke (did you mean"),
+        (
+            "smok",
+            "there is no recipe 'smok': neither a file nor one of compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke (did you mean 'smoke'?)",
+        ),
+        (
+            "zzz",
+            "there is no recipe 'zzz': neither a file nor one of compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke",
+        ),
+        (
+            "smoke.yaml",
+            "there is no recipe 'smoke.yaml': neither a file nor one of compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke (did you mean",
+        ),
     ],
 )
 def test_a_recipe_that_is_not_there(refused: Refused, name: str, message: str) -> None:
@@ -388,7 +400,7 @@ def test_names_are_looked_up_before_anything_is_written(
         ({"ppo__rollout__max_new_tokens": 600}, "ppo: max_new_tokens 600 leaves no room for a prompt, random:tiny-ll"),
         ({"ppo__max_prompt_tokens": 5}, "every prompt of "),
         ({"ppo__value_init": "reward"}, "ppo.value_init: there is no reward adapter to start the critic from; use"),
-        ({"ppo__reward": [{"adapter": "elsewhere"}]}, "elsewhere/adapter: no adapter of a stage can be read here"),
+        ({"ppo__reward": [{"adapter": "elsewhere"}]}, "elsewhere/adapter: no role of a stage can be read here"),
         ({"ppo__reward": [{"model": "some/hub-id"}]}, "ppo.reward.model: could not load 'some/hub-id': "),
     ],
 )

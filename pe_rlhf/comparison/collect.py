@@ -1,0 +1,74 @@
+"""Reading what the runs of a comparison have left behind, wherever they lie."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pe_rlhf.comparison.drift import drift_of_run
+from pe_rlhf.comparison.plan import Plan, PlannedRun
+from pe_rlhf.comparison.runner import folder_of, state_of
+from pe_rlhf.comparison.trials import Choice
+from pe_rlhf.comparison.types import Row, RunResult
+from pe_rlhf.metrics import read_jsonl, read_summary
+from reward.errors import InputError
+
+
+def collect(plan: Plan, choices: Sequence[Choice], places: Sequence[Path] = ()) -> list[RunResult]:
+    """Every run of every arm. `places` are other directories of the same comparison, from other machines."""
+    shared = replace(plan.shared, folder=folder_of(plan.shared, places, plan.root)) if plan.shared else None
+    results: list[RunResult] = []
+    for choice in choices:
+        for seed, run in plan.runs(choice.arm, choice.factor or 1.0).items():
+            settings = dict(choice.arm.changes)
+            if choice.trials and run.recipe.ppo is not None:
+                settings["ppo.learning_rate"] = run.recipe.ppo.learning_rate
+            found = replace(run, folder=folder_of(run, places, plan.root))
+            if choice.factor is None and state_of(found)[0] == "unfinished":
+                status = "unfinished" if "not finished" in choice.message else "failed"
+                results.append(RunResult(choice.arm.name, seed, status, choice.message, settings=settings))
+                continue
+            results.append(_read(found, choice.arm.name, seed, settings, shared))
+    return results
+
+
+def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRun | None) -> RunResult:
+    status, message = state_of(run)
+    reward = read_summary(run.folder / "reward") or (read_summary(shared.folder / "reward") if shared else None)
+    adapter = run.recipe.adapter_for("ppo")
+    return RunResult(
+        arm,
+        seed,
+        status,
+        message,
+        folder=run.folder,
+        settings=settings,
+        reward=reward or {},
+        ppo=read_summary(run.folder / "ppo") or {},
+        evaluate=read_summary(run.folder / "evaluate") or {},
+        metrics=_metrics(run.folder / "ppo" / "metrics.jsonl", status == "unfinished"),
+        preferences=_preferences(run.folder / "evaluate" / "samples.jsonl") if status == "finished" else {},
+        drift=drift_of_run(run.folder, run.recipe, adapter.rank) if (run.folder / "ppo" / "adapter").is_dir() else {},
+    )
+
+
+def _metrics(path: Path, is_running: bool) -> list[Row]:
+    """The lines of a run; the last one of a run that was killed, or that is still writing, may be cut."""
+    try:
+        return read_jsonl(path)
+    except InputError:
+        if not is_running:
+            raise
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
+
+
+def _preferences(path: Path) -> dict[str, list[float]]:
+    """The judge's valid verdicts by prompt."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in read_jsonl(path):
+        if row["preference"] is not None:
+            found[json.dumps(row["prompt"], sort_keys=True, ensure_ascii=False)].append(row["preference"])
+    return dict(found)

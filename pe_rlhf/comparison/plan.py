@@ -1,0 +1,215 @@
+"""What a comparison has to run: what is done once for all arms, trials of learning rates, and a run per arm and seed.
+
+Each is an ordinary recipe for an ordinary run directory. An arm's recipe is the base recipe with the arm's keys set.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pe_rlhf.config import STAGES, CompareConfig, Recipe
+from pe_rlhf.config.compare import SHORT_KEYS
+from pe_rlhf.recipes import make_recipe, read_tree, set_key
+from reward.errors import InputError
+
+Tree = dict[str, Any]
+
+SHARED, TRIALS, RUNS = "shared", "trials", "runs"
+BEFORE_PPO = STAGES[: STAGES.index("ppo")]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A name and what it changes: recipe key → value."""
+
+    name: str
+    changes: Tree
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder's."""
+        return re.sub(r"[^\w.+=-]+", "-", self.name).strip("-.") or "arm"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a recipe in a folder of its own."""
+
+    name: str
+    folder: Path
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison as its recipe describes it, in the directory `root`."""
+
+    path: Path
+    root: Path
+    tree: Tree
+    base: Recipe
+    config: CompareConfig
+    arms: list[Arm]
+
+    @property
+    def shared(self) -> PlannedRun | None:
+        """The stages that are run once, with the base recipe as it is; None where there are none to share."""
+        stages = {"reward": BEFORE_PPO, "preferences": BEFORE_PPO[:-1], "nothing": ()}[self.config.share]
+        if not (kept := [stage for stage in stages if self.tree.get(stage) is not None]):
+            return None
+        tree = _with_stages(self.tree, kept)
+        return PlannedRun("shared stages", self.root / SHARED, make_recipe(tree, self.path))
+
+    def runs(self, arm: Arm, lr_factor: float = 1.0) -> dict[int, PlannedRun]:
+        """An arm's runs by seed, at its learning rate times a factor."""
+        return {seed: self._run(arm, seed, lr_factor) for seed in self.config.seeds}
+
+    def trial_base(self, arm: Arm) -> PlannedRun | None:
+        """The reward model that an arm's trials share; None where all runs share one."""
+        tree = self._tree(arm, self._trial_seed)
+        if not (kept := [stage for stage in BEFORE_PPO if tree.get(stage) is not None]):
+            return None
+        recipe = make_recipe(_with_stages(tree, kept), self.path)
+        return PlannedRun(f"{arm.name}, reward model of the trials", self.root / TRIALS / arm.slug / "base", recipe)
+
+    def trials(self, arm: Arm) -> dict[float, PlannedRun]:
+        """An arm's trials by factor, up to PPO; empty where none were asked for."""
+        if self.config.tune is None:
+            return {}
+        base, planned = self.trial_base(arm), {}
+        for factor in self.config.tune.lr_factors:
+            tree = _after(self._tree(arm, self._trial_seed), base.folder) if base else self._tree(arm, self._trial_seed)
+            tree = _with_stages(tree, ["ppo"])
+            tree["ppo"].pop("eval_every", None)
+            _scale_learning_rates(tree, factor)
+            folder = self.root / TRIALS / arm.slug / f"lr-x{factor:g}"
+            planned[factor] = PlannedRun(f"{arm.name}, lr × {factor:g}", folder, make_recipe(tree, self.path))
+        return planned
+
+    @property
+    def _trial_seed(self) -> int:
+        return self.config.tune.seed if self.config.tune else 0
+
+    def _run(self, arm: Arm, seed: int, lr_factor: float) -> PlannedRun:
+        tree = self._tree(arm, seed)
+        _scale_learning_rates(tree, lr_factor)
+        folder = self.root / RUNS / arm.slug / f"seed-{seed}"
+        return PlannedRun(f"{arm.name}, seed {seed}", folder, make_recipe(tree, self.path))
+
+    def _tree(self, arm: Arm, seed: int) -> Tree:
+        """An arm's recipe, with what is shared taken from where it lies."""
+        tree = copy.deepcopy({key: value for key, value in self.tree.items() if key != "compare"})
+        for key, value in arm.changes.items():
+            set_key(tree, key, value, f"compare, arm {arm.name!r}")
+        tree["seed"] = seed
+        return tree if self.shared is None else _after(tree, self.shared.folder, self.config.share)
+
+
+def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
+    """The comparison that a recipe describes.
+
+    Raises `InputError` for a recipe without a compare section, a key of an arm that there is not, arms without PPO, and
+    two arms that come to the same.
+    """
+    tree = read_tree(path, overrides)
+    base = make_recipe(tree, path)
+    if base.compare is None:
+        raise InputError(f"{path}: there is no compare section, which names the arms; see compare_inits_small")
+    if base.ppo is None:
+        raise InputError(f"{path}: arms are compared by their PPO stage, and there is none")
+    where = (root or Path("comparisons") / base.name).absolute()
+    plan = Plan(path, where, tree, base, base.compare, _arms(base.compare))
+    _refuse_equal_arms(plan)
+    return plan
+
+
+def _arms(config: CompareConfig) -> list[Arm]:
+    """The grid's combinations, then the arms that were named one by one."""
+    axes = [[(key, value) for value in values] for key, values in config.grid.items()]
+    trees: list[Tree] = [dict(combination) for combination in itertools.product(*axes)] if axes else []
+    arms = [_arm(tree, len(config.grid)) for tree in [*trees, *config.arms]]
+    for index, arm in enumerate(arms):
+        if any(arm.slug == other.slug for other in arms[:index]):
+            raise InputError(f"compare: there are two arms {arm.name!r}; give one of them another name")
+    return arms
+
+
+def _arm(tree: Tree, axes: int) -> Arm:
+    settings = {key: value for key, value in tree.items() if key != "name"}
+    shown = [
+        _text(value) if axes == 1 and len(settings) == 1 else f"{k}={_text(value)}" for k, value in settings.items()
+    ]
+    name = str(tree.get("name") or ", ".join(shown))
+    return Arm(
+        name, {key: v for short, value in settings.items() for key, v in _flat(SHORT_KEYS.get(short, short), value)}
+    )
+
+
+def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
+    """A section that an arm gives changes the keys in it, and leaves the others."""
+    if not isinstance(value, dict):
+        return [(key, value)]
+    return [pair for name, sub in value.items() for pair in _flat(f"{key}.{name}", sub)]
+
+
+def _text(value: Any) -> str:
+    return (
+        "+".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _refuse_equal_arms(plan: Plan) -> None:
+    seen: dict[str, str] = {}
+    for arm in plan.arms:
+        recipe = next(iter(plan.runs(arm).values())).recipe
+        content = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
+        if content in seen:
+            raise InputError(
+                f"compare: the arms {seen[content]!r} and {arm.name!r} come to the same run; a key may be of a stage"
+                f" that is shared (compare.share: {plan.config.share})"
+            )
+        seen[content] = arm.name
+
+
+def _with_stages(tree: Tree, stages: list[str]) -> Tree:
+    left_out = {"compare", *STAGES} - set(stages)
+    return copy.deepcopy({key: value for key, value in tree.items() if key not in left_out})
+
+
+def _after(tree: Tree, folder: Path, share: str = "reward") -> Tree:
+    """A recipe that goes on from what another run has: model, pairs, and the reward model where that is shared."""
+    tree = copy.deepcopy(tree)
+    if tree.pop("sft", None) is not None:
+        tree["model"] = str(folder / "sft" / "model")
+    had_pairs = tree.pop("preferences", None) is not None
+    if share == "reward":
+        if tree.pop("reward", None) is not None:
+            sources = tree["ppo"].get("reward") or [{"adapter": "stage"}]
+            own = str(folder / "reward")
+            tree["ppo"]["reward"] = [{**s, "adapter": own} if s.get("adapter") == "stage" else s for s in sources]
+    elif had_pairs and tree.get("reward") is not None:
+        tree["reward"].setdefault("data", str(folder / "preferences" / "preferences.jsonl"))
+    return tree
+
+
+def _scale_learning_rates(tree: Tree, factor: float) -> None:
+    """Both of PPO's learning rates; the critic's is the policy's unless it was given."""
+    if factor == 1:
+        return
+    from pe_rlhf.config import PPOConfig
+
+    ppo = tree["ppo"]
+    default = PPOConfig.model_fields["learning_rate"].default
+    ppo["learning_rate"] = float(f"{factor * float(ppo.get('learning_rate', default)):.6g}")
+    if ppo.get("value_learning_rate") is not None:
+        ppo["value_learning_rate"] = float(f"{factor * float(ppo['value_learning_rate']):.6g}")

@@ -1,0 +1,64 @@
+"""The parts of a comparison in their order: what is shared, the trials of learning rates, the runs of the arms."""
+
+from __future__ import annotations
+
+from pe_rlhf.comparison.plan import Plan, PlannedRun
+from pe_rlhf.comparison.runner import Share, refuse_changed, run_all, state_of
+from pe_rlhf.comparison.trials import choose
+from pe_rlhf.metrics import read_summary
+from pe_rlhf.progress import say
+from reward.errors import InputError
+
+
+def run_shared(plan: Plan) -> None:
+    """The stages that all runs share; one that failed before is tried again, since nothing goes on without it."""
+    if plan.shared is not None:
+        refuse_changed([plan.shared])
+        run_all([plan.shared], retry=True)
+
+
+def need_shared(plan: Plan) -> None:
+    """Raise `InputError` where the shared stages have not finished."""
+    if plan.shared is not None and (state := state_of(plan.shared))[0] != "finished":
+        why = state[1] or "run `--only shared` first"
+        raise InputError(f"{plan.shared.folder} has not finished, which all runs need: {why}")
+
+
+def run_trials(plan: Plan, share: Share, *, retry: bool) -> None:
+    """This share of the trials, each arm's after the reward model that they have in common, where they have their own.
+
+    Two shares may both come to such a reward model: the second one leaves it to the first, and its trials for later.
+    """
+    own = {run.folder for run in share.of([run for arm in plan.arms for run in plan.trials(arm).values()])}
+    for arm in plan.arms:
+        mine = [run for run in plan.trials(arm).values() if run.folder in own]
+        base = plan.trial_base(arm)
+        if not mine:
+            continue
+        if base is not None:
+            refuse_changed([base])
+            run_all([base], retry=retry)
+        if base is None or state_of(base)[0] == "finished":
+            refuse_changed(mine)
+            run_all(mine, retry=retry, told=_ending)
+
+
+def run_arms(plan: Plan, share: Share, *, retry: bool) -> None:
+    """This share of the runs, at the learning rates that the trials have chosen; arms without one are left out."""
+    choices = [choose(plan, arm) for arm in plan.arms]
+    for choice in choices:
+        if choice.factor is None:
+            say(f"{choice.arm.name}: not run, {choice.message}")
+    # Shares are cut from all runs, so that they are the same whichever trials have finished.
+    runs = [(c.factor, run) for c in choices for run in plan.runs(c.arm, c.factor or 1.0).values()]
+    chosen = {run.folder for factor, run in runs if factor is not None}
+    ready = [run for run in share.of([run for _, run in runs]) if run.folder in chosen]
+    refuse_changed(ready)
+    run_all(ready, retry=retry, told=_ending)
+
+
+def _ending(run: PlannedRun) -> str:
+    """How a run ended, in a few words."""
+    ppo, final = read_summary(run.folder / "ppo"), read_summary(run.folder / "evaluate")
+    words = f"reward {ppo['reward_first']:.3f} → {ppo['reward_last']:.3f}, KL {ppo['kl_last']:.1f}" if ppo else ""
+    return f"{words}, win-rate {final['win_rate']:.3f}" if final else words

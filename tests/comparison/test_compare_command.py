@@ -1,0 +1,387 @@
+"""`pe-rlhf compare` on the tiny random model: real runs, killed, broken, shared out and submitted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from pe_rlhf.backbone import load_backbone
+from pe_rlhf.checkpoint import load_role
+from pe_rlhf.comparison.drift import policy_drift
+from tests.runs import contents, read_jsonl, recipe, without_time, write_recipe
+from tests.tiny import add_role, perturb, tiny_model
+
+CHECKOUT = Path(__file__).parents[2]
+COMPARE: dict[str, Any] = {"grid": {"init": ["lora", "pissa"]}, "seeds": [1, 2]}
+
+
+def comparison(folder: Path, **changes: Any) -> Path:
+    """A recipe of a comparison with a shared reward model; `compare__seeds=[1]` changes one key of it."""
+    tree = recipe("reward", "ppo", "evaluate", ppo__reward=[{"adapter": "stage"}], **changes)
+    tree["compare"] = {**COMPARE, **tree.get("compare", {})}
+    return write_recipe(folder, {"name": "inits", **tree})
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "pe_rlhf", "compare", *map(str, arguments)]
+
+
+def environment(cache: Path, **more: str) -> dict[str, str]:
+    own = {"PYTHONPATH": str(CHECKOUT), "PE_RLHF_CACHE": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
+    return os.environ | own | {"OMP_NUM_THREADS": "1"} | more
+
+
+def run(folder: Path, cache: Path, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=folder, env=environment(cache, **more), capture_output=True, text=True, check=False
+    )
+
+
+def results(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_machine(row: dict[str, str]) -> dict[str, str]:
+    words = ("seconds", "tokens_per_second", "peak")
+    return {key: value for key, value in row.items() if not any(word in key for word in words)}
+
+
+def trained(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.endswith("role.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
+    """A comparison that was left alone: two arms, two seeds, no trials."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = comparison(folder)
+    done = run(folder, model_cache, path, "--dir", "out")
+    assert done.returncode == 0, done.stderr
+    assert f"report: {folder / 'out' / 'report.html'}" in done.stdout
+    return folder
+
+
+def test_it_leaves_runs_a_page_and_numbers(whole: Path) -> None:
+    out = whole / "out"
+    rows = results(out)
+    assert [(row["arm"], row["seed"], row["status"]) for row in rows] == [
+        (arm, seed, "finished") for arm in ("lora", "pissa") for seed in ("1", "2")
+    ]
+    summary = json.loads((out / "summary.json").read_text())
+    assert [arm["arm"] for arm in summary["arms"]] == ["lora", "pissa"]
+    for arm in summary["arms"]:
+        files = [out / "runs" / arm["arm"] / f"seed-{seed}" / "evaluate" / "summary.json" for seed in (1, 2)]
+        rates = [json.loads(file.read_text())["win_rate"] for file in files]
+        assert arm["win_rate"]["value"] == pytest.approx(sum(rates) / 2)
+    reward = json.loads((out / "shared" / "reward" / "summary.json").read_text())
+    assert all(arm["reward_accuracy"] == pytest.approx(reward["eval_accuracy"]) for arm in summary["arms"])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "pissa" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    # An arm's run is an ordinary one: its recipe says what was done, and it exports.
+    assert "init: pissa" in (out / "runs" / "pissa" / "seed-1" / "recipe.yaml").read_text()
+
+
+def test_the_learning_rate_is_that_of_the_better_trial(tmp_path: Path, model_cache: Path) -> None:
+    compare = {"grid": {"init": ["lora"]}, "tune": {"lr_factors": [0.5, 2.0], "seed": 0}, "seeds": [1]}
+    path = write_recipe(tmp_path, recipe("ppo", ppo__learning_rate=0.01) | {"compare": compare})
+    done = run(tmp_path, model_cache, path, "--dir", "out")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    values = {}
+    for factor in ("0.5", "2"):
+        lines = read_jsonl(out / "trials" / "lora" / f"lr-x{factor}" / "ppo" / "metrics.jsonl")
+        assert [line["step"] for line in lines] == [1, 2]
+        values[float(factor)] = 0.95 * lines[-1]["reward"] - 0.05 * lines[-1]["kl"]  # β is 0.05, convex
+    best = max(values, key=lambda factor: values[factor])
+    assert len(set(values.values())) == 2
+    trials = json.loads((out / "summary.json").read_text())["trials"]
+    assert {t["lr_factor"]: t["objective"] for t in trials} == pytest.approx(values)
+    assert [t["lr_factor"] for t in trials if t["chosen"]] == [best]
+    line = read_jsonl(out / "runs" / "lora" / "seed-1" / "ppo" / "metrics.jsonl")[0]
+    assert line["lr_policy"] == pytest.approx(best * 0.01)
+    assert [row["ppo.learning_rate"] for row in results(out)] == [f"{best * 0.01:g}"]
+
+
+def test_again_it_runs_nothing(whole: Path, model_cache: Path) -> None:
+    before = {k: v for k, v in contents(whole / "out").items() if "/" in k}
+    done = run(whole, model_cache, whole / "recipe.yaml", "--dir", "out")
+    assert done.returncode == 0, done.stderr
+    assert "running" not in done.stderr
+    assert {k: v for k, v in contents(whole / "out").items() if "/" in k} == before
+
+
+def test_another_recipe_in_the_same_directory_is_refused(whole: Path, model_cache: Path) -> None:
+    done = run(whole, model_cache, whole / "recipe.yaml", "--dir", "out", "ppo.gamma=0.9")
+    assert done.returncode == 2
+    assert "was started with another recipe" in done.stderr
+    assert "ppo.gamma: 1.0 → 0.9" in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_comes_to_the_same(whole: Path, tmp_path: Path, model_cache: Path) -> None:
+    """SIGKILL at random moments, three times: no run is left behind, the results are those of the run left alone."""
+    shutil.copy(whole / "recipe.yaml", tmp_path / "recipe.yaml")
+    for name in ("prompts.jsonl", "pairs.jsonl"):
+        shutil.copy(whole / name, tmp_path / name)
+    chance = random.Random(7)
+    for _ in range(3):
+        process = subprocess.Popen(
+            command("recipe.yaml", "--dir", "out"),
+            cwd=tmp_path,
+            env=environment(model_cache),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        time.sleep(chance.uniform(8, 25))
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
+    done = run(tmp_path, model_cache, "recipe.yaml", "--dir", "out")
+    assert done.returncode == 0, done.stderr
+    assert [without_machine(row) for row in results(tmp_path / "out")] == [
+        without_machine(row) for row in results(whole / "out")
+    ]
+    assert trained(tmp_path / "out") == trained(whole / "out")
+    for path in (whole / "out" / "runs").rglob("metrics.jsonl"):
+        other = tmp_path / "out" / path.relative_to(whole / "out")
+        assert list(map(without_time, read_jsonl(other))) == list(map(without_time, read_jsonl(path)))
+
+
+def test_a_broken_arm_loses_no_other_and_can_be_tried_again(tmp_path: Path, model_cache: Path) -> None:
+    """An arm whose reward function raises until a file is there."""
+    (tmp_path / "moody.py").write_text(
+        "from pathlib import Path\n"
+        "def score(prompts, responses):\n"
+        "    if not Path('well').exists():\n"
+        "        raise ValueError('not today')\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    arms = [{"name": "moody", "ppo.reward": [{"function": "moody:score"}]}, {"name": "fine", "rank": 1}]
+    path = write_recipe(tmp_path, recipe("ppo") | {"compare": {"arms": arms, "seeds": [1]}})
+    more = {"PYTHONPATH": f"{CHECKOUT}:{tmp_path}"}
+    done = run(tmp_path, model_cache, path, "--dir", "out", **more)
+    assert done.returncode == 3
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: compare: 1 runs failed (--retry tries again): moody, seed 1"
+    )
+    rows = {row["arm"]: row for row in results(tmp_path / "out")}
+    assert rows["fine"]["status"] == "finished"
+    assert rows["moody"]["status"] == "failed"
+    assert "not today" in rows["moody"]["message"]
+    assert "not today" in (tmp_path / "out" / "report.html").read_text()
+
+    again = run(tmp_path, model_cache, path, "--dir", "out", **more)
+    assert again.returncode == 3
+    assert "failed before, left as it is: moody, seed 1" in again.stderr
+    assert "running" not in again.stderr
+
+    (tmp_path / "well").touch()
+    mended = run(tmp_path, model_cache, path, "--dir", "out", "--retry", **more)
+    assert mended.returncode == 0, mended.stderr
+    assert {row["status"] for row in results(tmp_path / "out")} == {"finished"}
+
+
+def test_shares_of_two_machines_make_one_report(tmp_path: Path, model_cache: Path) -> None:
+    """Each machine runs its share in a directory of its own; the report is made where both can be read."""
+    path = comparison(tmp_path, compare__seeds=[1])
+    early = run(tmp_path, model_cache, path, "--dir", "one", "--only", "runs:1/2")
+    assert (early.returncode, "run `--only shared` first" in early.stderr) == (2, True)
+    assert run(tmp_path, model_cache, path, "--dir", "one", "--only", "shared").returncode == 0
+    for share in ("1/2", "2/2"):
+        done = run(tmp_path, model_cache, path, "--dir", "one", "--only", share)
+        assert done.returncode == 0, done.stderr
+        (ran,) = (path for path in (tmp_path / "one" / "runs").iterdir())
+        shutil.copytree(tmp_path / "one", tmp_path / share[0])  # the machine of that share
+        shutil.rmtree(ran.parent)
+    assert [path.name for place in "12" for path in (tmp_path / place / "runs").iterdir()] == ["lora", "pissa"]
+    assert run(tmp_path, model_cache, path, "--dir", "one", "--only", "report", "--also", "1").returncode == 0
+    assert sorted(row["status"] for row in results(tmp_path / "one")) == ["finished", "unfinished"]
+    done = run(tmp_path, model_cache, path, "--dir", "one", "--only", "report", "--also", "1", "--also", "2")
+    assert done.returncode == 0, done.stderr
+    assert {row["status"] for row in results(tmp_path / "one")} == {"finished"}
+
+
+def test_a_signal_stops_the_run_and_the_sweep(tmp_path: Path, model_cache: Path) -> None:
+    compare = {"grid": {"init": ["lora", "pissa"]}, "seeds": [1]}
+    path = write_recipe(tmp_path, recipe("ppo", ppo__steps=400) | {"compare": compare})
+    process = subprocess.Popen(
+        command(path, "--dir", "out"), cwd=tmp_path, env=environment(model_cache), stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "out" / "runs" / "lora" / "seed-1" / "ppo" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.strip().splitlines()[-1] == "compare: stopped during lora, seed 1; the same command goes on from there"
+    folder = metrics.parent
+    assert any((folder / "checkpoints").iterdir())
+    assert not (folder.parent / "failure.json").exists()
+    assert not psutil.pid_exists(int((folder.parent / ".lock").read_text()))
+    assert not (tmp_path / "out" / "runs" / "pissa").exists()
+
+
+def test_dry_run_lists_and_runs_nothing(tmp_path: Path, model_cache: Path) -> None:
+    path = comparison(tmp_path, compare__tune={"lr_factors": [1, 3]}, compare__seeds=[4, 5])
+    done = run(tmp_path, model_cache, path, "--dir", "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "2 arms, seeds 4, 5: 4 trials and 4 runs" in done.stdout
+    assert not (tmp_path / "out").exists()
+    wrong = run(tmp_path, model_cache, path, "--dir", "out", "compare.grid={init: [lora, pisa]}")
+    assert wrong.returncode == 2
+    assert "pisa" in wrong.stderr
+    assert not (tmp_path / "out" / "shared").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "everything"], "--only everything: it is shared, trials, runs, report, K/N"),
+        (["--only", "3/2"], "K lies between 1 and N"),
+        (["--submit", "pbs"], "--submit pbs: it is slurm or print"),
+        (["--submit", "slurm"], "there is no sbatch here"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, model_cache: Path, arguments: list[str], said: str) -> None:
+    done = run(tmp_path, model_cache, comparison(tmp_path), "--dir", "out", *arguments, PATH="/nonexistent")
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_run_sends_a_comparison_to_compare(tmp_path: Path, model_cache: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pe_rlhf", "run", str(comparison(tmp_path))],
+        env=environment(model_cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "is a comparison: run it by `pe-rlhf compare" in done.stderr
+
+
+class TestSlurm:
+    """A stand-in for `sbatch` notes what it is given and numbers its jobs; then what it noted is run as it would be."""
+
+    @staticmethod
+    def cluster(folder: Path) -> Path:
+        tools = folder / "tools"
+        tools.mkdir()
+        (tools / "sbatch").write_text(
+            f'#!/bin/bash\nprintf "%q " "$@" >> {folder}/jobs; echo >> {folder}/jobs\n'
+            f"echo $((100 + $(wc -l < {folder}/jobs)))\n"
+        )
+        (tools / "srun").write_text('#!/bin/bash\nexec "$@"\n')
+        (tools / "pe-rlhf").write_text(f'#!/bin/bash\nexec {sys.executable} -m pe_rlhf "$@"\n')
+        for tool in tools.iterdir():
+            tool.chmod(0o755)
+        return tools
+
+    def test_jobs_wait_for_each_other_and_do_the_whole(self, tmp_path: Path, model_cache: Path) -> None:
+        tools = self.cluster(tmp_path)
+        path = comparison(
+            tmp_path, compare={"grid": {"rank": [2]}, "tune": {"lr_factors": [1.0], "seed": 0}, "nodes": 3}
+        )
+        more = {"PATH": f"{tools}:{os.environ['PATH']}"}
+        done = run(tmp_path, model_cache, path, "ppo.steps=1", "--dir", "out", "--submit", "slurm", **more)
+        assert done.returncode == 0, done.stderr
+        lines = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
+        waits = [next((a for a in line if a.startswith("--dependency")), None) for line in lines]
+        assert waits == [None, "--dependency=afterok:101", "--dependency=afterany:102", "--dependency=afterany:103"]
+        arrays = [next((a for a in line if a.startswith("--array")), None) for line in lines]
+        assert arrays == [None, "--array=1-1%3", "--array=1-2%3", None]
+        for line, array in zip(lines, arrays, strict=True):
+            script = next(i for i, word in enumerate(line) if word.endswith(".sbatch"))
+            for task in range(1, int(array.split("-")[-1][0]) + 1) if array else (1,):
+                job = subprocess.run(
+                    ["bash", *line[script:]],
+                    cwd=tmp_path,
+                    env=environment(model_cache, **more, **({"SLURM_ARRAY_TASK_ID": str(task)} if array else {})),
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                assert job.returncode == 0, job.stderr
+        assert [row["status"] for row in results(tmp_path / "out")] == ["finished"] * 2
+
+    def test_print_shows_commands_that_a_shell_can_run(self, tmp_path: Path, model_cache: Path) -> None:
+        tools = self.cluster(tmp_path)
+        path = comparison(tmp_path)
+        done = run(tmp_path, model_cache, path, "--dir", "out", "--submit", "print")
+        assert done.returncode == 0, done.stderr
+        assert not (tmp_path / "jobs").exists()
+        subprocess.run(["bash", "-euc", done.stdout], env={"PATH": f"{tools}:{os.environ['PATH']}"}, check=True)
+        lines = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
+        assert [next((a for a in line if a.startswith("--dependency")), None) for line in lines] == [
+            None,
+            "--dependency=afterok:101",
+            "--dependency=afterany:102",
+        ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("init", ["lora", "pissa", "full"])
+def test_drift_is_that_of_the_dense_matrices(family: str, init: str) -> None:
+    """Against numpy's SVD of W and of what the merged model's weights are off by."""
+    backbone = load_backbone(tiny_model(family))
+    backbone.add_own_weights("policy") if init == "full" else add_role(backbone, "policy", init, rank=3)
+    perturb(backbone, "policy", 0.02)
+    found = policy_drift(backbone, rank=3)
+    merged = dict(backbone.merged_tensors("policy"))
+    plain = tiny_model(family)
+    change = total = principal = minor = 0.0
+    ranks = []
+    for name, before in plain.state_dict().items():
+        linear = before.dim() == 2 and "embed" not in name and name.split(".")[-2] not in ("wte", "wpe", "lm_head")
+        if not linear:
+            continue
+        w, d = before.double().numpy(), (merged[name] - before).double().numpy()
+        u, _, vh = np.linalg.svd(w, full_matrices=False)
+        change, total = change + (d**2).sum(), total + (w**2).sum()
+        principal += ((u[:, :3].T @ d @ vh[:3].T) ** 2).sum()
+        minor += ((u[:, -3:].T @ d @ vh[-3:].T) ** 2).sum()
+        ranks.append((d**2).sum() / np.linalg.norm(d, 2) ** 2)
+    assert found["update_norm"] == pytest.approx((change / total) ** 0.5, rel=1e-3)
+    assert found["principal_share"] == pytest.approx(principal / change, rel=1e-2)
+    assert found["minor_share"] == pytest.approx(minor / change, rel=1e-2)
+    assert found["stable_rank"] == pytest.approx(sum(ranks) / len(ranks), rel=1e-3)
+    assert found["spectrum"][0] == 1.0
+    if init == "lora":
+        assert max(found["spectrum"][3:]) < 1e-4  # an update of rank 3
+
+
+def test_a_policy_that_has_not_moved_has_no_drift() -> None:
+    backbone = load_backbone(tiny_model("llama"))
+    add_role(backbone, "policy", "pissa", rank=3)
+    assert policy_drift(backbone, rank=3) == {"update_norm": 0.0}
+    assert torch.is_grad_enabled()
+
+
+def test_a_runs_drift_is_that_of_its_adapter(whole: Path) -> None:
+    folder = whole / "out" / "runs" / "pissa" / "seed-1" / "ppo"
+    backbone = load_backbone("random:tiny-llama")
+    load_role(backbone, "policy", folder / "adapter")
+    kept = json.loads((folder / "drift.json").read_text())
+    assert kept == pytest.approx({"rank": 2, **policy_drift(backbone, 2)})
