@@ -17,6 +17,7 @@ from tests.runs import PAIRS, PROMPTS, Outcome, contents, recipe, write_jsonl, w
 Cli = Callable[..., Outcome]
 Refused = Callable[..., str]
 ALL = ("preferences", "reward", "ppo", "evaluate")
+RECIPES = "compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke"
 INITS = "corda, cross_task, eva, gaussian, lora, lora_ga, milora, olora, orthogonal, pissa, rlmo, rlpo"
 
 
@@ -200,18 +201,9 @@ def test_a_recipe_that_is_not_text(refused: Refused, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "smok",
-            "there is no recipe 'smok': neither a file nor one of compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke (did you mean 'smoke'?)",
-        ),
-        (
-            "zzz",
-            "there is no recipe 'zzz': neither a file nor one of compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke",
-        ),
-        (
-            "smoke.yaml",
-            "there is no recipe 'smoke.yaml': neither a file nor one of compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke (did you mean",
-        ),
+        ("smok", f"there is no recipe 'smok': neither a file nor one of {RECIPES} (did you mean 'smoke'?)"),
+        ("zzz", f"there is no recipe 'zzz': neither a file nor one of {RECIPES}"),
+        ("smoke.yaml", f"there is no recipe 'smoke.yaml': neither a file nor one of {RECIPES} (did you mean"),
     ],
 )
 def test_a_recipe_that_is_not_there(refused: Refused, name: str, message: str) -> None:
