@@ -226,8 +226,9 @@ def test_ppo_with_a_judge_every_other_step(cli: Callable[..., Outcome], tmp_path
 def test_over_optimisation_is_told() -> None:
     from pe_rlhf.report import over_optimisation
 
-    def row(step: int, reward: float, rate: float) -> dict[str, Any]:
-        return {"step": step, "reward": reward, "judge_win_rate": rate, "judge_ci_high": rate + 0.1}
+    def row(step: int, reward: float, rate: float, low: float = 0.1, high: float = 0.1) -> dict[str, Any]:
+        interval = {"judge_ci_low": rate - low, "judge_ci_high": rate + high}
+        return {"step": step, "reward": reward, "judge_win_rate": rate, **interval}
 
     up = [row(5, 0.1, 0.5), row(10, 0.5, 0.8)]
     assert over_optimisation(up) == ""
@@ -236,3 +237,7 @@ def test_over_optimisation_is_told() -> None:
         "over-optimised: the judge fell from 80.0 % at step 10"
     )
     assert over_optimisation([*up, row(15, 0.4, 0.6)]) == ""  # both fell: no sign of it
+    # Newcombe's interval by hand: 0.2 against √(0.1² + 0.1²) = 0.141 above; here 0.2 against √(0.1² + 0.18²) = 0.206.
+    assert over_optimisation([*up, row(15, 0.9, 0.6, high=0.18)]) == ""
+    # 39 of 40 after 40 of 40, with Wilson's intervals.
+    assert over_optimisation([row(5, 0.1, 1.0, 0.0876, 0.0), row(10, 0.5, 0.975, 0.1038, 0.0206)]) == ""

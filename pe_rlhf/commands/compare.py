@@ -66,7 +66,7 @@ def compare(
         _show(plan)
         return
     if submit is not None:
-        _submit(plan, submit, overrides or [])
+        _submit(plan, submit)
         return
     plan.root.mkdir(parents=True, exist_ok=True)
     save_recipe(plan.base, plan.root / "comparison.yaml")
@@ -147,9 +147,9 @@ def _show(plan: Plan) -> None:
     typer.echo(f"{len(plan.arms)} arms, seeds {seeds}: {trials} trials and {runs} runs, into {plan.root}")
 
 
-def _submit(plan: Plan, how: str, overrides: list[str]) -> None:
+def _submit(plan: Plan, how: str) -> None:
     from pe_rlhf.comparison.submit import arguments_for, submit
 
     if how not in ("slurm", "print"):
         raise InputError(f"--submit {how}: it is slurm or print")
-    submit(plan, arguments_for(plan.path, plan.root, overrides), print_only=how == "print", echo=typer.echo)
+    submit(plan, arguments_for(plan.path, plan.root, plan.overrides), print_only=how == "print", echo=typer.echo)

@@ -184,11 +184,11 @@ COLUMNS = {"reward": REWARD, "ppo": PPO, "evaluate": EVALUATE, "drift": DRIFT}
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
-    """For `summary.json`: everything but the runs' metrics and preferences, which lie in their folders. NaN is None."""
+    """For `summary.json`: all but the runs' folders, and their metrics and preferences, which lie there. NaN is None."""
     short = replace(analysis, runs=[replace(run, metrics=[], preferences={}) for run in analysis.runs])
     tree = _plain(asdict(short))
     for run in tree["runs"]:
-        del run["metrics"], run["preferences"]
+        del run["metrics"], run["preferences"], run["folder"]
     return tree
 
 

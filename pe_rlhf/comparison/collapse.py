@@ -70,7 +70,7 @@ def _entropy(run: RunResult, share: float) -> Collapse | None:
 
 
 def _hacked(run: RunResult) -> Collapse | None:
-    judged = rows_with(run, "reward", "judge_win_rate", "judge_ci_high")
+    judged = rows_with(run, "reward", "judge_win_rate", "judge_ci_low", "judge_ci_high")
     if judged and (turn := judge_turned_down(judged)):
         return Collapse(run.seed, "reward hacking", turn[0]["step"], over_optimisation(judged))
     if (change := _change(run)) is None or not known(high := run.evaluate.get("ci_high", math.nan)):

@@ -6,11 +6,11 @@ import csv
 import io
 import os
 import platform
+import shlex
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import yaml
 from rich.table import Table
 
 from pe_rlhf.comparison.analysis import analyse, to_json, to_rows
@@ -36,7 +36,8 @@ def write_results(plan: Plan, places: list[Path]) -> Outcome:
     """Collect the runs, analyse them, and write `report.html`, `summary.json` and `results.csv`."""
     choices = [choose(plan, arm) for arm in plan.arms]
     analysis = analyse(plan.base.name, plan.config, collect(plan, choices, places))
-    recipe = yaml.safe_dump(plan.base.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # As it was written: with its remarks, and without the paths of this machine.
+    recipe = plan.path.read_text(encoding="utf-8")
     write_comparison_report(analysis, plan.root / "report.html", recipe=recipe, facts=facts(plan))
     write_json(plan.root / "summary.json", {**facts(plan), **to_json(analysis), "trials": _trials(choices)})
     write_whole(plan.root / "results.csv", _csv(to_rows(analysis)))
@@ -48,7 +49,7 @@ def facts(plan: Plan) -> dict[str, str]:
     """What was compared, where and when."""
     return {
         "model": plan.base.model,
-        "command": f"pe-rlhf compare {plan.path.stem}",
+        "command": shlex.join(["pe-rlhf", "compare", plan.path.stem, *plan.overrides]),
         "seeds": ", ".join(map(str, plan.config.seeds)),
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {_processor()}",

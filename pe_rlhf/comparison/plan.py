@@ -56,6 +56,7 @@ class Plan:
     base: Recipe
     config: CompareConfig
     arms: list[Arm]
+    overrides: list[str]
 
     @property
     def shared(self) -> PlannedRun | None:
@@ -124,7 +125,7 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
     if base.ppo is None:
         raise InputError(f"{path}: arms are compared by their PPO stage, and there is none")
     where = (root or Path("comparisons") / base.name).absolute()
-    plan = Plan(path, where, tree, base, base.compare, _arms(base.compare))
+    plan = Plan(path, where, tree, base, base.compare, _arms(base.compare), overrides)
     _refuse_equal_arms(plan)
     return plan
 

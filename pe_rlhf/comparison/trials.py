@@ -43,12 +43,12 @@ def choose(plan: Plan, arm: Arm) -> Choice:
         return Choice(arm, rows, 1.0)
     base = plan.trial_base(arm)
     if base is not None and state_of(base)[0] == "failed":
-        return Choice(arm, rows, None, f"the reward model of its trials failed: {state_of(base)[1]}")
+        return Choice(arm, rows, None, f"the reward model of its trials failed, see {base.folder / 'log.txt'}")
     if any(row["status"] == "unfinished" for row in rows):
         return Choice(arm, rows, None, "its trials have not finished")
     tried = [row for row in rows if not math.isnan(row["objective"])]
     if not tried:
-        return Choice(arm, rows, None, f"all its {len(rows)} trials failed: {rows[0]['message']}")
+        return Choice(arm, rows, None, f"all its {len(rows)} trials failed, see trials in summary.json")
     return Choice(arm, rows, max(tried, key=lambda row: row["objective"])["lr_factor"])
 
 

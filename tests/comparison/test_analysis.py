@@ -398,7 +398,8 @@ def test_json_holds_no_nan_and_no_metrics() -> None:
     assert tree["arms"][0]["reward"] == {"value": pytest.approx(0.4), "low": None, "high": None}
     assert tree["arms"][1]["collapses"][0]["kind"] == "not finite"
     first = tree["runs"][0]
-    assert (first["folder"], first["drift"]["update_norm"]) == ("runs/a/1", None)
+    assert first["drift"]["update_norm"] is None
+    assert "folder" not in first  # another machine's paths are of no use
     assert {"metrics", "preferences"}.isdisjoint(first)
     assert len(analysis.runs[0].metrics) == 4  # it is a copy that was cut
 
