@@ -51,6 +51,7 @@ def load_backbone(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantization: str = "none",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Backbone:
     """Load a base once, for all roles.
@@ -61,6 +62,7 @@ def load_backbone(
         device: `auto` is the current CUDA device where there is one, else the CPU.
         attention: transformers' attention implementation: `sdpa` (`eager` where the model has no sdpa), `eager`,
             `flash_attention_2`, …
+        quantization: `4bit` (NF4) or `8bit` (LLM.int8) by bitsandbytes, of the base alone.
     """
     if isinstance(model, PreTrainedModel):
         return Backbone(model, tokenizer)
@@ -71,6 +73,7 @@ def load_backbone(
         attention=attention,
         trust_remote_code=trust_remote_code,
         revision=revision,
+        quantization=quantization,
     )
     return Backbone(loaded, tokenizer or own_tokenizer, name=str(model))
 

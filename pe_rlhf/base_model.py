@@ -45,4 +45,5 @@ def load_base(recipe: Recipe, model: str, device: str | None = None) -> Backbone
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
         revision=settings.revision,
+        quantization=settings.quantization,
     )

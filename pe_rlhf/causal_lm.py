@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,7 +25,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_causal_lm(
-    name: str, *, dtype: str, device: torch.device, attention: str, trust_remote_code: bool, revision: str | None = None
+    name: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    attention: str,
+    trust_remote_code: bool,
+    revision: str | None = None,
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a hub id, a directory or `pip:NAME`; weights from safetensors only.
 
@@ -33,6 +42,7 @@ def load_causal_lm(
     transformers_logging.disable_progress_bar()
     path = resolve_model(name)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    quantised = {} if quantization == "none" else _bitsandbytes(quantization, dtype, device)
     try:
         config = AutoConfig.from_pretrained(path, **common)
         for key, value in config.to_dict().items():
@@ -41,13 +51,30 @@ def load_causal_lm(
         # Unasked, transformers takes sdpa where the model has it, else eager (GPT-Neo); asked for, it refuses.
         chosen = None if attention == "sdpa" else attention
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=DTYPES[dtype], attn_implementation=chosen, use_safetensors=True, **common
+            path,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=chosen,
+            use_safetensors=True,
+            **common,
+            **quantised,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"model: could not load {name!r}: {reason}") from error
+    if quantised:
+        return model, tokenizer  # it is where it belongs, and some kinds cannot be moved
     return model.to(device), tokenizer  # type: ignore[arg-type]  # a decorator of transformers hides the overloads
+
+
+def _bitsandbytes(quantization: str, dtype: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told to quantise. Raises `InputError` where bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("backbone.quantization needs bitsandbytes: pip install 'pe-rlhf[quantized]'")
+    four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
+    config = BitsAndBytesConfig(**(four if quantization == "4bit" else {"load_in_8bit": True}))
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def find_device(name: str) -> torch.device:

@@ -11,7 +11,8 @@ from typing import Any
 from pe_rlhf.files import write_whole
 from pe_rlhf.metrics import read_jsonl
 from pe_rlhf.plots import draw_reliability
-from pe_rlhf.report import Tile, conversation, number, page_template, percent
+from pe_rlhf.report import Tile, page_template
+from pe_rlhf.wording import conversation, number, percent
 from reward.errors import InputError
 from reward.summary import combine_orders
 from reward.verdicts import FIRST, SECOND

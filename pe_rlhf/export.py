@@ -173,6 +173,11 @@ def model_card(found: FinishedRole, form: Format) -> str:
 
 
 def _write_merged(found: FinishedRole, path: Path) -> None:
+    if found.recipe.backbone.quantization != "none":
+        raise InputError(
+            f"{found.folder} was trained on a quantised base: merged with the original weights it would be another"
+            " model; export it with --format lora"
+        )
     backbone = load_base(found.recipe, found.description["base_model"], "cpu")
     load_role(backbone, found.role, found.folder)
     write_merged(backbone, found.role, found.recipe.backbone, path)

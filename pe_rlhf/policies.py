@@ -39,11 +39,12 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class RoleFolder:
-    """A role that a stage wrote: its folder, the base model's name and the recipe's chat template."""
+    """A role that a stage wrote: its folder, the base model's name, and the recipe's chat template and quantisation."""
 
     folder: Path
     base: str
-    chat_template: str
+    chat_template: str = "auto"
+    quantization: str = "none"
 
 
 def find_role(name: str, stage: str) -> RoleFolder | None:
@@ -61,12 +62,16 @@ def find_role(name: str, stage: str) -> RoleFolder | None:
         base = json.loads((folder / "role.json").read_text(encoding="utf-8"))["base_model"]
     except (ValueError, KeyError) as error:
         raise InputError(f"{folder / 'role.json'} is damaged: {error}") from error
-    return RoleFolder(folder, base_of_role(folder, base), load_recipe(recipe).chat_template if recipe else "auto")
+    base = base_of_role(folder, base)
+    if recipe is None:
+        return RoleFolder(folder, base)
+    settings = load_recipe(recipe)
+    return RoleFolder(folder, base, settings.chat_template, settings.backbone.quantization)
 
 
 def load_role_backbone(found: RoleFolder, role: str, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
     """The base model with that role on it, and the codec of the run."""
-    backbone = load_backbone(found.base, dtype=dtype, device=device)
+    backbone = load_backbone(found.base, dtype=dtype, device=device, quantization=found.quantization)
     load_role(backbone, role, found.folder)
     return backbone, _codec(backbone, found.chat_template)
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from pe_rlhf.files import write_whole
 from pe_rlhf.plots import Curves, Panel, Plot, draw_curves, draw_reliability, draw_stacked
+from pe_rlhf.wording import conversation, duration, number, percent, preferred
 from reward.errors import InputError
 
 Row = dict[str, Any]
@@ -303,46 +304,3 @@ def _ppo_samples(stages: dict[str, Stage]) -> list[dict[str, str]]:
         for step in chosen
         for sample in by_step[step][:PPO_SAMPLES_PER_STEP]
     ]
-
-
-# --- words and numbers -------------------------------------------------------------------------------------------
-
-
-def conversation(prompt: str | list[Row]) -> str:
-    """A prompt as text: a lone user message as it is, a longer conversation with its roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def preferred(preference: float | None) -> str:
-    """Whom the judge prefers; `preference` is the policy's share of the win."""
-    if preference is None:
-        return "no verdict"
-    if preference == 0.5:
-        return "tie"
-    return "policy" if preference > 0.5 else "anchor"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def number(value: float | None) -> str:
-    """Whole numbers with thousands apart, others with three significant digits, a dash for what is not known."""
-    if value is None:
-        return "–"
-    whole = isinstance(value, int) or abs(value) >= 1000
-    text = f"{value:,.0f}" if whole else f"{value:#.3g}".rstrip(".")
-    return text.replace("-", "−").replace(",", "\u202f")
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -22,6 +22,7 @@ from pe_rlhf.adapters.statistics import LayerStatistics, StatisticsSource
 from pe_rlhf.adapters.targets import Targets, find_targets, linear_modules
 from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, like_out_in, merged_weight, unwrap, weight_out_in
 from pe_rlhf.distributed import is_sharded
+from pe_rlhf.named_tensors import part_of, set_tensors, unique_tensors
 from pe_rlhf.seeding import derive_seed
 from reward.errors import InputError
 from reward.head import ScalarHead
@@ -141,13 +142,13 @@ class ModelWithRoles(nn.Module):
         try:
             head = self._new_head(role)
             if head is not None:
-                head.load_state_dict(_part(state, "head"))
+                head.load_state_dict(part_of(state, "head"))
             if isinstance(spec, FullSpec):
                 model = self._plain_copy(ANCHOR, whole=head is None)
-                _set_tensors(unique_tensors(model), _part(state, "model"))
+                set_tensors(unique_tensors(model), part_of(state, "model"))
                 return self._install_own(role, model, head)
             weights = {name: weight_out_in(self._wrap(name).base) for name in spec.modules}
-            adapters = {name: saved_adapter(spec, weight, _part(state, name)) for name, weight in weights.items()}
+            adapters = {name: saved_adapter(spec, weight, part_of(state, name)) for name, weight in weights.items()}
         except (KeyError, ValueError, RuntimeError, AttributeError) as error:
             raise InputError(f"what was saved does not fit role {role!r} on {self.name}") from error
         return self._install(role, spec, adapters, head)
@@ -161,7 +162,7 @@ class ModelWithRoles(nn.Module):
     def set_role_state(self, role: str, state: dict[str, Tensor]) -> None:
         """Set the tensors of a role that is there in place, so that an optimizer on them stays valid."""
         try:
-            _set_tensors(dict(self._named(role, unique_tensors)), state)
+            set_tensors(dict(self._named(role, unique_tensors)), state)
         except ValueError as error:
             raise InputError(f"the saved tensors are not those of role {role!r} on {self.name}") from error
 
@@ -306,22 +307,3 @@ class ModelWithRoles(nn.Module):
             modules["head"] = self.heads[role]
         for name, module in modules.items():
             yield from ((f"{name}.{part}", tensor) for part, tensor in tensors_of(module).items())
-
-
-def _part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = f"{name}."
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-
-
-def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module's state by name; one that has two names (tied embeddings) is there under the first."""
-    seen: set[int] = set()
-    return {n: t for n, t in module.state_dict().items() if not (t.data_ptr() in seen or seen.add(t.data_ptr()))}
-
-
-def _set_tensors(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Copy a saved state into the tensors that it was saved from. Raises ValueError where they are others."""
-    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in state.items()}:
-        raise ValueError("the names or shapes of the tensors differ")
-    for name, tensor in own.items():
-        tensor.copy_(state[name])

@@ -12,7 +12,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from pe_rlhf.report import duration, number, write_report
+from pe_rlhf.report import write_report
+from pe_rlhf.wording import duration, number
 from reward.errors import InputError
 
 Row = dict[str, Any]

@@ -34,8 +34,8 @@ def inspect(
     from rich.table import Table
 
     from pe_rlhf.progress import console
-    from pe_rlhf.report import number
     from pe_rlhf.stages.inspect import inits_named, inspect_recipe, write_page
+    from pe_rlhf.wording import number
 
     folder = run_dir or Path("runs") / loaded.name
     result = inspect_recipe(loaded, chosen, inits_named(inits, loaded.adapter_for(chosen)), folder)

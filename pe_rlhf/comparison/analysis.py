@@ -184,7 +184,7 @@ COLUMNS = {"reward": REWARD, "ppo": PPO, "evaluate": EVALUATE, "drift": DRIFT}
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
-    """For `summary.json`: all but the runs' folders, and their metrics and preferences, which lie there. NaN is None."""
+    """For `summary.json`: all but the runs' folders, metrics and preferences; NaN is None."""
     short = replace(analysis, runs=[replace(run, metrics=[], preferences={}) for run in analysis.runs])
     tree = _plain(asdict(short))
     for run in tree["runs"]:

@@ -17,7 +17,7 @@ from pe_rlhf.comparison.tables import MISSING
 from pe_rlhf.comparison.trajectory import known
 from pe_rlhf.comparison.types import Analysis, ArmResult
 from pe_rlhf.plots import INK, Plot, finish_axis, plot_figure
-from pe_rlhf.report import number, percent
+from pe_rlhf.wording import number, percent
 
 NAME_WIDTH, NAME_LINES = 22, 3
 

@@ -8,7 +8,8 @@ import re
 from pe_rlhf.comparison.trajectory import known, last_quarter, last_step, rows_with
 from pe_rlhf.comparison.types import Collapse, CollapseKind, RunResult
 from pe_rlhf.config.compare import CollapseConfig
-from pe_rlhf.report import judge_turned_down, number, over_optimisation, percent
+from pe_rlhf.report import judge_turned_down, over_optimisation
+from pe_rlhf.wording import number, percent
 
 # The messages of engine.py, stages/reward.py, rollout/ and reward/judges/functions.py; and that of stages/ppo.py.
 NOT_FINITE = re.compile(

@@ -15,7 +15,7 @@ from pe_rlhf.comparison.statistics import (
     welch,
 )
 from pe_rlhf.comparison.types import PairResult
-from pe_rlhf.report import number
+from pe_rlhf.wording import number
 
 Measure = Literal["win_rate", "reward"]
 

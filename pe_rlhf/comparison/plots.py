@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from pe_rlhf.comparison.trajectory import known, rows_with
 from pe_rlhf.comparison.types import Analysis, RunResult
 from pe_rlhf.plots import FEW_POINTS, INK, MUTED, SERIES, Plot, finish_axis, plot_figure
-from pe_rlhf.report import number
+from pe_rlhf.wording import number
 
 # In units of the line's width. Neighbours in the list of arms differ in them, and so do colours that come close.
 DASHES: tuple[tuple[float, ...], ...] = ((), (4.0, 1.8), (1.0, 1.3), (5.5, 1.5, 1.0, 1.5))

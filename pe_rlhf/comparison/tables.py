@@ -12,7 +12,7 @@ from pe_rlhf.comparison.pairs import SIGNIFICANT
 from pe_rlhf.comparison.plots import Look, looks
 from pe_rlhf.comparison.trajectory import known
 from pe_rlhf.comparison.types import Analysis, ArmResult, Estimate, PairResult
-from pe_rlhf.report import duration, number, percent
+from pe_rlhf.wording import duration, number, percent
 
 MISSING = number(None)
 

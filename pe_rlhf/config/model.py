@@ -14,6 +14,9 @@ class BackboneConfig(Section):
     """How the base model is loaded."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of the frozen base")
+    quantization: Literal["none", "4bit", "8bit"] = Field(
+        default="none", description="of the frozen base, by bitsandbytes: NF4 or LLM.int8; with adapters alone"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
     attention: str = Field(default="sdpa", description="attention implementation of transformers")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")

@@ -88,6 +88,22 @@ class Recipe(Section):
             raise ValueError("evaluate compares the policy of the ppo stage with the anchor: add a ppo section")
         return self
 
+    @model_validator(mode="after")
+    def _quantised_base(self) -> Recipe:
+        """What a quantised base cannot be: trained, or what vLLM samples from."""
+        if self.backbone.quantization == "none":
+            return self
+        if self.tuning == "full" or self.sft is not None:
+            raise ValueError("backbone.quantization: a quantised base is for adapters; not with tuning: full or sft")
+        for stage in self.stages:
+            section = getattr(self, stage)
+            engine = getattr(section, "rollout", None) or getattr(section, "sampling", None)
+            if engine is not None and engine.engine == "vllm":
+                raise ValueError(
+                    f"backbone.quantization: {stage} samples with vLLM, which would hold another base; use hf"
+                )
+        return self
+
     def adapter_for(self, stage: str) -> AdapterConfig:
         """The adapter settings of a stage: its own, else the recipe's."""
         return getattr(getattr(self, stage), "adapter", None) or self.adapter

@@ -46,6 +46,8 @@ class StageContext:
         if settings.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
         if (deepspeed := self.deepspeed) is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+            if settings.quantization != "none":
+                raise InputError("backbone.quantization: ZeRO-3 cannot split a quantised base; use zero2 or less")
             backbone.keep_fingerprint()
             shard_base(backbone.model, deepspeed)
         return backbone

@@ -1,0 +1,25 @@
+"""The tensors of modules by name: as a saved state has them, and back into place."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def part_of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of a state whose names begin with `name.`, without it."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module's state by name; one that has two names (tied embeddings) is there under the first."""
+    seen: set[int] = set()
+    return {n: t for n, t in module.state_dict().items() if not (t.data_ptr() in seen or seen.add(t.data_ptr()))}
+
+
+def set_tensors(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Copy a saved state into the tensors that it was saved from. Raises ValueError where they are others."""
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in state.items()}:
+        raise ValueError("the names or shapes of the tensors differ")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

@@ -1,0 +1,127 @@
+"""Adapters on a base in 4 and 8 bit, by bitsandbytes on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from pe_rlhf.adapters.wrapped import WrappedLayer
+from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.cli import app
+from reward.errors import InputError
+from tests.runs import read_jsonl, recipe, write_recipe
+from tests.tiny import ALL_INITS, add_role, perturb, ragged_sequences, role_logits, tiny_model
+
+functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+
+KINDS = ["4bit", "8bit"]
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
+    """A tiny Llama on the disk; its tokenizer is that of the tiny random model."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama", vocab_size=257, **SIZES).save_pretrained(path)
+    load_backbone("random:tiny-llama").tokenizer.save_pretrained(path)
+    return path
+
+
+def quantised(folder: Path, kind: str) -> Backbone:
+    return load_backbone(str(folder), quantization=kind)
+
+
+def base_bytes(backbone: Backbone) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in backbone.model.named_parameters() if ".adapters." not in n}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("init", ALL_INITS)
+def test_step_0_is_the_quantised_base_to_the_bit(folder: Path, kind: str, init: str) -> None:
+    plain = quantised(folder, kind)
+    assert sum(parameter.dtype in (torch.uint8, torch.int8) for parameter in plain.model.parameters()) == 14
+    expected = role_logits(plain, "anchor")
+    backbone = quantised(folder, kind)
+    add_role(backbone, "policy", init, rank=3)
+    assert torch.equal(role_logits(backbone, "policy"), expected)
+    assert torch.equal(role_logits(backbone, "anchor"), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pissa_is_that_of_the_dequantised_weight(folder: Path, kind: str) -> None:
+    """Against numpy's SVD of what bitsandbytes itself makes of the layer."""
+    backbone = quantised(folder, kind)
+    add_role(backbone, "policy", "pissa", rank=3, alpha=3)
+    state = backbone.role_state("policy")
+    for name in backbone.adapter_spec("policy").modules:
+        layer: Any = backbone.model.get_submodule(name)
+        assert isinstance(layer, WrappedLayer)
+        weight: Any = layer.base.weight
+        if kind == "4bit":
+            dense = functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        else:
+            dense = weight.CB.float() * weight.SCB[:, None] / 127
+        u, s, vh = torch.linalg.svd(dense.double(), full_matrices=False)
+        expected = (u[:, :3] * s[:3]) @ vh[:3]
+        product = state[f"{name}.initial_B_OR"].double() @ state[f"{name}.initial_A_RI"].double()
+        torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_leaves_the_base_as_it_was(folder: Path, kind: str) -> None:
+    backbone = quantised(folder, kind)
+    add_role(backbone, "policy", "lora", rank=3)
+    perturb(backbone, "policy")
+    before = base_bytes(backbone)
+    parameters = backbone.role_parameters("policy")
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        with backbone.role("policy"):
+            loss = -backbone.response_logprobs(ragged_sequences())[0].mean()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in parameters.values())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base_bytes(backbone).items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_run_and_its_export(folder: Path, tmp_path: Path, kind: str) -> None:
+    tree = recipe("reward", "ppo", "evaluate", model=str(folder), backbone__quantization=kind, adapter__init="pissa")
+    done = CliRunner().invoke(app, ["run", str(write_recipe(tmp_path, tree)), "--run-dir", str(tmp_path / "run")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    first = read_jsonl(tmp_path / "run" / "ppo" / "metrics.jsonl")[0]
+    assert first["kl"] == pytest.approx(0, abs=0.05 if kind == "8bit" else 1e-4)  # int8 rounds activations, too
+    exported = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--to", str(tmp_path / "lora")])
+    assert exported.exit_code == 0, (exported.output, exported.exception)
+    refused = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", "merged"])
+    assert isinstance(refused.exception, InputError)
+    assert "was trained on a quantised base" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tuning": "full"}, "not with tuning: full or sft"),
+        ({"ppo__rollout": {"engine": "vllm"}}, "ppo samples with vLLM, which would hold another base"),
+        ({"backbone__quantization": "3bit"}, "backbone.quantization"),
+    ],
+)
+def test_what_does_not_go_with_it(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    tree = recipe("ppo", **{"backbone__quantization": "4bit", **changes})
+    done = CliRunner().invoke(app, ["run", str(write_recipe(tmp_path, tree)), "--dry-run"])
+    assert isinstance(done.exception, InputError)
+    assert said in str(done.exception)
+
+
+def test_a_quantised_base_is_not_tuned_whole(folder: Path) -> None:
+    with pytest.raises(InputError, match="a quantised base cannot be trained"):
+        quantised(folder, "4bit").add_own_weights("policy")
