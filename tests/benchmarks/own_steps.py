@@ -1,7 +1,7 @@
 """The project's side of the benchmarks: the steps of the PPO and the reward stage, timed, in a process of their own.
 
 python own_steps.py ppo    --model DIR --data PROMPTS --steps 3 --output FILE.json
-python own_steps.py reward --model DIR --data PAIRS   --steps 2 --output FILE.json
+python own_steps.py reward --model DIR --data PAIRS   --steps 2 --output FILE.json [--tuning full] [--last-layers 12]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pe_rlhf.processes import openmp_environment
@@ -36,8 +37,11 @@ PROMPTS, NEW_TOKENS, PAIRS, MAX_TOKENS = 16, 48, 16, 512
 MICRO_BATCH_TOKENS = 512
 
 
-def ppo_steps(backbone: Backbone, data: Path, steps: int) -> tuple[list[float], list[int]]:
-    """16 prompts, 48 new tokens, 2 epochs × 2 minibatches; policy, value and reward adapters on one backbone."""
+AddRole = Callable[[Backbone, str], None]
+
+
+def ppo_steps(backbone: Backbone, add: AddRole, data: Path, steps: int) -> tuple[list[float], list[int]]:
+    """16 prompts, 48 new tokens, 2 epochs × 2 minibatches; policy, value and reward on one backbone."""
     codec = TextCodec(backbone.tokenizer)
     source = DataSource(path=str(data))
     config = PPOConfig(
@@ -47,7 +51,7 @@ def ppo_steps(backbone: Backbone, data: Path, steps: int) -> tuple[list[float], 
         micro_batch_tokens=MICRO_BATCH_TOKENS,
     )
     for role in ("policy", "value", "reward"):
-        backbone.add_adapter(role, rank=16, alpha=32)
+        add(backbone, role)
     groups = [RoleGroup(role, backbone.role_parameters(role), 1e-4) for role in ("policy", "value")]
     engine = Engine(groups, config.optimizer, total_steps=4 * steps)
     scorer = AdapterScorer(backbone, "reward", config.micro_batch_tokens)
@@ -65,11 +69,11 @@ def ppo_steps(backbone: Backbone, data: Path, steps: int) -> tuple[list[float], 
     return seconds, tokens
 
 
-def reward_steps(backbone: Backbone, data: Path, steps: int) -> tuple[list[float], list[int]]:
+def reward_steps(backbone: Backbone, add: AddRole, data: Path, steps: int) -> tuple[list[float], list[int]]:
     """16 preference pairs per optimizer step, in file order; pairs over 512 tokens are left out, as TRL does."""
     config = RewardConfig(micro_batch_tokens=MICRO_BATCH_TOKENS)
     records, _ = load_records(load_rows(DataSource(path=str(data)), "--data"), str(data))
-    backbone.add_adapter("reward", rank=16, alpha=32)
+    add(backbone, "reward")
     engine = Engine([RoleGroup("reward", backbone.role_parameters("reward"), 1e-4)], config.optimizer, steps)
     pairs = _short(encode_pairs(records, TextCodec(backbone.tokenizer, "none"), limit=10**6))
     seconds, tokens = [], []
@@ -99,12 +103,23 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--tuning", choices=["adapter", "full"], default="adapter")
+    parser.add_argument("--last-layers", type=int, help="adapters on the last blocks alone")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     run = ppo_steps if args.stage == "ppo" else reward_steps
-    seconds, tokens = run(load_backbone(args.model), args.data, args.steps)
+
+    def add(backbone: Backbone, role: str) -> None:
+        if args.tuning == "full":
+            backbone.add_own_weights(role)
+        else:
+            backbone.add_adapter(role, rank=16, alpha=32, last_layers=args.last_layers)
+
+    backbone = load_backbone(args.model)
+    backbone.trunk_cache_mib = 1024
+    seconds, tokens = run(backbone, add, args.data, args.steps)
     args.output.write_text(json.dumps({"seconds_per_step": seconds, "tokens_per_step": tokens}) + "\n")
 
 
