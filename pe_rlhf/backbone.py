@@ -111,6 +111,11 @@ class Backbone(ModelWithRoles):
         return pad if isinstance(pad, int) else (self.eos_token_ids or [0])[0]
 
     @property
+    def precision(self) -> torch.dtype:
+        """What passes over the same tokens agree to, in other batches or engines. LLM.int8 rounds its inputs, too."""
+        return torch.bfloat16 if getattr(self.model, "is_loaded_in_8bit", False) else self.model.dtype
+
+    @property
     def max_positions(self) -> int | None:
         """The longest sequence the model takes, where its config says so."""
         return getattr(self.model.config, "max_position_embeddings", None)

@@ -64,6 +64,11 @@ def load_causal_lm(
         reason = " ".join(str(error).split())
         raise InputError(f"model: could not load {name!r}: {reason}") from error
     if quantised:
+        for module in model.modules():
+            # On CPUs with AVX512-BF16 bitsandbytes would turn weights round in place at the first pass without a
+            # gradient, into a layout that has no backward pass and that cannot be read back.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
         return model, tokenizer  # it is where it belongs, and some kinds cannot be moved
     return model.to(device), tokenizer  # type: ignore[arg-type]  # a decorator of transformers hides the overloads
 

@@ -43,7 +43,9 @@ def base_bytes(backbone: Backbone) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("init", ALL_INITS)
 def test_step_0_is_the_quantised_base_to_the_bit(folder: Path, kind: str, init: str) -> None:
-    plain = quantised(folder, kind)
+    plain, whole = quantised(folder, kind), load_backbone(str(folder))
+    difference = role_logits(plain, "anchor") - role_logits(whole, "anchor")
+    assert 0 < difference.norm() < 0.5 * role_logits(whole, "anchor").norm()
     assert sum(parameter.dtype in (torch.uint8, torch.int8) for parameter in plain.model.parameters()) == 14
     expected = role_logits(plain, "anchor")
     backbone = quantised(folder, kind)
@@ -65,11 +67,25 @@ def test_pissa_is_that_of_the_dequantised_weight(folder: Path, kind: str) -> Non
         if kind == "4bit":
             dense = functional.dequantize_4bit(weight.data, weight.quant_state).float()
         else:
-            dense = weight.CB.float() * weight.SCB[:, None] / 127
+            dense = weight.data.float() * layer.base.state.SCB[:, None] / 127
         u, s, vh = torch.linalg.svd(dense.double(), full_matrices=False)
         expected = (u[:, :3] * s[:3]) @ vh[:3]
         product = state[f"{name}.initial_B_OR"].double() @ state[f"{name}.initial_A_RI"].double()
         torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
+        assert product.norm() > 0.1
+
+
+def test_the_dequantised_weight_is_near_the_original_after_any_pass(folder: Path) -> None:
+    """Whatever layout a fast kernel may want: passes without a gradient come first."""
+    whole = load_backbone(str(folder))
+    for kind, near in (("4bit", 0.15), ("8bit", 0.02)):
+        backbone = quantised(folder, kind)
+        role_logits(backbone, "anchor")
+        add_role(backbone, "policy", "lora", rank=3)
+        whole.add_adapter(kind.replace("4", "four").replace("8", "eight"))
+        for name in backbone.adapter_spec("policy").modules:
+            original_OI = whole.base_weight(name)
+            assert (backbone.base_weight(name).float() - original_OI).norm() < near * original_OI.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pe_rlhf.distributed import gathered, is_sharded
 from reward.errors import InputError
+
+BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
 @dataclass
@@ -88,8 +90,12 @@ def like_out_in(base: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _dequantised(base: nn.Module) -> Tensor:
+    packed: nn.Parameter = base.weight  # type: ignore[assignment]
     try:
-        weight = dequantize_module_weight(base).detach()
+        if type(packed).__name__ in BITSANDBYTES:  # PEFT's function for modules moves one on a CPU, which breaks it
+            weight = dequantize_bnb_weight(packed, getattr(base, "state", None)).detach()
+        else:
+            weight = dequantize_module_weight(base).detach()
     except Exception as error:  # it is the quantisation library's, of which there are several: it can raise anything
         raise InputError(f"the weight of a {type(base).__name__} cannot be dequantised here: {error}") from error
     if not weight.is_floating_point():

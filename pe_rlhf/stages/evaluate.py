@@ -100,7 +100,7 @@ def _policy_figures(
         log_ratios.append(policy_N.float().cpu() - sampler_N)
     all_N = concat_over_ranks(torch.cat(log_ratios))
     kl = sum_figures({"kl": kl})["kl"] / len(sequences)
-    return {"kl": kl, **agreement(all_N, sampling, backbone.model.dtype)}
+    return {"kl": kl, **agreement(all_N, sampling, backbone.precision)}
 
 
 def _mean(scores: list[float | None]) -> float | None:

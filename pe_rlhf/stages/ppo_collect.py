@@ -122,7 +122,7 @@ def _old_logprobs(
     trainer_BR = response_logprobs(backbone, "policy", sequences, config)
     if config.rollout.correction == "truncated_is":
         weights_BR = (trainer_BR - sampler_BR).exp().clamp(max=config.rollout.correction_cap)
-    return trainer_BR, weights_BR, agreement((trainer_BR - sampler_BR)[mask_BR], config.rollout, backbone.model.dtype)
+    return trainer_BR, weights_BR, agreement((trainer_BR - sampler_BR)[mask_BR], config.rollout, backbone.precision)
 
 
 def recomputes_old_logprobs(backbone: Backbone, config: PPOConfig) -> bool:
@@ -130,5 +130,5 @@ def recomputes_old_logprobs(backbone: Backbone, config: PPOConfig) -> bool:
     if config.rollout.correction != "none" or config.rollout.top_k or config.rollout.top_p < 1:
         return True
     if config.rollout.old_logprobs == "auto":
-        return backbone.model.dtype != torch.float32
+        return backbone.precision != torch.float32
     return config.rollout.old_logprobs == "trainer"

@@ -32,7 +32,7 @@ def update(
             sums, log_ratio_N = _accumulate(backbone, engine, experience, rows, beta, config)
             if not means:
                 # No step was taken yet: what differs from π_old now is the sampler against the trainer.
-                figures = agreement(log_ratio_N, config.rollout, backbone.model.dtype)
+                figures = agreement(log_ratio_N, config.rollout, backbone.precision)
             rates = engine.learning_rates()
             norms = engine.step()
             for name, value in sums.items():
