@@ -64,11 +64,12 @@ def load_causal_lm(
         reason = " ".join(str(error).split())
         raise InputError(f"model: could not load {name!r}: {reason}") from error
     if quantised:
-        for module in model.modules():
+        modules: list[Any] = list(model.modules())
+        for module in modules:
             # On CPUs with AVX512-BF16 bitsandbytes would turn weights round in place at the first pass without a
             # gradient, into a layout that has no backward pass and that cannot be read back.
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+                module.support_avx512bf16_for_cpu = False
         return model, tokenizer  # it is where it belongs, and some kinds cannot be moved
     return model.to(device), tokenizer  # type: ignore[arg-type]  # a decorator of transformers hides the overloads
 
@@ -78,7 +79,8 @@ def _bitsandbytes(quantization: str, dtype: str, device: torch.device) -> dict[s
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError("backbone.quantization needs bitsandbytes: pip install 'pe-rlhf[quantized]'")
     four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
-    config = BitsAndBytesConfig(**(four if quantization == "4bit" else {"load_in_8bit": True}))
+    eight: dict[str, Any] = {"load_in_8bit": True}
+    config = BitsAndBytesConfig(**(four if quantization == "4bit" else eight))
     return {"quantization_config": config, "device_map": {"": device}}
 
 

@@ -63,11 +63,12 @@ def test_pissa_is_that_of_the_dequantised_weight(folder: Path, kind: str) -> Non
     for name in backbone.adapter_spec("policy").modules:
         layer: Any = backbone.model.get_submodule(name)
         assert isinstance(layer, WrappedLayer)
-        weight: Any = layer.base.weight
+        base: Any = layer.base
+        weight = base.weight
         if kind == "4bit":
             dense = functional.dequantize_4bit(weight.data, weight.quant_state).float()
         else:
-            dense = weight.data.float() * layer.base.state.SCB[:, None] / 127
+            dense = weight.data.float() * base.state.SCB[:, None] / 127
         u, s, vh = torch.linalg.svd(dense.double(), full_matrices=False)
         expected = (u[:, :3] * s[:3]) @ vh[:3]
         product = state[f"{name}.initial_B_OR"].double() @ state[f"{name}.initial_A_RI"].double()
