@@ -27,7 +27,7 @@ from tests.runs import contents, read_jsonl, recipe, without_time, write_recipe
 from tests.tiny import add_role, perturb, tiny_model
 
 CHECKOUT = Path(__file__).parents[2]
-COMPARE: dict[str, Any] = {"grid": {"init": ["lora", "pissa"]}, "seeds": [1, 2]}
+COMPARE: dict[str, Any] = {"grid": {"init": ["lora", "pissa"]}, "seeds": [1]}
 
 
 def comparison(folder: Path, **changes: Any) -> Path:
@@ -68,7 +68,7 @@ def trained(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
-    """A comparison that was left alone: two arms, two seeds, no trials."""
+    """A comparison that was left alone: two arms, no trials."""
     folder = tmp_path_factory.mktemp("whole")
     path = comparison(folder)
     done = run(folder, model_cache, path, "--dir", "out")
@@ -81,14 +81,13 @@ def test_it_leaves_runs_a_page_and_numbers(whole: Path) -> None:
     out = whole / "out"
     rows = results(out)
     assert [(row["arm"], row["seed"], row["status"]) for row in rows] == [
-        (arm, seed, "finished") for arm in ("lora", "pissa") for seed in ("1", "2")
+        (arm, "1", "finished") for arm in ("lora", "pissa")
     ]
     summary = json.loads((out / "summary.json").read_text())
     assert [arm["arm"] for arm in summary["arms"]] == ["lora", "pissa"]
     for arm in summary["arms"]:
-        files = [out / "runs" / arm["arm"] / f"seed-{seed}" / "evaluate" / "summary.json" for seed in (1, 2)]
-        rates = [json.loads(file.read_text())["win_rate"] for file in files]
-        assert arm["win_rate"]["value"] == pytest.approx(sum(rates) / 2)
+        file = out / "runs" / arm["arm"] / "seed-1" / "evaluate" / "summary.json"
+        assert arm["win_rate"]["value"] == pytest.approx(json.loads(file.read_text())["win_rate"])
     reward = json.loads((out / "shared" / "reward" / "summary.json").read_text())
     assert all(arm["reward_accuracy"] == pytest.approx(reward["eval_accuracy"]) for arm in summary["arms"])
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -166,6 +165,12 @@ def test_killed_at_random_it_comes_to_the_same(whole: Path, tmp_path: Path, mode
         assert list(map(without_time, read_jsonl(other))) == list(map(without_time, read_jsonl(path)))
 
 
+def test_runs_wait_for_what_is_shared(tmp_path: Path, model_cache: Path) -> None:
+    done = run(tmp_path, model_cache, comparison(tmp_path), "--dir", "out", "--only", "runs:1/2")
+    assert done.returncode == 2
+    assert "run `--only shared` first" in done.stderr
+
+
 def test_a_broken_arm_loses_no_other_and_can_be_tried_again(tmp_path: Path, model_cache: Path) -> None:
     """An arm whose reward function raises until a file is there."""
     (tmp_path / "moody.py").write_text(
@@ -202,10 +207,7 @@ def test_a_broken_arm_loses_no_other_and_can_be_tried_again(tmp_path: Path, mode
 
 def test_shares_of_two_machines_make_one_report(tmp_path: Path, model_cache: Path) -> None:
     """Each machine runs its share in a directory of its own; the report is made where both can be read."""
-    path = comparison(tmp_path, compare__seeds=[1])
-    early = run(tmp_path, model_cache, path, "--dir", "one", "--only", "runs:1/2")
-    assert (early.returncode, "run `--only shared` first" in early.stderr) == (2, True)
-    assert run(tmp_path, model_cache, path, "--dir", "one", "--only", "shared").returncode == 0
+    path = write_recipe(tmp_path, recipe("ppo") | {"compare": COMPARE})
     for share in ("1/2", "2/2"):
         done = run(tmp_path, model_cache, path, "--dir", "one", "--only", share)
         assert done.returncode == 0, done.stderr
@@ -301,17 +303,15 @@ class TestSlurm:
 
     def test_jobs_wait_for_each_other_and_do_the_whole(self, tmp_path: Path, model_cache: Path) -> None:
         tools = self.cluster(tmp_path)
-        path = comparison(
-            tmp_path, compare={"grid": {"rank": [2]}, "tune": {"lr_factors": [1.0], "seed": 0}, "nodes": 3}
-        )
+        path = comparison(tmp_path, compare={"grid": {"rank": [2]}, "nodes": 3})
         more = {"PATH": f"{tools}:{os.environ['PATH']}"}
         done = run(tmp_path, model_cache, path, "ppo.steps=1", "--dir", "out", "--submit", "slurm", **more)
         assert done.returncode == 0, done.stderr
         lines = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
         waits = [next((a for a in line if a.startswith("--dependency")), None) for line in lines]
-        assert waits == [None, "--dependency=afterok:101", "--dependency=afterany:102", "--dependency=afterany:103"]
+        assert waits == [None, "--dependency=afterok:101", "--dependency=afterany:102"]
         arrays = [next((a for a in line if a.startswith("--array")), None) for line in lines]
-        assert arrays == [None, "--array=1-1%3", "--array=1-2%3", None]
+        assert arrays == [None, "--array=1-1%3", None]
         for line, array in zip(lines, arrays, strict=True):
             script = next(i for i, word in enumerate(line) if word.endswith(".sbatch"))
             for task in range(1, int(array.split("-")[-1][0]) + 1) if array else (1,):
@@ -324,11 +324,11 @@ class TestSlurm:
                     check=False,
                 )
                 assert job.returncode == 0, job.stderr
-        assert [row["status"] for row in results(tmp_path / "out")] == ["finished"] * 2
+        assert [row["status"] for row in results(tmp_path / "out")] == ["finished"]
 
     def test_print_shows_commands_that_a_shell_can_run(self, tmp_path: Path, model_cache: Path) -> None:
         tools = self.cluster(tmp_path)
-        path = comparison(tmp_path)
+        path = comparison(tmp_path, compare__tune={"lr_factors": [1.0, 2.0]}, compare__seeds=[1, 2, 3])
         done = run(tmp_path, model_cache, path, "--dir", "out", "--submit", "print")
         assert done.returncode == 0, done.stderr
         assert not (tmp_path / "jobs").exists()
@@ -338,6 +338,13 @@ class TestSlurm:
             None,
             "--dependency=afterok:101",
             "--dependency=afterany:102",
+            "--dependency=afterany:103",
+        ]
+        assert [next((a for a in line if a.startswith("--array")), None) for line in lines] == [
+            None,
+            "--array=1-4%8",
+            "--array=1-6%8",
+            None,
         ]
 
 
