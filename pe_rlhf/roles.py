@@ -275,8 +275,11 @@ class ModelWithRoles(nn.Module):
         """A model without adapters that computes what a role does, all of it trainable; its decoder unless `whole`."""
         if is_sharded(self.model):
             raise InputError("tuning: full: the base has to be whole on each process: not with zero3")
-        if source in self.own_models and not whole:
-            return copy.deepcopy(self.own_models[source])
+        if source in self.own_models:
+            if whole and source in self.heads:
+                raise InputError(f"{source} has no language-model head of its own that a copy could start from")
+            own = copy.deepcopy(self._own_model(source))
+            return own if whole else own.base_model
         model = copy.deepcopy(self.model)
         unwrap(model, source)
         if not all(parameter.is_floating_point() for parameter in model.parameters()):

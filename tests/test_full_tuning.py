@@ -100,6 +100,24 @@ def test_a_critic_starts_from_an_adapter(init: str) -> None:
     assert not any("adapters" in name for name, _ in backbone.own_models.named_modules())
 
 
+@pytest.mark.parametrize(("source", "target"), [("policy", "behaviour"), ("reward", "value"), ("policy", "value")])
+def test_a_copy_is_of_the_role_and_not_of_the_anchor(source: str, target: str) -> None:
+    backbone = full_backbone(source)
+    perturb(backbone, source)
+    backbone.copy_role(source, target)
+    before, copied = backbone.role_state(source), backbone.role_state(target)
+    moved = [name for name in copied if name.startswith("model.")]
+    prefix = "model." if source == "policy" and target == "value" else ""  # a critic has the decoder alone
+    assert all(torch.equal(copied[name], before[name.replace("model.", f"model.{prefix}", 1)]) for name in moved)
+    perturb(backbone, target)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.role_state(source).items())
+
+
+def test_a_policy_does_not_start_from_a_critic() -> None:
+    with pytest.raises(InputError, match="reward has no language-model head"):
+        full_backbone("reward").add_own_weights("policy", "reward")
+
+
 @pytest.mark.parametrize("role", ["policy", "value", "reward"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_role_comes_back(role: str, tied: bool, tmp_path: Path) -> None:

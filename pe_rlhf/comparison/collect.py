@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pe_rlhf.comparison.drift import drift_of_run
 from pe_rlhf.comparison.plan import Plan, PlannedRun
-from pe_rlhf.comparison.runner import folder_of, state_of
+from pe_rlhf.comparison.runner import located, state_of
 from pe_rlhf.comparison.trials import Choice
 from pe_rlhf.comparison.types import Row, RunResult
 from pe_rlhf.metrics import read_jsonl, read_summary
@@ -19,17 +18,16 @@ from reward.errors import InputError
 
 def collect(plan: Plan, choices: Sequence[Choice], places: Sequence[Path] = ()) -> list[RunResult]:
     """Every run of every arm. `places` are other directories of the same comparison, from other machines."""
-    shared = replace(plan.shared, folder=folder_of(plan.shared, places, plan.root)) if plan.shared else None
+    shared = located(plan.shared, places, plan.root) if plan.shared else None
     results: list[RunResult] = []
     for choice in choices:
         for seed, run in plan.runs(choice.arm, choice.factor or 1.0).items():
             settings = dict(choice.arm.changes)
             if choice.trials and run.recipe.ppo is not None:
                 settings["ppo.learning_rate"] = run.recipe.ppo.learning_rate
-            found = replace(run, folder=folder_of(run, places, plan.root))
+            found = located(run, places, plan.root)
             if choice.factor is None and state_of(found)[0] == "unfinished":
-                status = "unfinished" if "not finished" in choice.message else "failed"
-                results.append(RunResult(choice.arm.name, seed, status, choice.message, settings=settings))
+                results.append(RunResult(choice.arm.name, seed, choice.status, choice.message, settings=settings))
                 continue
             results.append(_read(found, choice.arm.name, seed, settings, shared))
     return results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import platform
 import shlex
@@ -34,7 +35,7 @@ class Outcome:
 
 def write_results(plan: Plan, places: list[Path]) -> Outcome:
     """Collect the runs, analyse them, and write `report.html`, `summary.json` and `results.csv`."""
-    choices = [choose(plan, arm) for arm in plan.arms]
+    choices = [choose(plan, arm, places) for arm in plan.arms]
     analysis = analyse(plan.base.name, plan.config, collect(plan, choices, places))
     # As it was written: with its remarks, and without the paths of this machine.
     recipe = plan.path.read_text(encoding="utf-8")
@@ -73,7 +74,7 @@ def outcome_table(analysis: Analysis) -> Table:
 def _estimate(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
-    if estimate.low != estimate.low:
+    if math.isnan(estimate.low):
         return f"{estimate.value:.3f}"
     return f"{estimate.value:.3f} ({estimate.low:.3f} – {estimate.high:.3f})"
 
@@ -84,7 +85,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _trials(choices: list[Choice]) -> list[dict[str, object]]:
     return [
-        {**row, "objective": None if row["objective"] != row["objective"] else row["objective"]}
+        {**row, "objective": None if math.isnan(row["objective"]) else row["objective"]}
         | {"chosen": row["lr_factor"] == choice.factor}
         for choice in choices
         for row in choice.trials

@@ -10,10 +10,11 @@ import itertools
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pe_rlhf.config import STAGES, CompareConfig, Recipe
+from pe_rlhf.config import STAGES, CompareConfig, PPOConfig, Recipe
 from pe_rlhf.config.compare import SHORT_KEYS
 from pe_rlhf.recipes import make_recipe, read_tree, set_key
 from reward.errors import InputError
@@ -58,7 +59,7 @@ class Plan:
     arms: list[Arm]
     overrides: list[str]
 
-    @property
+    @cached_property
     def shared(self) -> PlannedRun | None:
         """The stages that are run once, with the base recipe as it is; None where there are none to share."""
         stages = {"reward": BEFORE_PPO, "preferences": BEFORE_PPO[:-1], "nothing": ()}[self.config.share]
@@ -83,10 +84,10 @@ class Plan:
         """An arm's trials by factor, up to PPO; empty where none were asked for."""
         if self.config.tune is None:
             return {}
-        base, planned = self.trial_base(arm), {}
+        base, own = self.trial_base(arm), self._tree(arm, self._trial_seed)
+        planned: dict[float, PlannedRun] = {}
         for factor in self.config.tune.lr_factors:
-            tree = _after(self._tree(arm, self._trial_seed), base.folder) if base else self._tree(arm, self._trial_seed)
-            tree = _with_stages(tree, ["ppo"])
+            tree = _with_stages(_after(own, base.folder) if base else own, ["ppo"])
             tree["ppo"].pop("eval_every", None)
             _scale_learning_rates(tree, factor)
             folder = self.root / TRIALS / arm.slug / f"lr-x{factor:g}"
@@ -160,13 +161,9 @@ def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    return (
-        "+".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _refuse_equal_arms(plan: Plan) -> None:
@@ -207,8 +204,6 @@ def _scale_learning_rates(tree: Tree, factor: float) -> None:
     """Both of PPO's learning rates; the critic's is the policy's unless it was given."""
     if factor == 1:
         return
-    from pe_rlhf.config import PPOConfig
-
     ppo = tree["ppo"]
     default = PPOConfig.model_fields["learning_rate"].default
     ppo["learning_rate"] = float(f"{factor * float(ppo.get('learning_rate', default)):.6g}")

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +29,7 @@ from pe_rlhf.recipes import refuse_other_recipe, save_recipe
 FAILURE = "failure.json"
 # Of `pe-rlhf run`: what came from outside and says nothing of the run itself.
 IN_USE = "is in use by another run"
+SECONDS_BETWEEN_LOOKS = 15.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ def run_all(runs: Sequence[PlannedRun], *, retry: bool, told: Callable[[PlannedR
         status, message = state_of(run)
         took = f"{time.monotonic() - start:.0f} s"
         say(f"[{number}/{len(todo)}] {run.name}: {status} after {took}: {message or told(run)}")
+
+
+def run_to_end(run: PlannedRun, *, retry: bool) -> None:
+    """Run one that others need as well; where another process has it, wait until that one has ended."""
+    run_all([run], retry=retry)
+    while state_of(run)[0] == "unfinished":
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        run_all([run], retry=False)
 
 
 def _run(run: PlannedRun) -> None:
@@ -142,8 +151,8 @@ def refuse_changed(runs: Sequence[PlannedRun]) -> None:
             refuse_other_recipe(run.recipe, path)
 
 
-def folder_of(run: PlannedRun, places: Sequence[Path], root: Path) -> Path:
-    """Where a run lies: in its own place, or at the same path below one of the others."""
+def located(run: PlannedRun, places: Sequence[Path], root: Path) -> PlannedRun:
+    """A run where it lies: in its own place, or at the same path below one of the others."""
     below = run.folder.relative_to(root)
     found = (place / below for place in (root, *places))
-    return next((folder for folder in found if (folder / "recipe.yaml").is_file()), run.folder)
+    return replace(run, folder=next((f for f in found if (f / "recipe.yaml").is_file()), run.folder))

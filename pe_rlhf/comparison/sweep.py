@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pe_rlhf.comparison.plan import Plan, PlannedRun
-from pe_rlhf.comparison.runner import Share, refuse_changed, run_all, state_of
+from pe_rlhf.comparison.runner import Share, refuse_changed, run_all, run_to_end, state_of
 from pe_rlhf.comparison.trials import choose
 from pe_rlhf.metrics import read_summary
 from pe_rlhf.progress import say
@@ -27,7 +27,7 @@ def need_shared(plan: Plan) -> None:
 def run_trials(plan: Plan, share: Share, *, retry: bool) -> None:
     """This share of the trials, each arm's after the reward model that they have in common, where they have their own.
 
-    Two shares may both come to such a reward model: the second one leaves it to the first, and its trials for later.
+    Two shares may both come to such a reward model: the second one waits for it.
     """
     own = {run.folder for run in share.of([run for arm in plan.arms for run in plan.trials(arm).values()])}
     for arm in plan.arms:
@@ -37,7 +37,7 @@ def run_trials(plan: Plan, share: Share, *, retry: bool) -> None:
             continue
         if base is not None:
             refuse_changed([base])
-            run_all([base], retry=retry)
+            run_to_end(base, retry=retry)
         if base is None or state_of(base)[0] == "finished":
             refuse_changed(mine)
             run_all(mine, retry=retry, told=_ending)
