@@ -87,9 +87,8 @@ def _run(run: PlannedRun) -> None:
     save_recipe(run.recipe, recipe)
     command = [sys.executable, "-m", "pe_rlhf", "run", str(recipe), "--run-dir", str(run.folder), "--resume"]
     log = run.folder / "log.txt"
-    with log.open("ab") as file:
-        start = file.tell()
-        code, asked = _call(command, file.fileno())
+    start = log.stat().st_size if log.exists() else 0
+    code, asked = _call(command, log)
     if code == 0 and not asked:
         return
     if asked or code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
@@ -105,22 +104,28 @@ def _run(run: PlannedRun) -> None:
     write_json(run.folder / FAILURE, {"message": message, "exit_code": code})
 
 
-def _call(command: list[str], log: int) -> tuple[int, int]:
+def _call(command: list[str], log: Path) -> tuple[int, int]:
     """Run a command: its exit code, and the number of the signal that asked this process to stop meanwhile, or 0.
 
     The command gets that signal, too, and where this process is killed, it is killed with it.
     """
     received = 0
-    process = subprocess.Popen(command, stdout=log, stderr=log, process_group=0, preexec_fn=_die_with(os.getpid()))
+    process: subprocess.Popen[bytes] | None = None
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         nonlocal received
         received = number
-        with suppress(ProcessLookupError):
+        if process is not None:
             process.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, process_group=0, preexec_fn=_die_with(os.getpid())
+            )
+        if received:  # while it was being started
+            process.send_signal(received)
         return process.wait(), received
     finally:
         for number, handler in before.items():

@@ -23,6 +23,7 @@ pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 CONFIGURATIONS = [f"deepspeed={name}" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")]
 LOOKS_AT_DATA = "adapter.init=lora_ga"
 JUDGED_BY_A_RUN = "evaluate.judge=reward_model:plain"
+FULL = "tuning=full,reward.learning_rate=1e-3,ppo.learning_rate=1e-3"
 STAGES = ("preferences", "reward", "ppo", "evaluate")
 ROLES = ["reward/adapter", "ppo/adapter", "ppo/value"]
 
@@ -65,8 +66,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
     path = write_recipe(folder, tree)
     for name, override in (("plain", "seed=0"), ("plain-lora_ga", LOOKS_AT_DATA), ("plain-judged", JUDGED_BY_A_RUN)):
         Forked(["run", str(path), override, "--run-dir", name], folder, model_cache).finish()
+    Forked(["run", str(path), *FULL.split(","), "--run-dir", "plain-full"], folder, model_cache).finish()
     worker = str(ROOT / "tests" / "distributed" / "worker.py")
-    for overrides in (CONFIGURATIONS, [f"deepspeed=zero1,{own}" for own in (LOOKS_AT_DATA, JUDGED_BY_A_RUN)]):
+    others = [f"deepspeed=zero1,{own}" for own in (LOOKS_AT_DATA, JUDGED_BY_A_RUN)] + [f"deepspeed=zero2,{FULL}"]
+    for overrides in (CONFIGURATIONS, others):
         finish(start(deepspeed(2, worker, str(path), str(folder), *overrides), folder, model_cache))
     return folder
 
@@ -99,6 +102,14 @@ def test_an_init_that_looks_at_data_sees_the_same_on_two_ranks(runs: Path) -> No
     assert_same_run(two, one, ("preferences", "reward"))
     # PPO's init is made of singular vectors of a gradient that the reward's rounding is in: they are less exact.
     assert_same_run(two, one, ("ppo", "evaluate"), weights=1e-3)
+
+
+def test_full_tuning_is_the_same_on_two_ranks(runs: Path) -> None:
+    two, one = runs / f"deepspeed=zero2,{FULL}", runs / "plain-full"
+    assert_same_run(two, one)
+    before, after = (load_file(one / role / "role.safetensors") for role in ("reward/adapter", "ppo/value"))
+    shared = [name for name in after if name.startswith("model.")]
+    assert max((after[name] - before[name]).abs().max() for name in shared) > 1e-3  # the critic was trained on
 
 
 def test_a_reward_run_judges_on_rank_0_alone_and_all_of_the_batch(runs: Path) -> None:
