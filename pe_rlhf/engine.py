@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -21,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pe_rlhf.adamw import MASTER, MOMENTS, PlainAdamW, adamw, flat, is_wide, split
 from pe_rlhf.adapters.lora_plus import learning_rate_groups
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.distributed import sum_over_ranks, world_size
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.processes import accelerator_environment, launched
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MASTER = "master"
 LONGEST_WAIT = timedelta(days=7)
 
 
@@ -57,7 +55,7 @@ class _Slice:
 
     role: str
     factor: float
-    optimizer: _Plain | _ZeRO
+    optimizer: PlainAdamW | _ZeRO
 
 
 class Engine:
@@ -81,7 +79,7 @@ class Engine:
             _Slice(
                 group.role,
                 factor,
-                _Plain(parameters, config) if deepspeed is None else _ZeRO(parameters, config, deepspeed),
+                PlainAdamW(parameters, config) if deepspeed is None else _ZeRO(parameters, config, deepspeed),
             )
             for group in groups
             for factor, parameters in learning_rate_groups(group.parameters, config.lora_plus_ratio)
@@ -148,48 +146,9 @@ def _sum_gradients(group: RoleGroup) -> None:
             parameter.grad = torch.zeros_like(parameter)
     if world_size() == 1:
         return
-    total = sum_over_ranks(_flat([p.grad for p in parameters if p.grad is not None]))
-    for parameter, gradient in zip(parameters, _split(total, parameters), strict=True):
+    total = sum_over_ranks(flat([p.grad for p in parameters if p.grad is not None]))
+    for parameter, gradient in zip(parameters, split(total, parameters), strict=True):
         parameter.grad = gradient.to(parameter.dtype)
-
-
-class _Plain:
-    """torch's AdamW on the parameters themselves, or on fp32 copies of those that are narrower."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
-        self._parameters = parameters
-        self._masters = {name: p if _is_wide(p) else nn.Parameter(p.detach().float()) for name, p in parameters.items()}
-        self._adamw = _adamw(list(self._masters.values()), config)
-
-    def step(self, rate: float) -> None:
-        narrow = [(p, self._masters[name]) for name, p in self._parameters.items() if p is not self._masters[name]]
-        for parameter, master in narrow:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-        self._adamw.param_groups[0]["lr"] = rate
-        self._adamw.step()
-        for parameter, master in narrow:
-            parameter.data.copy_(master)
-            master.grad = None
-
-    def state(self, copy: bool) -> dict[str, Tensor]:
-        moments = {
-            f"{name}/{moment}": self._adamw.state[master][moment].detach().to("cpu", copy=copy)
-            for name, master in self._masters.items()
-            for moment in MOMENTS
-        }
-        return moments | {
-            f"{name}/{MASTER}": self._masters[name].detach().to("cpu", copy=copy)
-            for name, parameter in self._parameters.items()
-            if not _is_wide(parameter)
-        }
-
-    def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
-        for name, parameter in self._parameters.items():
-            master = self._masters[name]
-            if not _is_wide(parameter):
-                master.data.copy_(tensors[f"{name}/{MASTER}"])
-            moments = {m: tensors[f"{name}/{m}"].to(master.device, copy=True) for m in MOMENTS}
-            self._adamw.state[master] = {"step": torch.tensor(float(steps)), **moments}
 
 
 class _ZeRO:
@@ -206,40 +165,40 @@ class _ZeRO:
 
     @cached_property
     def _copy(self) -> nn.Parameter:
-        return nn.Parameter(_flat(self._parameters).float())
+        return nn.Parameter(flat(self._parameters).float())
 
     @cached_property
     def _engine(self) -> Any:
         engine, *_ = _deepspeed().initialize(
             model=nn.ParameterList([self._copy]),
-            optimizer=_adamw([self._copy], self._config),
+            optimizer=adamw([self._copy], self._config),
             config=_role_config(self._deepspeed),
         )
         return engine
 
     def step(self, rate: float) -> None:
-        self._step(rate, _flat([p.grad for p in self._parameters if p.grad is not None]).float())
-        for parameter, value in zip(self._parameters, _split(self._copy.detach(), self._parameters), strict=True):
+        self._step(rate, flat([p.grad for p in self._parameters if p.grad is not None]).float())
+        for parameter, value in zip(self._parameters, split(self._copy.detach(), self._parameters), strict=True):
             parameter.data.copy_(value)
 
     def state(self, copy: bool) -> dict[str, Tensor]:
         tensors = {}
         for kind in (*MOMENTS, MASTER):
-            parts = _split(self._copy if kind == MASTER else self._moment(kind), self._parameters)
+            parts = split(self._copy if kind == MASTER else self._moment(kind), self._parameters)
             for name, parameter, part in zip(self._names, self._parameters, parts, strict=True):
-                if kind != MASTER or not _is_wide(parameter):
+                if kind != MASTER or not is_wide(parameter):
                     tensors[f"{name}/{kind}"] = part.detach().to("cpu", copy=copy).contiguous()
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
         # Before the engine is made, which may keep a copy of its own: what the parameters were rounded from.
-        for name, own in zip(self._names, _split(self._copy.data, self._parameters), strict=True):
+        for name, own in zip(self._names, split(self._copy.data, self._parameters), strict=True):
             if (master := tensors.get(f"{name}/{MASTER}")) is not None:
                 own.copy_(master)
         # The state exists from the first step on: one with rate 0 and gradient 0 makes it and changes no weight.
         self._step(0.0, torch.zeros_like(self._copy))
         for moment in MOMENTS:
-            self._set_moment(moment, _flat([tensors[f"{name}/{moment}"] for name in self._names]))
+            self._set_moment(moment, flat([tensors[f"{name}/{moment}"] for name in self._names]))
         for state in self._adamw.state.values():
             state["step"].fill_(steps)
 
@@ -264,30 +223,6 @@ class _ZeRO:
             self._adamw.state[self._copy][moment].copy_(value)
         else:
             _deepspeed().utils.safe_set_full_optimizer_state(self._copy, value.to(self._copy.device), moment)
-
-
-def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters,
-        lr=0.0,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
-
-
-def _is_wide(parameter: nn.Parameter) -> bool:
-    """Whether a step can be made on the parameter itself."""
-    return parameter.dtype == torch.float32
-
-
-def _flat(tensors: list[Tensor] | list[nn.Parameter]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def _split(flat: Tensor, like: list[nn.Parameter]) -> Iterator[Tensor]:
-    parts = flat.split([parameter.numel() for parameter in like])
-    return (part.view_as(parameter) for part, parameter in zip(parts, like, strict=True))
 
 
 # ---- DeepSpeed ------------------------------------------------------------------------------------------------------

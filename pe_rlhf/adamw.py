@@ -1,0 +1,79 @@
+"""AdamW on the parameters of a role, with steps in fp32: alone, or inside the ZeRO of DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pe_rlhf.config import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
+
+
+class PlainAdamW:
+    """torch's AdamW on the parameters themselves, or on fp32 copies of those that are narrower."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
+        self._parameters = parameters
+        self._masters = {name: p if is_wide(p) else nn.Parameter(p.detach().float()) for name, p in parameters.items()}
+        self._adamw = adamw(list(self._masters.values()), config)
+
+    def step(self, rate: float) -> None:
+        narrow = [(p, self._masters[name]) for name, p in self._parameters.items() if p is not self._masters[name]]
+        for parameter, master in narrow:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self._adamw.param_groups[0]["lr"] = rate
+        self._adamw.step()
+        for parameter, master in narrow:
+            parameter.data.copy_(master)
+            master.grad = None
+
+    def state(self, copy: bool) -> dict[str, Tensor]:
+        moments = {
+            f"{name}/{moment}": self._adamw.state[master][moment].detach().to("cpu", copy=copy)
+            for name, master in self._masters.items()
+            for moment in MOMENTS
+        }
+        return moments | {
+            f"{name}/{MASTER}": self._masters[name].detach().to("cpu", copy=copy)
+            for name, parameter in self._parameters.items()
+            if not is_wide(parameter)
+        }
+
+    def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
+        for name, parameter in self._parameters.items():
+            master = self._masters[name]
+            if not is_wide(parameter):
+                master.data.copy_(tensors[f"{name}/{MASTER}"])
+            moments = {m: tensors[f"{name}/{m}"].to(master.device, copy=True) for m in MOMENTS}
+            self._adamw.state[master] = {"step": torch.tensor(float(steps)), **moments}
+
+
+def adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """The optimizer as a recipe describes it; the rate is set before each step."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=0.0,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def is_wide(parameter: nn.Parameter) -> bool:
+    """Whether a step can be made on the parameter itself."""
+    return parameter.dtype == torch.float32
+
+
+def flat(tensors: list[Tensor] | list[nn.Parameter]) -> Tensor:
+    """All elements, one tensor after the other."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def split(flat_P: Tensor, like: list[nn.Parameter]) -> Iterator[Tensor]:
+    """What `flat` gave, cut up again: views of it in the shapes of the parameters."""
+    parts = flat_P.split([parameter.numel() for parameter in like])
+    return (part.view_as(parameter) for part, parameter in zip(parts, like, strict=True))
