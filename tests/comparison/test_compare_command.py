@@ -2,68 +2,33 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-import torch
 
 from pe_rlhf.backbone import load_backbone
 from pe_rlhf.checkpoint import load_role
 from pe_rlhf.comparison.drift import policy_drift
+from tests.comparison.sweeps import (
+    CHECKOUT,
+    COMPARE,
+    command,
+    comparison,
+    environment,
+    results,
+    run,
+    trained,
+    without_machine,
+)
 from tests.runs import contents, read_jsonl, recipe, without_time, write_recipe
-from tests.tiny import add_role, perturb, tiny_model
-
-CHECKOUT = Path(__file__).parents[2]
-COMPARE: dict[str, Any] = {"grid": {"init": ["lora", "pissa"]}, "seeds": [1]}
-
-
-def comparison(folder: Path, **changes: Any) -> Path:
-    """A recipe of a comparison with a shared reward model; `compare__seeds=[1]` changes one key of it."""
-    tree = recipe("reward", "ppo", "evaluate", ppo__reward=[{"adapter": "stage"}], **changes)
-    tree["compare"] = {**COMPARE, **tree.get("compare", {})}
-    return write_recipe(folder, {"name": "inits", **tree})
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "pe_rlhf", "compare", *map(str, arguments)]
-
-
-def environment(cache: Path, **more: str) -> dict[str, str]:
-    own = {"PYTHONPATH": str(CHECKOUT), "PE_RLHF_CACHE": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
-    return os.environ | own | {"OMP_NUM_THREADS": "1"} | more
-
-
-def run(folder: Path, cache: Path, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=folder, env=environment(cache, **more), capture_output=True, text=True, check=False
-    )
-
-
-def results(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def without_machine(row: dict[str, str]) -> dict[str, str]:
-    words = ("seconds", "tokens_per_second", "peak")
-    return {key: value for key, value in row.items() if not any(word in key for word in words)}
-
-
-def trained(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(folder).items() if name.endswith("role.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +187,29 @@ def test_shares_of_two_machines_make_one_report(tmp_path: Path, model_cache: Pat
     assert {row["status"] for row in results(tmp_path / "one")} == {"finished"}
 
 
+@pytest.mark.slow
+def test_shares_that_need_the_same_reward_model_both_come_to_their_end(tmp_path: Path, model_cache: Path) -> None:
+    """Two at once, each with one of an arm's two trials: one trains the reward model, the other waits for it."""
+    compare = {"arms": [{"name": "own", "rank": 1}], "share": "nothing", "tune": {"lr_factors": [1, 2]}, "seeds": [1]}
+    path = write_recipe(tmp_path, recipe("reward", "ppo", ppo__reward=[{"adapter": "stage"}]) | {"compare": compare})
+    shares = [
+        subprocess.Popen(
+            command(path, "--dir", "out", "--only", f"trials:{k}/2"),
+            cwd=tmp_path,
+            env=environment(model_cache),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for k in (1, 2)
+    ]
+    said = [share.communicate(timeout=240)[1] for share in shares]
+    assert [share.returncode for share in shares] == [0, 0], said
+    assert sum("left to the other process" in text for text in said) == 1
+    trials = tmp_path / "out" / "trials" / "own"
+    assert all((trials / name / "ppo" / "summary.json").is_file() for name in ("lr-x1", "lr-x2"))
+    assert not list(trials.rglob("failure.json"))
+
+
 @pytest.mark.parametrize("moment", ["ppo/metrics.jsonl", "log.txt"], ids=["in training", "while it starts"])
 def test_a_signal_stops_the_run_and_the_sweep(tmp_path: Path, model_cache: Path, moment: str) -> None:
     compare = {"grid": {"init": ["lora", "pissa"]}, "seeds": [1]}
@@ -283,108 +271,6 @@ def test_run_sends_a_comparison_to_compare(tmp_path: Path, model_cache: Path) ->
     )
     assert done.returncode == 2
     assert "is a comparison: run it by `pe-rlhf compare" in done.stderr
-
-
-class TestSlurm:
-    """A stand-in for `sbatch` notes what it is given and numbers its jobs; then what it noted is run as it would be."""
-
-    @staticmethod
-    def cluster(folder: Path) -> Path:
-        tools = folder / "tools"
-        tools.mkdir()
-        (tools / "sbatch").write_text(
-            f'#!/bin/bash\nprintf "%q " "$@" >> {folder}/jobs; echo >> {folder}/jobs\n'
-            f"echo $((100 + $(wc -l < {folder}/jobs)))\n"
-        )
-        (tools / "srun").write_text('#!/bin/bash\nexec "$@"\n')
-        (tools / "pe-rlhf").write_text(f'#!/bin/bash\nexec {sys.executable} -m pe_rlhf "$@"\n')
-        for tool in tools.iterdir():
-            tool.chmod(0o755)
-        return tools
-
-    def test_jobs_wait_for_each_other_and_do_the_whole(self, tmp_path: Path, model_cache: Path) -> None:
-        tools = self.cluster(tmp_path)
-        path = comparison(tmp_path, compare={"grid": {"rank": [2]}, "nodes": 3})
-        more = {"PATH": f"{tools}:{os.environ['PATH']}"}
-        done = run(tmp_path, model_cache, path, "ppo.steps=1", "--dir", "out", "--submit", "slurm", **more)
-        assert done.returncode == 0, done.stderr
-        lines = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
-        waits = [next((a for a in line if a.startswith("--dependency")), None) for line in lines]
-        assert waits == [None, "--dependency=afterok:101", "--dependency=afterany:102"]
-        arrays = [next((a for a in line if a.startswith("--array")), None) for line in lines]
-        assert arrays == [None, "--array=1-1%3", None]
-        for line, array in zip(lines, arrays, strict=True):
-            script = next(i for i, word in enumerate(line) if word.endswith(".sbatch"))
-            for task in range(1, int(array.split("-")[-1][0]) + 1) if array else (1,):
-                job = subprocess.run(
-                    ["bash", *line[script:]],
-                    cwd=tmp_path,
-                    env=environment(model_cache, **more, **({"SLURM_ARRAY_TASK_ID": str(task)} if array else {})),
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                assert job.returncode == 0, job.stderr
-        assert [row["status"] for row in results(tmp_path / "out")] == ["finished"]
-
-    def test_print_shows_commands_that_a_shell_can_run(self, tmp_path: Path, model_cache: Path) -> None:
-        tools = self.cluster(tmp_path)
-        path = comparison(tmp_path, compare__tune={"lr_factors": [1.0, 2.0]}, compare__seeds=[1, 2, 3])
-        done = run(tmp_path, model_cache, path, "--dir", "out", "--submit", "print")
-        assert done.returncode == 0, done.stderr
-        assert not (tmp_path / "jobs").exists()
-        subprocess.run(["bash", "-euc", done.stdout], env={"PATH": f"{tools}:{os.environ['PATH']}"}, check=True)
-        lines = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
-        assert [next((a for a in line if a.startswith("--dependency")), None) for line in lines] == [
-            None,
-            "--dependency=afterok:101",
-            "--dependency=afterany:102",
-            "--dependency=afterany:103",
-        ]
-        assert [next((a for a in line if a.startswith("--array")), None) for line in lines] == [
-            None,
-            "--array=1-4%8",
-            "--array=1-6%8",
-            None,
-        ]
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("init", ["lora", "pissa", "full"])
-def test_drift_is_that_of_the_dense_matrices(family: str, init: str) -> None:
-    """Against numpy's SVD of W and of what the merged model's weights are off by."""
-    backbone = load_backbone(tiny_model(family))
-    backbone.add_own_weights("policy") if init == "full" else add_role(backbone, "policy", init, rank=3)
-    perturb(backbone, "policy", 0.02)
-    found = policy_drift(backbone, rank=3)
-    merged = dict(backbone.merged_tensors("policy"))
-    plain = tiny_model(family)
-    change = total = principal = minor = 0.0
-    ranks = []
-    for name, before in plain.state_dict().items():
-        linear = before.dim() == 2 and "embed" not in name and name.split(".")[-2] not in ("wte", "wpe", "lm_head")
-        if not linear:
-            continue
-        w, d = before.double().numpy(), (merged[name] - before).double().numpy()
-        u, _, vh = np.linalg.svd(w, full_matrices=False)
-        change, total = change + (d**2).sum(), total + (w**2).sum()
-        principal += ((u[:, :3].T @ d @ vh[:3].T) ** 2).sum()
-        minor += ((u[:, -3:].T @ d @ vh[-3:].T) ** 2).sum()
-        ranks.append((d**2).sum() / np.linalg.norm(d, 2) ** 2)
-    assert found["update_norm"] == pytest.approx((change / total) ** 0.5, rel=1e-3)
-    assert found["principal_share"] == pytest.approx(principal / change, rel=1e-2)
-    assert found["minor_share"] == pytest.approx(minor / change, rel=1e-2)
-    assert found["stable_rank"] == pytest.approx(sum(ranks) / len(ranks), rel=1e-3)
-    assert found["spectrum"][0] == 1.0
-    if init == "lora":
-        assert max(found["spectrum"][3:]) < 1e-4  # an update of rank 3
-
-
-def test_a_policy_that_has_not_moved_has_no_drift() -> None:
-    backbone = load_backbone(tiny_model("llama"))
-    add_role(backbone, "policy", "pissa", rank=3)
-    assert policy_drift(backbone, rank=3) == {"update_norm": 0.0}
-    assert torch.is_grad_enabled()
 
 
 def test_a_runs_drift_is_that_of_its_adapter(whole: Path) -> None:
