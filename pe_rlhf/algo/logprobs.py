@@ -48,10 +48,19 @@ def token_logprobs(
 
 def _chunk(head: Head, hidden_NH: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs of the tokens, and entropies, of one chunk."""
-    logprobs_NV = torch.log_softmax(head(hidden_NH).float() / temperature, dim=-1)
+    logprobs_NV = _log_softmax(head(hidden_NH), temperature)
     with torch.no_grad():
-        entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+        entropies_N = _entropies(logprobs_NV.exp(), logprobs_NV)
     return logprobs_NV.gather(-1, tokens_N[:, None])[:, 0], entropies_N
+
+
+def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
+    logits_NV = logits_NV.float()
+    return torch.log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=-1)
+
+
+def _entropies(probabilities_NV: Tensor, logprobs_NV: Tensor) -> Tensor:
+    return -torch.linalg.vecdot(probabilities_NV, logprobs_NV)  # their product is never held
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -66,11 +75,16 @@ class _TokenLogprobs(torch.autograd.Function):
         for hidden, tokens in zip(hidden_NH.split(chunk), tokens_N.split(chunk), strict=True):
             with torch.set_grad_enabled(wants_gradient):
                 hidden = hidden.detach().requires_grad_(wants_gradient)
-                selected, entropy = _chunk(head, hidden, tokens, temperature)
-                if wants_gradient:
-                    jacobians.append(torch.autograd.grad(selected.sum(), hidden)[0])
-            logprobs.append(selected.detach())
-            entropies.append(entropy)
+                logits_NV = head(hidden)
+            logprobs_NV = _log_softmax(logits_NV.detach(), temperature)
+            probabilities_NV = logprobs_NV.exp()
+            logprobs.append(logprobs_NV.gather(-1, tokens[:, None])[:, 0])
+            entropies.append(_entropies(probabilities_NV, logprobs_NV))
+            if wants_gradient:
+                # ∂ log p(token) / ∂ logits = (one-hot − p) / T, with sign and T left to the smaller tensor.
+                one = torch.ones_like(probabilities_NV[:, :1])
+                away_NV = probabilities_NV.scatter_add_(1, tokens[:, None], -one).to(logits_NV.dtype)
+                jacobians.append(torch.autograd.grad(logits_NV, hidden, away_NV)[0] / -temperature)
         if wants_gradient:
             ctx.save_for_backward(torch.cat(jacobians))
         entropies_N = torch.cat(entropies)
