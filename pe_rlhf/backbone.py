@@ -17,11 +17,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import ModelOutput
 
@@ -35,7 +36,8 @@ from pe_rlhf.causal_lm import (
     logits_of,
     position_arguments,
 )
-from pe_rlhf.distributed import world_size
+from pe_rlhf.distributed import is_sharded, world_size
+from pe_rlhf.prefixes import Prefixes, common_length, find_prefixes, takes_prefixes
 from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.roles import ModelWithRoles
 from pe_rlhf.trunk import FrozenTrunk
@@ -92,6 +94,7 @@ class Backbone(ModelWithRoles):
         self._checkpointing: dict[PreTrainedModel, BlockCheckpointing] = {}
         self._trunk = FrozenTrunk(model)
         self.trunk_cache_mib = 0
+        self.share_prefixes = True
         freeze(model)
         self.train(False)
         check_logits(model)
@@ -155,7 +158,8 @@ class Backbone(ModelWithRoles):
             the score at the last real token.
         """
         if self.active_role not in self.heads:
-            return self.active_model(input_ids=input_ids, **position_arguments(attention_mask), use_cache=False)
+            # As anybody calls the model: without its cache keys lie otherwise in memory, and some CPUs round otherwise.
+            return self.active_model(input_ids=input_ids, **position_arguments(attention_mask))
         numbers_BT = self.heads[self.active_role](self._hidden(input_ids, attention_mask))
         if not self.active_role.startswith("reward"):
             return TokenClassifierOutput(logits=numbers_BT[..., None])
@@ -168,18 +172,22 @@ class Backbone(ModelWithRoles):
     def response_logprobs(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies _N of the response tokens under the active role; logits exist for those alone."""
         targets_N = sequences.targets_N.to(self.device)
-        hidden_NH, is_own = self._response_hidden(sequences), self.active_role in self.own_models
+        hidden_NH, is_own = self._hidden_at(sequences, sequences.predicts_BT), self.active_role in self.own_models
         return token_logprobs(hidden_NH, self.logits_head, targets_N, temperature, train_head=is_own)
 
     def response_values(self, sequences: Sequences) -> Tensor:
         """The active role's head _N at the positions that predict the response tokens."""
-        return self.heads[self.active_role](self._response_hidden(sequences))
+        return self.heads[self.active_role](self._hidden_at(sequences, sequences.predicts_BT))
 
     def response_scores(self, sequences: Sequences) -> Tensor:
         """The active role's head _B at the last token of each response."""
-        hidden_BTH = self._sequence_hidden(sequences)
-        rows_B = torch.arange(len(sequences), device=self.device)
-        return self.heads[self.active_role](hidden_BTH[rows_B, sequences.lengths_B.to(self.device) - 1])
+        position_T = torch.arange(sequences.ids_BT.shape[1])
+        is_last_BT = position_T == sequences.lengths_B[:, None] - 1
+        return self.heads[self.active_role](self._hidden_at(sequences, is_last_BT))
+
+    def computed_lengths(self, sequences: Sequences) -> Tensor:
+        """How many tokens _B a pass computes for each row: all but those that every row starts with."""
+        return sequences.lengths_B - (common_length(sequences) if self.shares_prefixes else 0)
 
     def keeps_trunk(self, tokens: int) -> bool:
         """Whether there is a trunk below the first adapter whose states of that many tokens fit `trunk_cache_mib`.
@@ -212,16 +220,30 @@ class Backbone(ModelWithRoles):
         rows = self.trunk_rows(sequences, micro_batch_tokens)
         return replace(sequences, trunk_BTH=pad_sequence(rows, batch_first=True))
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether passes compute once what rows start with: unless it was switched off, blocks are recomputed, the base
+        is split (then all ranks make the same passes), or the model keeps more than keys and values."""
+        allowed = self.share_prefixes and not self._recomputes and not is_sharded(self.model)
+        return allowed and takes_prefixes(self.active_model)
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass, in the role they were computed in."""
         self._recomputes = True
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _hidden(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def _hidden(
+        self, ids_BT: Tensor, attention_mask: Tensor | None = None, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """Last hidden states _BTH; after what is in the cache, the start of which the mask covers, too."""
+        arguments: dict[str, Any] = position_arguments(attention_mask)
+        if cache is not None and attention_mask is not None:
+            arguments["position_ids"] = arguments["position_ids"][:, -ids_BT.shape[1] :]
         with self._recomputing():
-            arguments = position_arguments(attention_mask)
-            return self.active_model.base_model(input_ids=ids_BT, **arguments, use_cache=False).last_hidden_state
+            decoder = self.active_model.base_model
+            cached = {"past_key_values": cache, "use_cache": cache is not None}
+            return decoder(input_ids=ids_BT, **arguments, **cached).last_hidden_state
 
     def _recomputing(self) -> AbstractContextManager[None]:
         if not self._recomputes:
@@ -231,10 +253,24 @@ class Backbone(ModelWithRoles):
             self._checkpointing[model] = BlockCheckpointing(model, lambda: self.role(self.active_role))
         return self._checkpointing[model].one_pass()
 
-    def _sequence_hidden(self, sequences: Sequences) -> Tensor:
+    def _hidden_at(self, sequences: Sequences, wanted_BT: Tensor) -> Tensor:
+        """Last hidden states _NH at some of the positions, of which none lies before a prompt's last token."""
         trunk_BTH = sequences.trunk_BTH if self.active_model is self.model else None
-        with nullcontext() if trunk_BTH is None else self._trunk.given(trunk_BTH):
-            return self._hidden(sequences.ids_BT.to(self.device))
+        prefixes = find_prefixes(sequences) if self.shares_prefixes else None
+        if prefixes is None:
+            with self._trunk.given(trunk_BTH):
+                return self._hidden(sequences.ids_BT.to(self.device))[wanted_BT.to(self.device)]
+        hidden_BSH = self._hidden_after(prefixes, sequences.ids_BT, trunk_BTH)
+        return hidden_BSH[(prefixes.of_rest(wanted_BT) & prefixes.follows_BS).to(self.device)]
 
-    def _response_hidden(self, sequences: Sequences) -> Tensor:
-        return self._sequence_hidden(sequences)[sequences.predicts_BT.to(self.device)]
+    def _hidden_after(self, prefixes: Prefixes, ids_BT: Tensor, trunk_BTH: Tensor | None) -> Tensor:
+        """Last hidden states _BSH of the tokens after the prefixes."""
+        cache = DynamicCache(config=self.active_model.config)
+        with self._trunk.given(None if trunk_BTH is None else prefixes.of_prefixes(trunk_BTH)):
+            mask_UP = None if prefixes.attends_UP.all() else prefixes.attends_UP.to(self.device)
+            self._hidden(prefixes.of_prefixes(ids_BT).to(self.device), mask_UP, cache)
+        if trunk_BTH is not None:
+            self._trunk.fill(cache, *prefixes.columns_UP.shape)
+        cache.reorder_cache(prefixes.prefix_B)  # type: ignore[arg-type]  # any integers will do
+        with self._trunk.given(None if trunk_BTH is None else prefixes.of_rest(trunk_BTH)):
+            return self._hidden(prefixes.of_rest(ids_BT).to(self.device), prefixes.attends().to(self.device), cache)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pe_rlhf.adapters.wrapped import WrappedLayer
 
@@ -49,10 +50,22 @@ class FrozenTrunk:
         return kept[0]
 
     @contextmanager
-    def given(self, hidden_BTH: Tensor) -> Iterator[None]:
-        """Within it a pass takes the trunk's hidden states, from `states`, and computes the blocks above alone."""
+    def given(self, hidden_BTH: Tensor | None) -> Iterator[None]:
+        """Within it a pass takes the trunk's hidden states, from `states`, and computes the blocks above alone.
+
+        None changes nothing.
+        """
+        if hidden_BTH is None:
+            yield
+            return
         with _replaced(self._blocks[: self.depth], lambda *_, **__: self._output(hidden_BTH)):
             yield
+
+    def fill(self, cache: DynamicCache, rows: int, tokens: int) -> None:
+        """Let a cache look as if the trunk's blocks had put tokens into it: models ask the first one for the number."""
+        nothing = torch.zeros(rows, 1, tokens, 1)
+        for block in range(self.depth):
+            cache.update(nothing, nothing, block)
 
     def _output(self, hidden_BTH: Tensor) -> Any:
         """Hidden states in the form that the model's blocks give them: alone, or first in a tuple (GPT-Neo)."""

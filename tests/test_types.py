@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,9 +91,34 @@ def test_micro_batches_are_an_ordered_partition_within_the_budget(lengths: list[
     assert [lengths[row] for row in rows] == sorted(lengths, reverse=True)
     for group in groups:
         assert len(group) * max(lengths[row] for row in group) <= budget or len(group) == 1
-    # Greedy: the first row of a group would have put the group before it over the budget.
-    for before, after in pairwise(groups):
-        assert (len(before) + 1) * lengths[before[0]] > budget, (before, after)
+    # As few groups as where each takes in what it can, and the largest of them as small as that many groups can be.
+    assert len(groups) == greedy(lengths, budget)
+    largest = max(len(group) * lengths[group[0]] for group in groups)
+    assert largest <= max(lengths) or greedy(lengths, largest - 1) > len(groups)
+
+
+def greedy(lengths: list[int], budget: int) -> int:
+    """Into how many groups rows fall that are taken from the longest on and put together while they fit."""
+    groups, size, longest = 0, 0, 0
+    for length in sorted(lengths, reverse=True):
+        size += 1
+        if groups == 0 or size * longest > budget:
+            groups, size, longest = groups + 1, 1, length
+    return groups
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=20), st.integers(1, 120))
+def test_rows_of_two_parts_are_padded_part_by_part(parts: list[tuple[int, int]], budget: int) -> None:
+    groups = [group.tolist() for group in micro_batches(torch.tensor(parts), budget)]
+    assert sorted(row for group in groups for row in group) == list(range(len(parts)))
+    for group in groups:
+        padded = max(parts[row][0] for row in group) + max(parts[row][1] for row in group)
+        assert len(group) * padded <= budget or len(group) == 1
+
+
+def test_groups_are_of_like_size() -> None:
+    # Ten rows of 10 fit into two groups of at most 90 tokens, nine and one; five and five do as well.
+    assert [len(group) for group in micro_batches(torch.full((10,), 10), token_budget=90)] == [5, 5]
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.integers(1, 30))

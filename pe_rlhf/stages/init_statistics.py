@@ -67,9 +67,8 @@ def reward_statistics(
 
     def probes(need: Need) -> list[Probe]:
         rows, batches = _batch_rows(len(pairs), need, adapter, seed, "reward")
-        longest = [max(sum(map(len, side[row])) for side in (pairs.chosen, pairs.rejected)) for row in rows]
         parts = []
-        for index in micro_batches(torch.tensor(longest), max(1, config.micro_batch_tokens // 2)):
+        for index in micro_batches(pairs.computed_lengths(rows, shares_prefixes=False), config.micro_batch_tokens):
             part = [rows[i] for i in index.tolist()]
             batch_B = torch.tensor([batches[i] for i in index.tolist()]).repeat(2)
             parts.append(Part(part, pairs.pack(part, backbone.pad_token_id), batch_B, index.repeat(2)))
@@ -191,7 +190,7 @@ class AnchorRollouts:
         )
         values_BR = no_kl_BR
         if config.value_init != "fresh" and "reward" in backbone.roles:
-            values_BR = per_token(sequences, config, self._values)
+            values_BR = per_token(backbone, sequences, config, self._values)
         advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, gamma=config.gamma, lam=config.lam)
         if config.whiten_advantages:
             advantages_BR = masked_whiten(advantages_BR, mask_BR)

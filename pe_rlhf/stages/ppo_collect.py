@@ -38,7 +38,7 @@ def collect(
 
     # 2. anchor log-probs, values, scores
     anchor_BR = response_logprobs(backbone, "anchor", sequences, config)
-    values_BR = per_token(sequences, config, lambda part: _values(backbone, part))
+    values_BR = per_token(backbone, sequences, config, lambda part: _values(backbone, part))
     texts = [codec.decode(ids) for ids in rollout.responses]
     scores_B = scorer.score(prompts, texts, sequences)
     old_BR, weights_BR, mismatch = _old_logprobs(backbone, rollout, sequences, config)
@@ -86,14 +86,16 @@ def response_logprobs(backbone: Backbone, role: str, sequences: Sequences, confi
         with backbone.role(role):
             return backbone.response_logprobs(part, config.rollout.temperature)[0]
 
-    return per_token(sequences, config, compute)
+    return per_token(backbone, sequences, config, compute)
 
 
-def per_token(sequences: Sequences, config: PPOConfig, compute: Callable[[Sequences], Tensor]) -> Tensor:
+def per_token(
+    backbone: Backbone, sequences: Sequences, config: PPOConfig, compute: Callable[[Sequences], Tensor]
+) -> Tensor:
     """Compute a number per response token in micro-batches of like length; _BR, fp32, on the CPU, 0 at padding."""
     mask_BR = sequences.mask_BR
     result_BR = torch.zeros(mask_BR.shape)
-    for index, counts in own_micro_batches(sequences.lengths_B, config.micro_batch_tokens):
+    for index, counts in own_micro_batches(backbone.computed_lengths(sequences), config.micro_batch_tokens):
         rows = torch.zeros(mask_BR[index].shape)
         rows[mask_BR[index]] = compute(sequences.take(index)).float().cpu()
         if counts:

@@ -26,10 +26,11 @@ def update(
     """Train policy and value on one rollout. Returns the means of losses and statistics over all minibatches."""
     means: dict[str, list[float]] = defaultdict(list)
     figures: dict[str, float] = {}
+    lengths_B = backbone.computed_lengths(experience.sequences)
     for epoch in range(config.epochs):
         order = torch.tensor(permutation(len(experience.sequences), seed, "minibatches", step, epoch))
         for rows in order.tensor_split(config.minibatches):
-            sums, log_ratio_N = _accumulate(backbone, engine, experience, rows, beta, config)
+            sums, log_ratio_N = _accumulate(backbone, engine, experience, rows, lengths_B[rows], beta, config)
             if not means:
                 # No step was taken yet: what differs from π_old now is the sampler against the trainer.
                 figures = agreement(log_ratio_N, config.rollout, backbone.precision)
@@ -44,7 +45,13 @@ def update(
 
 
 def _accumulate(
-    backbone: Backbone, engine: Engine, experience: Experience, rows: Tensor, beta: float, config: PPOConfig
+    backbone: Backbone,
+    engine: Engine,
+    experience: Experience,
+    rows: Tensor,
+    lengths_B: Tensor,
+    beta: float,
+    config: PPOConfig,
 ) -> tuple[dict[str, float], Tensor]:
     """Gradients of one minibatch, micro-batch by micro-batch, of this rank's rows.
 
@@ -53,7 +60,7 @@ def _accumulate(
     tokens = int(experience.mask_BR[rows].sum())
     totals: dict[str, float] = dict.fromkeys(TOTALS, 0.0)
     log_ratios: list[Tensor] = [torch.zeros(0)]
-    for index, counts in own_micro_batches(experience.sequences.lengths_B[rows], config.micro_batch_tokens):
+    for index, counts in own_micro_batches(lengths_B, config.micro_batch_tokens):
         part, share = rows[index], float(counts)
         sequences, mask_BR = experience.sequences.take(part), experience.mask_BR[part]
 

@@ -58,6 +58,16 @@ class Pairs:
         """Tokens of all prompts and responses."""
         return sum(len(prompt) + len(response) for prompt, response in self.chosen + self.rejected)
 
+    def computed_lengths(self, rows: list[int], shares_prefixes: bool) -> Tensor:
+        """How many tokens _BK a pass computes for each of those pairs: all, or the prompt and both responses."""
+        found = []
+        for (prompt, chosen), (other, rejected) in ((self.chosen[i], self.rejected[i]) for i in rows):
+            if shares_prefixes and prompt == other:
+                found.append([len(prompt) - 1, 2 * (1 + max(len(chosen), len(rejected)))])
+            else:
+                found.append([0, 2 * max(len(prompt) + len(chosen), len(other) + len(rejected))])
+        return torch.tensor(found)
+
     def pack(self, rows: list[int], pad_id: int) -> Sequences:
         """Chosen responses of those rows, then the rejected ones, with their trunks where they were kept."""
         both = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
@@ -195,8 +205,8 @@ class Scored:
 
 def _scored(backbone: Backbone, pairs: Pairs, rows: list[int], config: RewardConfig) -> Iterator[Scored]:
     """This rank's micro-batches of those rows."""
-    longest = [max(sum(map(len, side[row])) for side in (pairs.chosen, pairs.rejected)) for row in rows]
-    for index, counts in own_micro_batches(torch.tensor(longest), max(1, config.micro_batch_tokens // 2)):
+    lengths_BK = pairs.computed_lengths(rows, backbone.shares_prefixes)
+    for index, counts in own_micro_batches(lengths_BK, config.micro_batch_tokens):
         part = [rows[i] for i in index.tolist()]
         with backbone.role(ROLE):
             scores_B = backbone.response_scores(pairs.pack(part, backbone.pad_token_id))
