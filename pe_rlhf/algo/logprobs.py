@@ -23,7 +23,7 @@ def token_logprobs(
     head: Head,
     tokens_N: Tensor,
     temperature: float = 1.0,
-    chunk: int = 256,
+    chunk: int = 128,
     *,
     train_head: bool = False,
 ) -> tuple[Tensor, Tensor]:

@@ -32,15 +32,14 @@ from pe_rlhf.text import TextCodec
 from reward.records import load_records
 
 PROMPTS, NEW_TOKENS, PAIRS, MAX_TOKENS = 16, 48, 16, 512
-# Tokens in one forward pass: changes memory and rounding, nothing else. Half the recipes' default keeps two CPU cores
-# as busy with half the activations.
-MICRO_BATCH_TOKENS = 512
 
 
 AddRole = Callable[[Backbone, str], None]
 
 
-def ppo_steps(backbone: Backbone, add: AddRole, data: Path, steps: int) -> tuple[list[float], list[int]]:
+def ppo_steps(
+    backbone: Backbone, add: AddRole, data: Path, steps: int, micro_batch_tokens: int
+) -> tuple[list[float], list[int]]:
     """16 prompts, 48 new tokens, 2 epochs × 2 minibatches; policy, value and reward on one backbone."""
     codec = TextCodec(backbone.tokenizer)
     source = DataSource(path=str(data))
@@ -48,7 +47,7 @@ def ppo_steps(backbone: Backbone, add: AddRole, data: Path, steps: int) -> tuple
         prompts=source,
         rollout=RolloutConfig(max_new_tokens=NEW_TOKENS),
         batch_size=PROMPTS,
-        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        micro_batch_tokens=micro_batch_tokens,
     )
     for role in ("policy", "value", "reward"):
         add(backbone, role)
@@ -69,9 +68,11 @@ def ppo_steps(backbone: Backbone, add: AddRole, data: Path, steps: int) -> tuple
     return seconds, tokens
 
 
-def reward_steps(backbone: Backbone, add: AddRole, data: Path, steps: int) -> tuple[list[float], list[int]]:
+def reward_steps(
+    backbone: Backbone, add: AddRole, data: Path, steps: int, micro_batch_tokens: int
+) -> tuple[list[float], list[int]]:
     """16 preference pairs per optimizer step, in file order; pairs over 512 tokens are left out, as TRL does."""
-    config = RewardConfig(micro_batch_tokens=MICRO_BATCH_TOKENS)
+    config = RewardConfig(micro_batch_tokens=micro_batch_tokens)
     records, _ = load_records(load_rows(DataSource(path=str(data)), "--data"), str(data))
     add(backbone, "reward")
     engine = Engine([RoleGroup("reward", backbone.role_parameters("reward"), 1e-4)], config.optimizer, steps)
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--tuning", choices=["adapter", "full"], default="adapter")
     parser.add_argument("--last-layers", type=int, help="adapters on the last blocks alone")
+    parser.add_argument("--micro-batch-tokens", type=int, default=512, help="in one forward pass: memory against speed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -119,7 +121,7 @@ def main() -> None:
 
     backbone = load_backbone(args.model)
     backbone.trunk_cache_mib = 1024
-    seconds, tokens = run(backbone, add, args.data, args.steps)
+    seconds, tokens = run(backbone, add, args.data, args.steps, args.micro_batch_tokens)
     args.output.write_text(json.dumps({"seconds_per_step": seconds, "tokens_per_step": tokens}) + "\n")
 
 
