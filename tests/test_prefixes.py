@@ -151,6 +151,21 @@ def test_policy_and_anchor_are_the_same_bits_at_step_zero(family: str) -> None:
     assert torch.equal(policy_N, anchor_N)
 
 
+def test_in_bf16_it_rounds_no_more_than_whole_rows_do() -> None:
+    """Against the same weights in fp32, over rows enough for a mean."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(2, 64, (12, 20), generator=generator).tolist()
+    sequences = Sequences.pack([[*SYSTEM, *row[:6]] for row in rows], [row[6:] for row in rows], PAD)
+    exact, rounded = load_backbone(tiny_model("llama")), load_backbone(tiny_model("llama", torch.bfloat16))
+    exact.model.load_state_dict(rounded.model.state_dict())
+    with torch.no_grad():
+        expected_N = exact.response_logprobs(sequences)[0]
+        shared_N = rounded.response_logprobs(sequences)[0]
+        rounded.share_prefixes = False
+        whole_N = rounded.response_logprobs(sequences)[0]
+    assert 0 < (shared_N - expected_N).abs().mean() < 1.3 * (whole_N - expected_N).abs().mean()
+
+
 def test_full_tuning_shares_them_too() -> None:
     backbone = load_backbone(tiny_model("llama"))
     backbone.add_own_weights("policy")
