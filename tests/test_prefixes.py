@@ -20,7 +20,7 @@ from pe_rlhf.types import Sequences
 from tests.runs import read_jsonl
 from tests.stages.support import run
 from tests.stages.test_reward import learnable, recipe
-from tests.tiny import PAD, ROLES, SPECIAL, perturb, randomise_head, role_loss, rows_of, tiny_model
+from tests.tiny import PAD, ROLES, SPECIAL, Settings, outputs, perturb, randomise_head, rows_of, tiny_model
 
 SYSTEM = [40, 41, PAD, 43, 44, 45]
 
@@ -45,7 +45,7 @@ BATCHES = {"system prompt": with_system_prompt, "pairs": pairs}
 def mistral() -> PreTrainedModel:
     """Attention to the last four tokens alone: the window reaches from a row back into its prefix, and ends there."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes: Settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     return MistralForCausalLM(MistralConfig(**SPECIAL, **sizes, num_key_value_heads=2, head_dim=8, sliding_window=4))
 
 
@@ -69,20 +69,6 @@ def counted(backbone: Backbone) -> Iterator[list[int]]:
     hook = embeddings.register_forward_hook(lambda _module, inputs, _output: tokens.append(inputs[0].numel()))
     yield tokens
     hook.remove()
-
-
-def outputs(backbone: Backbone, role: str, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a role says of the sequences, and the gradients of its loss."""
-    parameters = backbone.role_parameters(role)
-    with backbone.role(role):
-        if role == "value":
-            numbers = backbone.response_values(sequences)
-        elif role == "reward":
-            numbers = backbone.response_scores(sequences)
-        else:
-            numbers = backbone.response_logprobs(sequences)[0]
-        gradients = torch.autograd.grad(role_loss(backbone, role, sequences), list(parameters.values()))
-    return numbers.detach(), dict(zip(parameters, gradients, strict=True))
 
 
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.trunk import FrozenTrunk
-from pe_rlhf.types import Sequences
 from tests.runs import Tree, read_jsonl
 from tests.stages.support import run
 from tests.stages.test_reward import learnable, recipe
-from tests.tiny import ROLES, perturb, ragged_sequences, randomise_head, role_loss, tiny_model
+from tests.tiny import ROLES, outputs, perturb, ragged_sequences, randomise_head, tiny_model
 
 
 def trained(family: str = "llama", last_layers: int | None = 1, layers: int = 3) -> Backbone:
@@ -54,20 +53,6 @@ def counted(backbone: Backbone) -> Iterator[list[int]]:
     yield counts
     for hook in hooks:
         hook.remove()
-
-
-def outputs(backbone: Backbone, role: str, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a role says of the sequences, and the gradients of its loss."""
-    parameters = backbone.role_parameters(role)
-    with backbone.role(role):
-        if role == "value":
-            numbers = backbone.response_values(sequences)
-        elif role == "reward":
-            numbers = backbone.response_scores(sequences)
-        else:
-            numbers = backbone.response_logprobs(sequences)[0]
-        gradients = torch.autograd.grad(role_loss(backbone, role, sequences), list(parameters.values()))
-    return numbers.detach(), dict(zip(parameters, gradients, strict=True))
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -159,6 +159,20 @@ def role_loss(backbone: Backbone, role: str, sequences: Sequences) -> Tensor:
     return -backbone.response_logprobs(sequences)[0].mean()
 
 
+def outputs(backbone: Backbone, role: str, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a role says of the sequences, and the gradients of its loss."""
+    parameters = backbone.role_parameters(role)
+    with backbone.role(role):
+        if role == "value":
+            numbers = backbone.response_values(sequences)
+        elif role == "reward":
+            numbers = backbone.response_scores(sequences)
+        else:
+            numbers = backbone.response_logprobs(sequences)[0]
+        gradients = torch.autograd.grad(role_loss(backbone, role, sequences), list(parameters.values()))
+    return numbers.detach(), dict(zip(parameters, gradients, strict=True))
+
+
 def train_role(backbone: Backbone, role: str, steps: int = 4) -> None:
     """Real AdamW steps on what a role trains."""
     sequences = ragged_sequences()

@@ -48,8 +48,13 @@ def bottom_directions(matrix_OI: Tensor, count: int, *, cache: bool = False) -> 
 
 
 def full_svd(matrix_OI: Tensor) -> Directions:
-    """All singular directions of a matrix."""
-    return Directions(*torch.linalg.svd(matrix_OI.float(), full_matrices=False))
+    """All singular directions of a matrix.
+
+    In fp64 on a CPU, where it takes about as long: in fp32 the least directions differ from one CPU to another by more
+    than rounding. Many GPUs are slow at fp64.
+    """
+    wide_OI = matrix_OI.double() if matrix_OI.device.type == "cpu" else matrix_OI.float()
+    return Directions(*(part.float() for part in torch.linalg.svd(wide_OI, full_matrices=False)))
 
 
 def _ends(matrix_OI: Tensor, count: int, cache: bool) -> tuple[Directions, Directions]:
