@@ -280,16 +280,16 @@ def test_a_server_that_forgot_the_merged_weights_gets_them_again(
 
 def test_a_server_that_hangs(make: Make, vllm_server: str) -> None:
     with proxy(vllm_server) as good, proxy(vllm_server) as hanging:
-        engine = make(good.url, hanging.url, batch_size=4, timeout=1.5)
+        engine = make(good.url, hanging.url, batch_size=4, timeout=8)
         engine.sync(3)
         expected = engine.generate(PROMPTS, seed=1)
         hanging.gate.clear()
         assert engine.generate(PROMPTS, seed=1).responses == expected.responses
     with proxy(vllm_server) as hanging:
-        engine = make(hanging.url, batch_size=4, timeout=1)
+        engine = make(hanging.url, batch_size=4, timeout=5)
         engine.sync(3)
         hanging.gate.clear()
-        with pytest.raises(TrainingError, match=r"could not be had in 3 attempts; the last: .*: no answer in 1 s"):
+        with pytest.raises(TrainingError, match=r"could not be had in 3 attempts; the last: .*: no answer in 5 s"):
             engine.generate(PROMPTS, seed=1)
 
 
