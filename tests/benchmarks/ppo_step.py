@@ -1,7 +1,7 @@
 """One PPO step here and in TRL 1.12 (the last release with a PPOTrainer), in turn: seconds and peak memory as ratios.
 
 SmolLM2-135M, LoRA r 16 on all linear layers, 16 prompts of up to 64 tokens, 48 new tokens, 2 epochs × 2 minibatches,
-fp32. TRL goes into a directory of its own. Micro-batches have up to 640 tokens here: a minibatch is then one of them.
+fp32. TRL goes into a directory of its own.
 
     python tests/benchmarks/ppo_step.py --pairs helpful-base.jsonl.gz [--steps 2] [--rounds 2]
 """
@@ -32,7 +32,7 @@ def main() -> None:
         write_prompts(first_turns(args.pairs), model, prompts, count=PROMPTS * args.steps)
         own = [sys.executable, str(Path(__file__).with_name("own_steps.py")), "ppo", "--model", str(model)]
         commands = {
-            "pe-rlhf": [*own, "--data", str(prompts), "--steps", str(args.steps), "--micro-batch-tokens", "640"],
+            "pe-rlhf": [*own, "--data", str(prompts), "--steps", str(args.steps)],
             "TRL 1.12": trl_ppo_command(model, prompts, args.steps),
         }
         table(run_alternating(commands, args.rounds), baseline="TRL 1.12")
