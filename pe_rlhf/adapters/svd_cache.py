@@ -20,6 +20,8 @@ from pe_rlhf.models import cache_dir
 
 # How many directions at each end of the spectrum are kept, unless more are asked for: all ranks up to this find theirs.
 WIDTH = 64
+# Part of every name; goes up when decompositions come out otherwise than before.
+VERSION = 2
 # Below this many rows or columns a decomposition takes no longer than the files would.
 SMALLEST = 512
 
@@ -54,6 +56,6 @@ def write(weight_OI: Tensor, kind: str, directions: dict[str, Tensor]) -> None:
 
 def _path(weight_OI: Tensor, kind: str) -> Path:
     data = weight_OI.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tuple(data.shape)} {data.dtype}".encode())
+    digest = hashlib.sha256(f"{VERSION} {tuple(data.shape)} {data.dtype}".encode())
     digest.update(data.flatten().view(torch.uint8).numpy().data)
     return cache_dir() / "svd" / f"{digest.hexdigest()}-{kind}.safetensors"

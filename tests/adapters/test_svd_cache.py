@@ -1,15 +1,41 @@
-"""SVDs of base weights on the disk."""
+"""SVDs of base weights: their signs, and how they are kept on the disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
 from pe_rlhf.adapters import svd_cache
 from pe_rlhf.adapters.inits.svd import bottom_directions, top_directions
 from tests.adapters.first_steps import matrix
+
+
+@pytest.mark.parametrize("niter", [None, 4])
+def test_signs_do_not_follow_the_library(niter: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK and MKL choose signs by CPU; whichever come, the directions are the same ones."""
+    weight_OI = matrix((24, 16))
+    first = top_directions(weight_OI, 6, niter)
+    name, home = ("svd", torch.linalg) if niter is None else ("svd_lowrank", torch)
+    real = getattr(home, name)
+
+    def of_another_cpu(*args: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        U_OK, S_K, V = real(*args, **settings)
+        sign_K = torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(4).to(U_OK)[: len(S_K)]
+        return U_OK * sign_K, S_K, V * (sign_K[:, None] if niter is None else sign_K)
+
+    monkeypatch.setattr(home, name, of_another_cpu)
+    again = top_directions(weight_OI, 6, niter)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    exact = numpy.linalg.svd(weight_OI.double().numpy(), full_matrices=False)
+    best = (exact[0][:, :6] * exact[1][:6]) @ exact[2][:6]
+    found = (first.U_OK * first.S_K) @ first.Vh_KI
+    assert found.numpy() == pytest.approx(best, abs=1e-4 if niter is None else 1e-2)
+    columns = first.U_OK.T
+    assert all(column[column.abs().argmax()] > 0 for column in columns)
 
 
 def test_svds_are_kept_by_weight_and_survive_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

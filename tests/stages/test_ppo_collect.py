@@ -44,7 +44,7 @@ def backbone() -> Backbone:
 
 def sampled(backbone: Backbone, config: PPOConfig) -> Rollout:
     """A rollout with responses that ended, and ones that were cut."""
-    rollout = HFRollout(backbone, "policy", config.rollout).generate(PROMPTS, seed=4)
+    rollout = HFRollout(backbone, "policy", config.rollout).generate(PROMPTS, seed=5)
     assert {"eos", "length"} == set(rollout.finish)
     assert len({len(response) for response in rollout.responses}) > 2
     return rollout

@@ -48,13 +48,20 @@ def bottom_directions(matrix_OI: Tensor, count: int, *, cache: bool = False) -> 
 
 
 def full_svd(matrix_OI: Tensor) -> Directions:
-    """All singular directions of a matrix.
+    """All singular directions of a matrix, the same on every CPU to rounding.
 
     In fp64 on a CPU, where it takes about as long: in fp32 the least directions differ from one CPU to another by more
     than rounding. Many GPUs are slow at fp64.
     """
     wide_OI = matrix_OI.double() if matrix_OI.device.type == "cpu" else matrix_OI.float()
-    return Directions(*(part.float() for part in torch.linalg.svd(wide_OI, full_matrices=False)))
+    return _with_fixed_signs(*(part.float() for part in torch.linalg.svd(wide_OI, full_matrices=False)))
+
+
+def _with_fixed_signs(U_OK: Tensor, S_K: Tensor, Vh_KI: Tensor) -> Directions:
+    """A pair (u, v) may as well be (-u, -v), and libraries choose by CPU: the greatest entry of each u is positive."""
+    greatest_1K = U_OK.gather(0, U_OK.abs().argmax(dim=0, keepdim=True))
+    sign_K = torch.where(greatest_1K[0] < 0, -1.0, 1.0)
+    return Directions(U_OK * sign_K, S_K, Vh_KI * sign_K[:, None])
 
 
 def _ends(matrix_OI: Tensor, count: int, cache: bool) -> tuple[Directions, Directions]:
@@ -87,7 +94,8 @@ def _randomised(matrix_OI: Tensor, count: int, niter: int, cache: bool) -> Direc
             torch.manual_seed(0)
             sketch = min(2 * count + 8, *matrix_OI.shape)
             U_OK, S_K, V_IK = torch.svd_lowrank(matrix_OI.float(), q=sketch, niter=niter)
-        kept = {"top_U": U_OK[:, :count], "top_S": S_K[:count], "top_Vh": V_IK[:, :count].T}
+        top = _with_fixed_signs(U_OK[:, :count], S_K[:count], V_IK[:, :count].T)
+        kept = {"top_U": top.U_OK, "top_S": top.S_K, "top_Vh": top.Vh_KI}
         if cache:
             svd_cache.write(matrix_OI, kind, kept)
     return Directions(kept["top_U"], kept["top_S"], kept["top_Vh"])
