@@ -37,7 +37,7 @@ from pe_rlhf.causal_lm import (
     position_arguments,
 )
 from pe_rlhf.distributed import is_sharded, world_size
-from pe_rlhf.prefixes import Prefixes, common_length, find_prefixes, takes_prefixes
+from pe_rlhf.prefixes import Prefixes, common_length, find_prefixes, kept_tokens, takes_prefixes
 from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.roles import ModelWithRoles
 from pe_rlhf.trunk import FrozenTrunk
@@ -185,9 +185,10 @@ class Backbone(ModelWithRoles):
         is_last_BT = position_T == sequences.lengths_B[:, None] - 1
         return self.heads[self.active_role](self._hidden_at(sequences, is_last_BT))
 
-    def computed_lengths(self, sequences: Sequences) -> Tensor:
-        """How many tokens _B a pass computes for each row: all but those that every row starts with."""
-        return sequences.lengths_B - (common_length(sequences) if self.shares_prefixes else 0)
+    def budget_lengths(self, sequences: Sequences) -> Tensor:
+        """How many tokens _B of a budget each row takes up: all but those that every row starts with."""
+        shared = common_length(sequences) if self.shares_prefixes else 0
+        return sequences.lengths_B - shared + kept_tokens(shared)
 
     def keeps_trunk(self, tokens: int) -> bool:
         """Whether there is a trunk below the first adapter whose states of that many tokens fit `trunk_cache_mib`.

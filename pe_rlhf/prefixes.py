@@ -18,6 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from pe_rlhf.types import Sequences
 
 WORTHWHILE = 0.9  # an extra pass of few tokens has to leave at most this share of the tokens to compute
+# Each row keeps its prefix's keys and values, an eighth or less of what a computed token keeps for the backward pass.
+KEPT_TOKENS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ def common_length(sequences: Sequences) -> int:
     """How many tokens all rows start with, up to the last but one of the shortest prompt."""
     same_T = (sequences.ids_BT == sequences.ids_BT[:1]).all(dim=0)
     return min(int(same_T.cumprod(0).sum()), int(sequences.prompt_lengths_B.min()) - 1)
+
+
+def kept_tokens(prefix_length: int) -> int:
+    """As how many tokens of a budget a row's copy of its prefix's keys and values counts."""
+    return -(-prefix_length // KEPT_TOKENS_PER_TOKEN)
 
 
 def _common_start(sequences: Sequences) -> Prefixes | None:

@@ -40,7 +40,7 @@ class AdapterScorer:
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
         scores_B = torch.zeros(len(sequences))
         with self._backbone.role(self._role):
-            for index, counts in own_micro_batches(self._backbone.computed_lengths(sequences), self._budget):
+            for index, counts in own_micro_batches(self._backbone.budget_lengths(sequences), self._budget):
                 part_B = self._backbone.response_scores(sequences.take(index)).cpu()
                 if counts:
                     scores_B[index] = part_B

@@ -16,7 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwe
 
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.prefixes import Prefixes, common_length, find_prefixes, takes_prefixes
-from pe_rlhf.types import Sequences
+from pe_rlhf.types import Sequences, micro_batches
 from tests.runs import read_jsonl
 from tests.stages.support import run
 from tests.stages.test_reward import learnable, recipe
@@ -176,9 +176,38 @@ def test_recomputed_blocks_and_recurrent_states_go_without() -> None:
 
 def test_rows_cost_what_they_do_not_share() -> None:
     backbone, sequences = trained("llama"), with_system_prompt()
-    assert backbone.computed_lengths(sequences).tolist() == [13 - 6, 14 - 6, 11 - 6]
+    assert backbone.budget_lengths(sequences).tolist() == [13 - 6 + 1, 14 - 6 + 1, 11 - 6 + 1]
     backbone.share_prefixes = False
-    assert backbone.computed_lengths(sequences).tolist() == [13, 14, 11]
+    assert backbone.budget_lengths(sequences).tolist() == [13, 14, 11]
+
+
+def kept_bytes(backbone: Backbone, sequences: Sequences) -> int:
+    """What autograd keeps of a pass: each storage once, the base's weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with backbone.role("policy"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone.response_logprobs(sequences)
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+
+
+def test_a_budget_holds_with_a_long_prefix() -> None:
+    """What rows keep of a prefix counts: 60 rows of 16 tokens after 400 would be four times the budget."""
+    model = tiny_model("llama", max_position_embeddings=512, intermediate_size=96, num_hidden_layers=3)
+    backbone = load_backbone(model)
+    backbone.add_adapter("policy", rank=3, alpha=6)
+    tokens = torch.randint(2, 60, (60, 16)).tolist()
+    rows = Sequences.pack([[5] * 400 + row[:4] for row in tokens], [row[4:] for row in tokens], pad_id=PAD)
+    groups = micro_batches(backbone.budget_lengths(rows), 1000)
+    assert max(map(len, groups)) > 10
+    most = max(kept_bytes(backbone, rows.take(index)) for index in groups)
+    without = Sequences.pack([row[:4] for row in tokens], [row[4:] for row in tokens], pad_id=PAD)
+    per_token = kept_bytes(backbone, without) / (60 * 16)
+    assert most < 1.05 * (400 + 1000) * per_token
 
 
 def test_a_reward_stage_learns_the_same(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def _policy_figures(
 ) -> dict[str, float]:
     """KL(policy ‖ anchor) in nats per response from the policy's own samples, and whether they were the policy's."""
     kl, log_ratios = 0.0, [torch.zeros(0)]
-    for index, counts in own_micro_batches(backbone.computed_lengths(sequences), ppo.micro_batch_tokens):
+    for index, counts in own_micro_batches(backbone.budget_lengths(sequences), ppo.micro_batch_tokens):
         part = sequences.take(index)
         with backbone.role("policy"):
             policy_N, _ = backbone.response_logprobs(part, sampling.temperature)

@@ -68,7 +68,7 @@ def reward_statistics(
     def probes(need: Need) -> list[Probe]:
         rows, batches = _batch_rows(len(pairs), need, adapter, seed, "reward")
         parts = []
-        for index in micro_batches(pairs.computed_lengths(rows, shares_prefixes=False), config.micro_batch_tokens):
+        for index in micro_batches(pairs.budget_lengths(rows, shares_prefixes=False), config.micro_batch_tokens):
             part = [rows[i] for i in index.tolist()]
             batch_B = torch.tensor([batches[i] for i in index.tolist()]).repeat(2)
             parts.append(Part(part, pairs.pack(part, backbone.pad_token_id), batch_B, index.repeat(2)))

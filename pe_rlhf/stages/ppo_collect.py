@@ -95,7 +95,7 @@ def per_token(
     """Compute a number per response token in micro-batches of like length; _BR, fp32, on the CPU, 0 at padding."""
     mask_BR = sequences.mask_BR
     result_BR = torch.zeros(mask_BR.shape)
-    for index, counts in own_micro_batches(backbone.computed_lengths(sequences), config.micro_batch_tokens):
+    for index, counts in own_micro_batches(backbone.budget_lengths(sequences), config.micro_batch_tokens):
         rows = torch.zeros(mask_BR[index].shape)
         rows[mask_BR[index]] = compute(sequences.take(index)).float().cpu()
         if counts:

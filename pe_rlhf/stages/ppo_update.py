@@ -26,7 +26,7 @@ def update(
     """Train policy and value on one rollout. Returns the means of losses and statistics over all minibatches."""
     means: dict[str, list[float]] = defaultdict(list)
     figures: dict[str, float] = {}
-    lengths_B = backbone.computed_lengths(experience.sequences)
+    lengths_B = backbone.budget_lengths(experience.sequences)
     for epoch in range(config.epochs):
         order = torch.tensor(permutation(len(experience.sequences), seed, "minibatches", step, epoch))
         for rows in order.tensor_split(config.minibatches):

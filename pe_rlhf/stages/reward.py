@@ -24,6 +24,7 @@ from pe_rlhf.engine import Engine, RoleGroup
 from pe_rlhf.errors import Stopped, TrainingError
 from pe_rlhf.interruption import stop_requests
 from pe_rlhf.metrics import read_jsonl, write_json
+from pe_rlhf.prefixes import kept_tokens
 from pe_rlhf.progress import progress, say
 from pe_rlhf.resources import peak_memory
 from pe_rlhf.seeding import permutation, seeded
@@ -58,12 +59,13 @@ class Pairs:
         """Tokens of all prompts and responses."""
         return sum(len(prompt) + len(response) for prompt, response in self.chosen + self.rejected)
 
-    def computed_lengths(self, rows: list[int], shares_prefixes: bool) -> Tensor:
-        """How many tokens _BK a pass computes for each of those pairs: all, or the prompt and both responses."""
+    def budget_lengths(self, rows: list[int], shares_prefixes: bool) -> Tensor:
+        """How many tokens _BK of a budget each of those pairs takes up: all, or the prompt and both responses."""
         found = []
         for (prompt, chosen), (other, rejected) in ((self.chosen[i], self.rejected[i]) for i in rows):
             if shares_prefixes and prompt == other:
-                found.append([len(prompt) - 1, 2 * (1 + max(len(chosen), len(rejected)))])
+                shared = len(prompt) - 1
+                found.append([shared, 2 * (kept_tokens(shared) + 1 + max(len(chosen), len(rejected)))])
             else:
                 found.append([0, 2 * max(len(prompt) + len(chosen), len(other) + len(rejected))])
         return torch.tensor(found)
@@ -205,7 +207,7 @@ class Scored:
 
 def _scored(backbone: Backbone, pairs: Pairs, rows: list[int], config: RewardConfig) -> Iterator[Scored]:
     """This rank's micro-batches of those rows."""
-    lengths_BK = pairs.computed_lengths(rows, backbone.shares_prefixes)
+    lengths_BK = pairs.budget_lengths(rows, backbone.shares_prefixes)
     for index, counts in own_micro_batches(lengths_BK, config.micro_batch_tokens):
         part = [rows[i] for i in index.tolist()]
         with backbone.role(ROLE):
