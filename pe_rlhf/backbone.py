@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import ModelOutput
 
-from pe_rlhf.algo.logprobs import token_logprobs
+from pe_rlhf.algo.logprobs import pieces_of, token_logprobs
 from pe_rlhf.causal_lm import (
     check_logits,
     eos_token_ids,
@@ -36,7 +36,7 @@ from pe_rlhf.causal_lm import (
     logits_of,
     position_arguments,
 )
-from pe_rlhf.distributed import is_sharded, world_size
+from pe_rlhf.distributed import is_sharded, max_over_ranks, world_size
 from pe_rlhf.prefixes import Prefixes, common_length, find_prefixes, kept_tokens, takes_prefixes
 from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.roles import ModelWithRoles
@@ -173,7 +173,10 @@ class Backbone(ModelWithRoles):
         """Log-probs and entropies _N of the response tokens under the active role; logits exist for those alone."""
         targets_N = sequences.targets_N.to(self.device)
         hidden_NH, is_own = self._hidden_at(sequences, sequences.predicts_BT), self.active_role in self.own_models
-        return token_logprobs(hidden_NH, self.logits_head, targets_N, temperature, train_head=is_own)
+        pieces = pieces_of(len(targets_N))
+        if is_sharded(self.model):  # each call gathers the head's weight, on all ranks together
+            pieces = max_over_ranks(pieces)
+        return token_logprobs(hidden_NH, self.logits_head, targets_N, temperature, pieces, train_head=is_own)
 
     def response_values(self, sequences: Sequences) -> Tensor:
         """The active role's head _N at the positions that predict the response tokens."""

@@ -17,13 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
 
+CHUNK = 128  # tokens whose logits exist at once
+
 
 def token_logprobs(
     hidden_NH: Tensor,
     head: Head,
     tokens_N: Tensor,
     temperature: float = 1.0,
-    chunk: int = 128,
+    pieces: int | None = None,
     *,
     train_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -33,17 +35,23 @@ def token_logprobs(
         hidden_NH: hidden states that predict the tokens; gradients flow to them.
         head: maps _NH to logits _NV; its own parameters get a gradient only with `train_head`.
         temperature: divides the logits.
-        chunk: how many rows of logits exist at once.
+        pieces: how many chunks the tokens are cut into, and so how often `head` is called; default: `pieces_of(N)`.
 
     Returns:
         `(logprobs_N, entropies_N)` in nats, fp32; the entropies carry no gradient.
     """
+    pieces = pieces or pieces_of(len(tokens_N))
     if not train_head:
-        return _TokenLogprobs.apply(hidden_NH, head, tokens_N, temperature, chunk)
-    chunks = zip(hidden_NH.split(chunk), tokens_N.split(chunk), strict=True)
+        return _TokenLogprobs.apply(hidden_NH, head, tokens_N, temperature, pieces)
+    chunks = zip(hidden_NH.tensor_split(pieces), tokens_N.tensor_split(pieces), strict=True)
     parts = [checkpoint(_chunk, head, hidden, tokens, temperature, use_reentrant=False) for hidden, tokens in chunks]
     logprobs, entropies = zip(*parts, strict=True)  # type: ignore[arg-type]  # what `_chunk` gives
     return torch.cat(logprobs), torch.cat(entropies).detach()
+
+
+def pieces_of(tokens: int) -> int:
+    """The fewest chunks of at most `CHUNK` tokens; at least one."""
+    return max(1, -(-tokens // CHUNK))
 
 
 def _chunk(head: Head, hidden_NH: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -66,13 +74,13 @@ def _entropies(probabilities_NV: Tensor, logprobs_NV: Tensor) -> Tensor:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, head: Head, tokens_N: Tensor, temperature: float, chunk: int
+        ctx: Any, hidden_NH: Tensor, head: Head, tokens_N: Tensor, temperature: float, pieces: int
     ) -> tuple[Tensor, Tensor]:
         wants_gradient = hidden_NH.requires_grad
         logprobs: list[Tensor] = []
         entropies: list[Tensor] = []
         jacobians: list[Tensor] = []
-        for hidden, tokens in zip(hidden_NH.split(chunk), tokens_N.split(chunk), strict=True):
+        for hidden, tokens in zip(hidden_NH.tensor_split(pieces), tokens_N.tensor_split(pieces), strict=True):
             with torch.set_grad_enabled(wants_gradient):
                 hidden = hidden.detach().requires_grad_(wants_gradient)
                 logits_NV = head(hidden)

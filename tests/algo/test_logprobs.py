@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pe_rlhf.algo.logprobs import token_logprobs
+from pe_rlhf.algo.logprobs import CHUNK, pieces_of, token_logprobs
 
 N, H, V = 37, 16, 101
 
@@ -26,14 +26,14 @@ def plain(hidden_NH: Tensor, head: Callable[[Tensor], Tensor], tokens_N: Tensor,
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-@pytest.mark.parametrize("chunk", [1, 8, 256])
+@pytest.mark.parametrize("pieces", [None, 1, 5, N, N + 3])
 @pytest.mark.parametrize("train_head", [False, True])
 def test_values_and_gradients_equal_log_softmax_over_complete_logits(
-    temperature: float, chunk: int, train_head: bool
+    temperature: float, pieces: int | None, train_head: bool
 ) -> None:
     hidden_NH, head, tokens_N = example()
     weights_N = torch.linspace(-1, 2, N)  # what a loss would put on the tokens
-    logprobs_N, _ = token_logprobs(hidden_NH, head, tokens_N, temperature, chunk, train_head=train_head)
+    logprobs_N, _ = token_logprobs(hidden_NH, head, tokens_N, temperature, pieces, train_head=train_head)
     expected_N = plain(hidden_NH, head, tokens_N, temperature)
     torch.testing.assert_close(logprobs_N, expected_N, atol=1e-5, rtol=1e-6)
     (gradient_NH,) = torch.autograd.grad((weights_N * logprobs_N).sum(), hidden_NH)
@@ -44,7 +44,7 @@ def test_values_and_gradients_equal_log_softmax_over_complete_logits(
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_entropies_equal_those_of_torch_distributions(temperature: float) -> None:
     hidden_NH, head, tokens_N = example()
-    _, entropies_N = token_logprobs(hidden_NH, head, tokens_N, temperature, chunk=8)
+    _, entropies_N = token_logprobs(hidden_NH, head, tokens_N, temperature, pieces=5)
     expected_N = torch.distributions.Categorical(logits=head(hidden_NH) / temperature).entropy()
     torch.testing.assert_close(entropies_N, expected_N, atol=1e-5, rtol=1e-5)
     assert not entropies_N.requires_grad
@@ -57,11 +57,11 @@ def test_the_head_gets_no_gradient() -> None:
     assert head.weight.grad is None
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 256])
-def test_a_trained_head_gets_its_gradient(chunk: int) -> None:
+@pytest.mark.parametrize("pieces", [None, 1, 5, N, N + 3])
+def test_a_trained_head_gets_its_gradient(pieces: int | None) -> None:
     hidden_NH, head, tokens_N = example()
     weights_N = torch.linspace(-1, 2, N)
-    logprobs_N, entropies_N = token_logprobs(hidden_NH, head, tokens_N, 0.7, chunk, train_head=True)
+    logprobs_N, entropies_N = token_logprobs(hidden_NH, head, tokens_N, 0.7, pieces, train_head=True)
     found = torch.autograd.grad((weights_N * logprobs_N).sum(), list(head.parameters()))
     expected_N = plain(hidden_NH, head, tokens_N, 0.7)
     expected = torch.autograd.grad((weights_N * expected_N).sum(), list(head.parameters()))
@@ -73,7 +73,7 @@ def test_a_trained_head_gets_its_gradient(chunk: int) -> None:
 
 def test_bf16_hidden_states() -> None:
     hidden_NH, head, tokens_N = example(torch.bfloat16)
-    logprobs_N, entropies_N = token_logprobs(hidden_NH, head, tokens_N, chunk=8)
+    logprobs_N, entropies_N = token_logprobs(hidden_NH, head, tokens_N, pieces=5)
     expected_N = plain(hidden_NH, head, tokens_N, 1.0)
     assert logprobs_N.dtype == entropies_N.dtype == torch.float32
     # Both round the logits to bf16 and nothing after them.
@@ -87,9 +87,23 @@ def test_bf16_hidden_states() -> None:
 def test_without_gradients_nothing_is_recorded() -> None:
     hidden_NH, head, tokens_N = example()
     with torch.no_grad():
-        logprobs_N, _ = token_logprobs(hidden_NH.detach(), head, tokens_N, chunk=8)
+        logprobs_N, _ = token_logprobs(hidden_NH.detach(), head, tokens_N, pieces=5)
     assert logprobs_N.grad_fn is None
     torch.testing.assert_close(logprobs_N, plain(hidden_NH, head, tokens_N, 1.0).detach(), atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [1, 5, N + 3])
+def test_the_head_is_called_once_for_each_piece(pieces: int) -> None:
+    """Also for empty ones: where ranks gather the head's weight together, each has to call it equally often."""
+    hidden_NH, head, tokens_N = example()
+    calls: list[int] = []
+    head.register_forward_hook(lambda _module, inputs, _output: calls.append(len(inputs[0])))
+    token_logprobs(hidden_NH, head, tokens_N, pieces=pieces)[0].sum().backward()
+    assert (len(calls), sum(calls)) == (pieces, N)
+
+
+def test_pieces_are_of_a_chunk_at_most() -> None:
+    assert [pieces_of(n) for n in (0, 1, CHUNK, CHUNK + 1, 3 * CHUNK)] == [1, 1, 1, 2, 3]
 
 
 def test_no_tokens_at_all() -> None:
@@ -127,7 +141,7 @@ def saved_sizes(run: Callable[[], Tensor], weight: Tensor) -> tuple[int, int]:
 
 def test_no_logits_of_all_tokens_are_ever_saved_and_none_are_held_for_backward() -> None:
     hidden_NH, head, tokens_N = example()
-    largest, held = saved_sizes(lambda: token_logprobs(hidden_NH, head, tokens_N, chunk=4)[0], head.weight)
+    largest, held = saved_sizes(lambda: token_logprobs(hidden_NH, head, tokens_N, pieces=10)[0], head.weight)
     assert largest <= max(4 * V, N * H)
     assert held == N * H
     # The measure itself: the plain form does hold them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 CONFIGURATIONS = [f"deepspeed={name}" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")]
 LOOKS_AT_DATA = "adapter.init=lora_ga"
 JUDGED_BY_A_RUN = "evaluate.judge=reward_model:plain"
+# Every weight is split, and a rank's micro-batch has more rows, so more response tokens, than the other's.
+ALL_SPLIT = "deepspeed=all_split.json,ppo.micro_batch_tokens=120"
 FULL = "tuning=full,reward.learning_rate=1e-3,ppo.learning_rate=1e-3"
 STAGES = ("preferences", "reward", "ppo", "evaluate")
 ROLES = ["reward/adapter", "ppo/adapter", "ppo/value"]
@@ -67,8 +70,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
     for name, override in (("plain", "seed=0"), ("plain-lora_ga", LOOKS_AT_DATA), ("plain-judged", JUDGED_BY_A_RUN)):
         Forked(["run", str(path), override, "--run-dir", name], folder, model_cache).finish()
     Forked(["run", str(path), *FULL.split(","), "--run-dir", "plain-full"], folder, model_cache).finish()
+    zero3 = json.loads((ROOT / "launch" / "zero3.json").read_text())
+    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "all_split.json").write_text(json.dumps(zero3))
     worker = str(ROOT / "tests" / "distributed" / "worker.py")
-    others = [f"deepspeed=zero1,{own}" for own in (LOOKS_AT_DATA, JUDGED_BY_A_RUN)] + [f"deepspeed=zero2,{FULL}"]
+    others = [f"deepspeed=zero1,{own}" for own in (LOOKS_AT_DATA, JUDGED_BY_A_RUN)]
+    others += [f"deepspeed=zero2,{FULL}", ALL_SPLIT]
     for overrides in (CONFIGURATIONS, others):
         finish(start(deepspeed(2, worker, str(path), str(folder), *overrides), folder, model_cache))
     return folder
@@ -88,7 +95,7 @@ def assert_same_run(found: Path, expected: Path, stages: tuple[str, ...] = STAGE
                 torch.testing.assert_close(state[name], tensor, atol=weights, rtol=1e-3, msg=f"{role} {name}")
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize("configuration", [*CONFIGURATIONS, ALL_SPLIT])
 def test_two_ranks_are_one(runs: Path, configuration: str) -> None:
     assert_same_run(runs / configuration, runs / "plain")
     for name in ("preferences/preferences.jsonl", "evaluate/samples.jsonl"):

@@ -6,9 +6,11 @@ deepspeed … worker.py RECIPE FOLDER deepspeed=zero0 deepspeed=zero1,adapter.in
 import sys
 from pathlib import Path
 
+from pe_rlhf.algo import logprobs
 from pe_rlhf.recipes import load_recipe
 from pe_rlhf.stages.run import run_recipe
 
+logprobs.CHUNK = 3  # so few that the ranks' response tokens are of different numbers of chunks
 recipe_file, folder, *runs = sys.argv[1:]
 for name in runs:
     recipe = load_recipe(Path(recipe_file), name.split(","))
