@@ -167,7 +167,10 @@ def load_role(backbone: Backbone, role: str, folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: no role of a stage can be read here: {error}") from error
     if description["base_sha256"] != backbone.base_fingerprint():
-        raise InputError(f"{folder} was trained on another base ({description['base_model']}) than {backbone.name}")
+        raise InputError(
+            f"{folder} was trained on another base ({description['base_model']}) than {backbone.name} in"
+            f" {str(backbone.model.dtype).removeprefix('torch.')}"
+        )
     backbone.load_role(role, spec, state)
 
 

@@ -14,9 +14,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.base_model import base_of_role
+from pe_rlhf.base_model import base_of_role, load_base
 from pe_rlhf.checkpoint import load_role
-from pe_rlhf.config import SamplingConfig
+from pe_rlhf.config import Recipe, SamplingConfig
 from pe_rlhf.recipes import load_recipe
 from pe_rlhf.roles import ANCHOR
 from pe_rlhf.rollout.hf import HFRollout
@@ -39,12 +39,19 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class RoleFolder:
-    """A role that a stage wrote: its folder, the base model's name, and the recipe's chat template and quantisation."""
+    """A role that a stage wrote: its folder, the base model's name, and the recipe of its run where that is there."""
 
     folder: Path
     base: str
-    chat_template: str = "auto"
-    quantization: str = "none"
+    recipe: Recipe | None
+
+    def load_base(self, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
+        """The run's anchor, loaded and prompted as the recipe says; in `dtype` where there is no recipe."""
+        if self.recipe is None:
+            backbone = load_backbone(self.base, dtype=dtype, device=device)
+            return backbone, _codec(backbone, "auto")
+        backbone = load_base(self.recipe, self.base, device)
+        return backbone, _codec(backbone, self.recipe.chat_template)
 
 
 def find_role(name: str, stage: str) -> RoleFolder | None:
@@ -63,17 +70,14 @@ def find_role(name: str, stage: str) -> RoleFolder | None:
     except (ValueError, KeyError) as error:
         raise InputError(f"{folder / 'role.json'} is damaged: {error}") from error
     base = base_of_role(folder, base)
-    if recipe is None:
-        return RoleFolder(folder, base)
-    settings = load_recipe(recipe)
-    return RoleFolder(folder, base, settings.chat_template, settings.backbone.quantization)
+    return RoleFolder(folder, base, None if recipe is None else load_recipe(recipe))
 
 
 def load_role_backbone(found: RoleFolder, role: str, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
-    """The base model with that role on it, and the codec of the run."""
-    backbone = load_backbone(found.base, dtype=dtype, device=device, quantization=found.quantization)
+    """The base model with that role on it, and the codec of the run; `dtype` as of `RoleFolder.load_base`."""
+    backbone, codec = found.load_base(dtype=dtype, device=device)
     load_role(backbone, role, found.folder)
-    return backbone, _codec(backbone, found.chat_template)
+    return backbone, codec
 
 
 class LocalPolicy:
@@ -133,6 +137,12 @@ class EndpointPolicy:
                 raise
 
 
+def load_anchor(found: RoleFolder, sampling: SamplingConfig, seed: int, *, dtype: str, device: str) -> Policy:
+    """What a run's policy started from, asked as the policy is."""
+    backbone, codec = found.load_base(dtype=dtype, device=device)
+    return LocalPolicy(backbone, ANCHOR, codec, sampling, seed)
+
+
 def load_policy(name: str, sampling: SamplingConfig, seed: int, *, dtype: str, device: str, api_key_env: str) -> Policy:
     """What answers under that name: `http(s)://…#MODEL`, a run, an adapter, or a model.
 
@@ -140,7 +150,7 @@ def load_policy(name: str, sampling: SamplingConfig, seed: int, *, dtype: str, d
     """
     if is_endpoint(name):
         return EndpointPolicy(name, sampling, seed, api_key_env)
-    if (found := find_role(name, "ppo")) is not None:
+    if (found := find_policy(name)) is not None:
         backbone, codec = load_role_backbone(found, "policy", dtype=dtype, device=device)
         return LocalPolicy(backbone, "policy", codec, sampling, seed)
     if (base := base_of_adapter(name)) is not None:
@@ -170,10 +180,9 @@ def weights_of(name: str, stage: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def base_of(name: str) -> str | None:
-    """The model that a run or an adapter was trained on: what it is compared with unless told otherwise."""
-    found = None if is_endpoint(name) or Path(name).is_file() else find_role(name, "ppo")
-    return found.base if found else base_of_adapter(name)
+def find_policy(name: str) -> RoleFolder | None:
+    """The policy of a run of ours; None for a server, a file of outputs, an adapter of others, or a model."""
+    return None if is_endpoint(name) or Path(name).is_file() else find_role(name, "ppo")
 
 
 def base_of_adapter(name: str) -> str | None:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pe_rlhf.policies import find_policy
 from tests.reward.chat_server import KEY, ChatServer, running
 from tests.runs import PAIRS, PROMPTS, Outcome, read_jsonl, recipe, write_jsonl, write_recipe
 
@@ -68,6 +70,28 @@ def test_a_run_against_its_base_and_a_model_against_an_endpoint(cli: Callable[..
     anew = cli("evaluate", "run", *arguments)
     assert "holds responses of other prompts, another policy or other settings" in anew.errors[0]
     assert (tmp_path / "e" / "candidate.jsonl").read_bytes() == before
+
+
+def test_a_run_is_loaded_and_its_anchor_prompted_as_its_recipe_says(
+    cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    path = write_recipe(tmp_path, {**recipe("ppo"), "chat_template": template, "backbone": {"dtype": "bfloat16"}})
+    assert cli("run", path, "--run-dir", "run").code == 0
+    arguments = ["--prompts", "prompts.jsonl", "--judge", "length", "--max-new-tokens", "6"]
+    outcome = cli("evaluate", "run", *arguments, "--out", "e")
+    assert outcome.code == 0, outcome
+    found = find_policy("run")
+    assert found is not None
+    backbone, codec = found.load_base(dtype="float32", device="cpu")
+    assert backbone.model.dtype == torch.bfloat16
+    assert codec.decode(codec.encode_prompt("abc")) == "<abc>"
+    # Without its recipe nothing tells of the dtype.
+    for file in (tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "ppo" / "recipe.yaml"):
+        file.unlink(missing_ok=True)
+    outcome = cli("evaluate", "run/ppo", *arguments, "--out", "e2")
+    assert outcome.errors[0].endswith("than random:tiny-llama in float32")
+    assert cli("evaluate", "run/ppo", *arguments, "--out", "e3", "--dtype", "bfloat16").code == 0
 
 
 def test_an_endpoint_as_policy_and_judge(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -12,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from pe_rlhf.config import SamplingConfig
     from pe_rlhf.evaluation import Source
+    from pe_rlhf.policies import RoleFolder
     from reward.records import Prompt
 
 T = TypeVar("T")
@@ -25,7 +27,10 @@ def evaluate(
         str, typer.Option(help="length, llm:MODEL, reward_model:RUN or MODEL, or your own as module:callable.")
     ],
     against: Annotated[
-        str | None, typer.Option(help="What it is compared with, likewise; left out, the base of a run or an adapter.")
+        str | None,
+        typer.Option(
+            help="What it is compared with, likewise; left out, the anchor of a run or the base of an adapter."
+        ),
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="A data file or hub id with a column `prompt`; a file of outputs has its own.")
@@ -54,7 +59,9 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0.001, help="Of the responses.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Responses sampled at once.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the responses.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of local models: float32, bfloat16, float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of local models: float32, bfloat16, float16; a run's are in its recipe's.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="Of local models: auto, cpu, cuda, …")] = "auto",
     level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -68,7 +75,7 @@ def evaluate(
     from pe_rlhf.evaluation import evaluate_pairs, responses_of
     from pe_rlhf.evaluation_report import write_evaluation_report
     from pe_rlhf.judging import JudgeConfig, build_judge, check_judge
-    from pe_rlhf.policies import base_of
+    from pe_rlhf.policies import base_of_adapter, find_policy
     from reward.asking import make_pairs
     from reward.errors import InputError
     from reward.judges.registry import split_judge_name
@@ -86,14 +93,13 @@ def evaluate(
     judge_config = _validated(JudgeConfig, kind=kind, target=target, dtype=dtype, device=device, **fields)
     check_judge(judge_config)
     sampling = _validated(SamplingConfig, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
-    baseline = against or base_of(policy)
+    trained = None if against else find_policy(policy)
+    baseline = against or (trained.base if trained else base_of_adapter(policy))
     if baseline is None:
         raise InputError(f"--against is missing: {policy} is neither a run nor an adapter, so it has no base")
     asked = _prompts(prompts, policy, baseline, limit)
-    sources = {
-        side: _source(name, asked, sampling, seed, dtype, device, api_key_env)
-        for side, name in (("candidate", policy), ("baseline", baseline))
-    }
+    source = partial(_source, asked, sampling, seed, dtype, device, api_key_env)
+    sources = {"candidate": source(policy), "baseline": source(baseline, anchor_of=trained)}
     folder = out or Path("evaluations") / "-".join(map(_slug, (policy, "vs", baseline, judge)))
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -126,13 +132,35 @@ def _prompts(named: str | None, policy: str, baseline: str, limit: int | None) -
 
 
 def _source(
-    name: str, prompts: list[Prompt], sampling: SamplingConfig, seed: int, dtype: str, device: str, api_key_env: str
+    prompts: list[Prompt],
+    sampling: SamplingConfig,
+    seed: int,
+    dtype: str,
+    device: str,
+    api_key_env: str,
+    name: str,
+    anchor_of: RoleFolder | None = None,
 ) -> Source:
+    """Where one side's responses come from; `anchor_of` is the run whose anchor that name stands for."""
     from pe_rlhf.evaluation import Source
     from pe_rlhf.models import check_model_name
-    from pe_rlhf.policies import base_of_adapter, find_role, is_endpoint, load_policy, read_outputs, weights_of
+    from pe_rlhf.policies import (
+        base_of_adapter,
+        find_policy,
+        is_endpoint,
+        load_anchor,
+        load_policy,
+        read_outputs,
+        weights_of,
+    )
     from reward.errors import InputError
 
+    if anchor_of is not None:
+        recipe = anchor_of.recipe
+        prompted = None if recipe is None else [recipe.chat_template, recipe.backbone.dtype]
+        identity = json.dumps([name, sampling.model_dump(), seed, dtype, weights_of(name, "ppo"), prompted])
+        load = partial(load_anchor, anchor_of, sampling, seed, dtype=dtype, device=device)
+        return Source(name, identity, load=load)
     if Path(name).is_file():
         by_prompt: dict[str, list[str]] = {}
         for prompt, response in read_outputs(Path(name)):
@@ -144,11 +172,11 @@ def _source(
             # A prompt that stands there several times is answered in that order, the last answer for all further ones.
             outputs.append(left.pop(0) if len(left) > 1 else left[0])
         return Source(name, name, outputs=outputs)
-    if not is_endpoint(name) and find_role(name, "ppo") is None and base_of_adapter(name) is None:
+    if not is_endpoint(name) and find_policy(name) is None and base_of_adapter(name) is None:
         check_model_name(name)
     identity = json.dumps([name, sampling.model_dump(), seed, dtype, weights_of(name, "ppo")])
     options = {"dtype": dtype, "device": device, "api_key_env": api_key_env}
-    return Source(name, identity, load=lambda: load_policy(name, sampling, seed, **options))
+    return Source(name, identity, load=partial(load_policy, name, sampling, seed, **options))
 
 
 def _validated(schema: type[T], **fields: Any) -> T:

@@ -18,7 +18,9 @@ def evaluate_reward(
     out: Annotated[Path | None, typer.Option(help="The folder for summary.json, scores.jsonl and report.html.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take that many pairs, the first ones.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored between two lines of progress.")] = 32,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; a run's model is in its recipe's.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

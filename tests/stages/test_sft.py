@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from pe_rlhf.backbone import load_backbone
 from pe_rlhf.config import Recipe
-from pe_rlhf.policies import base_of, find_role
+from pe_rlhf.policies import find_policy, find_role
 from pe_rlhf.recipes import load_recipe, save_recipe
 from pe_rlhf.report import write_report
 from pe_rlhf.stages.context import StageContext
@@ -272,7 +272,9 @@ def test_all_later_stages_start_from_the_merged_model(cli: Cli, tmp_path: Path) 
         found = find_role(str(moved), role)
         assert found is not None
         assert found.base == str(moved / "sft/model")
-    assert base_of(str(moved)) == str(moved / "sft/model")
+    policy = find_policy(str(moved))
+    assert policy is not None
+    assert policy.base == str(moved / "sft/model")
     with torch.no_grad():
         expected = anchor(ids_BT).logits
         torch.testing.assert_close(backbone(ids_BT).logits, expected, atol=0, rtol=0)
