@@ -237,17 +237,11 @@ class Backbone(ModelWithRoles):
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _hidden(
-        self, ids_BT: Tensor, attention_mask: Tensor | None = None, cache: DynamicCache | None = None
-    ) -> Tensor:
-        """Last hidden states _BTH; after what is in the cache, the start of which the mask covers, too."""
-        arguments: dict[str, Any] = position_arguments(attention_mask)
-        if cache is not None and attention_mask is not None:
-            arguments["position_ids"] = arguments["position_ids"][:, -ids_BT.shape[1] :]
+    def _hidden(self, ids_BT: Tensor, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor:
+        """Last hidden states _BTH; `arguments` are further ones of the decoder, or in the place of those given here."""
+        arguments = {"use_cache": False, **position_arguments(attention_mask), **arguments}
         with self._recomputing():
-            decoder = self.active_model.base_model
-            cached = {"past_key_values": cache, "use_cache": cache is not None}
-            return decoder(input_ids=ids_BT, **arguments, **cached).last_hidden_state
+            return self.active_model.base_model(input_ids=ids_BT, **arguments).last_hidden_state
 
     def _recomputing(self) -> AbstractContextManager[None]:
         if not self._recomputes:
@@ -270,11 +264,15 @@ class Backbone(ModelWithRoles):
     def _hidden_after(self, prefixes: Prefixes, ids_BT: Tensor, trunk_BTH: Tensor | None) -> Tensor:
         """Last hidden states _BSH of the tokens after the prefixes."""
         cache = DynamicCache(config=self.active_model.config)
+        cached: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         with self._trunk.given(None if trunk_BTH is None else prefixes.of_prefixes(trunk_BTH)):
             mask_UP = None if prefixes.attends_UP.all() else prefixes.attends_UP.to(self.device)
-            self._hidden(prefixes.of_prefixes(ids_BT).to(self.device), mask_UP, cache)
+            self._hidden(prefixes.of_prefixes(ids_BT).to(self.device), mask_UP, **cached)
         if trunk_BTH is not None:
             self._trunk.fill(cache, *prefixes.columns_UP.shape)
         cache.reorder_cache(prefixes.prefix_B)  # type: ignore[arg-type]  # any integers will do
+        # Not positions that follow from the mask: past a row's end they would run on past the model's last one.
+        position_ids = prefixes.columns_BS.to(self.device)
         with self._trunk.given(None if trunk_BTH is None else prefixes.of_rest(trunk_BTH)):
-            return self._hidden(prefixes.of_rest(ids_BT).to(self.device), prefixes.attends().to(self.device), cache)
+            ids_BS, mask = prefixes.of_rest(ids_BT).to(self.device), prefixes.attends().to(self.device)
+            return self._hidden(ids_BS, mask, position_ids=position_ids, **cached)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pe_rlhf.types import Sequences
 
 WORTHWHILE = 0.9  # an extra pass of few tokens has to leave at most this share of the tokens to compute
+LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 # Each row keeps its prefix's keys and values, an eighth or less of what a computed token keeps for the backward pass.
 KEPT_TOKENS_PER_TOKEN = 8
 
@@ -31,7 +32,8 @@ class Prefixes:
         columns_UP: the prefix's columns in it, at the right end; what is left of them is padding.
         attends_UP: False at that padding.
         prefix_B: which prefix each row starts with.
-        columns_BS: the columns of the row's other tokens; past its end its last column again and again.
+        columns_BS: the columns of the row's other tokens, which are their positions; past its end its last column
+            again and again.
         follows_BS: False at those repetitions.
     """
 
@@ -58,7 +60,10 @@ class Prefixes:
         return self.columns_UP.numel() + self.columns_BS.numel()
 
     def attends(self) -> Tensor:
-        """Attention mask of the rows, prefix and rest, _B(P+S)."""
+        """Attention mask of the rows, prefix and rest, _B(P+S).
+
+        True at repetitions, too: no token attends to a later one, and one that attends to nothing would be NaN.
+        """
         return torch.cat([self.attends_UP[self.prefix_B], torch.ones_like(self.follows_BS)], dim=1)
 
     def of_prefixes(self, values: Tensor) -> Tensor:
@@ -110,6 +115,17 @@ def _equal_prompts(sequences: Sequences) -> Prefixes | None:
 
 
 def takes_prefixes(model: PreTrainedModel) -> bool:
-    """Whether the model's cache is of keys and values alone: a recurrent state cannot be shared by tokens."""
+    """Whether keys and values of a prefix are the same whatever follows, and are all that the model keeps of it.
+
+    A recurrent state cannot be shared by tokens, and some rotary embeddings turn keys by how long the whole row is.
+    """
     layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    keeps_keys = bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return keeps_keys and not _rope_types(model.config) & LENGTH_DEPENDENT_ROPE
+
+
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    """The kinds of rotary embeddings of a model's layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+    return {str(kind["rope_type"]) for kind in kinds if "rope_type" in kind}

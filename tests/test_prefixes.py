@@ -174,6 +174,38 @@ def test_recomputed_blocks_and_recurrent_states_go_without() -> None:
     assert not takes_prefixes(Qwen3NextForCausalLM(hybrid))
 
 
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_keys_that_are_turned_by_the_length_of_a_row_are_not_shared(rope_type: str) -> None:
+    """Rows longer than the model was first trained on, with a prefix that is shorter."""
+    rope: Settings = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 10000.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 16}
+    model = tiny_model("llama", max_position_embeddings=64 if rope_type == "longrope" else 16, rope_parameters=rope)
+    backbone = load_backbone(model)
+    backbone.add_adapter("policy")
+    rows = Sequences.pack([[*range(2, 14), i] for i in (5, 6, 7)], [[20 + i] * 12 for i in range(3)], pad_id=PAD)
+    assert find_prefixes(rows) is not None
+    with torch.no_grad(), backbone.role("policy"):
+        found_N, _ = backbone.response_logprobs(rows)
+        backbone.share_prefixes = False
+        expected_N, _ = backbone.response_logprobs(rows)
+    torch.testing.assert_close(found_N, expected_N, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_do_not_run_past_the_models_last() -> None:
+    """A long prefix beside a row with a long rest; each row fits, the longest of both would not."""
+    prompts = [list(range(2, 8)), list(range(10, 60))] * 2
+    responses = [[20 + i] * 30 for i in (0, 1)]
+    rows = Sequences.pack(prompts, [responses[0], [30] * 12, responses[1], [31] * 9], pad_id=PAD)
+    assert find_prefixes(rows) is not None
+    backbone = trained("gpt2")
+    with torch.no_grad(), backbone.role("reward"):
+        found_B = backbone.response_scores(rows)
+        backbone.share_prefixes = False
+        expected_B = backbone.response_scores(rows)
+    torch.testing.assert_close(found_B, expected_B, atol=1e-5, rtol=1e-4)
+
+
 def test_rows_cost_what_they_do_not_share() -> None:
     backbone, sequences = trained("llama"), with_system_prompt()
     assert backbone.budget_lengths(sequences).tolist() == [13 - 6 + 1, 14 - 6 + 1, 11 - 6 + 1]
