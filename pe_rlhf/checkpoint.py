@@ -61,7 +61,8 @@ def _write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state
     there = sorted(root.glob("step-*"))
     best = max(map(_score, there))
     for old in there[:-keep]:
-        if _score(old) < best or best == -math.inf:
+        # Not the one just written, though damaged ones of later steps may lie there.
+        if old != target and (_score(old) < best or best == -math.inf):
             shutil.rmtree(old)
 
 

@@ -16,6 +16,7 @@ from pe_rlhf.policies import find_role, load_role_backbone, weights_of
 from pe_rlhf.progress import progress
 from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.scoring import ModelScorer
+from pe_rlhf.text import cut_pair
 from pe_rlhf.types import Sequences, micro_batches
 from reward.asking import Pair, judge_pairs
 from reward.errors import InputError
@@ -129,7 +130,7 @@ def reward_scores(target: str, dtype: str = "float32", device: str = "auto") -> 
     @torch.no_grad()
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         pairs = [codec.encode_pair(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        cut = [(prompt[-max(1, limit - len(response)) :], response[: limit - 1]) for prompt, response in pairs]
+        cut = [cut_pair(prompt, response, limit) for prompt, response in pairs]
         sequences = Sequences.pack([p for p, _ in cut], [r for _, r in cut], backbone.pad_token_id)
         # Not by `AdapterScorer`, which shares the rows out: a judge is asked on one rank alone.
         scores_B = torch.zeros(len(sequences))

@@ -154,13 +154,20 @@ def load_policy(name: str, sampling: SamplingConfig, seed: int, *, dtype: str, d
         backbone, codec = load_role_backbone(found, "policy", dtype=dtype, device=device)
         return LocalPolicy(backbone, "policy", codec, sampling, seed)
     if (base := base_of_adapter(name)) is not None:
-        backbone = load_backbone(base, dtype=dtype, device=device)
-        merged = PeftModel.from_pretrained(backbone.model, name).merge_and_unload()
-        assert isinstance(merged, PreTrainedModel)
-        backbone = Backbone(merged, backbone.tokenizer, name)
+        backbone = load_merged(name, base, dtype=dtype, device=device)
     else:
         backbone = load_backbone(name, dtype=dtype, device=device)
     return LocalPolicy(backbone, ANCHOR, _codec(backbone, "auto"), sampling, seed)
+
+
+def load_merged(adapter: str, base: str, *, dtype: str, device: str) -> Backbone:
+    """A model with a PEFT adapter of any make merged into it."""
+    backbone = load_backbone(base, dtype=dtype, device=device)
+    merged = PeftModel.from_pretrained(backbone.model, adapter).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    result = Backbone(merged, backbone.tokenizer, adapter)
+    result.eos_token_ids = backbone.eos_token_ids  # it has emptied the generation config, which may name more of them
+    return result
 
 
 def weights_of(name: str, stage: str) -> str:

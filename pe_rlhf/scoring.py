@@ -8,14 +8,19 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_role
 from pe_rlhf.config import RewardSource
 from pe_rlhf.distributed import all_rows, on_main, own_micro_batches, own_rows, sum_over_ranks
 from pe_rlhf.models import resolve_model
-from pe_rlhf.text import TextCodec
+from pe_rlhf.text import TextCodec, cut_pair
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from reward.judges import load_function, score_responses
@@ -77,6 +82,7 @@ class ModelScorer:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.config.pad_token_id = self._tokenizer.pad_token_id
         self._codec, self._batch_size = TextCodec(self._tokenizer), batch_size
+        self._limit = _longest_row(self._model, self._tokenizer)
         self._eos_token_ids = torch.tensor(eos_token_ids)
 
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
@@ -90,9 +96,13 @@ class ModelScorer:
     def score_texts(
         self, prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None
     ) -> Tensor:
-        """Scores _B of texts; `cut` says which responses did not end, by default none."""
+        """Scores _B of texts; `cut` says which responses did not end, by default none.
+
+        Of a text that is longer than the model takes, the start of the prompt is left out.
+        """
         triples = zip(prompts, responses, cut or [False] * len(prompts), strict=True)
-        rows = [prompt + response for prompt, response in (self._codec.encode_pair(*triple) for triple in triples)]
+        pairs = (cut_pair(*self._codec.encode_pair(*triple), self._limit) for triple in triples)
+        rows = [prompt + response for prompt, response in pairs]
         scores: list[Tensor] = []
         for start in range(0, len(rows), self._batch_size):
             batch = self._tokenizer.pad(
@@ -100,6 +110,16 @@ class ModelScorer:
             )
             scores.append(self._model(**batch.to(self._model.device)).logits[:, 0].float().cpu())
         return torch.cat(scores) if scores else torch.zeros(0)
+
+
+def _longest_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a classifier takes, by its config and its tokenizer, which may know of fewer."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+    for name, module in model.named_modules():
+        # RoBERTa and its like count positions from behind the padding id's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # type: ignore[operator]  # an index, then
+    return min(positions, tokenizer.model_max_length)
 
 
 class FunctionScorer:

@@ -57,6 +57,17 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000008"]
 
 
+def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -> None:
+    for step, score in ((10, 0.5), (20, 0.9)):
+        save_checkpoint(tmp_path, step, tensors(step), {}, keep=1, score=score)
+    (tmp_path / "checkpoints" / "step-000020" / "state.safetensors").write_bytes(b"damaged")
+    assert load_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 15, tensors(15), {}, keep=1, score=0.6)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded[0] == 15
+
+
 def test_a_step_that_is_saved_again_replaces_the_old(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, {"policy/b": torch.zeros(1)}, {"beta": 0.0})
     save(tmp_path, 3)

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from pe_rlhf.policies import find_policy
+from pe_rlhf.backbone import load_backbone
+from pe_rlhf.policies import find_policy, load_merged
 from tests.reward.chat_server import KEY, ChatServer, running
 from tests.runs import PAIRS, PROMPTS, Outcome, read_jsonl, recipe, write_jsonl, write_recipe
+from tests.tiny import tiny_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PROMPT_TEXTS = [f"Prompt {i}" for i in range(12)]
@@ -92,6 +94,19 @@ def test_a_run_is_loaded_and_its_anchor_prompted_as_its_recipe_says(
     outcome = cli("evaluate", "run/ppo", *arguments, "--out", "e2")
     assert outcome.errors[0].endswith("than random:tiny-llama in float32")
     assert cli("evaluate", "run/ppo", *arguments, "--out", "e3", "--dtype", "bfloat16").code == 0
+
+
+def test_a_merged_adapter_ends_with_every_eos_of_its_base(tmp_path: Path) -> None:
+    load_backbone("random:tiny-llama").tokenizer.save_pretrained(tmp_path / "base")
+    model = tiny_model("llama", vocab_size=257)
+    model.generation_config.eos_token_id = [1, 7]  # type: ignore[union-attr]
+    model.save_pretrained(tmp_path / "base")
+    backbone = load_backbone(str(tmp_path / "base"))
+    assert {1, 7} <= set(backbone.eos_token_ids)
+    backbone.add_adapter("policy", rank=2)
+    backbone.export_adapter("policy", tmp_path / "adapter")
+    merged = load_merged(str(tmp_path / "adapter"), str(tmp_path / "base"), dtype="float32", device="cpu")
+    assert merged.eos_token_ids == backbone.eos_token_ids
 
 
 def test_an_endpoint_as_policy_and_judge(

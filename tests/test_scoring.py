@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.checkpoint import save_role
@@ -102,6 +108,24 @@ def test_a_model_scores_as_when_it_is_called_directly(tmp_path: Path, with_pad: 
     found_B = scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
     torch.testing.assert_close(found_B, torch.tensor(expected), atol=1e-5, rtol=1e-5)
     assert found_B.std() > 0.05
+
+
+def test_a_text_that_is_longer_than_the_model_takes_loses_its_start(tmp_path: Path) -> None:
+    """RoBERTa's positions begin behind its padding id's: of 34 it can use 32."""
+    source = byte_model(tmp_path / "causal", pad_is_eos=False)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    positions = {"max_position_embeddings": 34, "type_vocab_size": 1, "pad_token_id": 1}
+    config = RobertaConfig(vocab_size=300, num_labels=1, **sizes, **positions)  # type: ignore[arg-type]
+    model = RobertaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    scorer = ModelScorer(str(tmp_path / "roberta"), CPU, torch.float32)
+    prompt, response = "a prompt of more than thirty-two bytes", " fine"
+    ids = [*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id][-32:]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(scorer.score_texts([prompt], [response]), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("labels", "message"), [(2, "has 2 labels; a reward model has one"), (3, "has 3 labels")])

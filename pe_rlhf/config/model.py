@@ -13,7 +13,8 @@ from pe_rlhf.config.section import Positive, Section
 class BackboneConfig(Section):
     """How the base model is loaded."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of the frozen base")
+    # Not float16: its gradients underflow, the more so the more tokens a batch has.
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the frozen base")
     quantization: Literal["none", "4bit", "8bit"] = Field(
         default="none", description="of the frozen base, by bitsandbytes: NF4 or LLM.int8; with adapters alone"
     )

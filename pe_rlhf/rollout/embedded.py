@@ -129,6 +129,7 @@ class EmbeddedVLLM:
 
     def _wake_up(self) -> None:
         if self._asleep:
+            torch.cuda.empty_cache()  # what the trainer has kept since is the memory that the engine wakes up in
             self._call("wake_up")
             self._asleep = False
 
