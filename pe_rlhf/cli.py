@@ -35,6 +35,11 @@ app = typer.Typer(
 )
 
 USER_MISTAKE, TRAINING_STOPPED, INTERRUPTED = 2, 3, 130
+GOES_ON = {
+    "run": ["--resume continues from the last checkpoint"],
+    "compare": ["the same command goes on"],
+    "evaluate": ["the same command goes on"],
+}
 SECONDS_FOR_MAIN = 120.0
 
 
@@ -77,7 +82,7 @@ def main() -> None:
         _leave_after_main(TRAINING_STOPPED)
     else:
         if status == INTERRUPTED:  # what typer makes of Ctrl-C
-            print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+            print("; ".join(["interrupted", *GOES_ON.get(arguments[0], ())]), file=sys.stderr)
         sys.exit(status or 0)
 
 

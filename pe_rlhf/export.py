@@ -34,6 +34,7 @@ from pe_rlhf.config import BackboneConfig, Recipe
 from pe_rlhf.files import write_whole
 from pe_rlhf.models import resolve_model
 from pe_rlhf.recipes import load_recipe
+from pe_rlhf.text import find_template
 from reward.errors import InputError
 
 Format = Literal["lora", "merged"]
@@ -167,6 +168,7 @@ def model_card(found: FinishedRole, form: Format) -> str:
         base_sha256=found.description["base_sha256"],
         spec=spec,
         rank=rank,
+        chat_template=found.recipe.chat_template,
         numbers=numbers,
         stage=found.folder.parent.name,
     )
@@ -180,7 +182,8 @@ def _write_merged(found: FinishedRole, path: Path) -> None:
         )
     backbone = load_base(found.recipe, found.description["base_model"], "cpu")
     load_role(backbone, found.role, found.folder)
-    write_merged(backbone, found.role, found.recipe.backbone, path)
+    template = find_template(backbone.tokenizer, found.recipe.chat_template)
+    write_merged(backbone, found.role, found.recipe.backbone, path, template)
 
 
 def write_merged(

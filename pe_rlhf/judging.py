@@ -20,7 +20,7 @@ from pe_rlhf.text import cut_pair
 from pe_rlhf.types import Sequences, micro_batches
 from reward.asking import Pair, judge_pairs
 from reward.errors import InputError
-from reward.judges import Judge, load_judge
+from reward.judges import Judge
 from reward.judges.functions import ScoreFunction
 from reward.judges.llm import ChatBackend, LLMJudge
 from reward.judges.registry import JudgeSettings, judge_kinds, make_judge, register_judge, split_judge_name
@@ -30,6 +30,7 @@ from reward.records import Prompt
 from reward.summary import Outcome
 
 MICRO_BATCH_TOKENS = 4096
+TARGETS = {"llm": "its model: llm:MODEL", "reward_model": "a run's directory or a model: reward_model:RUN"}
 
 
 def judge_settings(judge: str | JudgeConfig) -> JudgeSettings:
@@ -48,12 +49,12 @@ def build_judge(judge: str | JudgeConfig) -> Judge:
 def check_judge(judge: str | JudgeConfig) -> None:
     """Raise `InputError` for what can be seen to be wrong with a judge without loading a model or asking a server."""
     settings = judge_settings(judge)
-    if settings.kind == "function" and settings.target:
-        load_judge(settings.target)
-    elif settings.kind == "llm":
+    if settings.kind in TARGETS:
+        _target(settings)
+    if settings.kind == "llm":
         JudgePrompt(settings.template)
         check_vllm(settings.engine == "vllm")
-    elif settings.kind not in judge_kinds():
+    elif settings.kind in ("function", "length") or settings.kind not in judge_kinds():
         make_judge(settings)
 
 
@@ -84,30 +85,28 @@ def ask_judge(
 
 def llm_judge(settings: JudgeSettings) -> Judge:
     """A chat model at `base_url`, else one that vLLM or transformers load here."""
-    if not settings.target:
-        raise InputError("judge: llm needs its model: llm:MODEL")
-    prompt = JudgePrompt(settings.template)
+    target, prompt = _target(settings), JudgePrompt(settings.template)
     backend: ChatBackend
     if settings.base_url:
         from reward.judges.endpoint import Endpoint  # the client library takes a second to import
 
-        backend = Endpoint(settings.target, settings)
+        backend = Endpoint(target, settings)
     elif settings.engine == "vllm":
         from pe_rlhf.rollout.chat import VLLMChat
 
         device = find_device(settings.device)
-        backend = VLLMChat(settings.target, settings.dtype, device, memory_share=settings.gpu_memory_share)
+        backend = VLLMChat(target, settings.dtype, device, memory_share=settings.gpu_memory_share)
     else:
         from reward.judges.hf import HFChat
 
         model, tokenizer = load_causal_lm(
-            settings.target,
+            target,
             dtype=settings.dtype,
             device=find_device(settings.device),
             attention="sdpa",
             trust_remote_code=False,
         )
-        backend = HFChat(model, tokenizer, f"{settings.target} {settings.dtype}")
+        backend = HFChat(model, tokenizer, f"{target} {settings.dtype}")
     return LLMJudge(
         backend,
         prompt,
@@ -143,11 +142,16 @@ def reward_scores(target: str, dtype: str = "float32", device: str = "auto") -> 
 
 
 def _reward_model(settings: JudgeSettings) -> Judge:
-    if not settings.target:
-        raise InputError("judge: reward_model needs a run's directory or a model: reward_model:RUN")
-    score = reward_scores(settings.target, settings.dtype, settings.device)
-    identity = f"{settings.target} {settings.dtype} {weights_of(settings.target, 'reward')}".rstrip()
+    target = _target(settings)
+    score = reward_scores(target, settings.dtype, settings.device)
+    identity = f"{target} {settings.dtype} {weights_of(target, 'reward')}".rstrip()
     return reward_model_judge(score, identity)
+
+
+def _target(settings: JudgeSettings) -> str:
+    if not settings.target:
+        raise InputError(f"judge: {settings.kind} needs {TARGETS[settings.kind]}")
+    return settings.target
 
 
 register_judge("llm", llm_judge)

@@ -161,6 +161,12 @@ def make_scorer(
     return WeightedScorer(parts)
 
 
+def check_reward_adapter(source: RewardSource) -> None:
+    """Raise `InputError` where a reward adapter is named by its directory and is not there."""
+    if not (reward_adapter_dir(source, Path()) / "role.json").is_file():
+        raise InputError(f"ppo.reward.adapter: {source.adapter!r} is not the directory of a finished reward stage")
+
+
 def reward_adapter_dir(source: RewardSource, run_dir: Path) -> Path:
     """Where a reward adapter lies: this run's, or the one of the stage directory that is named."""
     assert source.adapter is not None

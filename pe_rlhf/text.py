@@ -28,7 +28,7 @@ class TextCodec:
         self.tokenizer = tokenizer
         own = tokenizer.eos_token_id
         self.eos_token_id = own if isinstance(own, int) else eos_token_id
-        self.template = _template(tokenizer, chat_template)
+        self.template = find_template(tokenizer, chat_template)
 
     def render(self, prompt: Prompt) -> str:
         """The text that the model is given for a prompt. Raises `InputError` where the chat template fails on it."""
@@ -86,7 +86,8 @@ def transcript(messages: list[Message]) -> str:
     return "".join(turns) + "\n\nAssistant:"
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | None:
+def find_template(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | None:
+    """The Jinja template that a recipe's `chat_template` stands for; None for plain text."""
     if setting == "none":
         return None
     if setting == "auto":

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import PAIRS, PROMPTS, Outcome, contents, recipe, write_jsonl, write_recipe
+from tests.runs import PAIRS, PROMPTS, Outcome, Tree, contents, recipe, write_jsonl, write_recipe
 
 Cli = Callable[..., Outcome]
 Refused = Callable[..., str]
@@ -297,6 +297,28 @@ def test_too_few_pairs_to_hold_any_out(refused: Refused, tmp_path: Path) -> None
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluate__judge": "llm"}, "judge: llm needs its model: llm:MODEL"),
+        (
+            {"evaluate__judge": "reward_model"},
+            "judge: reward_model needs a run's directory or a model: reward_model:RUN",
+        ),
+        ({"evaluate__judge": "length:3"}, "judge: length takes nothing more, not '3'"),
+        (
+            {"ppo__reward": [{"adapter": "nowhere/reward"}]},
+            "ppo.reward.adapter: 'nowhere/reward' is not the directory of a finished reward stage",
+        ),
+    ],
+)
+def test_what_can_be_seen_to_be_missing_is_told_before_anything_runs(
+    refused: Refused, tmp_path: Path, changes: Tree, message: str
+) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", "evaluate", **changes))
+    assert refused("run", path, "--dry-run") == message
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pe_rlhf.backbone import load_backbone
 from pe_rlhf.checkpoint import load_role
@@ -58,6 +58,18 @@ def test_exports_of_a_run_load_in_peft_and_transformers(cli: Cli, tmp_path: Path
     bias = load_file(tmp_path / "judge" / "head.safetensors")["bias"]
     with torch.no_grad(), backbone.role("reward"):
         torch.testing.assert_close(judge(input_ids=IDS_BT).logits + bias, backbone(IDS_BT).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_an_export_is_prompted_as_the_run_was(cli: Cli, tmp_path: Path) -> None:
+    template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    path = write_recipe(tmp_path, {**recipe("ppo"), "chat_template": template})
+    assert cli("run", path, "--run-dir", tmp_path / "run").code == 0
+    for form in ("lora", "merged"):
+        assert cli("export", tmp_path / "run", "--format", form).code == 0
+        card = (tmp_path / "run" / "export" / f"policy-{form}" / "README.md").read_text(encoding="utf-8")
+        assert f"```jinja\n{template}\n```" in card
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "export" / "policy-merged")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False) == "<abc>"
 
 
 def test_what_cannot_be_exported(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pe_rlhf.checkpoint import load_checkpoint
-from tests.runs import Outcome, contents, read_jsonl, recipe, write_recipe
+from tests.runs import Outcome, contents, read_jsonl, recipe, write_jsonl, write_recipe
 
 Cli = Callable[..., Outcome]
 Refused = Callable[..., str]
@@ -103,6 +103,14 @@ def test_ctrl_c(cli: Cli, tmp_path: Path) -> None:
     assert outcome.code == 130
     assert outcome.err.splitlines()[-1] == "interrupted; --resume continues from the last checkpoint"
     assert "Traceback" not in outcome.err
+
+
+def test_ctrl_c_while_a_judge_is_asked(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "pressed.py").write_text("def score(prompts, responses):\n    raise KeyboardInterrupt\n")
+    outputs = write_jsonl(tmp_path / "outputs.jsonl", [{"prompt": "a", "response": "b"}])
+    outcome = cli("evaluate", outputs, "--against", outputs, "--judge", "pressed:score")
+    assert outcome.code == 130
+    assert outcome.err.splitlines()[-1] == "interrupted; the same command goes on"
 
 
 def test_a_mistake_of_ours_is_not_dressed_up(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

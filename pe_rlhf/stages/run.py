@@ -26,6 +26,7 @@ from pe_rlhf.recipes import refuse_other_recipe, save_recipe
 from pe_rlhf.report import write_report
 from pe_rlhf.resources import reset_peak_memory
 from pe_rlhf.rollout.make import check_installed
+from pe_rlhf.scoring import check_reward_adapter
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
 from reward.errors import InputError
@@ -134,6 +135,8 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
         for source in recipe.ppo.reward:
             if source.function is not None:
                 load_function(source.function)
+            if source.adapter not in (None, "stage"):
+                check_reward_adapter(source)
 
 
 def check_inits(recipe: Recipe) -> None:
