@@ -23,7 +23,7 @@ class TuneConfig(Section):
     lr_factors: list[float] = Field(
         min_length=1, description="what the arm's ppo.learning_rate is multiplied by, a trial each"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of all trials; none of the reported seeds")
 
     @model_validator(mode="after")
     def _positive_factors(self) -> TuneConfig:
@@ -46,7 +46,7 @@ class CompareConfig(Section):
         default_factory=dict, description="key → values; every combination is an arm (`seed` is the same as seeds)"
     )
     arms: list[dict[str, Any]] = Field(default_factory=list, description="more arms, one by one")
-    seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
+    seeds: list[int] = Field(default=[1, 2, 3], min_length=1, description="of the runs that are reported, of each arm")
     tune: TuneConfig | None = Field(default=None, description="learning-rate trials before the runs; default: none")
     share: Literal["reward", "preferences", "nothing"] = Field(
         default="reward", description="what is done once for all runs, with the recipe's own settings and seed"

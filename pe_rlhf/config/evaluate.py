@@ -18,5 +18,5 @@ class EvaluateConfig(Section):
     )
     max_invalid_share: Share = Field(default=0.05, description="more pairs without a valid verdict fail the run")
     sampling: SamplingConfig = SamplingConfig()
-    samples_per_prompt: Positive = 1
+    samples_per_prompt: Positive = Field(default=1, description="pairs of responses judged for each prompt")
     table_rows: Positive = Field(default=20, description="rows of the side-by-side table")

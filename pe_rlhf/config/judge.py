@@ -12,13 +12,13 @@ from pe_rlhf.config.section import Positive, Rate, Section
 class JudgeConfig(Section):
     """A judge with its settings. As plain text: `length`, `llm:MODEL`, `reward_model:RUN`, or `module:callable`."""
 
-    kind: str = Field(description="length, function, llm, reward_model, or one that you registered")
+    kind: str = Field(description="length, function, llm, reward_model, or one registered from Python")
     target: str | None = Field(default=None, description="llm: model; reward_model: run or model; module:callable")
     template: str = Field(
         default="general", description="llm: general, helpfulness, harmlessness, summarization, or a jinja2 file"
     )
     reasoning: bool = Field(default=False, description="llm: reason first, then give the verdict")
-    reasoning_tokens: Positive = 256
+    reasoning_tokens: Positive = Field(default=256, description="llm: how long it may reason")
     verdict: Literal["auto", "probabilities", "text"] = Field(
         default="auto", description="llm: from the labels' probabilities, from parsed text, or whichever can be had"
     )

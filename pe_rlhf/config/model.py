@@ -42,11 +42,11 @@ class AdapterConfig(Section):
         default="lora", description=f"{', '.join(INIT_OPTIONS)}, one that you registered, or module:function"
     )
     init_options: dict[str, Any] = Field(default_factory=dict, description="options of the init; see docs/inits.md")
-    rank: Positive = 16
+    rank: Positive = Field(default=16, description="of B·A; an export of an init with B0 ≠ 0 has twice that")
     alpha: float = Field(
         default=32.0, gt=0, description="the product is scaled by alpha/rank (standard) or alpha/√rank (rslora)"
     )
-    scaling: Literal["standard", "rslora"] = "standard"
+    scaling: Literal["standard", "rslora"] = Field(default="standard", description="see alpha")
     targets: str | list[str] = Field(default="all-linear", description="all-linear, attention, or module names")
     last_layers: Positive | None = Field(
         default=None, description="adapters on the last blocks alone: less time and memory, since backward ends there"

@@ -16,9 +16,9 @@ class OptimizerConfig(Section):
     warmup_ratio: Share = Field(
         default=0.0, description="share of the optimizer steps over which the rate rises from 0"
     )
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: float = Field(default=1e-5, gt=0)
-    weight_decay: Rate = 0.0
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="AdamW's β1 and β2")
+    eps: float = Field(default=1e-5, gt=0, description="AdamW's ε")
+    weight_decay: Rate = Field(default=0.0, description="AdamW's, of adapters and heads")
     lora_plus_ratio: float = Field(
         default=1.0, gt=0, description="LoRA+: B's learning rate over A's; its authors take 16"
     )
@@ -32,4 +32,4 @@ class RewardOptimizerConfig(OptimizerConfig):
     warmup_ratio: Share = Field(
         default=0.05, description="share of the optimizer steps over which the rate rises from 0"
     )
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's ε")

@@ -21,7 +21,9 @@ class KLConfig(Section):
     )
     estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="default in the loss: k2")
     place: Literal["reward", "loss"] = Field(default="reward", description="where the KL enters")
-    controller: Literal["fixed", "adaptive"] = "fixed"
+    controller: Literal["fixed", "adaptive"] = Field(
+        default="fixed", description="of β; adaptive: it follows the KL to its target (arXiv 1909.08593)"
+    )
     target: float = Field(default=6.0, gt=0, description="adaptive: the KL to hold, nats per response")
     horizon: Positive = Field(default=10_000, description="adaptive: episodes over which β reacts")
     limit: float | None = Field(default=None, gt=0, description="stop the run above this KL, nats per response")
@@ -46,7 +48,7 @@ class RewardSource(Section):
     adapter: str | None = Field(default=None, description="a reward stage's directory; `stage` is this run's own")
     model: str | None = Field(default=None, description="a sequence-classification model with one label")
     function: str | None = Field(default=None, description="module:callable, (prompts, responses) → scores")
-    weight: float = 1.0
+    weight: float = Field(default=1.0, description="what its scores are multiplied by in the sum")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardSource:
@@ -60,7 +62,7 @@ class PPOConfig(Section):
 
     prompts: Data
     adapter: AdapterConfig | None = Field(
-        default=None, description="what differs from the recipe's, for policy and value"
+        default=None, description="what differs from the recipe's, for the policy and a critic with value_init: fresh"
     )
     reward: list[RewardSource] = Field(default_factory=lambda: [RewardSource(adapter="stage")], min_length=1)
     rollout: RolloutConfig = RolloutConfig()
@@ -70,19 +72,22 @@ class PPOConfig(Section):
     batch_size: Positive = Field(default=64, description="prompts per rollout")
     epochs: Positive = Field(default=2, description="passes over each rollout")
     minibatches: Positive = Field(default=2, description="optimizer steps per pass")
-    micro_batch_tokens: Positive = Field(default=1024, description="tokens, padding included, in one forward pass")
+    micro_batch_tokens: Positive = Field(
+        default=1024,
+        description="tokens, padding included, in one pass; of a shared prefix each row counts an eighth",
+    )
     max_prompt_tokens: Positive = Field(default=512, description="longer prompts are left out, and counted")
     learning_rate: float = Field(default=1e-4, gt=0, description="of the policy")
     value_learning_rate: float | None = Field(default=None, gt=0, description="default: the policy's")
     value_init: Literal["reward", "fresh"] | None = Field(
-        default=None, description="default: reward where there is one"
+        default=None, description="the critic starts as the reward adapter, or anew; default: reward where there is one"
     )
-    gamma: Share = 1.0
-    lam: Share = 0.95
-    clip_range: float = Field(default=0.2, gt=0)
-    value_clip_range: float = Field(default=0.2, gt=0)
-    value_coefficient: Rate = 0.1
-    whiten_advantages: bool = True
+    gamma: Share = Field(default=1.0, description="γ of GAE: discount per token")
+    lam: Share = Field(default=0.95, description="λ of GAE: 1 is returns alone, 0 the critic's next value alone")
+    clip_range: float = Field(default=0.2, gt=0, description="how far the ratio to the old policy counts from 1")
+    value_clip_range: float = Field(default=0.2, gt=0, description="how far a value counts from the old one")
+    value_coefficient: Rate = Field(default=0.1, description="weight of the value loss beside the policy loss")
+    whiten_advantages: bool = Field(default=True, description="mean 0 and variance 1 over the tokens of a rollout")
     whiten_rewards: bool = Field(default=False, description="divide the shaped rewards by their standard deviation")
     missing_eos_penalty: float | None = Field(
         default=None, description="taken off the score of a response that was cut"

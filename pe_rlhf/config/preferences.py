@@ -18,7 +18,7 @@ class PreferencesConfig(Section):
     )
     max_invalid_share: Share = Field(default=0.05, description="more pairs without a valid verdict fail the run")
     sampling: SamplingConfig = SamplingConfig()
-    pairs_per_prompt: Positive = 1
+    pairs_per_prompt: Positive = Field(default=1, description="pairs of responses sampled for each prompt")
     min_margin: Rate = Field(
         default=0.0, description="drop pairs won by no more than this: by scores, else by |2·P(first wins) − 1|"
     )

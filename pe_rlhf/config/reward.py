@@ -21,11 +21,15 @@ class RewardConfig(Section):
     )
     adapter: AdapterConfig | None = Field(default=None, description="what differs from the recipe's")
     optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
-    learning_rate: float = Field(default=2e-4, gt=0)
-    epochs: Positive = 1
+    learning_rate: float = Field(default=2e-4, gt=0, description="of adapter and head, after warm-up")
+    epochs: Positive = Field(default=1, description="passes over the pairs")
     batch_size: Positive = Field(default=16, description="pairs per optimizer step")
-    micro_batch_tokens: Positive = Field(default=1024, description="tokens, padding included, in one forward pass")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    micro_batch_tokens: Positive = Field(
+        default=1024, description="tokens, padding included, in one pass; of a shared prefix each row counts an eighth"
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="share of the labels that is taken to be the wrong way round"
+    )
     centering: Rate = Field(default=0.0, description="weight of (r_chosen + r_rejected)²")
     eval_every: Positive = Field(default=20, description="optimizer steps between evaluations")
     checkpoint_every: Positive = Field(default=20, description="optimizer steps between checkpoints")

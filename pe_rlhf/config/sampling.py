@@ -53,7 +53,7 @@ class EngineConfig(Section):
 class SamplingConfig(EngineConfig):
     """How responses are sampled where the distribution must be the policy's own."""
 
-    max_new_tokens: Positive = 64
+    max_new_tokens: Positive = Field(default=64, description="a response is cut there")
     temperature: float = Field(default=1.0, gt=0, description="divides the logits, in every log-prob too")
     batch_size: Positive = Field(default=64, description="how many responses are generated at once")
     mismatch_limit: float | None = Field(
@@ -67,7 +67,7 @@ class SamplingConfig(EngineConfig):
 class RolloutConfig(SamplingConfig):
     """Sampling for PPO. Truncating the distribution makes the log-probs of PPO wrong, so it has to be asked for."""
 
-    samples_per_prompt: Positive = 1
+    samples_per_prompt: Positive = Field(default=1, description="responses to each prompt of a batch")
     top_k: int = Field(default=0, ge=0, description="0: off")
     top_p: float = Field(default=1.0, gt=0, le=1, description="1: off")
     allow_truncated_sampling: bool = Field(default=False, description="let top_k and top_p bias the rollouts")
@@ -77,7 +77,7 @@ class RolloutConfig(SamplingConfig):
     correction: Literal["none", "truncated_is"] = Field(
         default="none", description="weigh tokens by trainer/sampler, capped"
     )
-    correction_cap: float = Field(default=2.0, gt=0)
+    correction_cap: float = Field(default=2.0, gt=0, description="no token weighs more than this")
 
     @model_validator(mode="after")
     def _no_biased_sampling(self) -> RolloutConfig:

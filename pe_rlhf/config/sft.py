@@ -18,7 +18,7 @@ class SFTOptimizerConfig(OptimizerConfig):
     warmup_ratio: Share = Field(
         default=0.03, description="share of the optimizer steps over which the rate rises from 0"
     )
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's ε")
 
 
 class SFTConfig(Section):
@@ -37,8 +37,8 @@ class SFTConfig(Section):
         description="what differs from the recipe's, but for its init: TRL trains a plain LoRA here",
     )
     optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
-    learning_rate: float = Field(default=2e-4, gt=0)
-    epochs: Positive = 1
+    learning_rate: float = Field(default=2e-4, gt=0, description="of the adapter, after warm-up")
+    epochs: Positive = Field(default=1, description="passes over the rows")
     batch_size: Positive = Field(default=16, description="rows per optimizer step")
     micro_batch_size: Positive = Field(default=4, description="rows in one forward pass; a divisor of batch_size")
     eval_every: Positive = Field(default=50, description="optimizer steps between evaluations")

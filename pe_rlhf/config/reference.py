@@ -1,0 +1,105 @@
+"""The page that lists every key of a recipe: `python -m pe_rlhf.config.reference > docs/recipe.md`."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from pe_rlhf.config.judge import JudgeConfig
+from pe_rlhf.config.model import AdapterConfig
+from pe_rlhf.config.recipe import Recipe
+from pe_rlhf.config.sampling import SamplingConfig
+from pe_rlhf.config.section import DataSource, Section
+
+HEAD = """# Recipe keys
+
+Every key of a recipe with its type, its default and its meaning. `pe-rlhf run RECIPE key.sub=value` changes one, and
+`recipe.yaml` in a run's folder has all of them with the values they had. Keys without a default have to be given. Of
+`sft`, `preferences`, `reward`, `ppo` and `evaluate` a recipe has those that are to run.
+Written from the schema by `python -m pe_rlhf.config.reference`.
+"""
+
+
+# Sections that stand in many places, and where they are told of.
+TOLD_AT: dict[type[Section], str] = {
+    AdapterConfig: "adapter",
+    DataSource: "preferences.prompts",
+    JudgeConfig: "preferences.judge",
+    SamplingConfig: "preferences.sampling",
+}
+
+
+def recipe_page() -> str:
+    """docs/recipe.md as it has to be: a table for the top level and for each section."""
+    parts = [HEAD]
+    for path, section in _sections("", Recipe):
+        parts.append(f"## {f'`{path}`' if path else 'Top level'}\n\n{_first_line(section)}\n")
+        rows = [_row(name, field) for name, field in section.model_fields.items()]
+        parts.append("| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _sections(path: str, section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
+    """A section and those below it, by path."""
+    yield path, section
+    for name, field in section.model_fields.items():
+        for below in _sections_in(field.annotation):
+            place = f"{path}.{name}".lstrip(".")
+            if TOLD_AT.get(below, place) == place:
+                yield from _sections(place, below)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    below = _sections_in(field.annotation)
+    meaning = field.description or (_first_line(below[0]) if below else "")
+    cells = [f"`{name}`", _type(field.annotation), _default(field, bool(below)), meaning]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "\\<") for cell in cells) + " |"
+
+
+def _default(field: FieldInfo, is_section: bool) -> str:
+    if field.is_required():
+        return "–"
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "none"
+    if isinstance(value, Section) or (is_section and isinstance(value, list)):
+        return ""
+    return f"`{json.dumps(value, ensure_ascii=False)}`"
+
+
+def _type(annotation: Any) -> str:
+    """A type as a reader of YAML knows it."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(inner[0])
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in inner)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(one) for one in inner if one is not type(None))
+    if origin in (list, tuple):
+        return f"list of {_type(inner[0])}"
+    if origin is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        place = TOLD_AT.get(annotation)
+        return f"as [`{place}`](#{place.replace('.', '')})" if place else "section"
+    return {int: "whole number", float: "number", str: "text", bool: "yes or no"}.get(annotation, "any")
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
+
+
+def _first_line(section: type[Section]) -> str:
+    return (section.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    print(recipe_page(), end="")
