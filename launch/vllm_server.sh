@@ -4,6 +4,8 @@
 #      RANK=32 launch/vllm_server.sh Qwen/Qwen2.5-0.5B-Instruct 8000 --dtype bfloat16 --max-model-len 1024
 # RANK is the highest rank of an adapter that it takes: 1, 8, 16, 32, 64, 128, 256, 320 or 512, and at least twice the
 # recipe's rank for inits such as pissa. It takes weights from any client: keep it where only the trainer reaches it.
+# HOST is the address it listens at, by default 127.0.0.1: HOST=0.0.0.0 for trainers on other machines. PYTHON is the
+# interpreter that has vLLM. With VLLM_API_KEY set here and at the trainer, nobody else is served.
 # For sync: merged add MERGED=1, and LORA=0 for the speed of a server without adapters.
 set -euo pipefail
 
