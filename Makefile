@@ -11,8 +11,10 @@ quickstart: .venv/demo
 smoke: .venv/demo
 	$(BIN)/pe-rlhf run smoke --resume
 
+# Two processes, each with one thread: what takes long is the start of programs. A file's tests stay together, since they
+# share what is dear to set up.
 test: .venv/vllm
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check
