@@ -21,7 +21,7 @@ def chat_recipe(folder: Path, data: Path) -> Tree:
     return {
         "model": str(data / "hf"),
         "adapter": {"rank": 8, "alpha": 16},
-        "threads": 2,
+        "threads": 1,
         "ppo": {
             "prompts": write_prompts(folder / "prompts.jsonl", prompts),
             "reward": [{"function": "reward.scores:vader"}],
