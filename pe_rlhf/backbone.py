@@ -17,12 +17,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import ModelOutput
 
@@ -36,8 +35,8 @@ from pe_rlhf.causal_lm import (
     logits_of,
     position_arguments,
 )
-from pe_rlhf.distributed import is_sharded, max_over_ranks, world_size
-from pe_rlhf.prefixes import Prefixes, common_length, find_prefixes, kept_tokens, takes_prefixes
+from pe_rlhf.distributed import is_sharded, max_over_ranks, own_micro_batches, world_size
+from pe_rlhf.packing import Packing, common_length, enable_packing, kept_tokens, packed_hidden
 from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.roles import ModelWithRoles
 from pe_rlhf.trunk import FrozenTrunk
@@ -94,10 +93,11 @@ class Backbone(ModelWithRoles):
         self._checkpointing: dict[PreTrainedModel, BlockCheckpointing] = {}
         self._trunk = FrozenTrunk(model)
         self.trunk_cache_mib = 0
-        self.share_prefixes = True
+        self.packing = True
         freeze(model)
         self.train(False)
         check_logits(model)
+        self._can_pack = enable_packing(model)
 
     # ---- what it is -------------------------------------------------------------------------------------------------
 
@@ -188,10 +188,19 @@ class Backbone(ModelWithRoles):
         is_last_BT = position_T == sequences.lengths_B[:, None] - 1
         return self.heads[self.active_role](self._hidden_at(sequences, is_last_BT))
 
+    @property
+    def packs(self) -> bool:
+        """Whether passes over sequences are packed: not where that was switched off or the model cannot take it."""
+        return self.packing and self._can_pack
+
     def budget_lengths(self, sequences: Sequences) -> Tensor:
         """How many tokens _B of a budget each row takes up: all but those that every row starts with."""
-        shared = common_length(sequences) if self.shares_prefixes else 0
+        shared = common_length(sequences) if self.packs else 0
         return sequences.lengths_B - shared + kept_tokens(shared)
+
+    def own_micro_batches(self, lengths_B: Tensor, token_budget: int) -> list[tuple[Tensor, bool]]:
+        """This rank's micro-batches of rows of those `budget_lengths`; see `distributed.own_micro_batches`."""
+        return own_micro_batches(lengths_B, token_budget, padded=not self.packs)
 
     def keeps_trunk(self, tokens: int) -> bool:
         """Whether there is a trunk below the first adapter whose states of that many tokens fit `trunk_cache_mib`.
@@ -209,7 +218,7 @@ class Backbone(ModelWithRoles):
     ) -> list[Tensor]:
         """Hidden states _TH of each row below the first adapter: the same in every role and at every step."""
         rows: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for index in micro_batches(sequences.lengths_B, micro_batch_tokens):
+        for index in micro_batches(sequences.lengths_B, micro_batch_tokens, padded=True):
             part = sequences.take(index)
             states_BTH = self._trunk.states(lambda part=part: self._hidden(part.ids_BT.to(self.device)))
             for i, hidden_TH, length in zip(index.tolist(), states_BTH, part.lengths_B, strict=True):
@@ -224,24 +233,17 @@ class Backbone(ModelWithRoles):
         rows = self.trunk_rows(sequences, micro_batch_tokens)
         return replace(sequences, trunk_BTH=pad_sequence(rows, batch_first=True))
 
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether passes compute once what rows start with: unless it was switched off, blocks are recomputed, the base
-        is split (then all ranks make the same passes), or the model keeps more than keys and values."""
-        allowed = self.share_prefixes and not self._recomputes and not is_sharded(self.model)
-        return allowed and takes_prefixes(self.active_model)
-
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass, in the role they were computed in."""
         self._recomputes = True
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _hidden(self, ids_BT: Tensor, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor:
-        """Last hidden states _BTH; `arguments` are further ones of the decoder, or in the place of those given here."""
-        arguments = {"use_cache": False, **position_arguments(attention_mask), **arguments}
+    def _hidden(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Last hidden states _BTH."""
+        arguments = position_arguments(attention_mask)
         with self._recomputing():
-            return self.active_model.base_model(input_ids=ids_BT, **arguments).last_hidden_state
+            return self.active_model.base_model(input_ids=ids_BT, use_cache=False, **arguments).last_hidden_state
 
     def _recomputing(self) -> AbstractContextManager[None]:
         if not self._recomputes:
@@ -253,26 +255,13 @@ class Backbone(ModelWithRoles):
 
     def _hidden_at(self, sequences: Sequences, wanted_BT: Tensor) -> Tensor:
         """Last hidden states _NH at some of the positions, of which none lies before a prompt's last token."""
+        ids_BT = sequences.ids_BT.to(self.device)
         trunk_BTH = sequences.trunk_BTH if self.active_model is self.model else None
-        prefixes = find_prefixes(sequences) if self.shares_prefixes else None
-        if prefixes is None:
+        if not self.packs:
             with self._trunk.given(trunk_BTH):
-                return self._hidden(sequences.ids_BT.to(self.device))[wanted_BT.to(self.device)]
-        hidden_BSH = self._hidden_after(prefixes, sequences.ids_BT, trunk_BTH)
-        return hidden_BSH[(prefixes.of_rest(wanted_BT) & prefixes.follows_BS).to(self.device)]
-
-    def _hidden_after(self, prefixes: Prefixes, ids_BT: Tensor, trunk_BTH: Tensor | None) -> Tensor:
-        """Last hidden states _BSH of the tokens after the prefixes."""
-        cache = DynamicCache(config=self.active_model.config)
-        cached: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-        with self._trunk.given(None if trunk_BTH is None else prefixes.of_prefixes(trunk_BTH)):
-            mask_UP = None if prefixes.attends_UP.all() else prefixes.attends_UP.to(self.device)
-            self._hidden(prefixes.of_prefixes(ids_BT).to(self.device), mask_UP, **cached)
-        if trunk_BTH is not None:
-            self._trunk.fill(cache, *prefixes.columns_UP.shape)
-        cache.reorder_cache(prefixes.prefix_B)  # type: ignore[arg-type]  # any integers will do
-        # Not positions that follow from the mask: past a row's end they would run on past the model's last one.
-        position_ids = prefixes.columns_BS.to(self.device)
-        with self._trunk.given(None if trunk_BTH is None else prefixes.of_rest(trunk_BTH)):
-            ids_BS, mask = prefixes.of_rest(ids_BT).to(self.device), prefixes.attends().to(self.device)
-            return self._hidden(ids_BS, mask, position_ids=position_ids, **cached)
+                return self._hidden(ids_BT)[wanted_BT.to(self.device)]
+        packing = Packing.of(sequences, self.device)
+        given_1LH = None if trunk_BTH is None else packing.take(trunk_BTH)[None]
+        with self._trunk.given(given_1LH), self._recomputing():
+            hidden_LH = packed_hidden(self.active_model.base_model, ids_BT, packing)
+        return hidden_LH[packing.take(wanted_BT).to(self.device)]

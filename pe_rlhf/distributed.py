@@ -44,16 +44,16 @@ def all_rows(own: Sequence[T], count: int) -> list[T]:
     return [shares[row % world_size()][row // world_size()] for row in range(count)]
 
 
-def own_micro_batches(lengths_B: Tensor, token_budget: int) -> list[tuple[Tensor, bool]]:
+def own_micro_batches(lengths_B: Tensor, token_budget: int, *, padded: bool) -> list[tuple[Tensor, bool]]:
     """This rank's micro-batches of a batch: the index of their rows, and whether they count.
 
-    Lengths are as `micro_batches` takes them. Rows are dealt out by length, so that every rank has about as much to do.
+    Arguments are those of `micro_batches`. Rows are dealt out by length, so that every rank has about as much to do.
     All ranks have the same number of micro-batches, since under ZeRO-3 they gather the base's weights together: past
     its own a rank repeats the shortest row of the batch, which then counts for nothing.
     """
-    order = torch.argsort(lengths_B.reshape(len(lengths_B), -1).sum(dim=1), descending=True, stable=True)
+    order = torch.argsort(lengths_B, descending=True, stable=True)
     shares = [order[k :: world_size()] for k in range(world_size())]
-    cut = [[share[index] for index in micro_batches(lengths_B[share], token_budget)] for share in shares]
+    cut = [[share[i] for i in micro_batches(lengths_B[share], token_budget, padded=padded)] for share in shares]
     own = [(index, True) for index in cut[rank()]]
     return own + [(order[-1:], False)] * (max(map(len, cut)) - len(own))
 

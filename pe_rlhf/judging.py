@@ -134,7 +134,9 @@ def reward_scores(target: str, dtype: str = "float32", device: str = "auto") -> 
         # Not by `AdapterScorer`, which shares the rows out: a judge is asked on one rank alone.
         scores_B = torch.zeros(len(sequences))
         with backbone.role("reward"):
-            for index in micro_batches(backbone.budget_lengths(sequences), MICRO_BATCH_TOKENS):
+            for index in micro_batches(
+                backbone.budget_lengths(sequences), MICRO_BATCH_TOKENS, padded=not backbone.packs
+            ):
                 scores_B[index] = backbone.response_scores(sequences.take(index)).cpu()
         return scores_B.tolist()
 

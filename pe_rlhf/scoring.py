@@ -18,7 +18,7 @@ from transformers import (
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_role
 from pe_rlhf.config import RewardSource
-from pe_rlhf.distributed import all_rows, on_main, own_micro_batches, own_rows, sum_over_ranks
+from pe_rlhf.distributed import all_rows, on_main, own_rows, sum_over_ranks
 from pe_rlhf.models import resolve_model
 from pe_rlhf.text import TextCodec, cut_pair
 from pe_rlhf.types import Sequences
@@ -45,7 +45,9 @@ class AdapterScorer:
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
         scores_B = torch.zeros(len(sequences))
         with self._backbone.role(self._role):
-            for index, counts in own_micro_batches(self._backbone.budget_lengths(sequences), self._budget):
+            for index, counts in self._backbone.own_micro_batches(
+                self._backbone.budget_lengths(sequences), self._budget
+            ):
                 part_B = self._backbone.response_scores(sequences.take(index)).cpu()
                 if counts:
                     scores_B[index] = part_B

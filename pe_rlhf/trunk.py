@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.wrapped import WrappedLayer
 
@@ -60,12 +59,6 @@ class FrozenTrunk:
             return
         with _replaced(self._blocks[: self.depth], lambda *_, **__: self._output(hidden_BTH)):
             yield
-
-    def fill(self, cache: DynamicCache, rows: int, tokens: int) -> None:
-        """Let a cache look as if the trunk's blocks had put tokens into it: models ask the first one for the number."""
-        nothing = torch.zeros(rows, 1, tokens, 1)
-        for block in range(self.depth):
-            cache.update(nothing, nothing, block)
 
     def _output(self, hidden_BTH: Tensor) -> Any:
         """Hidden states in the form that the model's blocks give them: alone, or first in a tuple (GPT-Neo)."""

@@ -6,9 +6,10 @@
 | T | tokens of a whole sequence, prompt and response, padded on the right |
 | R | tokens of the response, padded on the right |
 | N | real response tokens of a batch, one after the other, no padding |
+| L | tokens of a packed batch, one after the other, no padding |
 | U | different prefixes that rows of a batch start with |
-| P | tokens of a prefix, padded on the left |
-| S | tokens of a row after its prefix, padded on the right |
+| P | tokens of a prefix, padded on the right |
+| Q, K | tokens of a row that attend, and that are attended to |
 | H | hidden size |
 | V | vocabulary |
 | O, I | output and input features of a layer |
@@ -144,34 +145,34 @@ class Experience:
     scores_B: Tensor
 
 
-def micro_batches(lengths_B: Tensor, token_budget: int) -> list[Tensor]:
-    """Cut a batch into groups of similar length so that rows × longest row is at most `token_budget`.
+def micro_batches(lengths_B: Tensor, token_budget: int, *, padded: bool) -> list[Tensor]:
+    """Cut a batch into groups of similar length that are at most `token_budget` tokens each, padding included.
 
-    Lengths may be _BK: rows of K parts, each of which is padded on its own.
+    With `padded` a group is computed as rows as long as its longest one, otherwise packed.
 
     Returns index tensors, longest rows first; a row that alone is over the budget is a group of its own. No smaller
     budget would do with as many groups: a small last one would be computed at a small one's speed.
     """
-    parts_BK = lengths_B[:, None] if lengths_B.dim() == 1 else lengths_B
-    order = torch.argsort(parts_BK.sum(dim=1), descending=True, stable=True)
-    ordered = parts_BK[order].tolist()
-    wanted, low = len(_cut(ordered, token_budget)), 0
+    order = torch.argsort(lengths_B, descending=True, stable=True)
+    ordered = lengths_B[order].tolist()
+    wanted, low = len(_cut(ordered, token_budget, padded)), 0
     while low + 1 < token_budget:  # the budget suffices, `low` does not
         middle = (low + token_budget) // 2
-        low, token_budget = (low, middle) if len(_cut(ordered, middle)) == wanted else (middle, token_budget)
-    return list(order.split(_cut(ordered, token_budget)))
+        enough = len(_cut(ordered, middle, padded)) == wanted
+        low, token_budget = (low, middle) if enough else (middle, token_budget)
+    return list(order.split(_cut(ordered, token_budget, padded)))
 
 
-def _cut(lengths: list[list[int]], token_budget: int) -> list[int]:
+def _cut(lengths: list[int], token_budget: int, padded: bool) -> list[int]:
     """Sizes of the groups that rows fall into, from the longest on, where each takes in what it can."""
     sizes: list[int] = []
-    longest: list[int] = []
-    for parts in lengths:
-        both = list(map(max, longest, parts))
-        if sizes and (sizes[-1] + 1) * sum(both) <= token_budget:
+    left = first = 0  # of the last group: what is left of its budget, its longest row
+    for length in lengths:
+        takes = first if padded and sizes else length
+        if sizes and takes <= left:
             sizes[-1] += 1
-            longest = both
         else:
             sizes.append(1)
-            longest = parts
+            left, first, takes = token_budget, length, length
+        left -= takes
     return sizes

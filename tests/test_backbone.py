@@ -21,6 +21,7 @@ from transformers import (
 import pe_rlhf
 from pe_rlhf.adapters.wrapped import WrappedLayer
 from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.packing import ATTENTION
 from reward.errors import InputError
 from tests.tiny import (
     EOS,
@@ -67,7 +68,7 @@ def test_a_directory_is_loaded_with_its_tokenizer(saved_model: Callable[[PreTrai
     assert backbone.max_positions == 64
     assert backbone.device == torch.device("cpu")
     # GPT-Neo has no sdpa: asking for the default must not refuse the model.
-    expected = {"llama": "sdpa", "gpt2": "sdpa", "gpt_neo": "eager"}[family]
+    expected = {"llama": ATTENTION, "gpt2": ATTENTION, "gpt_neo": "eager"}[family]
     assert backbone.model.config._attn_implementation == expected
 
 

@@ -207,7 +207,7 @@ def test_micro_batches_and_their_order_change_nothing(family: str) -> None:
     offsets = [0, *sequences.response_lengths_B.cumsum(0).tolist()]
     with backbone.role("policy"):
         whole_N, _ = backbone.response_logprobs(sequences)
-        groups = [torch.tensor([2, 0, 1]), *micro_batches(sequences.lengths_B, token_budget=8)]
+        groups = [torch.tensor([2, 0, 1]), *micro_batches(sequences.lengths_B, token_budget=8, padded=True)]
         assert len(groups) == 4
         for group in groups:
             found_N, _ = backbone.response_logprobs(sequences.take(group))

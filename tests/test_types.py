@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,54 +75,59 @@ def test_rollout_counts_tokens_and_knows_what_was_cut() -> None:
 
 def test_micro_batches_by_hand() -> None:
     # sorted: 7 (row 2), 5 (row 0), 5 (row 3), 2 (row 1), 1 (row 4); budget 10: 2 rows × 5 fit, 2 rows × 7 do not
-    groups = micro_batches(torch.tensor([5, 2, 7, 5, 1]), token_budget=10)
+    groups = micro_batches(torch.tensor([5, 2, 7, 5, 1]), token_budget=10, padded=True)
     assert [group.tolist() for group in groups] == [[2], [0, 3], [1, 4]]
+    # Packed, 7, 5 + 5 and 2 + 1 fit; with a budget of 8 there are three groups as well: 7, 5 and 5 + 2 + 1.
+    groups = micro_batches(torch.tensor([5, 2, 7, 5, 1]), token_budget=10, padded=False)
+    assert [group.tolist() for group in groups] == [[2], [0], [3, 1, 4]]
+    groups = micro_batches(torch.tensor([6, 2, 2]), token_budget=10, padded=False)
+    assert [group.tolist() for group in groups] == [[0, 1, 2]]  # 3 × 6 with padding
 
 
-def test_a_row_over_the_budget_is_a_group_of_its_own() -> None:
-    groups = micro_batches(torch.tensor([30, 3, 40]), token_budget=10)
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_row_over_the_budget_is_a_group_of_its_own(padded: bool) -> None:
+    groups = micro_batches(torch.tensor([30, 3, 40]), token_budget=10, padded=padded)
     assert [group.tolist() for group in groups] == [[2], [0], [1]]
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
-def test_micro_batches_are_an_ordered_partition_within_the_budget(lengths: list[int], budget: int) -> None:
-    groups = [group.tolist() for group in micro_batches(torch.tensor(lengths), budget)]
+def cost(lengths: list[int], padded: bool) -> int:
+    return len(lengths) * max(lengths) if padded else sum(lengths)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200), st.booleans())
+def test_micro_batches_are_an_ordered_partition_within_the_budget(
+    lengths: list[int], budget: int, padded: bool
+) -> None:
+    groups = [group.tolist() for group in micro_batches(torch.tensor(lengths), budget, padded=padded)]
     rows = [row for group in groups for row in group]
     assert sorted(rows) == list(range(len(lengths)))
     assert [lengths[row] for row in rows] == sorted(lengths, reverse=True)
-    for group in groups:
-        assert len(group) * max(lengths[row] for row in group) <= budget or len(group) == 1
+    costs = [cost([lengths[row] for row in group], padded) for group in groups]
+    assert all(tokens <= budget or len(group) == 1 for tokens, group in zip(costs, groups, strict=True))
     # As few groups as where each takes in what it can, and the largest of them as small as that many groups can be.
-    assert len(groups) == greedy(lengths, budget)
-    largest = max(len(group) * lengths[group[0]] for group in groups)
-    assert largest <= max(lengths) or greedy(lengths, largest - 1) > len(groups)
+    assert len(groups) == greedy(lengths, budget, padded)
+    assert max(costs) <= max(lengths) or greedy(lengths, max(costs) - 1, padded) > len(groups)
 
 
-def greedy(lengths: list[int], budget: int) -> int:
+def greedy(lengths: list[int], budget: int, padded: bool) -> int:
     """Into how many groups rows fall that are taken from the longest on and put together while they fit."""
-    groups, size, longest = 0, 0, 0
+    groups: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
-        size += 1
-        if groups == 0 or size * longest > budget:
-            groups, size, longest = groups + 1, 1, length
-    return groups
+        if groups and cost([*groups[-1], length], padded) <= budget:
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    return len(groups)
 
 
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=20), st.integers(1, 120))
-def test_rows_of_two_parts_are_padded_part_by_part(parts: list[tuple[int, int]], budget: int) -> None:
-    groups = [group.tolist() for group in micro_batches(torch.tensor(parts), budget)]
-    assert sorted(row for group in groups for row in group) == list(range(len(parts)))
-    for group in groups:
-        padded = max(parts[row][0] for row in group) + max(parts[row][1] for row in group)
-        assert len(group) * padded <= budget or len(group) == 1
-
-
-def test_groups_are_of_like_size() -> None:
+@pytest.mark.parametrize("padded", [True, False])
+def test_groups_are_of_like_size(padded: bool) -> None:
     # Ten rows of 10 fit into two groups of at most 90 tokens, nine and one; five and five do as well.
-    assert [len(group) for group in micro_batches(torch.full((10,), 10), token_budget=90)] == [5, 5]
+    groups = micro_batches(torch.full((10,), 10), token_budget=90, padded=padded)
+    assert [len(group) for group in groups] == [5, 5]
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.integers(1, 30))
-def test_rows_of_one_length_keep_their_order(lengths: list[int], budget: int) -> None:
-    rows = [row for group in micro_batches(torch.tensor(lengths), budget) for row in group.tolist()]
-    assert rows == sorted(range(len(lengths)), key=lambda row: -lengths[row])
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.integers(1, 30), st.booleans())
+def test_rows_of_one_length_keep_their_order(lengths: list[int], budget: int, padded: bool) -> None:
+    groups = micro_batches(torch.tensor(lengths), budget, padded=padded)
+    assert torch.cat(groups).tolist() == sorted(range(len(lengths)), key=lambda row: -lengths[row])

@@ -117,7 +117,13 @@ def statistics_for(backbone: Backbone) -> ProbedStatistics:
         sequences.ids_BT[3:, 0] += 1  # so that the second batch is another one
         mask_BT = torch.arange(sequences.ids_BT.shape[1]) < sequences.lengths_B[:, None]
         batch_B = torch.tensor([0, 0, 0, 1, 1, 1])
-        return [Probe(lambda: -backbone.response_logprobs(sequences)[0].mean(), mask_BT, batch_B)]
+
+        def loss() -> Tensor:
+            log_probs_BTV = backbone(sequences.ids_BT).logits[:, :-1].log_softmax(dim=-1)
+            chosen_BT = log_probs_BTV.gather(-1, sequences.ids_BT[:, 1:, None])[..., 0]
+            return -chosen_BT[sequences.predicts_BT[:, :-1]].mean()
+
+        return [Probe(loss, mask_BT, batch_B)]
 
     return ProbedStatistics(backbone.base_layer, probes)
 

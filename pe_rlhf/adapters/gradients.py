@@ -86,7 +86,8 @@ class ProbedStatistics:
         layers: gives the frozen module of a layer by name.
         probes: gives the passes; it is called when, and if, an init wants statistics.
 
-    The base must play no role while this runs: the gradient is taken at the anchor.
+    The base must play no role while this runs: the gradient is taken at the anchor. The passes are of padded rows: a
+    backbone's own functions pack them unless its `packing` is False.
     """
 
     def __init__(self, layers: Callable[[str], nn.Module], probes: Callable[[Need], Sequence[Probe]]) -> None:

@@ -27,10 +27,10 @@ class BackboneConfig(Section):
         description="with adapter.last_layers: memory for hidden states below the adapters, so that they are computed"
         " once; 0: off",
     )
-    share_prefixes: bool = Field(
+    packing: bool = Field(
         default=True,
-        description="compute once what several rows start with, such as a system prompt or the prompt of a preference"
-        " pair; not with gradient_checkpointing or ZeRO-3",
+        description="compute no padding, and once what several rows start with, such as a system prompt or the prompt"
+        " of a preference pair; needs sdpa attention",
     )
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time in updates")
 

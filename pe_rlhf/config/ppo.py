@@ -74,7 +74,7 @@ class PPOConfig(Section):
     minibatches: Positive = Field(default=2, description="optimizer steps per pass")
     micro_batch_tokens: Positive = Field(
         default=1024,
-        description="tokens, padding included, in one pass; of a shared prefix each row counts an eighth",
+        description="tokens computed in one pass; of a shared prefix each row counts an eighth",
     )
     max_prompt_tokens: Positive = Field(default=512, description="longer prompts are left out, and counted")
     learning_rate: float = Field(default=1e-4, gt=0, description="of the policy")

@@ -43,7 +43,7 @@ class StageContext:
         settings = self.recipe.backbone
         backbone = load_base(self.recipe, starting_model(self.recipe, self.run_dir))
         backbone.trunk_cache_mib = settings.trunk_cache_mib
-        backbone.share_prefixes = settings.share_prefixes
+        backbone.packing = settings.packing
         if settings.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
         if (deepspeed := self.deepspeed) is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:

@@ -11,7 +11,7 @@ import torch
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_role
 from pe_rlhf.config import PPOConfig, SamplingConfig
-from pe_rlhf.distributed import concat_over_ranks, on_main, own_micro_batches, sum_figures
+from pe_rlhf.distributed import concat_over_ranks, on_main, sum_figures
 from pe_rlhf.judging import ask_judge, build_judge
 from pe_rlhf.metrics import append_jsonl, write_json
 from pe_rlhf.processes import is_main
@@ -87,7 +87,7 @@ def _policy_figures(
 ) -> dict[str, float]:
     """KL(policy ‖ anchor) in nats per response from the policy's own samples, and whether they were the policy's."""
     kl, log_ratios = 0.0, [torch.zeros(0)]
-    for index, counts in own_micro_batches(backbone.budget_lengths(sequences), ppo.micro_batch_tokens):
+    for index, counts in backbone.own_micro_batches(backbone.budget_lengths(sequences), ppo.micro_batch_tokens):
         part = sequences.take(index)
         with backbone.role("policy"):
             policy_N, _ = backbone.response_logprobs(part, sampling.temperature)

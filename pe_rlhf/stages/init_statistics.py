@@ -68,7 +68,8 @@ def reward_statistics(
     def probes(need: Need) -> list[Probe]:
         rows, batches = _batch_rows(len(pairs), need, adapter, seed, "reward")
         parts = []
-        for index in micro_batches(pairs.budget_lengths(rows, shares_prefixes=False), config.micro_batch_tokens):
+        lengths_B = pairs.budget_lengths(rows, packed=False)
+        for index in micro_batches(lengths_B, config.micro_batch_tokens, padded=True):
             part = [rows[i] for i in index.tolist()]
             batch_B = torch.tensor([batches[i] for i in index.tolist()]).repeat(2)
             parts.append(Part(part, pairs.pack(part, backbone.pad_token_id), batch_B, index.repeat(2)))
@@ -161,7 +162,7 @@ class AnchorRollouts:
         batches_B = torch.tensor(batch.batches)
         return [
             Part(index.tolist(), batch.sequences.take(index), batches_B[index], index)
-            for index in micro_batches(batch.sequences.lengths_B, self._config.micro_batch_tokens)
+            for index in micro_batches(batch.sequences.lengths_B, self._config.micro_batch_tokens, padded=True)
         ]
 
     @torch.no_grad()

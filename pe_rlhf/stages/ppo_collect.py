@@ -13,7 +13,7 @@ from pe_rlhf.algo.masked import explained_variance, masked_mean, masked_var, mas
 from pe_rlhf.algo.rewards import adjust_scores, shape_rewards
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
-from pe_rlhf.distributed import own_micro_batches, sum_over_ranks
+from pe_rlhf.distributed import sum_over_ranks
 from pe_rlhf.rollout.agreement import agreement
 from pe_rlhf.scoring import Scorer
 from pe_rlhf.text import TextCodec
@@ -95,7 +95,7 @@ def per_token(
     """Compute a number per response token in micro-batches of like length; _BR, fp32, on the CPU, 0 at padding."""
     mask_BR = sequences.mask_BR
     result_BR = torch.zeros(mask_BR.shape)
-    for index, counts in own_micro_batches(backbone.budget_lengths(sequences), config.micro_batch_tokens):
+    for index, counts in backbone.own_micro_batches(backbone.budget_lengths(sequences), config.micro_batch_tokens):
         rows = torch.zeros(mask_BR[index].shape)
         rows[mask_BR[index]] = compute(sequences.take(index)).float().cpu()
         if counts:

@@ -11,7 +11,7 @@ from pe_rlhf.algo.kl import kl_estimate
 from pe_rlhf.algo.losses import policy_loss, value_loss
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
-from pe_rlhf.distributed import concat_over_ranks, own_micro_batches, sum_figures
+from pe_rlhf.distributed import concat_over_ranks, sum_figures
 from pe_rlhf.engine import Engine
 from pe_rlhf.rollout.agreement import agreement
 from pe_rlhf.seeding import permutation
@@ -60,7 +60,7 @@ def _accumulate(
     tokens = int(experience.mask_BR[rows].sum())
     totals: dict[str, float] = dict.fromkeys(TOTALS, 0.0)
     log_ratios: list[Tensor] = [torch.zeros(0)]
-    for index, counts in own_micro_batches(lengths_B, config.micro_batch_tokens):
+    for index, counts in backbone.own_micro_batches(lengths_B, config.micro_batch_tokens):
         part, share = rows[index], float(counts)
         sequences, mask_BR = experience.sequences.take(part), experience.mask_BR[part]
 

@@ -19,12 +19,12 @@ from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_checkpoint, roles_in, save_checkpoint, save_role, with_prefix, without_prefix
 from pe_rlhf.config import DataSource, RewardConfig
 from pe_rlhf.data import hold_out, load_preferences, tell_bad_rows
-from pe_rlhf.distributed import on_main, own_micro_batches, rank, sum_figures, sum_over_ranks
+from pe_rlhf.distributed import on_main, rank, sum_figures, sum_over_ranks
 from pe_rlhf.engine import Engine, RoleGroup
 from pe_rlhf.errors import Stopped, TrainingError
 from pe_rlhf.interruption import stop_requests
 from pe_rlhf.metrics import read_jsonl, write_json
-from pe_rlhf.prefixes import kept_tokens
+from pe_rlhf.packing import kept_tokens
 from pe_rlhf.progress import progress, say
 from pe_rlhf.resources import peak_memory
 from pe_rlhf.seeding import permutation, seeded
@@ -59,15 +59,18 @@ class Pairs:
         """Tokens of all prompts and responses."""
         return sum(len(prompt) + len(response) for prompt, response in self.chosen + self.rejected)
 
-    def budget_lengths(self, rows: list[int], shares_prefixes: bool) -> Tensor:
-        """How many tokens _BK of a budget each of those pairs takes up: all, or the prompt and both responses."""
+    def budget_lengths(self, rows: list[int], packed: bool) -> Tensor:
+        """How many tokens _B of a budget each of those pairs takes up: all, or the prompt once and both responses."""
         found = []
         for (prompt, chosen), (other, rejected) in ((self.chosen[i], self.rejected[i]) for i in rows):
-            if shares_prefixes and prompt == other:
+            both = len(prompt) + len(chosen), len(other) + len(rejected)
+            if not packed:
+                found.append(2 * max(both))
+            elif prompt == other:
                 shared = len(prompt) - 1
-                found.append([shared, 2 * (kept_tokens(shared) + 1 + max(len(chosen), len(rejected)))])
+                found.append(sum(both) - shared + 2 * kept_tokens(shared))
             else:
-                found.append([0, 2 * max(len(prompt) + len(chosen), len(other) + len(rejected))])
+                found.append(sum(both))
         return torch.tensor(found)
 
     def pack(self, rows: list[int], pad_id: int) -> Sequences:
@@ -207,8 +210,8 @@ class Scored:
 
 def _scored(backbone: Backbone, pairs: Pairs, rows: list[int], config: RewardConfig) -> Iterator[Scored]:
     """This rank's micro-batches of those rows."""
-    lengths_BK = pairs.budget_lengths(rows, backbone.shares_prefixes)
-    for index, counts in own_micro_batches(lengths_BK, config.micro_batch_tokens):
+    lengths_B = pairs.budget_lengths(rows, backbone.packs)
+    for index, counts in backbone.own_micro_batches(lengths_B, config.micro_batch_tokens):
         part = [rows[i] for i in index.tolist()]
         with backbone.role(ROLE):
             scores_B = backbone.response_scores(pairs.pack(part, backbone.pad_token_id))

@@ -45,7 +45,7 @@ def metrics(folder: Path) -> list[Tree]:
 @pytest.mark.parametrize("init", ["lora", "pissa"])
 def test_a_bf16_base_trains_fp32_adapters(tmp_path: Path, init: str) -> None:
     tree = recipe(tmp_path)
-    tree["backbone"] = {"dtype": "bfloat16", "share_prefixes": False}  # whole rows, as the ones by hand below
+    tree["backbone"] = {"dtype": "bfloat16", "packing": False}  # padded rows, as the ones by hand below
     tree["adapter"]["init"] = init
     run(tree, tmp_path / "run")
     for role in ("adapter", "value"):

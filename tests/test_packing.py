@@ -1,8 +1,8 @@
-"""Shared prefixes: what rows start with is computed once, and nothing but rounding changes."""
+"""Packed batches: no padding is computed, what rows start with once, and nothing but rounding changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,23 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.prefixes import Prefixes, common_length, find_prefixes, takes_prefixes
+from pe_rlhf.packing import Packing, common_length, find_prefixes
 from pe_rlhf.types import Sequences, micro_batches
 from tests.runs import read_jsonl
 from tests.stages.support import run
 from tests.stages.test_reward import learnable, recipe
-from tests.tiny import PAD, ROLES, SPECIAL, Settings, outputs, perturb, randomise_head, rows_of, tiny_model
+from tests.tiny import (
+    PAD,
+    ROLES,
+    SPECIAL,
+    Settings,
+    outputs,
+    perturb,
+    ragged_sequences,
+    randomise_head,
+    rows_of,
+    tiny_model,
+)
 
 SYSTEM = [40, 41, PAD, 43, 44, 45]
 
@@ -39,7 +50,18 @@ def pairs() -> Sequences:
     return Sequences.pack(prompts, responses, pad_id=PAD)
 
 
-BATCHES = {"system prompt": with_system_prompt, "pairs": pairs}
+def one_token_prompts() -> Sequences:
+    """A prefix of no tokens beside one of five."""
+    prompts = [[30, 31, 32, 33, 34, 35], [50]] * 2
+    return Sequences.pack(prompts, [[20, 21, 1], [22, 23], [26, 1], [27, 28]], pad_id=PAD)
+
+
+BATCHES: dict[str, tuple[Callable[[], Sequences], int]] = {  # and how many tokens are left to compute of each
+    "ragged": (ragged_sequences, 7 + 8 + 6),
+    "system prompt": (with_system_prompt, 6 + 7 + 8 + 5),
+    "pairs": (pairs, 7 + 4 + (1 + 3) + (1 + 5) + (1 + 2) + (1 + 3)),
+    "a prompt of one token": (one_token_prompts, 5 + (1 + 3) + (1 + 2) + 3 + 3),
+}
 
 
 def mistral() -> PreTrainedModel:
@@ -71,6 +93,15 @@ def counted(backbone: Backbone) -> Iterator[list[int]]:
     hook.remove()
 
 
+@contextmanager
+def counted_calls(module: nn.Module) -> Iterator[list[int]]:
+    """An entry for each call of the module."""
+    calls: list[int] = []
+    hook = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    yield calls
+    hook.remove()
+
+
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """To a few units in the last place of each parameter's largest entry."""
     for name, gradient in expected.items():
@@ -96,19 +127,33 @@ def alone(backbone: Backbone, role: str, sequences: Sequences) -> Tensor:
 # ---- passes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neo", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_numbers_and_gradients_are_those_of_whole_rows(name: str, role: str, batch: str) -> None:
-    backbone, sequences = trained(name), BATCHES[batch]()
+def test_numbers_and_gradients_are_those_of_padded_rows(name: str, role: str, batch: str) -> None:
+    backbone, (make, computed) = trained(name), BATCHES[batch]
+    sequences = make()
     with counted(backbone) as tokens:
         found, found_gradients = outputs(backbone, role, sequences)
-    assert sum(tokens) < 0.9 * 2 * sequences.ids_BT.numel()  # `outputs` makes two passes
+    assert tokens == [computed] * 2  # `outputs` makes two passes
     torch.testing.assert_close(found, alone(backbone, role, sequences), atol=1e-5, rtol=1e-5)
-    backbone.share_prefixes = False
+    backbone.packing = False
     with counted(backbone) as tokens:
         _, gradients = outputs(backbone, role, sequences)
-    assert sum(tokens) == 2 * sequences.ids_BT.numel()
+    assert tokens == [sequences.ids_BT.numel()] * 2
+    assert_same_gradients(found_gradients, gradients)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_blocks_can_be_recomputed(role: str, batch: str) -> None:
+    backbone, sequences = trained("llama"), BATCHES[batch][0]()
+    expected, gradients = outputs(backbone, role, sequences)
+    backbone.enable_gradient_checkpointing()
+    with counted_calls(backbone.model.get_decoder().layers[0]) as calls:  # type: ignore[union-attr]
+        found, found_gradients = outputs(backbone, role, sequences)
+    assert len(calls) == 3  # two passes, and once more in the backward pass
+    assert torch.equal(found, expected)
     assert_same_gradients(found_gradients, gradients)
 
 
@@ -116,12 +161,12 @@ def test_numbers_and_gradients_are_those_of_whole_rows(name: str, role: str, bat
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_with_a_frozen_trunk_below(name: str, role: str, batch: str) -> None:
-    backbone, plain = trained(name, last_layers=1), BATCHES[batch]()
+    backbone, plain = trained(name, last_layers=1), BATCHES[batch][0]()
     given_trunk = backbone.with_trunk(plain, micro_batch_tokens=16)
     assert given_trunk.trunk_BTH is not None
     found, found_gradients = outputs(backbone, role, given_trunk)
     torch.testing.assert_close(found, alone(backbone, role, plain), atol=1e-5, rtol=1e-5)
-    backbone.share_prefixes = False
+    backbone.packing = False
     _, gradients = outputs(backbone, role, plain)
     assert_same_gradients(found_gradients, gradients)
 
@@ -147,7 +192,7 @@ def test_in_bf16_it_rounds_no_more_than_whole_rows_do() -> None:
     with torch.no_grad():
         expected_N = exact.response_logprobs(sequences)[0]
         shared_N = rounded.response_logprobs(sequences)[0]
-        rounded.share_prefixes = False
+        rounded.packing = False
         whole_N = rounded.response_logprobs(sequences)[0]
     assert 0 < (shared_N - expected_N).abs().mean() < 1.3 * (whole_N - expected_N).abs().mean()
 
@@ -157,25 +202,38 @@ def test_full_tuning_shares_them_too() -> None:
     backbone.add_own_weights("policy")
     perturb(backbone, "policy", 0.02)
     found, found_gradients = outputs(backbone, "policy", with_system_prompt())
-    backbone.share_prefixes = False
+    backbone.packing = False
     expected, gradients = outputs(backbone, "policy", with_system_prompt())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert_same_gradients(found_gradients, gradients)
 
 
-def test_recomputed_blocks_and_recurrent_states_go_without() -> None:
-    backbone = trained("llama")
-    assert backbone.shares_prefixes
-    backbone.enable_gradient_checkpointing()
-    assert not backbone.shares_prefixes
+def test_models_that_cannot_take_them() -> None:
+    """A recurrent state, attention of its own kind, eager attention; each works on padded rows."""
     hybrid = Qwen3NextConfig(
         **SPECIAL, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, layer_types=["linear_attention"] * 2
     )
-    assert not takes_prefixes(Qwen3NextForCausalLM(hybrid))
+    eager = tiny_model("llama")
+    eager.set_attn_implementation("eager")
+    for model in (Qwen3NextForCausalLM(hybrid), tiny_model("gpt_neo"), eager):
+        before = model.config._attn_implementation
+        backbone = load_backbone(model)
+        assert not backbone.packs
+        assert model.config._attn_implementation == before
+        with counted(backbone) as tokens, torch.no_grad():
+            backbone.response_logprobs(with_system_prompt())
+        assert tokens == [3 * 14]
+
+
+def test_a_window_that_attention_is_not_told_of() -> None:
+    """A config with a window whose layers do not ask for one: it would have to come with the mask."""
+    assert load_backbone(mistral()).packs
+    assert not load_backbone(tiny_model("llama", sliding_window=4)).packs
+    assert not load_backbone(tiny_model("llama", layer_types=["chunked_attention"] * 2)).packs
 
 
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
-def test_keys_that_are_turned_by_the_length_of_a_row_are_not_shared(rope_type: str) -> None:
+def test_keys_that_are_turned_by_the_length_of_the_longest_row(rope_type: str) -> None:
     """Rows longer than the model was first trained on, with a prefix that is shorter."""
     rope: Settings = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 10000.0}
     if rope_type == "longrope":
@@ -184,10 +242,9 @@ def test_keys_that_are_turned_by_the_length_of_a_row_are_not_shared(rope_type: s
     backbone = load_backbone(model)
     backbone.add_adapter("policy")
     rows = Sequences.pack([[*range(2, 14), i] for i in (5, 6, 7)], [[20 + i] * 12 for i in range(3)], pad_id=PAD)
-    assert find_prefixes(rows) is not None
     with torch.no_grad(), backbone.role("policy"):
         found_N, _ = backbone.response_logprobs(rows)
-        backbone.share_prefixes = False
+        backbone.packing = False
         expected_N, _ = backbone.response_logprobs(rows)
     torch.testing.assert_close(found_N, expected_N, atol=1e-5, rtol=1e-5)
 
@@ -197,11 +254,10 @@ def test_positions_do_not_run_past_the_models_last() -> None:
     prompts = [list(range(2, 8)), list(range(10, 60))] * 2
     responses = [[20 + i] * 30 for i in (0, 1)]
     rows = Sequences.pack(prompts, [responses[0], [30] * 12, responses[1], [31] * 9], pad_id=PAD)
-    assert find_prefixes(rows) is not None
     backbone = trained("gpt2")
     with torch.no_grad(), backbone.role("reward"):
         found_B = backbone.response_scores(rows)
-        backbone.share_prefixes = False
+        backbone.packing = False
         expected_B = backbone.response_scores(rows)
     torch.testing.assert_close(found_B, expected_B, atol=1e-5, rtol=1e-4)
 
@@ -209,7 +265,7 @@ def test_positions_do_not_run_past_the_models_last() -> None:
 def test_rows_cost_what_they_do_not_share() -> None:
     backbone, sequences = trained("llama"), with_system_prompt()
     assert backbone.budget_lengths(sequences).tolist() == [13 - 6 + 1, 14 - 6 + 1, 11 - 6 + 1]
-    backbone.share_prefixes = False
+    backbone.packing = False
     assert backbone.budget_lengths(sequences).tolist() == [13, 14, 11]
 
 
@@ -234,7 +290,7 @@ def test_a_budget_holds_with_a_long_prefix() -> None:
     backbone.add_adapter("policy", rank=3, alpha=6)
     tokens = torch.randint(2, 60, (60, 16)).tolist()
     rows = Sequences.pack([[5] * 400 + row[:4] for row in tokens], [row[4:] for row in tokens], pad_id=PAD)
-    groups = micro_batches(backbone.budget_lengths(rows), 1000)
+    groups = micro_batches(backbone.budget_lengths(rows), 1000, padded=False)
     assert max(map(len, groups)) > 10
     most = max(kept_bytes(backbone, rows.take(index)) for index in groups)
     without = Sequences.pack([row[:4] for row in tokens], [row[4:] for row in tokens], pad_id=PAD)
@@ -244,11 +300,11 @@ def test_a_budget_holds_with_a_long_prefix() -> None:
 
 def test_a_reward_stage_learns_the_same(tmp_path: Path) -> None:
     losses, seen = [], []
-    for shares in (True, False):
-        folder = tmp_path / str(shares)
+    for packing in (True, False):
+        folder = tmp_path / str(packing)
         folder.mkdir()
         tree = recipe(folder, learnable(), learning_rate=1e-2, epochs=2, eval_every=3)
-        tree["backbone"] = {"share_prefixes": shares}
+        tree["backbone"] = {"packing": packing}
         run(tree, folder / "run")
         lines = read_jsonl(folder / "run" / "reward" / "metrics.jsonl")
         losses.append([line["loss"] for line in lines])
@@ -261,35 +317,47 @@ def test_a_reward_stage_learns_the_same(tmp_path: Path) -> None:
 # ---- which ----------------------------------------------------------------------------------------------------------
 
 
-def rest_and_prefix(sequences: Sequences, prefixes: Prefixes) -> list[list[int]]:
-    """The rows put together again from what is computed of them."""
-    starts, rests = prefixes.of_prefixes(sequences.ids_BT), prefixes.of_rest(sequences.ids_BT)
-    return [
-        starts[u][prefixes.attends_UP[u]].tolist() + rests[b][prefixes.follows_BS[b]].tolist()
-        for b, u in enumerate(prefixes.prefix_B.tolist())
+def rows_again(sequences: Sequences, packing: Packing) -> list[list[int]]:
+    """The rows put together again from the packed tokens, through what attention does to put them side by side."""
+    ids_L = packing.take(sequences.ids_BT)
+    rest_L = ids_L[len(ids_L) - len(packing.rest) :]
+    rests = [
+        rest_L[place][real].tolist() for place, real in zip(packing.rest.place_BQ, packing.rest.real_BQ, strict=True)
     ]
+    if (prefixes := packing.prefixes) is None:
+        return rests
+    starts = [ids_L[place][real].tolist() for place, real in zip(prefixes.place_BQ, prefixes.real_BQ, strict=True)]
+    return [starts[u] + rest for u, rest in zip(packing.prefix_B.tolist(), rests, strict=True)]
+
+
+def packed(sequences: Sequences) -> Packing:
+    return Packing.of(sequences, torch.device("cpu"))
 
 
 def test_the_common_start_by_hand() -> None:
     sequences = with_system_prompt()
     assert common_length(sequences) == 6
-    prefixes = find_prefixes(sequences)
-    assert prefixes is not None
-    assert prefixes.of_prefixes(sequences.ids_BT).tolist() == [SYSTEM]
-    assert prefixes.prefix_B.tolist() == [0, 0, 0]
-    assert prefixes.tokens() == 6 + 3 * 8  # against 3 × 14
-    assert rest_and_prefix(sequences, prefixes) == [prompt + response for prompt, response in rows_of(sequences)]
+    packing = packed(sequences)
+    assert packing.prefix_B.tolist() == [0, 0, 0]
+    assert packing.row_L.tolist() == [0] * (6 + 7) + [1] * 8 + [2] * 5
+    assert packing.column_L.tolist() == [*range(6), *range(6, 13), *range(6, 14), *range(6, 11)]
+    assert packing.take(sequences.ids_BT).tolist() == [
+        *SYSTEM, 5, 6, 7, 20, 21, PAD, 1, 8, 22, 23, 24, 25, 26, 27, 28, 9, 10, 11, 12, PAD
+    ]  # fmt: skip
+    assert rows_again(sequences, packing) == [prompt + response for prompt, response in rows_of(sequences)]
 
 
 def test_equal_prompts_by_hand() -> None:
     sequences = pairs()
-    prefixes = find_prefixes(sequences)
-    assert prefixes is not None
-    # All of a prompt but its last token, the shorter one padded on the left.
-    assert prefixes.attends_UP.tolist() == [[True] * 7, [False] * 3 + [True] * 4]
-    assert prefixes.prefix_B.tolist() == [0, 1, 0, 1]
-    assert prefixes.tokens() == 2 * 7 + 4 * 6  # against 4 × 11
-    assert rest_and_prefix(sequences, prefixes) == [prompt + response for prompt, response in rows_of(sequences)]
+    prefix_B, lengths_U = find_prefixes(sequences)
+    assert prefix_B.tolist() == [0, 1, 0, 1]
+    assert lengths_U.tolist() == [7, 4]  # all of a prompt but its last token
+    packing = packed(sequences)
+    # The first token after the shorter prefix sees that and itself, not the three columns the longer one has more.
+    mask_B1QK = packing.rest_mask(None)
+    assert mask_B1QK is not None
+    assert mask_B1QK[1, 0, 0].tolist() == [True] * 4 + [False] * 3 + [True] + [False] * 5
+    assert rows_again(sequences, packing) == [prompt + response for prompt, response in rows_of(sequences)]
 
 
 def test_the_last_prompt_token_is_never_in_a_prefix() -> None:
@@ -297,20 +365,20 @@ def test_the_last_prompt_token_is_never_in_a_prefix() -> None:
     assert common_length(same) == 3
     one_token = Sequences.pack([[5], [5]], [[9, 9], [9, 8]], PAD)
     assert common_length(one_token) == 0
-    assert find_prefixes(one_token) is None
+    assert packed(one_token).prefixes is None
 
 
 @pytest.mark.parametrize(("length", "shares"), [(1, False), (2, True)])
-def test_a_prefix_has_to_be_worth_a_pass(length: int, shares: bool) -> None:
+def test_a_prefix_has_to_be_worth_it(length: int, shares: bool) -> None:
     """Two rows of ten tokens: one token less to compute of 20 is not worth it, two are."""
     start = [7] * length
     sequences = Sequences.pack([[*start, 5], [*start, 6]], [[9] * (9 - length)] * 2, PAD)
     assert common_length(sequences) == length
-    assert (find_prefixes(sequences) is not None) is shares
+    assert (packed(sequences).prefixes is not None) is shares
 
 
 def test_a_row_alone_has_nothing_to_share() -> None:
-    assert find_prefixes(with_system_prompt().take(torch.tensor([0]))) is None
+    assert packed(with_system_prompt().take(torch.tensor([0]))).prefixes is None
 
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=6)
@@ -319,15 +387,15 @@ tokens = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=6), st.lists(st.integers(0, 2), max_size=8))
 def test_rows_are_what_their_prefix_and_the_rest_say(rows: list[tuple[list[int], list[int]]], start: list[int]) -> None:
     sequences = Sequences.pack([start + prompt for prompt, _ in rows], [response for _, response in rows], pad_id=0)
-    prefixes = find_prefixes(sequences)
-    if prefixes is None:
-        return
-    assert prefixes.tokens() <= 0.9 * sequences.ids_BT.numel()
-    assert rest_and_prefix(sequences, prefixes) == [prompt + response for prompt, response in rows_of(sequences)]
-    assert prefixes.attends().sum(dim=1).tolist() >= sequences.lengths_B.tolist()
-    # What is asked for lies in the rest.
-    wanted = prefixes.of_rest(sequences.predicts_BT) & prefixes.follows_BS
-    assert wanted.sum(dim=1).tolist() == sequences.response_lengths_B.tolist()
+    packing = packed(sequences)
+    assert rows_again(sequences, packing) == [prompt + response for prompt, response in rows_of(sequences)]
+    whole, tokens = int(sequences.lengths_B.sum()), len(packing.row_L)
+    assert tokens == whole if packing.prefixes is None else tokens <= 0.9 * whole
+    # What is asked for lies in the rest, in the batch's order.
+    wanted_L = packing.take(sequences.predicts_BT)
+    assert not wanted_L[: tokens - len(packing.rest)].any()
+    places = list(zip(packing.row_L[wanted_L].tolist(), packing.column_L[wanted_L].tolist(), strict=True))
+    assert places == [tuple(place) for place in sequences.predicts_BT.nonzero().tolist()]
 
 
 def test_a_given_trunk_of_another_width_is_an_error_not_a_number() -> None:
