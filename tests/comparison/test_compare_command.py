@@ -189,23 +189,37 @@ def test_shares_of_two_machines_make_one_report(tmp_path: Path, model_cache: Pat
 
 @pytest.mark.slow
 def test_shares_that_need_the_same_reward_model_both_come_to_their_end(tmp_path: Path, model_cache: Path) -> None:
-    """Two at once, each with one of an arm's two trials: one trains the reward model, the other waits for it."""
+    """Each with one of an arm's two trials: one trains the reward model, the other waits for it."""
     compare = {"arms": [{"name": "own", "rank": 1}], "share": "nothing", "tune": {"lr_factors": [1, 2]}, "seeds": [1]}
     path = write_recipe(tmp_path, recipe("reward", "ppo", ppo__reward=[{"adapter": "stage"}]) | {"compare": compare})
-    shares = [
-        subprocess.Popen(
-            command(path, "--dir", "out", "--only", f"trials:{k}/2"),
+
+    def start(share: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command(path, "--dir", "out", "--only", f"trials:{share}/2"),
             cwd=tmp_path,
             env=environment(model_cache),
             stderr=subprocess.PIPE,
             text=True,
         )
-        for k in (1, 2)
-    ]
-    said = [share.communicate(timeout=240)[1] for share in shares]
-    assert [share.returncode for share in shares] == [0, 0], said
-    assert sum("left to the other process" in text for text in said) == 1
+
     trials = tmp_path / "out" / "trials" / "own"
+    first = start(1)
+    deadline = time.monotonic() + 120
+    while not list(trials.rglob(".lock")):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (lock,) = trials.rglob(".lock")
+    while not lock.read_text():
+        time.sleep(0.05)
+    training = psutil.Process(int(lock.read_text()))
+    training.suspend()  # until the second has come to it
+    second = start(2)
+    assert second.stderr is not None
+    assert any("left to the other process" in line for line in second.stderr)
+    training.resume()
+    said = [first.communicate(timeout=240)[1], second.communicate(timeout=240)[1]]
+    assert [first.returncode, second.returncode] == [0, 0], said
     assert all((trials / name / "ppo" / "summary.json").is_file() for name in ("lr-x1", "lr-x2"))
     assert not list(trials.rglob("failure.json"))
 
