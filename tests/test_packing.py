@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.packing import Packing, common_length, find_prefixes
@@ -25,6 +25,7 @@ from tests.tiny import (
     ROLES,
     SPECIAL,
     Settings,
+    mistral,
     outputs,
     perturb,
     ragged_sequences,
@@ -62,13 +63,6 @@ BATCHES: dict[str, tuple[Callable[[], Sequences], int]] = {  # and how many toke
     "pairs": (pairs, 7 + 4 + (1 + 3) + (1 + 5) + (1 + 2) + (1 + 3)),
     "a prompt of one token": (one_token_prompts, 5 + (1 + 3) + (1 + 2) + 3 + 3),
 }
-
-
-def mistral() -> PreTrainedModel:
-    """Attention to the last four tokens alone: the window reaches from a row back into its prefix, and ends there."""
-    torch.manual_seed(0)
-    sizes: Settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return MistralForCausalLM(MistralConfig(**SPECIAL, **sizes, num_key_value_heads=2, head_dim=8, sliding_window=4))
 
 
 def trained(name: str, last_layers: int | None = None) -> Backbone:

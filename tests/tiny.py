@@ -15,6 +15,8 @@ from transformers import (
     GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
 )
 
@@ -70,6 +72,13 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.18 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
     return model.to(dtype)  # type: ignore[arg-type]  # torch's own overloads are lost behind transformers' decorator
+
+
+def mistral() -> PreTrainedModel:
+    """Attention to the last four tokens alone: the window reaches from a row back into its prefix, and ends there."""
+    torch.manual_seed(0)
+    sizes: Settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return MistralForCausalLM(MistralConfig(**SPECIAL, **sizes, num_key_value_heads=2, head_dim=8, sliding_window=4))
 
 
 def ragged_sequences() -> Sequences:

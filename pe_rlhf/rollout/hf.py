@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from pe_rlhf.backbone import Backbone
@@ -58,13 +59,14 @@ class HFRollout:
 
     def _generate(self, prompts: list[list[int]], uniform_BR: Tensor) -> list[tuple[list[int], list[float]]]:
         backbone, config = self._backbone, self._config
-        ids_BT, attends_BT = self._left_padded(prompts)
+        start = _shared_start(prompts) if self._may_share_starts() else 0
+        ids_BT, attends_BT = self._padded(prompts, start)
         width = ids_BT.shape[1]
         sampler = _Sampler(config, uniform_BR)
         output_BT = backbone.active_model.generate(  # type: ignore[operator]  # a decorator of transformers hides its type
             input_ids=ids_BT,
             attention_mask=attends_BT,
-            past_key_values=self._shared_prefixes(prompts),
+            past_key_values=None if is_sharded(backbone.model) else self._read(prompts, start),
             logits_processor=LogitsProcessorList([sampler]),
             synced_gpus=is_sharded(backbone.model),  # ZeRO-3: go on as long as any rank does
             generation_config=GenerationConfig(
@@ -80,25 +82,41 @@ class HFRollout:
             for ids, values in zip(output_BT[:, width:].tolist(), sampler.logprobs().tolist(), strict=True)
         ]
 
-    def _left_padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids _BT and attention mask _BT."""
+    def _padded(self, prompts: list[list[int]], start: int) -> tuple[Tensor, Tensor]:
+        """Ids _BT and attention mask _BT: what all have in common, padding, and what is left of each."""
         width, pad, device = max(map(len, prompts)), self._backbone.pad_token_id, self._backbone.device
-        ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        return ids_BT, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids = [p[:start] + [pad] * (width - len(p)) + p[start:] for p in prompts]
+        attends = [[1] * start + [0] * (width - len(p)) + [1] * (len(p) - start) for p in prompts]
+        return torch.tensor(ids, device=device), torch.tensor(attends, device=device)
 
-    def _shared_prefixes(self, prompts: list[list[int]]) -> DynamicCache | None:
-        """The KV cache of all prompts but for their last tokens, where some are equal: each is then read once."""
-        unique = list(dict.fromkeys(map(tuple, prompts)))
-        ids_UT, attends_UT = self._left_padded([list(prompt) for prompt in unique])
-        if len(unique) == len(prompts) or ids_UT.shape[1] == 1 or is_sharded(self._backbone.model):
+    def _may_share_starts(self) -> bool:
+        """Whether padding may then stand amid a row: it takes up a window's room, and a recurrent state sees it."""
+        layers = DynamicCache(config=self._backbone.model.config).layers
+        return self._backbone.packs and all(type(layer) is DynamicLayer for layer in layers)
+
+    def _read(self, prompts: list[list[int]], start: int) -> DynamicCache | None:
+        """The KV cache of what is best read before, or None: the start that all prompts share, read once, and where
+        some prompts are equal, all but their last tokens, each read once."""
+        unique = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+        cache, (ids_UT, attends_UT) = DynamicCache(config=self._backbone.model.config), self._padded(unique, start)
+        if start:
+            self._extend(cache, ids_UT[:1, :start], attends_UT[:1, :start])
+            cache.batch_repeat_interleave(len(unique))
+        if len(unique) < len(prompts):
+            self._extend(cache, ids_UT[:, start:-1], attends_UT[:, :-1])
+        if not cache.get_seq_length():
             return None
-        model = self._backbone.active_model
-        cache = DynamicCache(config=model.config)
-        arguments = position_arguments(attends_UT[:, :-1])
-        model.base_model(input_ids=ids_UT[:, :-1], **arguments, past_key_values=cache, use_cache=True)
-        place = {prompt: i for i, prompt in enumerate(unique)}
+        place = {tuple(prompt): i for i, prompt in enumerate(unique)}
         cache.batch_select_indices(torch.tensor([place[tuple(p)] for p in prompts], device=ids_UT.device))
         return cache
+
+    def _extend(self, cache: DynamicCache, ids_BT: Tensor, attends_BT: Tensor) -> None:
+        """Read tokens after those in the cache; the mask is of both."""
+        if (tokens := ids_BT.shape[1]) == 0:
+            return
+        arguments = position_arguments(attends_BT)
+        arguments["position_ids"] = arguments["position_ids"][:, -tokens:]
+        self._backbone.active_model.base_model(input_ids=ids_BT, **arguments, past_key_values=cache, use_cache=True)
 
     def _length(self, ids: list[int]) -> int:
         """Tokens up to and with the first EOS; later ones are filling, even where pad and EOS are one id."""
@@ -106,6 +124,14 @@ class HFRollout:
 
     def _finish(self, ids: list[int]) -> FinishReason:
         return "eos" if ids[-1] in self._backbone.eos_token_ids else "length"
+
+
+def _shared_start(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts start with, up to the last but one; 0 where that is less than a tenth of them."""
+    shortest, longest = min(prompts), max(prompts)  # in the order of their tokens: what they share, all do
+    length = next((i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), len(shortest))
+    length = min(length, min(map(len, prompts)) - 1)
+    return length if len(prompts) > 1 and length >= 0.1 * max(map(len, prompts)) else 0
 
 
 class _Sampler(LogitsProcessor):

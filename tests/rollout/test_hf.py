@@ -16,7 +16,7 @@ from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.rollout.hf import HFRollout, sample
 from pe_rlhf.types import Rollout, Sequences
-from tests.tiny import EOS, PAD, VOCABULARY, perturb, role_logits, tiny_model
+from tests.tiny import EOS, PAD, VOCABULARY, mistral, perturb, role_logits, tiny_model
 
 ENDS = [EOS, 7, 9, 30, 31, 50]  # many, so that many responses end before the limit
 PROMPTS = [[5, 6, 7], [8], [9, PAD, EOS, 12, 13, 14, 15], [20, 21], [8], [33, 34, 35, 36, 37]] * 3
@@ -278,3 +278,51 @@ def test_equal_prompts_are_read_once(policy: Backbone, copies: int) -> None:
     HFRollout(policy, "policy", SamplingConfig(max_new_tokens=1)).generate(prompts * copies, seed=0)
     hook.remove()
     assert sum(read) == (3 * 4 if copies == 1 else 3 * 3 + 3 * copies)
+
+
+SYSTEM = [40, 41, PAD, 43, 44, 45]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "tokens"),
+    [
+        ([[*SYSTEM, 5, 6], [*SYSTEM, 8], [*SYSTEM, 9, 10, 11]], 6 + 3 * 3),
+        ([[*SYSTEM, 5, 6], [*SYSTEM, 8, 9], [*SYSTEM, 5, 6]], 6 + 2 * 1 + 3 * 1),
+        ([SYSTEM] * 4, 5 + 4),
+        ([SYSTEM, [*SYSTEM, 8, 9]], 5 + 2 * 3),
+        ([[5, *SYSTEM], [6, *SYSTEM]], 2 * 7),
+        ([[5]] * 3, 3),
+        ([SYSTEM], 6),
+    ],
+    ids=["all start alike", "and two are equal", "all are equal", "one is a start", "nothing", "one token", "one row"],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_all_prompts_start_with_is_read_once(name: str, prompts: list[list[int]], tokens: int) -> None:
+    """And each response is what the prompt alone gives, by the same random numbers."""
+    policy = trained_policy(name)
+    read: list[int] = []
+    embedding = policy.model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Module)
+    hook = embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+    sampler = HFRollout(policy, "policy", SamplingConfig(max_new_tokens=6))
+    found = sampler.generate(prompts, seed=3)
+    hook.remove()
+    decoded = max(map(len, found.responses)) - 1
+    assert sum(read) == tokens + decoded * len(prompts)
+    for row, prompt in enumerate(prompts):
+        alone = sampler.generate([prompt], seed=3, rows=[row])
+        assert alone.responses[0] == found.responses[row]
+        np.testing.assert_allclose(alone.logprobs[0], found.logprobs[row], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "mistral"])
+def test_padding_takes_up_no_window(name: str) -> None:
+    """Attention to the last four tokens: padding between a shared start and the rest would be among them."""
+    backbone = load_backbone(mistral() if name == "mistral" else tiny_model(name))
+    sampler = HFRollout(backbone, "anchor", SamplingConfig(max_new_tokens=6))
+    prompts = [[*SYSTEM, 5], [*SYSTEM, 8, 9, 10, 11, 12]]
+    found = sampler.generate(prompts, seed=3)
+    for row, prompt in enumerate(prompts):
+        alone = sampler.generate([prompt], seed=3, rows=[row])
+        assert alone.responses[0] == found.responses[row]
+        np.testing.assert_allclose(alone.logprobs[0], found.logprobs[row], atol=1e-4)
