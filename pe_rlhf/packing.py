@@ -195,9 +195,12 @@ def attend(
     Returns:
         `(output, None)`, output _1LHD.
     """
-    if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
     scale, window = arguments.get("scaling"), arguments.get("sliding_window")
+    if packing is None:
+        if attention_mask is None or query.device.type != "cpu":
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+        # Transformers would copy all keys and values for each head of a group, at every token that is sampled.
+        return _attend(query, key, value, attention_mask, scale), None
     rest, prefixes = packing.rest, packing.prefixes
     lengths = [len(rest)] if prefixes is None else [len(prefixes), len(rest)]
     split = (values.squeeze(0).split(lengths, dim=1) for values in (query, key, value))

@@ -27,6 +27,7 @@ from tests.tiny import (
     Settings,
     mistral,
     outputs,
+    padded,
     perturb,
     ragged_sequences,
     randomise_head,
@@ -399,3 +400,25 @@ def test_a_given_trunk_of_another_width_is_an_error_not_a_number() -> None:
     wrong = replace(given_trunk, trunk_BTH=given_trunk.trunk_BTH[..., :-1])
     with torch.no_grad(), pytest.raises(RuntimeError), backbone.role("policy"):
         backbone.response_logprobs(wrong)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_that_are_not_packed_have_the_bits_of_transformers(name: str, dtype: torch.dtype) -> None:
+    """Left padding, a cache, grouped heads: what is sampled with must be the model that was given."""
+    original = tiny_model(name, dtype)
+    assert original.config._attn_implementation == "sdpa"
+    ids_BT, mask_BT, position_ids = padded([[5, 6, 7, 8], [9, 10], [11, 12, 13]], "left")
+    arguments: Settings = {"attention_mask": mask_BT, "position_ids": position_ids}
+    backbone = load_backbone(tiny_model(name, dtype))
+    assert backbone.packs
+    with torch.no_grad():
+        expected = original(input_ids=ids_BT, **arguments, use_cache=True)
+        found = backbone.model(input_ids=ids_BT, **arguments, use_cache=True)
+        assert torch.equal(found.logits, expected.logits)
+        longer_BT = torch.cat([mask_BT, torch.ones(3, 1, dtype=mask_BT.dtype)], dim=1)
+        step: Settings = {"input_ids": ids_BT[:, -1:], "attention_mask": longer_BT}
+        step["position_ids"] = position_ids[:, -1:] + 1
+        expected = original(**step, past_key_values=expected.past_key_values)
+        found = backbone.model(**step, past_key_values=found.past_key_values)
+    assert torch.equal(found.logits, expected.logits)
