@@ -36,12 +36,14 @@ from pe_rlhf.causal_lm import (
     position_arguments,
 )
 from pe_rlhf.distributed import is_sharded, max_over_ranks, own_micro_batches, world_size
-from pe_rlhf.packing import Packing, common_length, enable_packing, kept_tokens, packed_hidden
+from pe_rlhf.packing import Packing, common_length, enable_packing, is_packing_enabled, kept_tokens, packed_hidden
 from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.roles import ModelWithRoles
 from pe_rlhf.trunk import FrozenTrunk
 from pe_rlhf.types import Sequences, micro_batches
 from reward.errors import InputError
+
+LARGER_WITHOUT_GRADIENTS = 4  # so many times the tokens in one pass
 
 
 def load_backbone(
@@ -97,7 +99,7 @@ class Backbone(ModelWithRoles):
         freeze(model)
         self.train(False)
         check_logits(model)
-        self._can_pack = enable_packing(model)
+        self._can_pack = enable_packing(model, self.precision)
 
     # ---- what it is -------------------------------------------------------------------------------------------------
 
@@ -191,7 +193,7 @@ class Backbone(ModelWithRoles):
     @property
     def packs(self) -> bool:
         """Whether passes over sequences are packed: not where that was switched off or the model cannot take it."""
-        return self.packing and self._can_pack
+        return self.packing and self._can_pack and is_packing_enabled(self.model)
 
     def budget_lengths(self, sequences: Sequences) -> Tensor:
         """How many tokens _B of a budget each row takes up: all but those that every row starts with."""
@@ -199,7 +201,11 @@ class Backbone(ModelWithRoles):
         return sequences.lengths_B - shared + kept_tokens(shared)
 
     def own_micro_batches(self, lengths_B: Tensor, token_budget: int) -> list[tuple[Tensor, bool]]:
-        """This rank's micro-batches of rows of those `budget_lengths`; see `distributed.own_micro_batches`."""
+        """This rank's micro-batches of rows of those `budget_lengths`; see `distributed.own_micro_batches`.
+
+        Without gradients they are larger: what a pass needs then is a layer's activations, not all that it has made.
+        """
+        token_budget *= 1 if torch.is_grad_enabled() else LARGER_WITHOUT_GRADIENTS
         return own_micro_batches(lengths_B, token_budget, padded=not self.packs)
 
     def keeps_trunk(self, tokens: int) -> bool:

@@ -120,6 +120,13 @@ def position_arguments(attention_mask: Tensor | None) -> dict[str, Tensor]:
     return {"attention_mask": attention_mask, "position_ids": position_ids}
 
 
+def turns_by_length(model: PreTrainedModel) -> bool:
+    """Whether the model's rotary embeddings turn a key by how long the pass is that it is in."""
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+    return any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds)
+
+
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits from the decoder's last hidden states, of any leading shape."""
     projection = model.get_output_embeddings()

@@ -145,10 +145,14 @@ class Experience:
     scores_B: Tensor
 
 
-def micro_batches(lengths_B: Tensor, token_budget: int, *, padded: bool) -> list[Tensor]:
-    """Cut a batch into groups of similar length that are at most `token_budget` tokens each, padding included.
+ROOM_IN_ATTENTION = 2  # times the budget, padding included
 
-    With `padded` a group is computed as rows as long as its longest one, otherwise packed.
+
+def micro_batches(lengths_B: Tensor, token_budget: int, *, padded: bool) -> list[Tensor]:
+    """Cut a batch into groups of similar length that are at most `token_budget` tokens each.
+
+    With `padded` a group's rows are all as long as its longest one. Packed rows are that in attention alone, where
+    padding may take up as much again.
 
     Returns index tensors, longest rows first; a row that alone is over the budget is a group of its own. No smaller
     budget would do with as many groups: a small last one would be computed at a small one's speed.
@@ -169,7 +173,7 @@ def _cut(lengths: list[int], token_budget: int, padded: bool) -> list[int]:
     left = first = 0  # of the last group: what is left of its budget, its longest row
     for length in lengths:
         takes = first if padded and sizes else length
-        if sizes and takes <= left:
+        if sizes and takes <= left and (sizes[-1] + 1) * first <= ROOM_IN_ATTENTION * token_budget:
             sizes[-1] += 1
         else:
             sizes.append(1)

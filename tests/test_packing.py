@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import DogeConfig, DogeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.packing import Packing, common_length, find_prefixes
@@ -33,6 +33,7 @@ from tests.tiny import (
     randomise_head,
     rows_of,
     tiny_model,
+    turning_by_length,
 )
 
 SYSTEM = [40, 41, PAD, 43, 44, 45]
@@ -227,14 +228,42 @@ def test_a_window_that_attention_is_not_told_of() -> None:
     assert not load_backbone(tiny_model("llama", layer_types=["chunked_attention"] * 2)).packs
 
 
+def test_a_model_that_has_something_else_in_its_mask() -> None:
+    """Doge adds a bias to the mask that follows from the values, and is constant where its A is zero."""
+    torch.manual_seed(0)
+    sizes: Settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = DogeForCausalLM(DogeConfig(**SPECIAL, **sizes, num_key_value_heads=2, pad_token_id=PAD))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".A"):
+            nn.init.zeros_(parameter)
+    backbone = load_backbone(model)
+    assert not backbone.packs
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_of_few_tokens() -> None:
+    assert load_backbone(tiny_model("llama", vocab_size=5)).packs
+
+
+def test_a_model_that_was_a_backbones_before() -> None:
+    model = tiny_model("llama")
+    assert load_backbone(model).packs
+    assert load_backbone(model).packs
+
+
+def test_attention_that_is_set_to_another_kind_later() -> None:
+    backbone, sequences = trained("llama"), with_system_prompt()
+    expected, _ = outputs(backbone, "policy", sequences)
+    backbone.model.set_attn_implementation("eager")
+    assert not backbone.packs
+    found, _ = outputs(backbone, "policy", sequences)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
 def test_keys_that_are_turned_by_the_length_of_the_longest_row(rope_type: str) -> None:
     """Rows longer than the model was first trained on, with a prefix that is shorter."""
-    rope: Settings = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 10000.0}
-    if rope_type == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 16}
-    model = tiny_model("llama", max_position_embeddings=64 if rope_type == "longrope" else 16, rope_parameters=rope)
-    backbone = load_backbone(model)
+    backbone = load_backbone(turning_by_length(rope_type))
     backbone.add_adapter("policy")
     rows = Sequences.pack([[*range(2, 14), i] for i in (5, 6, 7)], [[20 + i] * 12 for i in range(3)], pad_id=PAD)
     with torch.no_grad(), backbone.role("policy"):

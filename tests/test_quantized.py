@@ -95,6 +95,7 @@ def test_training_leaves_the_base_as_it_was(folder: Path, kind: str) -> None:
     add_role(backbone, "policy", "lora", rank=3)
     perturb(backbone, "policy")
     before = base_bytes(backbone)
+    assert backbone.packs
     parameters = backbone.role_parameters("policy")
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
     losses = []

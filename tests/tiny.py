@@ -81,6 +81,14 @@ def mistral() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**SPECIAL, **sizes, num_key_value_heads=2, head_dim=8, sliding_window=4))
 
 
+def turning_by_length(rope_type: str) -> PreTrainedModel:
+    """Rotary embeddings that are others past 16 tokens: `longrope` or `dynamic`."""
+    rope: Settings = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 10000.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 16}
+    return tiny_model("llama", max_position_embeddings=64 if rope_type == "longrope" else 16, rope_parameters=rope)
+
+
 def ragged_sequences() -> Sequences:
     """Three rows of different prompt and response lengths; ids that look like padding or an end are among them."""
     prompts = [[5, 6, 7], [8], [9, PAD, 11, 12, 13]]

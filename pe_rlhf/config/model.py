@@ -29,8 +29,8 @@ class BackboneConfig(Section):
     )
     packing: bool = Field(
         default=True,
-        description="compute no padding, and once what several rows start with, such as a system prompt or the prompt"
-        " of a preference pair; needs sdpa attention",
+        description="compute no padding, and once what rows start with, such as a system prompt or the prompt of a"
+        " preference pair, in sampling too; needs sdpa attention",
     )
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time in updates")
 

@@ -74,7 +74,8 @@ class PPOConfig(Section):
     minibatches: Positive = Field(default=2, description="optimizer steps per pass")
     micro_batch_tokens: Positive = Field(
         default=1024,
-        description="tokens computed in one pass; of a shared prefix each row counts an eighth",
+        description="tokens in a pass with gradients, a quarter of those without; a shared prefix counts an eighth"
+        " per row",
     )
     max_prompt_tokens: Positive = Field(default=512, description="longer prompts are left out, and counted")
     learning_rate: float = Field(default=1e-4, gt=0, description="of the policy")

@@ -25,7 +25,9 @@ class RewardConfig(Section):
     epochs: Positive = Field(default=1, description="passes over the pairs")
     batch_size: Positive = Field(default=16, description="pairs per optimizer step")
     micro_batch_tokens: Positive = Field(
-        default=1024, description="tokens computed in one pass; of a shared prefix each row counts an eighth"
+        default=1024,
+        description="tokens in a pass with gradients, a quarter of those without; a shared prefix counts an eighth"
+        " per row",
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="share of the labels that is taken to be the wrong way round"

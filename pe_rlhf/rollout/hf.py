@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from pe_rlhf.backbone import Backbone
-from pe_rlhf.causal_lm import position_arguments
+from pe_rlhf.causal_lm import position_arguments, turns_by_length
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.distributed import is_sharded
 from pe_rlhf.errors import TrainingError
@@ -40,7 +40,7 @@ class HFRollout:
 
     def generate(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Rollout:
         """One response per prompt; prompts of like length together, so that little padding is computed, and equal
-        ones side by side, so that each is read once."""
+        ones side by side, so that each is read once. What all of a batch start with is read once, too."""
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
@@ -90,9 +90,12 @@ class HFRollout:
         return torch.tensor(ids, device=device), torch.tensor(attends, device=device)
 
     def _may_share_starts(self) -> bool:
-        """Whether padding may then stand amid a row: it takes up a window's room, and a recurrent state sees it."""
-        layers = DynamicCache(config=self._backbone.model.config).layers
-        return self._backbone.packs and all(type(layer) is DynamicLayer for layer in layers)
+        """Whether a start may be read in a pass of its own, and padding may then stand amid a row, where it takes up a
+        window's room and a recurrent state sees it."""
+        model = self._backbone.active_model
+        layers = DynamicCache(config=model.config).layers
+        plain = all(type(layer) is DynamicLayer for layer in layers) and not turns_by_length(model)
+        return plain and self._backbone.packs
 
     def _read(self, prompts: list[list[int]], start: int) -> DynamicCache | None:
         """The KV cache of what is best read before, or None: the start that all prompts share, read once, and where

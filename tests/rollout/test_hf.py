@@ -16,7 +16,7 @@ from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.rollout.hf import HFRollout, sample
 from pe_rlhf.types import Rollout, Sequences
-from tests.tiny import EOS, PAD, VOCABULARY, mistral, perturb, role_logits, tiny_model
+from tests.tiny import EOS, PAD, VOCABULARY, mistral, perturb, role_logits, tiny_model, turning_by_length
 
 ENDS = [EOS, 7, 9, 30, 31, 50]  # many, so that many responses end before the limit
 PROMPTS = [[5, 6, 7], [8], [9, PAD, EOS, 12, 13, 14, 15], [20, 21], [8], [33, 34, 35, 36, 37]] * 3
@@ -326,3 +326,15 @@ def test_padding_takes_up_no_window(name: str) -> None:
         alone = sampler.generate([prompt], seed=3, rows=[row])
         assert alone.responses[0] == found.responses[row]
         np.testing.assert_allclose(alone.logprobs[0], found.logprobs[row], atol=1e-4)
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_a_start_is_not_read_alone_where_its_keys_would_be_others(rope_type: str) -> None:
+    """Past 16 tokens the rotary embeddings are others, and the start that all prompts share has 12."""
+    backbone = load_backbone(turning_by_length(rope_type))
+    sampler = HFRollout(backbone, "anchor", SamplingConfig(max_new_tokens=1))
+    prompts = [[*range(2, 14), i, *range(20, 24)] for i in (30, 31)]
+    found = sampler.generate(prompts, seed=3)
+    for prompt, responses, logprobs in zip(prompts, found.responses, found.logprobs, strict=True):
+        expected_V = torch.log_softmax(role_logits(backbone, "anchor", torch.tensor([prompt]))[0, -1], dim=-1)
+        assert logprobs[0] == pytest.approx(expected_V[responses[0]].item(), abs=1e-4)
