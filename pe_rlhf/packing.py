@@ -26,9 +26,9 @@ ATTENTION = "pe_rlhf_packed"
 WORTHWHILE = 0.9  # attending to a shared prefix has to leave at most this share of the tokens to compute
 # Each row keeps its prefix's keys and values, an eighth or less of what a computed token keeps for the backward pass.
 KEPT_TOKENS_PER_TOKEN = 8
-NEVER = 2**40
+NEVER = 2**40  # a column that no token comes up to
 UNUSED = (1, 1, 1, 1)  # shape of the mask that says nothing
-REACHES = {"full_attention", "sliding_attention"}
+REACHES = {"full_attention", "sliding_attention"}  # kinds of layers that columns and a window say all of
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Rows:
     def __len__(self) -> int:
         """How many tokens there are."""
         return len(self.index_L)
+
+    def places(self, row_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column _L of each packed token in a batch that has those rows."""
+        return row_B[:, None].expand_as(self.place_BQ)[self.real_BQ], self.column_BQ[self.real_BQ]
 
     def unpack(self, values_HLD: Tensor) -> Tensor:
         """_BHQD from values _HLD of the packed tokens."""
@@ -122,15 +126,14 @@ class Packing:
         prefix_B, lengths_U = find_prefixes(sequences)
         starts_B, prefixes = lengths_U[prefix_B], None
         rest = Rows.of(starts_B, sequences.lengths_B - starts_B)
-        rows, columns = [torch.arange(len(sequences))[:, None].expand_as(rest.place_BQ)[rest.real_BQ]], []
+        parts = [rest.places(torch.arange(len(sequences)))]
         if lengths_U.any():
             prefixes = Rows.of(torch.zeros_like(lengths_U), lengths_U)
             first_U = torch.stack([(prefix_B == u).nonzero()[0, 0] for u in range(len(lengths_U))])
-            rows.insert(0, first_U[:, None].expand_as(prefixes.place_BQ)[prefixes.real_BQ])
-            columns.append(prefixes.column_BQ[prefixes.real_BQ])
+            parts.insert(0, prefixes.places(first_U))
             prefixes = prefixes.to(device)
-        columns.append(rest.column_BQ[rest.real_BQ])
-        return cls(torch.cat(rows), torch.cat(columns), prefixes, prefix_B.to(device), rest.to(device))
+        row_L, column_L = (torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(row_L, column_L, prefixes, prefix_B.to(device), rest.to(device))
 
     def take(self, values: Tensor) -> Tensor:
         """Values _L… of the packed tokens from those of a batch, _BT…."""
@@ -151,7 +154,7 @@ class Packing:
             if self.prefixes is None:
                 self._masks[key] = _mask(self.rest.column_BQ, self.rest.column_BQ, window)
             else:
-                # A column no query comes up to, for what pads a shorter prefix.
+                # What pads a shorter prefix is attended to by none.
                 column_UP = torch.where(self.prefixes.real_BQ, self.prefixes.column_BQ, NEVER)
                 column_BK = torch.cat([column_UP[self.prefix_B], self.rest.column_BQ], dim=1)
                 self._masks[key] = _mask(self.rest.column_BQ, column_BK, window)

@@ -18,7 +18,11 @@ import pytest
 import torch
 
 from pe_rlhf.backbone import load_backbone
+from pe_rlhf.config import SamplingConfig
 from pe_rlhf.policies import find_policy, load_merged
+from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.seeding import derive_seed
+from pe_rlhf.text import TextCodec
 from tests.reward.chat_server import KEY, ChatServer, running
 from tests.runs import PAIRS, PROMPTS, Outcome, read_jsonl, recipe, write_jsonl, write_recipe
 from tests.tiny import tiny_model
@@ -83,6 +87,13 @@ def test_a_run_is_loaded_and_its_anchor_prompted_as_its_recipe_says(
     arguments = ["--prompts", "prompts.jsonl", "--judge", "length", "--max-new-tokens", "6"]
     outcome = cli("evaluate", "run", *arguments, "--out", "e")
     assert outcome.code == 0, outcome
+    # What the baseline has said is what the model says that is asked in that way, in that dtype.
+    plain = load_backbone("random:tiny-llama", dtype="bfloat16")
+    asked = [plain.tokenizer(f"<{row['prompt']}>", add_special_tokens=False)["input_ids"] for row in PROMPTS]
+    sampling = SamplingConfig(max_new_tokens=6, batch_size=32)
+    rollout = HFRollout(plain, "anchor", sampling).generate(asked, derive_seed(0, "evaluate", "anchor"))
+    said = [row["response"] for row in read_jsonl(tmp_path / "e" / "baseline.jsonl")[1:]]
+    assert said == [TextCodec(plain.tokenizer).decode(ids) for ids in rollout.responses]
     found = find_policy("run")
     assert found is not None
     backbone, codec = found.load_base(dtype="float32", device="cpu")
