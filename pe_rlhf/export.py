@@ -79,8 +79,18 @@ def export_role(
         default = found.folder.parent.parent / "export" / f"{found.role}-{form}"
         return _write_export(found, form, to or default)
     with tempfile.TemporaryDirectory() as scratch:
-        step, found = _take_out(run, role or "policy", checkpoint, Path(scratch))
+        step, found = _take_out(run, role or _role_with_checkpoints(run), checkpoint, Path(scratch))
         return _write_export(found, form, to or run / "export" / f"{found.role}-step-{step}-{form}")
+
+
+def _role_with_checkpoints(run: Path) -> str:
+    """The first role whose stage has kept checkpoints, in a run or in the stage's own directory."""
+    for role, place in FOLDERS.items():
+        stage = place.split("/")[0]
+        folder = run if run.absolute().name == stage else run / stage
+        if (folder / "checkpoints").is_dir():
+            return role
+    return "policy"
 
 
 def _take_out(run: Path, role: str, checkpoint: str, scratch: Path) -> tuple[int, FinishedRole]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,18 @@ def test_what_cannot_be_exported(refused: Callable[..., str], tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     assert "no stage that trains one has finished there" in refused("export", tmp_path / "empty")
     assert "there are policy, value, reward" in refused("export", tmp_path / "empty", "--role", "polcy")
+
+
+def test_a_checkpoint_of_a_run_that_has_a_reward_role_alone(cli: Cli, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("reward", reward__checkpoint_every=1))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    for place in ("run", "run/reward"):
+        done = cli("export", place, "--checkpoint", "newest")
+        assert done.code == 0, done
+        folder = tmp_path / done.out.strip()
+        assert re.fullmatch(r"reward-step-\d+-lora", folder.name)
+        ended = tmp_path / "run" / "reward" / "adapter"
+        assert (folder / "adapter_model.safetensors").read_bytes() == (ended / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_checkpoint_is_exported(cli: Cli, refused: Callable[..., str], tmp_path: Path) -> None:
