@@ -36,7 +36,8 @@ from pe_rlhf.causal_lm import (
     position_arguments,
 )
 from pe_rlhf.distributed import is_sharded, max_over_ranks, own_micro_batches, world_size
-from pe_rlhf.packing import Packing, common_length, enable_packing, is_packing_enabled, kept_tokens, packed_hidden
+from pe_rlhf.packed_attention import enable_packing, is_packing_enabled, packed_hidden
+from pe_rlhf.packing import Packing, common_length, kept_tokens
 from pe_rlhf.recompute import BlockCheckpointing
 from pe_rlhf.roles import ModelWithRoles
 from pe_rlhf.trunk import FrozenTrunk

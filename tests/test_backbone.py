@@ -21,7 +21,7 @@ from transformers import (
 import pe_rlhf
 from pe_rlhf.adapters.wrapped import WrappedLayer
 from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.packing import ATTENTION
+from pe_rlhf.packed_attention import ATTENTION
 from reward.errors import InputError
 from tests.tiny import (
     EOS,

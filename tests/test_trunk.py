@@ -16,7 +16,7 @@ from pe_rlhf.trunk import FrozenTrunk
 from tests.runs import Tree, read_jsonl
 from tests.stages.support import run
 from tests.stages.test_reward import learnable, recipe
-from tests.tiny import ROLES, outputs, perturb, ragged_sequences, randomise_head, tiny_model
+from tests.tiny import ROLES, add_trained_roles, outputs, ragged_sequences, tiny_model
 
 
 def trained(family: str = "llama", last_layers: int | None = 1, layers: int = 3) -> Backbone:
@@ -24,14 +24,7 @@ def trained(family: str = "llama", last_layers: int | None = 1, layers: int = 3)
     changes: Tree = {sizes[family]: layers}
     if family == "gpt_neo":
         changes["attention_types"] = [[["global"], layers]]
-    backbone = load_backbone(tiny_model(family, **changes))
-    backbone.trunk_cache_mib = 1
-    for role in ROLES:
-        backbone.add_adapter(role, init="pissa", rank=3, alpha=6, last_layers=last_layers)
-        perturb(backbone, role)
-    for role in ("value", "reward"):
-        randomise_head(backbone, role)
-    return backbone
+    return add_trained_roles(load_backbone(tiny_model(family, **changes)), last_layers)
 
 
 def blocks(backbone: Backbone) -> nn.ModuleList:

@@ -34,6 +34,8 @@ PAD = 0  # stands inside real text, too: a mask must never follow from comparing
 ALL_INITS = sorted(REGISTRY)
 INITS = [name for name in ALL_INITS if REGISTRY[name].needs is None]
 
+SYSTEM = [40, 41, PAD, 43, 44, 45]  # what a chat template might start with
+
 ROLES = ("policy", "value", "reward")
 IDS_BT = torch.tensor([[5, 6, 7, 8, 9], [20, PAD, EOS, 22, 23]])
 
@@ -93,6 +95,20 @@ def ragged_sequences() -> Sequences:
     """Three rows of different prompt and response lengths; ids that look like padding or an end are among them."""
     prompts = [[5, 6, 7], [8], [9, PAD, 11, 12, 13]]
     responses = [[20, 21, PAD, EOS], [22, 23, 24, 25, 26, 27, 28], [PAD]]
+    return Sequences.pack(prompts, responses, pad_id=PAD)
+
+
+def with_system_prompt() -> Sequences:
+    """Rows that start with the same six tokens; one prompt is those and one more."""
+    prompts = [[*SYSTEM, 5, 6, 7], [*SYSTEM, 8], [*SYSTEM, 9, 10, 11, 12]]
+    responses = [[20, 21, PAD, 1], [22, 23, 24, 25, 26, 27, 28], [PAD]]
+    return Sequences.pack(prompts, responses, pad_id=PAD)
+
+
+def pairs() -> Sequences:
+    """Chosen responses, then the rejected ones, to two prompts of different lengths with nothing in common."""
+    prompts = [[30, 31, 32, 33, 34, 35, 36, 37], [50, 51, PAD, 53, 54]] * 2
+    responses = [[20, 21, 1], [22, 23, 24, 25, 1], [26, 1], [27, 28, 29]]
     return Sequences.pack(prompts, responses, pad_id=PAD)
 
 
@@ -170,6 +186,17 @@ def randomise_head(backbone: Backbone, role: str) -> None:
     """Give a head random weights: at zero, where it starts, it would hide whatever is wrong before it."""
     with torch.no_grad():
         backbone.head(role).weight.normal_(generator=torch.Generator().manual_seed(2))
+
+
+def add_trained_roles(backbone: Backbone, last_layers: int | None = None) -> Backbone:
+    """Policy, value and reward with adapters and heads that have moved; a trunk below them may be kept."""
+    backbone.trunk_cache_mib = 1
+    for role in ROLES:
+        backbone.add_adapter(role, init="pissa", rank=3, alpha=6, last_layers=last_layers)
+        perturb(backbone, role)
+    for role in ("value", "reward"):
+        randomise_head(backbone, role)
+    return backbone
 
 
 def role_loss(backbone: Backbone, role: str, sequences: Sequences) -> Tensor:

@@ -16,7 +16,7 @@ from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.rollout.hf import HFRollout, sample
 from pe_rlhf.types import Rollout, Sequences
-from tests.tiny import EOS, PAD, VOCABULARY, mistral, perturb, role_logits, tiny_model, turning_by_length
+from tests.tiny import EOS, PAD, SYSTEM, VOCABULARY, mistral, perturb, role_logits, tiny_model, turning_by_length
 
 ENDS = [EOS, 7, 9, 30, 31, 50]  # many, so that many responses end before the limit
 PROMPTS = [[5, 6, 7], [8], [9, PAD, EOS, 12, 13, 14, 15], [20, 21], [8], [33, 34, 35, 36, 37]] * 3
@@ -280,7 +280,12 @@ def test_equal_prompts_are_read_once(policy: Backbone, copies: int) -> None:
     assert sum(read) == (3 * 4 if copies == 1 else 3 * 3 + 3 * copies)
 
 
-SYSTEM = [40, 41, PAD, 43, 44, 45]
+def assert_as_alone(sampler: HFRollout, found: Rollout, seed: int) -> None:
+    """Each response is what its prompt alone gives, by the same random numbers."""
+    for row, prompt in enumerate(found.prompts):
+        alone = sampler.generate([prompt], seed, rows=[row])
+        assert alone.responses[0] == found.responses[row]
+        np.testing.assert_allclose(alone.logprobs[0], found.logprobs[row], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -309,10 +314,7 @@ def test_what_all_prompts_start_with_is_read_once(name: str, prompts: list[list[
     hook.remove()
     decoded = max(map(len, found.responses)) - 1
     assert sum(read) == tokens + decoded * len(prompts)
-    for row, prompt in enumerate(prompts):
-        alone = sampler.generate([prompt], seed=3, rows=[row])
-        assert alone.responses[0] == found.responses[row]
-        np.testing.assert_allclose(alone.logprobs[0], found.logprobs[row], atol=1e-4)
+    assert_as_alone(sampler, found, seed=3)
 
 
 @pytest.mark.parametrize("name", ["gpt_neo", "mistral"])
@@ -322,10 +324,7 @@ def test_padding_takes_up_no_window(name: str) -> None:
     sampler = HFRollout(backbone, "anchor", SamplingConfig(max_new_tokens=6))
     prompts = [[*SYSTEM, 5], [*SYSTEM, 8, 9, 10, 11, 12]]
     found = sampler.generate(prompts, seed=3)
-    for row, prompt in enumerate(prompts):
-        alone = sampler.generate([prompt], seed=3, rows=[row])
-        assert alone.responses[0] == found.responses[row]
-        np.testing.assert_allclose(alone.logprobs[0], found.logprobs[row], atol=1e-4)
+    assert_as_alone(sampler, found, seed=3)
 
 
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
