@@ -60,6 +60,7 @@ def adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.opti
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=True,  # one pass over weights and moments instead of one per operation
     )
 
 

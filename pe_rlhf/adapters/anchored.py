@@ -11,7 +11,7 @@ but then "adapter off" is no longer the model that the KL is measured against.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,18 +64,12 @@ class AnchoredLoRA(nn.Module):
         return adapter
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """`y + s·(B(A x) − B0(A0 x))` in y's dtype; the same dropped-out x goes into both terms."""
-        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        low = F.linear(x, self.lora_A)
-        if self.initial_A_RI is None or self.initial_B_OR is None:
-            if y.dtype == low.dtype:
-                # One pass over the output instead of two; exact at step 0, since B is zero there.
-                fused = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.T, alpha=self.scale)
-                return fused.view_as(y)
-            difference = F.linear(low, self.lora_B)
-        else:
-            difference = F.linear(low, self.lora_B) - F.linear(F.linear(x, self.initial_A_RI), self.initial_B_OR)
-        return y + (self.scale * difference).to(y.dtype)
+        """`y + s·(B(A x) − B0(A0 x))` in y's dtype, written into y where it can be; one dropped-out x in both terms."""
+        if self.training and self.dropout:
+            x = F.dropout(x.to(self.lora_A.dtype), self.dropout)
+        if y._base is not None or not y.is_contiguous():  # Conv1D's is a view, which autograd would copy more often
+            y = y.clone(memory_format=torch.contiguous_format)
+        return _AddDifference.apply(y, x, self.lora_A, self.lora_B, self.initial_A_RI, self.initial_B_OR, self.scale)
 
     @torch.no_grad()
     def factors(self) -> LowRankFactors:
@@ -93,6 +87,51 @@ class AnchoredLoRA(nn.Module):
         if self.initial_A_RI is not None and self.initial_B_OR is not None:
             delta = delta - self.initial_B_OR @ self.initial_A_RI
         return self.scale * delta
+
+
+class _AddDifference(torch.autograd.Function):
+    """`y += s·(B(A x) − B0(A0 x))`, in place, since nothing else needs y; the adapter's part in its own dtype.
+
+    Autograd would keep what is kept here and copies of x in fp32 besides, and go over the wide outputs more often.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        initial_A_RI: Tensor | None,
+        initial_B_OR: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        x_NI, y_NO = x.flatten(0, -2).to(A_RI.dtype), y.view(-1, y.shape[-1])
+        low_NR = F.linear(x_NI, A_RI)
+        if initial_A_RI is not None and initial_B_OR is not None:
+            difference_NO = F.linear(low_NR, B_OR).sub_(F.linear(F.linear(x_NI, initial_A_RI), initial_B_OR))
+            y_NO.add_(difference_NO, alpha=scale)
+        elif y.dtype == low_NR.dtype:
+            y_NO.addmm_(low_NR, B_OR.T, alpha=scale)  # exact at step 0, since B is zero there
+        else:
+            y_NO.add_(F.linear(low_NR, B_OR), alpha=scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, low_NR, A_RI, B_OR, initial_A_RI, initial_B_OR)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, low_NR, A_RI, B_OR, initial_A_RI, initial_B_OR = ctx.saved_tensors
+        x_NI, grad_NO = (tensor.flatten(0, -2).to(A_RI.dtype) for tensor in (x, gradients[0]))
+        down_OR, up_RI = B_OR, A_RI
+        if initial_A_RI is not None:
+            down_OR, up_RI = torch.cat([B_OR, -initial_B_OR], dim=1), torch.cat([A_RI, initial_A_RI])
+        grad_NR = ctx.scale * (grad_NO @ down_OR)
+        grad_x = (grad_NR @ up_RI).view_as(x).to(x.dtype) if ctx.needs_input_grad[1] else None
+        grad_A_RI = grad_NR[:, : len(A_RI)].T @ x_NI
+        grad_B_OR = (ctx.scale * (low_NR.T @ grad_NO)).T  # the other way round it takes twice the time
+        return gradients[0], grad_x, grad_A_RI, grad_B_OR, None, None, None
 
 
 def _own(factor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from harness import first_turns, run_alternating, table, trl_ppo_command, write_
 from pe_rlhf.models import resolve_model
 
 PROMPTS = 16
+MICRO_BATCH_TOKENS = 768  # a whole minibatch in one pass, as TRL's is
 
 
 def main() -> None:
@@ -31,8 +32,9 @@ def main() -> None:
         prompts = Path(scratch) / "prompts.jsonl"
         write_prompts(first_turns(args.pairs), model, prompts, count=PROMPTS * args.steps)
         own = [sys.executable, str(Path(__file__).with_name("own_steps.py")), "ppo", "--model", str(model)]
+        tokens = ["--micro-batch-tokens", str(MICRO_BATCH_TOKENS)]
         commands = {
-            "pe-rlhf": [*own, "--data", str(prompts), "--steps", str(args.steps)],
+            "pe-rlhf": [*own, "--data", str(prompts), *tokens, "--steps", str(args.steps)],
             "TRL 1.12": trl_ppo_command(model, prompts, args.steps),
         }
         table(run_alternating(commands, args.rounds), baseline="TRL 1.12")
