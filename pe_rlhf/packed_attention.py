@@ -55,7 +55,7 @@ def attend(
         raise TypeError(f"{type(module).__name__} attends by more than which tokens are in reach")
     rest, prefixes = packing.rest, packing.prefixes
     lengths = [len(rest)] if prefixes is None else [len(prefixes), len(rest)]
-    split = (values.squeeze(0).split(lengths, dim=1) for values in (query, key, value))
+    split = (values.squeeze(0).transpose(0, 1).split(lengths) for values in (query, key, value))
     *of_prefixes, of_rest = zip(*split, strict=True)
     query, key, value = map(rest.unpack, of_rest)
     parts = []

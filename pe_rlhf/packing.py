@@ -55,9 +55,9 @@ class Rows:
         """Row and column _L of each packed token in a batch that has those rows."""
         return row_B[:, None].expand_as(self.place_BQ)[self.real_BQ], self.column_BQ[self.real_BQ]
 
-    def unpack(self, values_HLD: Tensor) -> Tensor:
-        """_BHQD from values _HLD of the packed tokens."""
-        return _Unpack.apply(values_HLD, self).transpose(0, 1)
+    def unpack(self, values_LHD: Tensor) -> Tensor:
+        """_BHQD from values _LHD of the packed tokens."""
+        return _Unpack.apply(values_LHD, self).transpose(1, 2)
 
     def pack(self, values_BQHD: Tensor) -> Tensor:
         """Values _LHD of the packed tokens."""
@@ -71,13 +71,13 @@ class _Unpack(torch.autograd.Function):
     """Indexing whose gradient is indexing, too, since each token has one place; autograd would add up, one by one."""
 
     @staticmethod
-    def forward(ctx: Any, values_HLD: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx: Any, values_LHD: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
-        return values_HLD[:, rows.place_BQ]
+        return _rows_of(values_LHD, rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradients[0].flatten(1, 2)[:, ctx.rows.index_L], None
+        return gradients[0].flatten(0, 1).index_select(0, ctx.rows.index_L), None
 
 
 class _Pack(torch.autograd.Function):
@@ -86,12 +86,17 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_BQHD: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
-        return values_BQHD.flatten(0, 1)[rows.index_L]
+        return values_BQHD.flatten(0, 1).index_select(0, rows.index_L)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        found_BQHD = gradients[0][ctx.rows.place_BQ]
+        found_BQHD = _rows_of(gradients[0], ctx.rows)
         return found_BQHD.masked_fill_(~ctx.rows.real_BQ[..., None, None], 0), None
+
+
+def _rows_of(values_LHD: Tensor, rows: Rows) -> Tensor:
+    """_BQHD; whole tokens are copied, which is faster than to pick out each head's part."""
+    return values_LHD.index_select(0, rows.place_BQ.flatten()).unflatten(0, rows.place_BQ.shape)
 
 
 @dataclass(frozen=True)
