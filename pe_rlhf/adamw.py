@@ -49,7 +49,8 @@ class PlainAdamW:
             if not is_wide(parameter):
                 master.data.copy_(tensors[f"{name}/{MASTER}"])
             moments = {m: tensors[f"{name}/{m}"].to(master.device, copy=True) for m in MOMENTS}
-            self._adamw.state[master] = {"step": torch.tensor(float(steps)), **moments}
+            step = torch.tensor(float(steps), device=master.device)  # where a fused AdamW reads it
+            self._adamw.state[master] = {"step": step, **moments}
 
 
 def adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
