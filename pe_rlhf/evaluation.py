@@ -49,7 +49,7 @@ def responses_of(source: Source, prompts: Sequence[Prompt], path: Path) -> list[
     if source.outputs is not None:
         return list(source.outputs)
     head = {"identity": source.identity, "prompts": fingerprint(prompts)}
-    done = _finished(path, head)
+    done = _finished(path, head, prompts)
     _write_outputs(path, head, prompts, done)
     if len(done) < len(prompts):
         assert source.load is not None
@@ -83,8 +83,8 @@ def evaluate_pairs(
     return summary
 
 
-def _finished(path: Path, head: dict[str, Any]) -> list[str]:
-    """The responses in the file, up to one that a kill left half written."""
+def _finished(path: Path, head: dict[str, Any], prompts: Sequence[Prompt]) -> list[str]:
+    """The responses in the file, up to one that a kill left half written, or that is not the next prompt's."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -99,9 +99,12 @@ def _finished(path: Path, head: dict[str, Any]) -> list[str]:
             f"{path} holds responses of other prompts, another policy or other settings; use another --out"
         )
     found: list[str] = []
-    for line in lines[1:-1]:  # what stands after the last line feed is not whole
+    for prompt, line in zip(prompts, lines[1:-1], strict=False):  # what stands after the last line feed is not whole
         try:
-            found.append(json.loads(line)["response"])
+            row = json.loads(line)
+            if row["prompt"] != prompt:
+                break
+            found.append(row["response"])
         except (ValueError, KeyError, TypeError):
             break
     return found

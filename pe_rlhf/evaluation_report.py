@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pe_rlhf.metrics import read_jsonl
 from pe_rlhf.plots import draw_reliability
 from pe_rlhf.report import Tile, page_template
 from pe_rlhf.wording import conversation, number, percent
+from reward.asking import Pair
 from reward.errors import InputError
 from reward.summary import combine_orders
 from reward.verdicts import FIRST, SECOND
@@ -24,21 +26,21 @@ KINDS = ("all", "win", "loss", "tie", "flip", "invalid")
 ORDERS = {FIRST: "Candidate shown first", SECOND: "Baseline shown first", None: "Verdict"}
 
 
-def write_evaluation_report(folder: Path) -> Path:
-    """Write `folder/report.html` from `summary.json` and `verdicts.jsonl` there and return its path."""
+def write_evaluation_report(folder: Path, pairs: Sequence[Pair]) -> Path:
+    """Write `folder/report.html` from `summary.json` and the verdicts on `pairs` there and return its path."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'summary.json'} cannot be read: {error}") from error
-    pairs = _pairs(read_jsonl(folder / "verdicts.jsonl"), summary["judge"])
-    counts = Counter(pair["kind"] for pair in pairs)
+    judged = _judged(read_jsonl(folder / "verdicts.jsonl"), summary["judge"], pairs)
+    counts = Counter(pair["kind"] for pair in judged)
     html = page_template("evaluation.html.j2").render(
         candidate=summary["candidate"],
         baseline=summary["baseline"],
         judge=summary["judge"],
         tiles=_tiles(summary),
-        counts={"all": len(pairs)} | {kind: counts[kind] for kind in KINDS if counts[kind]},
-        pairs=pairs[:PAIRS_SHOWN],
+        counts={"all": len(judged)} | {kind: counts[kind] for kind in KINDS if counts[kind]},
+        pairs=judged[:PAIRS_SHOWN],
     )
     path = folder / "report.html"
     write_whole(path, html)
@@ -97,16 +99,22 @@ def _reward_tiles(s: Row) -> list[Tile]:
         interval = (max(0.0, wins - reach), wins, min(1.0, wins + reach))
         tiles.append(Tile("Longer wins", percent(wins), "at equal quality; 50 % is no length bias", interval))
     if "agreement" in s:
-        detail = f"{s['second']['model']}: right {percent(s['second']['accuracy'])}, kappa {s['agreement_kappa']:.2f}"
+        kappa = "—" if s["agreement_kappa"] is None else f"{s['agreement_kappa']:.2f}"
+        detail = f"{s['second']['model']}: right {percent(s['second']['accuracy'])}, kappa {kappa}"
         tiles.append(Tile("Agreement with the second model", percent(s["agreement"]), detail))
     return tiles
 
 
-def _pairs(rows: list[Row], judge: str) -> list[Row]:
-    """One entry per pair with its verdict in words; a pair that lacks an order is left out."""
+def _judged(rows: list[Row], judge: str, pairs: Sequence[Pair]) -> list[Row]:
+    """One entry per pair with its verdict in words; a pair that lacks an order is left out.
+
+    The file may hold verdicts of other judges, and on other responses, that were asked for in the same folder.
+    """
+    asked = {(p.position, p.sample): (p.prompt, p.candidate, p.baseline) for p in pairs}
     grouped: dict[tuple[int, int], dict[str | None, Row]] = {}
     for row in rows:
-        if row["judge"] == judge:
+        content = row["prompt"], row["response_candidate"], row["response_baseline"]
+        if row["judge"] == judge and asked.get((row["position"], row["sample"])) == content:
             grouped.setdefault((row["position"], row["sample"]), {})[row["order"]] = row
     return [_pair(orders) for _, orders in sorted(grouped.items()) if None in orders or len(orders) == 2]
 

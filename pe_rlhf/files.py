@@ -1,8 +1,18 @@
-"""Writing files so that a full disk or a kill leaves the old one."""
+"""Writing files so that a full disk or a kill leaves the old one, and folders that one process has to itself."""
 
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pe_rlhf.processes import is_main
+from reward.errors import InputError
+
+# Half of a character, which a response that was cut within one may hold, has no bytes in UTF-8; in JSON it is escaped.
+HALVES = "backslashreplace"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -11,8 +21,28 @@ def write_whole(path: Path, text: str) -> None:
         return
     scratch = path.with_name(f".{path.name}.tmp")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8", errors=HALVES)
         scratch.replace(path)
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the lock goes with the process, however it ends.
+
+    Raises `InputError` where another process holds it.
+    """
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise InputError(
+                f"{folder} is in use by another run (process {file.read().strip() or 'unknown'})"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -21,7 +22,6 @@ from pe_rlhf.types import Sequences, micro_batches
 from reward.asking import Pair, judge_pairs
 from reward.errors import InputError
 from reward.judges import Judge
-from reward.judges.functions import ScoreFunction
 from reward.judges.llm import ChatBackend, LLMJudge
 from reward.judges.registry import JudgeSettings, judge_kinds, make_judge, register_judge, split_judge_name
 from reward.judges.reward_model import reward_model_judge
@@ -117,20 +117,30 @@ def llm_judge(settings: JudgeSettings) -> Judge:
     )
 
 
-def reward_scores(target: str, dtype: str = "float32", device: str = "auto") -> ScoreFunction:
-    """Rewards of (prompts, responses) from a reward run of ours (its directory), or a model with one label."""
+class RewardScores(Protocol):
+    """Rewards of responses; `cut` says which did not end, by default none."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None
+    ) -> list[float]: ...
+
+
+def reward_scores(target: str, dtype: str = "float32", device: str = "auto") -> RewardScores:
+    """Rewards from a reward run of ours (its directory), as its stage computes them, or a model with one label."""
     found = find_role(target, "reward")
     if found is None:
         scorer = ModelScorer(target, find_device(device), dtype)
-        return lambda prompts, responses: scorer.score_texts(prompts, responses).tolist()
+        return lambda prompts, responses, cut=None: scorer.score_texts(prompts, responses, cut).tolist()
     backbone, codec = load_role_backbone(found, "reward", dtype=dtype, device=device)
     limit = backbone.max_positions or 10**9
+    if found.recipe is not None and found.recipe.reward is not None:
+        limit = min(limit, found.recipe.reward.max_length)
 
     @torch.no_grad()
-    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        pairs = [codec.encode_pair(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        cut = [cut_pair(prompt, response, limit) for prompt, response in pairs]
-        sequences = Sequences.pack([p for p, _ in cut], [r for _, r in cut], backbone.pad_token_id)
+    def score(prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None) -> list[float]:
+        texts = zip(prompts, responses, cut or [False] * len(prompts), strict=True)
+        pairs = [cut_pair(*codec.encode_pair(*text), limit) for text in texts]
+        sequences = Sequences.pack([p for p, _ in pairs], [r for _, r in pairs], backbone.pad_token_id)
         # Not by `AdapterScorer`, which shares the rows out: a judge is asked on one rank alone.
         scores_B = torch.zeros(len(sequences))
         with backbone.role("reward"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config import TrackingConfig
-from pe_rlhf.files import write_whole
+from pe_rlhf.files import HALVES, write_whole
 from pe_rlhf.processes import is_main
 from reward.errors import InputError
 
@@ -46,7 +46,7 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Append one line, on rank 0; it is on its way to the disk when this returns."""
     if not is_main():
         return
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors=HALVES) as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

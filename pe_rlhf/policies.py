@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from reward.records import Prompt, parse_prompt
 from reward.verdicts import read_rows
 
 PROMPT_COLUMNS, RESPONSE_COLUMNS = ("prompt", "instruction"), ("response", "output")
+ROLES = {"ppo": "policy", "reward": "reward"}  # what a stage's adapter plays
 
 
 class Policy(Protocol):
@@ -66,9 +67,12 @@ def find_role(name: str, stage: str) -> RoleFolder | None:
         return None
     recipe = next((f for p in (folder.parent, folder.parent.parent) if (f := p / "recipe.yaml").is_file()), None)
     try:
-        base = json.loads((folder / "role.json").read_text(encoding="utf-8"))["base_model"]
+        description = json.loads((folder / "role.json").read_text(encoding="utf-8"))
+        base, role = description["base_model"], str(description["role"])
     except (ValueError, KeyError) as error:
         raise InputError(f"{folder / 'role.json'} is damaged: {error}") from error
+    if not role.startswith(ROLES[stage]):
+        raise InputError(f"{folder} holds a {role}, not a {ROLES[stage]}")
     base = base_of_role(folder, base)
     return RoleFolder(folder, base, None if recipe is None else load_recipe(recipe))
 
@@ -108,14 +112,14 @@ class LocalPolicy:
 class EndpointPolicy:
     """A model behind an OpenAI-compatible server."""
 
-    def __init__(self, url: str, sampling: SamplingConfig, seed: int, api_key_env: str) -> None:
+    def __init__(self, url: str, sampling: SamplingConfig, seed: int, server: dict[str, Any]) -> None:
         from reward.judges.endpoint import Endpoint
         from reward.judges.registry import JudgeSettings
 
         base_url, _, model = url.partition("#")
         if not model:
             raise InputError(f"{url}: name the server's model after a #: {url}#MODEL")
-        settings = JudgeSettings("llm", model, base_url=base_url, api_key_env=api_key_env)
+        settings = JudgeSettings("llm", model, base_url=base_url, **server)
         self._endpoint, self._sampling, self._seed = Endpoint(model, settings), sampling, seed
 
     def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
@@ -143,13 +147,17 @@ def load_anchor(found: RoleFolder, sampling: SamplingConfig, seed: int, *, dtype
     return LocalPolicy(backbone, ANCHOR, codec, sampling, seed)
 
 
-def load_policy(name: str, sampling: SamplingConfig, seed: int, *, dtype: str, device: str, api_key_env: str) -> Policy:
+def load_policy(
+    name: str, sampling: SamplingConfig, seed: int, *, dtype: str, device: str, server: dict[str, Any]
+) -> Policy:
     """What answers under that name: `http(s)://…#MODEL`, a run, an adapter, or a model.
+
+    `server` are the fields of `JudgeSettings` about a server, for the first of these.
 
     Raises `InputError` where there is nothing of that name.
     """
     if is_endpoint(name):
-        return EndpointPolicy(name, sampling, seed, api_key_env)
+        return EndpointPolicy(name, sampling, seed, server)
     if (found := find_policy(name)) is not None:
         backbone, codec = load_role_backbone(found, "policy", dtype=dtype, device=device)
         return LocalPolicy(backbone, "policy", codec, sampling, seed)

@@ -164,6 +164,9 @@ def _explain(error: ValidationError) -> str:
     """The first mistake in one sentence; how many more there are."""
     # A key that is not known comes first: where it is a slip of the pen, another one is missing because of it.
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] not in ("extra_forbidden", "invalid_key"))
+    # Of a section that could also be a name alone, what is wrong inside it, not that it is no name.
+    places = [_location(mistake) for mistake in mistakes]
+    mistakes = [m for m, place in zip(mistakes, places, strict=True) if not _is_other_branch(m, place, places)]
     first = mistakes[0]
     location = _location(first)
     key = ".".join(location)
@@ -185,6 +188,11 @@ def _explain(error: ValidationError) -> str:
             text += f" (got {reprlib.repr(first['input'])})"
     more = len({tuple(_location(mistake)) for mistake in mistakes}) - 1
     return text + (f" (and {more} more mistake{'s' if more > 1 else ''})" if more else "")
+
+
+def _is_other_branch(mistake: ErrorDetails, place: list[str], places: list[list[str]]) -> bool:
+    below = any(other[: len(place)] == place and len(other) > len(place) for other in places)
+    return mistake["type"] == "string_type" and below
 
 
 def _location(mistake: ErrorDetails) -> list[str]:

@@ -21,6 +21,7 @@ class BlockCheckpointing:
 
     def __init__(self, model: PreTrainedModel, role_now: Callable[[], AbstractContextManager[Any]]) -> None:
         model.gradient_checkpointing_enable()
+        model.disable_input_require_grads()  # or blocks below the first adapter would be computed backwards, too
         self._blocks: list[Any] = [m for m in model.modules() if hasattr(m, "_gradient_checkpointing_func")]
         recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), role_now()))
         for block in self._blocks:

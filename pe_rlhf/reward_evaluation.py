@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,12 @@ from pe_rlhf.data import load_rows
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.evaluation_report import write_reward_report
 from pe_rlhf.files import write_whole
-from pe_rlhf.judging import reward_scores
+from pe_rlhf.judging import RewardScores, reward_scores
 from pe_rlhf.metrics import write_json
 from pe_rlhf.progress import progress, say
 from reward.agreement import agreement
 from reward.errors import InputError
 from reward.judges import score_responses
-from reward.judges.functions import ScoreFunction
 from reward.pairs import ScoredPair, reward_figures
 from reward.records import PreferenceRecord, parse_record
 
@@ -51,7 +52,8 @@ def evaluate_reward_model(
     if second is not None:
         votes = [[(margin > 0) / 2 + (margin >= 0) / 2 for margin in column] for column in margins]
         both = agreement(votes[0], votes[1])
-        summary |= {"second": summaries[1], "agreement": both.accuracy, "agreement_kappa": both.kappa}
+        kappa = None if math.isnan(both.kappa) else both.kappa  # of two that are always of the same opinion
+        summary |= {"second": summaries[1], "agreement": both.accuracy, "agreement_kappa": kappa}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "summary.json", summary)
     write_whole(folder / "report.html", write_reward_report(summary))
@@ -80,15 +82,16 @@ def load_subset_records(pairs: str, limit: int | None) -> tuple[list[PreferenceR
 
 
 def _scores(
-    function: ScoreFunction, records: Sequence[PreferenceRecord], name: str, batch_size: int
+    function: RewardScores, records: Sequence[PreferenceRecord], name: str, batch_size: int
 ) -> list[tuple[float, float]]:
     found: list[tuple[float, float]] = []
     with progress(f"scoring with {name}", len(records), "pairs") as advance:
         for start in range(0, len(records), batch_size):
             batch = records[start : start + batch_size]
             texts = [record.chosen for record in batch] + [record.rejected for record in batch]
+            cut = [record.chosen_truncated for record in batch] + [record.rejected_truncated for record in batch]
             try:
-                scores = score_responses(function, [record.prompt for record in batch] * 2, texts)
+                scores = score_responses(partial(function, cut=cut), [record.prompt for record in batch] * 2, texts)
             except InputError as error:
                 raise TrainingError(f"{name}: {error}") from error
             found += zip(scores[: len(batch)], scores[len(batch) :], strict=True)

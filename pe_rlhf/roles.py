@@ -147,8 +147,13 @@ class ModelWithRoles(nn.Module):
                 model = self._plain_copy(ANCHOR, whole=head is None)
                 set_tensors(unique_tensors(model), part_of(state, "model"))
                 return self._install_own(role, model, head)
-            weights = {name: weight_out_in(self._wrap(name).base) for name in spec.modules}
-            adapters = {name: saved_adapter(spec, weight, part_of(state, name)) for name, weight in weights.items()}
+            # One weight at a time: under ZeRO-3 each is a whole copy, and that of a quantised one is dequantised.
+            adapters = {
+                name: saved_adapter(spec, weight_out_in(self._wrap(name).base), part_of(state, name))
+                for name in spec.modules
+            }
+        except (InputError, torch.OutOfMemoryError):
+            raise
         except (KeyError, ValueError, RuntimeError, AttributeError) as error:
             raise InputError(f"what was saved does not fit role {role!r} on {self.name}") from error
         return self._install(role, spec, adapters, head)

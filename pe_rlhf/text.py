@@ -7,6 +7,7 @@ ends the turn, so a response means the same tokens whether it was sampled, label
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,10 +53,11 @@ class TextCodec:
 
     def encode_pair(self, prompt: Prompt, response: str, truncated: bool = False) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of a response to it; EOS ends the response unless it was cut."""
-        in_transcript = self.template is None and not isinstance(prompt, str)
-        ids: list[int] = self.tokenizer(f" {response}" if in_transcript else response, add_special_tokens=False)[
-            "input_ids"
-        ]
+        if self.template is None and not isinstance(
+            prompt, str
+        ):  # in a transcript; a sampled one has its space already
+            response = f" {response.removeprefix(' ')}"
+        ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         if not truncated and self.eos_token_id is not None:
             ids = [*ids, self.eos_token_id]
         return self.encode_prompt(prompt), ids
@@ -91,7 +93,13 @@ def find_template(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | Non
     if setting == "none":
         return None
     if setting == "auto":
-        template = tokenizer.chat_template
+        template: Any = tokenizer.chat_template
+        if isinstance(template, dict):  # several by name
+            if "default" not in template:
+                raise InputError(
+                    f"chat_template: auto: the tokenizer has {', '.join(template)}, and none is the default"
+                )
+            template = template["default"]
         return template if isinstance(template, str) else None
     if "{" in setting:
         return setting

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,12 @@ class VerdictFile:
             self._file.flush()
             self.rows[row["key"]] = row
 
+    def forget_invalid(self, questions: Sequence[Question]) -> None:
+        """Let those without a valid answer be asked again; the answer that comes then counts in place of the first."""
+        for question in questions:
+            if question.key in self.rows and self.rows[question.key]["preference"] is None:
+                del self.rows[question.key]
+
     def close(self) -> None:
         self._file.close()
 
@@ -117,6 +123,9 @@ def judge_pairs(
     questions = [question for pair in pairs for question in _questions(judge, pair)]
     file = VerdictFile(path)
     try:
+        if _Tally(file, questions, max_invalid_share, len(pairs)).is_refused:
+            # An earlier start ended for that. Since then the judge's server may have been given more room.
+            file.forget_invalid(questions)
         open_questions = [question for question in questions if question.key not in file.rows]
         tally = _Tally(file, questions, max_invalid_share, len(pairs))
         on_progress(len(questions) - len(open_questions), tally.win_rate)
@@ -131,7 +140,9 @@ def judge_pairs(
                 tally.refuse_invalid()
     finally:
         file.close()
-    outcomes = pair_up(_rows_of(path, {question.key for question in questions}))
+    rows = _rows_of(path, {question.key for question in questions})
+    # Both orders under one name: an earlier start may have called the same responses otherwise.
+    outcomes = pair_up(replace(row, candidate=candidate, baseline=baseline) for row in rows)
     rank = {(pair.position, pair.sample): i for i, pair in enumerate(pairs)}
     return sorted(outcomes, key=lambda outcome: rank[outcome.row.position or 0, outcome.row.sample])
 
@@ -207,7 +218,7 @@ def _rows_of(path: Path, keys: set[str]) -> list[VerdictRow]:
     found = [json.loads(line)["key"] for line in path.read_bytes().split(b"\n") if line.strip()]
     if keys.isdisjoint(found):
         return []
-    rows = dict(zip(found, read_verdicts(path), strict=True))
+    rows = dict(zip(dict.fromkeys(found), read_verdicts(path), strict=True))
     return [row for key, row in rows.items() if key in keys]
 
 
@@ -235,8 +246,13 @@ class _Tally:
         """The mean of the answers so far: of single orders, so it is without the rule for flips."""
         return self._sum / self._valid if self._valid else None
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether too many pairs have no valid verdict."""
+        return len(self._invalid) > self._max_share * self._pairs
+
     def refuse_invalid(self) -> None:
-        if len(self._invalid) > self._max_share * self._pairs:
+        if self.is_refused:
             why = next(iter(self._invalid.values()))
             raise JudgeError(
                 f"{len(self._invalid)} of {self._pairs} pairs have no valid verdict, more than the"

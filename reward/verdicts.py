@@ -56,8 +56,11 @@ class VerdictRow:
 
 
 def read_verdicts(path: Path) -> list[VerdictRow]:
-    """All rows of a file. Raises `InputError` naming file and line for what is missing, damaged or out of range."""
-    rows: list[VerdictRow] = []
+    """All rows of a file; of a question that was asked again (rows with one `key`) the last.
+
+    Raises `InputError` naming file and line for what is missing, damaged or out of range.
+    """
+    rows: dict[Any, VerdictRow] = {}
     seen: Counter[str] = Counter()
     for line, row in read_rows(path):
         try:
@@ -65,10 +68,10 @@ def read_verdicts(path: Path) -> list[VerdictRow]:
         except InputError as error:
             raise InputError(f"{path} line {line}: {error}") from error
         seen[verdict.candidate] += 1
-        rows.append(verdict)
+        rows[row.get("key") or line] = verdict
     if not rows:
         raise InputError(f"{path} has no verdicts")
-    return rows
+    return list(rows.values())
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ import torch
 
 from pe_rlhf.backbone import load_backbone
 from pe_rlhf.config import SamplingConfig
-from pe_rlhf.policies import find_policy, load_merged
+from pe_rlhf.evaluation import Source, responses_of
+from pe_rlhf.files import locked
+from pe_rlhf.judging import reward_scores
+from pe_rlhf.policies import find_policy, find_role, load_merged, load_role_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.text import TextCodec
+from reward.records import Prompt
 from tests.reward.chat_server import KEY, ChatServer, running
 from tests.runs import PAIRS, PROMPTS, Outcome, read_jsonl, recipe, write_jsonl, write_recipe
 from tests.tiny import tiny_model
@@ -163,6 +167,80 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path) -> N
     assert KEY not in done.stderr + verdicts.read_text()
 
 
+def test_the_page_has_the_pairs_of_this_evaluation_alone(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """The folder keeps verdicts on responses that have changed since, and on prompts beyond the limit."""
+    mine, other = write_outputs(tmp_path)
+    arguments = ["evaluate", mine, "--against", other, "--judge", "length", "--out", "e"]
+    assert cli(*arguments).code == 0
+    before = mine.read_text()
+    mine.write_text(before.replace("<b>x</b>", "another"))
+    assert cli(*arguments).code == 0
+    mine.write_text(before)
+    assert cli(*arguments, "--limit", "2").code == 0
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "another" not in page
+    assert "Prompt 1" in page
+    assert "Prompt 2" not in page
+
+
+def test_a_folder_has_one_evaluation_at_a_time(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    (tmp_path / "e").mkdir()
+    with locked(tmp_path / "e"):
+        outcome = cli("evaluate", mine, "--against", other, "--judge", "length", "--out", "e")
+    assert outcome.code == 2
+    assert outcome.errors[0].endswith(f"e is in use by another run (process {os.getpid()})")
+
+
+def test_responses_that_are_not_their_prompts_are_sampled_again(tmp_path: Path) -> None:
+    """As where two processes have written the same file."""
+
+    class Echo:
+        def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
+            yield from (f"to {prompt}" for prompt in prompts[start:])
+
+    source, path = Source("echo", "identity", load=Echo), tmp_path / "candidate.jsonl"
+    expected = [f"to {prompt}" for prompt in PROMPT_TEXTS]
+    assert responses_of(source, PROMPT_TEXTS, path) == expected
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5] + lines[4:]))  # one of them twice
+    assert responses_of(source, PROMPT_TEXTS, path) == expected
+    assert path.read_text() == "".join(lines)
+
+
+def test_half_a_character_in_a_response_is_kept(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    mine.write_text(json.dumps([{"instruction": text, "output": "cut \ud83d"} for text in PROMPT_TEXTS]))
+    outcome = cli("evaluate", mine, "--against", other, "--judge", "length", "--out", "e")
+    assert outcome.code == 0, outcome
+    assert "cut \\ud83d" in (tmp_path / "e" / "report.html").read_text()
+
+
+def test_half_a_character_is_no_question_that_cannot_be_asked(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    mine, other = write_outputs(tmp_path)
+    mine.write_text(json.dumps([{"instruction": text, "output": "cut \ud83d"} for text in PROMPT_TEXTS]))
+    with running(ChatServer()) as server:
+        arguments = ["--judge", "llm:m", "--base-url", server.url, "--out", "e"]
+        outcome = cli("evaluate", mine, "--against", other, *arguments)
+    assert outcome.code == 0, outcome
+    assert json.loads(outcome.out)["n"] == 12
+
+
+def test_a_server_as_policy_keeps_to_the_budget(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    _, other = write_outputs(tmp_path)
+    with running(ChatServer()) as server:
+        named = f"{server.url}#m"
+        outcome = cli("evaluate", named, "--against", other, "--judge", "length", "--max-requests", "3", "--out", "e")
+    assert "stopped at --max-requests 3" in outcome.errors[0]
+    assert server.requests == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -197,7 +275,7 @@ def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> 
     write_jsonl(tmp_path / "subset_pairs.jsonl", pairs)
     outcome = cli("evaluate-reward", "run", "subset_pairs.jsonl", "--second", "run/reward", "--out", "e")
     assert outcome.code == 0, outcome
-    line = json.loads(outcome.out)
+    line = json.loads(outcome.out, parse_constant=pytest.fail)  # NaN is no JSON
     assert line["n"] == 8
     assert {name: subset["n"] for name, subset in line["subsets"].items()} == {"even": 4, "odd": 4}
     assert line["agreement"] == 1.0  # with itself
@@ -210,6 +288,28 @@ def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> 
     assert "Agreement with the second model" in page
     judged = cli("evaluate", "run", *["--judge", "length"])
     assert judged.code == 2  # a run without a ppo stage has no policy
+    asked = ["--against", "random:tiny-llama", "--prompts", "prompts.jsonl", "--judge", "length"]
+    reward = cli("evaluate", "run/reward", *asked)
+    assert reward.errors[0].endswith("run/reward/adapter holds a reward, not a policy")
+
+
+def test_a_response_that_was_cut_is_scored_without_an_end(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """As the reward stage trains on it; and no longer pair than there is seen."""
+    path = write_recipe(tmp_path, recipe("reward", reward__max_length=16))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    prompts, responses = [row["prompt"] for row in PAIRS], [row["chosen"] + " and on and on" for row in PAIRS]
+    found = find_role(str(tmp_path / "run"), "reward")
+    assert found is not None
+    backbone, codec = load_role_backbone(found, "reward", dtype="float32", device="cpu")
+    for cut in (True, False):
+        scores = reward_scores(str(tmp_path / "run"))(prompts, responses, [cut] * len(prompts))
+        for prompt, response, score in zip(prompts, responses, scores, strict=True):
+            end = [] if cut else [codec.eos_token_id]
+            ids = codec.encode_prompt(prompt), [*codec.tokenizer(response, add_special_tokens=False).input_ids, *end]
+            whole = ids[1][:15]
+            with torch.no_grad(), backbone.role("reward"):
+                expected = backbone(torch.tensor([[*ids[0][-(16 - len(whole)) :], *whole]])).logits[0, 0].item()
+            assert score == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.fixture

@@ -30,6 +30,13 @@ def test_one_node(cli: Cli, tmp_path: Path) -> None:
     assert (outcome.code, outcome.out) == (0, f"{START} --num_accelerators=8 {run}\n")
 
 
+def test_a_folder_with_an_equals_sign_is_no_override(cli: Cli, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("ppo"))
+    outcome = cli("launch", path, "--dry-run", "--", "--run-dir", "runs/beta=0.1")
+    assert outcome.code == 0, outcome
+    assert outcome.out.endswith("--run-dir runs/beta=0.1\n")
+
+
 def test_four_nodes_by_ssh(cli: Cli, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, recipe("ppo"))
     (tmp_path / "hosts").write_text("".join(f"node-{i} slots=8\n" for i in range(4)))

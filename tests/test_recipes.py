@@ -50,6 +50,27 @@ def test_the_kl_in_the_loss_has_an_estimator_whose_gradient_knows_the_anchor(tmp
         load(tmp_path, "ppo.kl.place=loss", "ppo.kl.estimator=k1")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.judge.concurrency=x", r"evaluate\.judge\.concurrency: .*integer"),
+        ("evaluate.judge.verdict=prob", r"evaluate\.judge\.verdict: .*'probabilities'"),
+        ("evaluate.judge.verdikt=text", r"unknown key 'evaluate\.judge\.verdikt'; did you mean 'verdict'"),
+    ],
+)
+def test_a_mistake_in_a_section_that_could_be_a_name_is_told_where_it_is(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        load(tmp_path, "evaluate.judge={kind: llm, target: m}", override)
+    assert "more mistake" not in str(raised.value)
+
+
+def test_an_adaptive_beta_cannot_start_at_zero(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"ppo\.kl: controller: adaptive multiplies beta, which stays 0"):
+        load(tmp_path, "ppo.kl.controller=adaptive", "ppo.kl.beta=0")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_resolved_recipe_is_the_recipe(path: Path, tmp_path: Path) -> None:
     loaded = load_recipe(path)

@@ -121,6 +121,21 @@ def test_a_response_in_a_transcript_starts_with_the_space_after_the_name(tokeniz
     assert TextCodec(tokenizer, TEMPLATE).encode_pair(CHAT, "No.")[1] == [*ids_of(tokenizer, "No."), END]
 
 
+def test_a_sampled_response_in_a_transcript_keeps_its_one_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Byte-level tokenizers decode the space that the model put after "Assistant:" with the rest."""
+    codec = TextCodec(tokenizer, "none")
+    assert codec.encode_pair(CHAT, " No.") == codec.encode_pair(CHAT, "No.")
+
+
+def test_of_several_templates_by_name_the_default_is_taken(tokenizer: PreTrainedTokenizerBase) -> None:
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"tool_use": "{{ tools }}", "default": TEMPLATE}  # type: ignore[assignment]
+    assert TextCodec(several).render(CHAT) == TextCodec(tokenizer, TEMPLATE).render(CHAT)
+    several.chat_template = {"rag": TEMPLATE, "tool_use": TEMPLATE}  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"^chat_template: auto: the tokenizer has rag, tool_use, and none is the"):
+        TextCodec(several)
+
+
 def test_eos_of_the_model_serves_where_the_tokenizer_has_none(tokenizer: PreTrainedTokenizerBase) -> None:
     without = copy.deepcopy(tokenizer)
     without.eos_token = None

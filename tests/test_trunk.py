@@ -91,6 +91,15 @@ def test_the_trunk_ends_below_the_first_adapter_of_any_role(last_layers: int | N
         assert FrozenTrunk(backbone.model).depth == 0
 
 
+def test_recomputing_blocks_leaves_out_those_below_the_first_adapter() -> None:
+    """The backward pass ends at the first adapter, so nothing below it is computed again."""
+    backbone = trained()
+    backbone.enable_gradient_checkpointing()
+    with counted(backbone) as counts, backbone.role("policy"):
+        backbone.response_logprobs(ragged_sequences())[0].sum().backward()
+    assert counts == [1, 1, 2]
+
+
 def test_without_adapters_or_room_nothing_is_kept() -> None:
     assert FrozenTrunk(tiny_model("llama")).depth == 0
     backbone, sequences = trained(), ragged_sequences()

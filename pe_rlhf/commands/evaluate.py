@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -45,10 +44,12 @@ def evaluate(
     judge_engine: Annotated[str, typer.Option(help="llm: what runs a local model: hf or vllm.")] = "hf",
     base_url: Annotated[str | None, typer.Option(help="llm: an OpenAI-compatible server.")] = None,
     api_key_env: Annotated[str, typer.Option(help="The environment variable with the key.")] = "OPENAI_API_KEY",
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 8,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests to a server at once, be it the judge or a policy.")
+    ] = 8,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for one request.")] = 60.0,
     attempts: Annotated[int, typer.Option(min=1, help="Tries of a request that fails for a passing reason.")] = 6,
-    max_requests: Annotated[int | None, typer.Option(min=1, help="Stop after that many requests.")] = None,
+    max_requests: Annotated[int | None, typer.Option(min=1, help="Stop after that many requests to a server.")] = None,
     max_cost: Annotated[float | None, typer.Option(help="Stop at that cost; needs both prices.")] = None,
     price_in: Annotated[float | None, typer.Option(help="Per million tokens that the judge reads.")] = None,
     price_out: Annotated[float | None, typer.Option(help="Per million tokens that it writes.")] = None,
@@ -74,22 +75,19 @@ def evaluate(
     from pe_rlhf.config import SamplingConfig
     from pe_rlhf.evaluation import evaluate_pairs, responses_of
     from pe_rlhf.evaluation_report import write_evaluation_report
+    from pe_rlhf.files import locked
     from pe_rlhf.judging import JudgeConfig, build_judge, check_judge
     from pe_rlhf.policies import base_of_adapter, find_policy
+    from pe_rlhf.wording import slug
     from reward.asking import make_pairs
     from reward.errors import InputError
     from reward.judges.registry import split_judge_name
 
     kind, target = split_judge_name(judge)
     fields = {"template": template, "reasoning": reasoning, "verdict": verdict, "base_url": base_url}
-    fields |= {
-        "engine": judge_engine,
-        "api_key_env": api_key_env,
-        "concurrency": concurrency,
-        "timeout": timeout,
-        "attempts": attempts,
-    }
-    fields |= {"max_requests": max_requests, "max_cost": max_cost, "price_in": price_in, "price_out": price_out}
+    server = {"api_key_env": api_key_env, "concurrency": concurrency, "timeout": timeout, "attempts": attempts}
+    server |= {"max_requests": max_requests, "max_cost": max_cost, "price_in": price_in, "price_out": price_out}
+    fields |= {"engine": judge_engine, **server}
     judge_config = _validated(JudgeConfig, kind=kind, target=target, dtype=dtype, device=device, **fields)
     check_judge(judge_config)
     sampling = _validated(SamplingConfig, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
@@ -98,20 +96,20 @@ def evaluate(
     if baseline is None:
         raise InputError(f"--against is missing: {policy} is neither a run nor an adapter, so it has no base")
     asked = _prompts(prompts, policy, baseline, limit)
-    source = partial(_source, asked, sampling, seed, dtype, device, api_key_env)
+    source = partial(_source, asked, sampling, seed, dtype, device, server)
     sources = {"candidate": source(policy), "baseline": source(baseline, anchor_of=trained)}
-    folder = out or Path("evaluations") / "-".join(map(_slug, (policy, "vs", baseline, judge)))
+    folder = out or Path("evaluations") / "-".join(map(slug, (policy, "vs", baseline, judge)))
     folder.mkdir(parents=True, exist_ok=True)
-
-    # The judge first: a key that is missing or a model that cannot be loaded is to be known before anything is sampled.
-    built = build_judge(judge_config)
-    texts = {side: responses_of(s, asked, folder / f"{side}.jsonl") for side, s in sources.items()}
-    pairs = make_pairs(asked, texts["candidate"], texts["baseline"])
-    summary = evaluate_pairs(
-        built, pairs, folder, candidate=policy, baseline=baseline, max_invalid_share=max_invalid, level=level
-    )
-    typer.echo(json.dumps(summary, ensure_ascii=False))
-    typer.echo(f"report: {write_evaluation_report(folder).resolve()}", err=True)
+    with locked(folder):
+        # The judge first: a key that is missing or a model that cannot be loaded is to be known before it is sampled.
+        built = build_judge(judge_config)
+        texts = {side: responses_of(s, asked, folder / f"{side}.jsonl") for side, s in sources.items()}
+        pairs = make_pairs(asked, texts["candidate"], texts["baseline"])
+        summary = evaluate_pairs(
+            built, pairs, folder, candidate=policy, baseline=baseline, max_invalid_share=max_invalid, level=level
+        )
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+        typer.echo(f"report: {write_evaluation_report(folder, pairs).resolve()}", err=True)
 
 
 def _prompts(named: str | None, policy: str, baseline: str, limit: int | None) -> list[Prompt]:
@@ -137,7 +135,7 @@ def _source(
     seed: int,
     dtype: str,
     device: str,
-    api_key_env: str,
+    server: dict[str, Any],
     name: str,
     anchor_of: RoleFolder | None = None,
 ) -> Source:
@@ -175,7 +173,7 @@ def _source(
     if not is_endpoint(name) and find_policy(name) is None and base_of_adapter(name) is None:
         check_model_name(name)
     identity = json.dumps([name, sampling.model_dump(), seed, dtype, weights_of(name, "ppo")])
-    options = {"dtype": dtype, "device": device, "api_key_env": api_key_env}
+    options = {"dtype": dtype, "device": device, "server": server}
     return Source(name, identity, load=partial(load_policy, name, sampling, seed, **options))
 
 
@@ -192,7 +190,3 @@ def _validated(schema: type[T], **fields: Any) -> T:
             raise InputError(first["msg"].removeprefix("Value error, ")) from error
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise InputError(f"{option}: {first['msg']} (got {first['input']!r})") from error
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.]+", "_", name).strip("_.")[-40:]

@@ -15,7 +15,7 @@ def evaluate_reward(
         str, typer.Argument(help="Preference pairs: a file or hub id; a column `subset` splits the results.")
     ],
     second: Annotated[str | None, typer.Option(help="Another reward run or model, to see where both agree.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder for summary.json, scores.jsonl and report.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for summary.json and report.html.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take that many pairs, the first ones.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored between two lines of progress.")] = 32,
     dtype: Annotated[
@@ -26,8 +26,9 @@ def evaluate_reward(
 ) -> None:
     """Accuracy with its interval, per subset too, calibration and length bias; one JSON line."""
     from pe_rlhf.reward_evaluation import evaluate_reward_model
+    from pe_rlhf.wording import slug
 
-    folder = out or Path("evaluations") / f"reward-{Path(model).name}-{Path(pairs).name}"
+    folder = out or Path("evaluations") / "-".join(("reward", slug(model), slug(pairs)))
     summary = evaluate_reward_model(
         model, pairs, folder, second=second, limit=limit, batch_size=batch_size, dtype=dtype, device=device
     )

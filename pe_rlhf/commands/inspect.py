@@ -16,7 +16,8 @@ def inspect(
         str | None, typer.Option(help="Whose loss: reward or ppo; the first of them that the recipe has.")
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="A run of the recipe, where ppo takes its reward stage from.")
+        Path | None,
+        typer.Option(help="A run of the recipe: where the pairs that it made are, and for ppo its reward stage."),
     ] = None,
     to: Annotated[Path | None, typer.Option(help="The page; <run dir>/inspect-<stage>.html if left out.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,

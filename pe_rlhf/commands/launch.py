@@ -16,6 +16,8 @@ from typing import Annotated
 import psutil
 import typer
 
+VALUED = ("--run-dir", "--from", "--to", "--may-change")  # options of `pe-rlhf run` whose value may hold a "="
+
 
 def launch(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that comes along.")],
@@ -47,7 +49,12 @@ def launch(
     from pe_rlhf.recipes import find_recipe, load_deepspeed_config, load_recipe
     from reward.errors import InputError
 
-    overrides = [argument for argument in arguments or [] if not argument.startswith("-") and "=" in argument]
+    passed = arguments or []
+    overrides = [
+        argument
+        for before, argument in zip(["", *passed], passed, strict=False)
+        if not argument.startswith("-") and "=" in argument and before not in VALUED
+    ]
     # A mistake is told once, before any process is started.
     loaded = load_recipe(find_recipe(recipe), overrides)
     if loaded.deepspeed is not None:

@@ -41,6 +41,12 @@ class KLConfig(Section):
             raise ValueError("k1 in the loss has a gradient that the anchor is no part of; use k2 or k3 there")
         return self
 
+    @model_validator(mode="after")
+    def _adaptive_from_something(self) -> KLConfig:
+        if self.controller == "adaptive" and self.beta == 0:
+            raise ValueError("controller: adaptive multiplies beta, which stays 0; start from a beta above 0")
+        return self
+
 
 class RewardSource(Section):
     """Where scores come from: exactly one of the three, times a weight."""
@@ -74,8 +80,8 @@ class PPOConfig(Section):
     minibatches: Positive = Field(default=2, description="optimizer steps per pass")
     micro_batch_tokens: Positive = Field(
         default=1024,
-        description="tokens in a pass with gradients, a quarter of those without; a shared prefix counts an eighth"
-        " per row",
+        description="tokens in a pass with gradients, per process; passes without take four times as many; of a prefix"
+        " that all rows share each row counts an eighth",
     )
     max_prompt_tokens: Positive = Field(default=512, description="longer prompts are left out, and counted")
     learning_rate: float = Field(default=1e-4, gt=0, description="of the policy")

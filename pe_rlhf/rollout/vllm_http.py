@@ -47,19 +47,27 @@ class Server:
             self._locks = loop, asyncio.Lock()
         return self._locks[1]
 
-    def is_up(self) -> bool:
+    def is_ready(self) -> bool:
+        """Whether it is up and says what it serves: the base's name and length, which are noted.
+
+        Raises `InputError` for a server that is not vLLM's.
+        """
         try:
-            return self._http.get(f"{self.url}/health", timeout=SECONDS_TO_ANSWER).status_code == 200
+            if self._http.get(f"{self.url}/health", timeout=SECONDS_TO_ANSWER).status_code != 200:
+                return False
+            answer = self._http.get(f"{self.url}/v1/models", timeout=SECONDS_TO_ANSWER)
         except httpx.HTTPError:
             return False
+        if answer.status_code < 500:
+            self._note_models(answer)
+        return answer.status_code < 500
 
-    def ask_for_models(self) -> None:
-        """Note the base's name and length. Raises `InputError` for a server that is not vLLM's."""
+    def _note_models(self, answer: httpx.Response) -> None:
         try:
-            cards = self._json(self._http.get(f"{self.url}/v1/models", timeout=SECONDS_TO_ANSWER))["data"]
+            cards = self._json(answer)["data"]
             base = next(card for card in cards if not card.get("parent"))
             self.base, self._max_length = str(base["id"]), int(base["max_model_len"])
-        except (httpx.HTTPError, ServerFault, KeyError, TypeError, ValueError, StopIteration) as error:
+        except (ServerFault, KeyError, TypeError, ValueError, StopIteration) as error:
             raise InputError(f"{self.url} does not answer as a vLLM server does: {error!r}") from error
 
     def check_length(self, tokens: int) -> None:
@@ -148,7 +156,7 @@ class Server:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ServerFault(f"an answer that is not a completion with ids and log-probs: {error!r}") from error
         if named != model or read != prompt:
-            raise ServerFault(f"an answer by {named!r} to a prompt of {len(read)} tokens; {model!r} was asked")
+            raise ServerFault(f"an answer by {named!r}, or to another prompt; {model!r} was asked")
         return ids, [float(p) for p in logprobs]
 
     def close(self) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from pe_rlhf.data import load_examples, load_preferences, load_prompts
 from pe_rlhf.distributed import on_main
 from pe_rlhf.engine import init_processes
 from pe_rlhf.errors import TrainingError
+from pe_rlhf.files import locked
 from pe_rlhf.judging import check_judge
 from pe_rlhf.metrics import read_summary
 from pe_rlhf.models import check_model_name, resolve_model
@@ -94,7 +93,7 @@ def _prepare(
 ) -> None:
     """Take the run directory and make sure that what is in it stays whole."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    held.enter_context(_locked(run_dir))
+    held.enter_context(locked(run_dir))
     if resume and (run_dir / "recipe.yaml").is_file():
         refuse_other_recipe(recipe, run_dir / "recipe.yaml", may_change)
     _refuse_overwriting(recipe, run_dir, stages, resume, restart)
@@ -193,20 +192,3 @@ def _put_aside(run_dir: Path, first: str) -> None:
             aside = next(p for i in range(1, 10_000) if not (p := run_dir / f"{stage}.old-{i}").exists())
             folder.rename(aside)
             say(f"{folder} was put aside as {aside.name}")
-
-
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory for this process; the lock goes with the process, however it ends."""
-    with (run_dir / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise InputError(
-                f"{run_dir} is in use by another run (process {file.read().strip() or 'unknown'})"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

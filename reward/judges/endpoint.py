@@ -160,7 +160,8 @@ class Endpoint:
     def _ask_once(self, chat: list[Message], options: dict[str, Any]) -> ChatCompletion:
         self.budget.take()
         try:
-            answer = self._client.chat.completions.create(model=self._model, messages=chat, **options)  # type: ignore[call-overload]
+            sent = [{**message, "content": _whole(message["content"])} for message in chat]
+            answer = self._client.chat.completions.create(model=self._model, messages=sent, **options)  # type: ignore[call-overload]
             _check(answer)
         except openai.APIStatusError as error:
             raise self._of_status(error) from None
@@ -234,3 +235,8 @@ def _pause(state: tenacity.RetryCallState) -> float:
 def _log_add(a: float, b: float) -> float:
     high, low = max(a, b), min(a, b)
     return high + math.log1p(math.exp(low - high)) if low > -math.inf else high
+
+
+def _whole(text: str) -> str:
+    """The text with a ? for half of a character, which no request can carry."""
+    return text.encode("utf-8", "replace").decode("utf-8")

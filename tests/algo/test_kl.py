@@ -57,5 +57,10 @@ def test_adapt_beta_by_hand(kl: float, expected: float) -> None:
     assert adapt_beta(0.1, kl, target=6.0, horizon=10000, episodes=64) == pytest.approx(expected, rel=1e-12)
 
 
+def test_adapt_beta_keeps_its_sign_where_a_batch_is_larger_than_the_horizon() -> None:
+    """1 − 0.2 · 640/100 would be −0.28."""
+    assert adapt_beta(0.05, 0.0, target=6.0, horizon=100, episodes=640) == pytest.approx(0.05 * 0.8, rel=1e-12)
+
+
 def test_adapt_beta_stops_at_one() -> None:
     assert adapt_beta(0.99, 100.0, target=1.0, horizon=10, episodes=10) == 1.0

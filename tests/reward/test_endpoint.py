@@ -17,7 +17,8 @@ from reward.judges.length import length_judge
 from reward.judges.llm import LLMJudge, parse_label, probability_of_a
 from reward.judges.registry import JudgeSettings
 from reward.judges.templates import JudgePrompt, template_names
-from reward.summary import summarise
+from reward.summary import pair_up, summarise
+from reward.verdicts import read_verdicts
 from tests.reward.chat_server import KEY, ChatServer, running
 from tests.runs import read_jsonl
 
@@ -183,6 +184,29 @@ def test_an_answer_in_the_wrong_format_is_asked_for_again_and_then_invalid(tmp_p
     assert rows[0]["invalid"] == "the answer names neither A nor B"
     assert rows[0]["raw"] == "Both are fine."
     assert [body["temperature"] for body in server.bodies[:2]] == [0.0, 0.7]
+
+
+def test_what_was_refused_for_invalid_answers_is_asked_again_by_the_next_start(tmp_path: Path) -> None:
+    """The server has been given more room, or another template; and the file is one that `winrate` reads."""
+    path = tmp_path / "v.jsonl"
+    with running(ChatServer(text="Both are fine.")) as server, pytest.raises(JudgeError, match="no valid verdict"):
+        judge_pairs(judge(server, verdict="text", concurrency=1), PAIRS, path)
+    refused = len(read_jsonl(path))
+    with running(ChatServer(logprobs=False)) as server:
+        outcomes = judge_pairs(judge(server, verdict="text", concurrency=1), PAIRS, path)
+        assert server.requests == 48
+    assert summarise("candidate", outcomes)["n"] == 24
+    assert len(read_jsonl(path)) == 48 + refused
+    assert [o.preference for o in pair_up(read_verdicts(path))] == [o.preference for o in outcomes]
+
+
+def test_both_orders_meet_under_whatever_name_the_responses_had(tmp_path: Path) -> None:
+    path = tmp_path / "v.jsonl"
+    with running(ChatServer()) as server:
+        with pytest.raises(JudgeError, match="stopped at --max-requests 3"):
+            judge_pairs(judge(server, max_requests=3, concurrency=1), PAIRS, path, candidate="out.jsonl")
+        outcomes = judge_pairs(judge(server), PAIRS, path, candidate="./out.jsonl")
+    assert summarise("./out.jsonl", outcomes)["n"] == 24
 
 
 def test_a_question_that_is_too_long_is_invalid_and_the_others_go_on(tmp_path: Path) -> None:

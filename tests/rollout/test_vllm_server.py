@@ -232,6 +232,22 @@ def test_a_server_that_goes_in_the_middle_of_a_batch(
         assert f"{dying.url} is back" in said
 
 
+def test_a_server_that_stays_away_is_waited_for_once(make: Make, vllm_server: str) -> None:
+    """Not once more by each of the sixteen requests that it had."""
+    with proxy(vllm_server) as dead:
+        engine = make(dead.url, start_timeout=2)
+        engine.sync(3)
+
+        def die(count: int, answer: Any) -> Any:
+            dead.refuses = True
+
+        dead.spoil = die
+        start = time.monotonic()
+        with pytest.raises(TrainingError, match=rf"no vLLM server is left of {dead.url}"):
+            engine.generate(PROMPTS, seed=1)
+        assert time.monotonic() - start < 8
+
+
 def test_the_others_take_over(make: Make, vllm_server: str) -> None:
     with proxy(vllm_server) as good, proxy(vllm_server) as dying:
         engine = make(good.url, dying.url, batch_size=4)
@@ -306,6 +322,11 @@ def cut_ids(answer: Any) -> Any:
     return answer
 
 
+def no_prompt(answer: Any) -> Any:
+    answer["choices"][0]["prompt_token_ids"] = None
+    return answer
+
+
 def other_model(answer: Any) -> Any:
     return {**answer, "model": "another"}
 
@@ -319,6 +340,7 @@ def other_model(answer: Any) -> Any:
         (cut_logprobs, r"tokens and \d+ log-probs"),
         (cut_ids, "without an end-of-sequence"),
         (other_model, "an answer by 'another'"),
+        (no_prompt, "or to another prompt"),
     ],
 )
 def test_garbage_is_asked_again_and_then_an_error(make: Make, vllm_server: str, spoil: Any, message: str) -> None:
