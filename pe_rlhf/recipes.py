@@ -112,6 +112,15 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def refuse_other_recipe(recipe: Recipe, path: Path, may_change: Sequence[str] = ()) -> None:
     """Raise `InputError` where a run that is to go on was started with another recipe, the one at `path`."""
+    if changed := changes_since(recipe, path, may_change):
+        raise InputError(
+            f"{path.parent} was started with another recipe and cannot be resumed (--may-change KEY lets one differ):"
+            f" {changed}"
+        )
+
+
+def changes_since(recipe: Recipe, path: Path, may_change: Sequence[str] = ()) -> str:
+    """What a recipe has otherwise than the one at `path`, but for what may differ; "" where that is nothing."""
     old, new = _flat(load_recipe(path).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     allowed = (*FREE_TO_CHANGE, *may_change)
     changed = [
@@ -119,12 +128,8 @@ def refuse_other_recipe(recipe: Recipe, path: Path, may_change: Sequence[str] = 
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in allowed))
     ]
-    if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise InputError(
-            f"{path.parent} was started with another recipe and cannot be resumed (--may-change KEY lets one differ):"
-            f" {'; '.join(changed[:5])}{more}"
-        )
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return "; ".join(changed[:5]) + more
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -148,7 +148,8 @@ def judge_pairs(
 
 
 def _questions(judge: Judge, pair: Pair) -> list[Question]:
-    content = [judge.identity, pair.position, pair.sample, pair.prompt, pair.candidate, pair.baseline]
+    version = [found] if (found := getattr(judge, "version", "")) else []  # of a judge whose source can be edited
+    content = [judge.identity, *version, pair.position, pair.sample, pair.prompt, pair.candidate, pair.baseline]
     return [
         Question(pair, order, hashlib.sha256(json.dumps([*content, order]).encode()).hexdigest()[:24])
         for order in ((FIRST, SECOND) if judge.sees_order else (None,))

@@ -183,6 +183,24 @@ def test_the_page_has_the_pairs_of_this_evaluation_alone(cli: Callable[..., Outc
     assert "Prompt 2" not in page
 
 
+def test_a_judge_that_was_edited_is_asked_again(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    source, rates = "def prefer(prompts, a, b):\n    return [SURE * (len(x) > len(y)) for x, y in zip(a, b)]\n", []
+    for sure in ("1.0", "0.5", "1.0"):
+        (tmp_path / "my_judge.py").write_text(source.replace("SURE", sure))
+        arguments = ["--against", str(other), "--judge", "my_judge:prefer", "--out", "e"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pe_rlhf", "evaluate", str(mine), *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        rates.append(json.loads(done.stdout)["win_rate"])
+    assert rates == [1.0, 0.75, 1.0]
+
+
 def test_a_folder_has_one_evaluation_at_a_time(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     mine, other = write_outputs(tmp_path)
     (tmp_path / "e").mkdir()

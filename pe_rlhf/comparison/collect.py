@@ -15,6 +15,8 @@ from pe_rlhf.comparison.types import Row, RunResult
 from pe_rlhf.metrics import read_jsonl, read_summary
 from reward.errors import InputError
 
+LEARNING_RATES = ("ppo.learning_rate", "ppo.value_learning_rate")
+
 
 def collect(plan: Plan, choices: Sequence[Choice], places: Sequence[Path] = ()) -> list[RunResult]:
     """Every run of every arm. `places` are other directories of the same comparison, from other machines."""
@@ -25,7 +27,8 @@ def collect(plan: Plan, choices: Sequence[Choice], places: Sequence[Path] = ()) 
             settings = dict(choice.arm.changes)
             if choice.trials and run.recipe.ppo is not None:
                 settings["ppo.learning_rate"] = run.recipe.ppo.learning_rate
-            found = located(run, places, plan.root)
+            # Where the trials are not there that have chosen its rate, a run may have been made at any.
+            found = located(run, places, plan.root, () if choice.factor else LEARNING_RATES)
             if choice.factor is None and state_of(found)[0] == "unfinished":
                 results.append(RunResult(choice.arm.name, seed, choice.status, choice.message, settings=settings))
                 continue

@@ -24,12 +24,19 @@ from pe_rlhf.comparison.types import Status
 from pe_rlhf.errors import Stopped
 from pe_rlhf.metrics import write_json
 from pe_rlhf.progress import say
-from pe_rlhf.recipes import refuse_other_recipe, save_recipe
+from pe_rlhf.recipes import changes_since, refuse_other_recipe, save_recipe
+from reward.errors import InputError
 
 FAILURE = "failure.json"
 # Of `pe-rlhf run`: what came from outside and says nothing of the run itself.
 IN_USE = "is in use by another run"
 SECONDS_BETWEEN_LOOKS = 15.0
+# What may be elsewhere on another machine that has run a part of the same comparison.
+WHERE_THINGS_LIE = (
+    "model",
+    "ppo.reward",
+    *(f"{data}.path" for data in ("sft.data", "preferences.prompts", "reward.data", "ppo.prompts", "evaluate.prompts")),
+)
 
 
 @dataclass(frozen=True)
@@ -156,8 +163,14 @@ def refuse_changed(runs: Sequence[PlannedRun]) -> None:
             refuse_other_recipe(run.recipe, path)
 
 
-def located(run: PlannedRun, places: Sequence[Path], root: Path) -> PlannedRun:
-    """A run where it lies: in its own place, or at the same path below one of the others."""
-    below = run.folder.relative_to(root)
-    found = (place / below for place in (root, *places))
-    return replace(run, folder=next((f for f in found if (f / "recipe.yaml").is_file()), run.folder))
+def located(run: PlannedRun, places: Sequence[Path], root: Path, may_change: Sequence[str] = ()) -> PlannedRun:
+    """A run where it lies: in its own place, or at the same path below one of the others; one that has finished first.
+
+    Raises `InputError` for one that was run with another recipe. Where it had its data from may differ.
+    """
+    folders = [place / run.folder.relative_to(root) for place in (root, *places)]
+    there = [replace(run, folder=folder) for folder in folders if (folder / "recipe.yaml").is_file()]
+    for found in there:
+        if changed := changes_since(run.recipe, found.folder / "recipe.yaml", (*WHERE_THINGS_LIE, *may_change)):
+            raise InputError(f"{found.folder} was run with another recipe than this comparison's: {changed}")
+    return max(there, key=lambda found: state_of(found)[0] == "finished", default=run)

@@ -1,5 +1,6 @@
 """Judges that are Python: a score of each response, a comparison, or an object of one's own, as `module:callable`."""
 
+import hashlib
 import importlib
 import inspect
 import math
@@ -31,11 +32,13 @@ class FunctionJudge:
     """A judge that scores both responses: the higher score wins, equal scores tie.
 
     probability: from the difference of scores to the probability that A wins, where the plain sign is not wanted.
+    version: see `load_judge`.
     """
 
     function: ScoreFunction
     identity: str = "function"
     probability: Callable[[float], float] = _sign_probability
+    version: str = ""
     sees_order = False
     batch_size = 64
     concurrency = 1
@@ -56,6 +59,7 @@ class CompareJudge:
 
     function: CompareFunction
     identity: str = "function"
+    version: str = ""
     sees_order = True
     batch_size = 16
     concurrency = 1
@@ -82,6 +86,7 @@ class ForeignJudge:
 
     judge: Any
     identity: str
+    version: str = ""
 
     @property
     def sees_order(self) -> bool:
@@ -110,12 +115,14 @@ def load_judge(path: str) -> Judge:
     """The judge that "module:callable" names.
 
     A function of (prompts, responses) scores, a function of (prompts, responses_a, responses_b) compares, and an object
-    or a class with `compare` is a judge itself. Raises `InputError` for anything else, as `load_function` does.
+    or a class with `compare` is a judge itself. Its `version` is a hash of the file that it is written in: once that is
+    another, verdicts of before are not its own. Raises `InputError` for anything else, as `load_function` does.
     """
     named = load_function(path)
+    version = _version_of(named)
     if hasattr(named, "compare"):
         try:
-            return ForeignJudge(named() if inspect.isclass(named) else named, path)
+            return ForeignJudge(named() if inspect.isclass(named) else named, path, version)
         except Exception as error:
             raise InputError(f"judge {path!r} raised {_describe(error)} when it was made") from error
     try:
@@ -125,10 +132,18 @@ def load_judge(path: str) -> Judge:
             if p.default is p.empty and p.kind < p.VAR_POSITIONAL
         ]
     except (TypeError, ValueError):  # some builtins have no signature
-        return FunctionJudge(named, path)
+        return FunctionJudge(named, path, version=version)
     if len(wanted) == 3:
-        return CompareJudge(named, path)
-    return FunctionJudge(named, path)
+        return CompareJudge(named, path, version)
+    return FunctionJudge(named, path, version=version)
+
+
+def _version_of(named: Any) -> str:
+    module = inspect.getmodule(named if hasattr(named, "__module__") else type(named))
+    try:
+        return hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest()[:16] if module else ""
+    except (TypeError, OSError):  # built in, or made at run time
+        return ""
 
 
 def checked_verdicts(name: str, returned: Any, n: int) -> list[Verdict]:

@@ -185,6 +185,11 @@ def test_shares_of_two_machines_make_one_report(tmp_path: Path, model_cache: Pat
     done = run(tmp_path, model_cache, path, "--dir", "one", "--only", "report", "--also", "1", "--also", "2")
     assert done.returncode == 0, done.stderr
     assert {row["status"] for row in results(tmp_path / "one")} == {"finished"}
+    # Runs of another recipe are no part of it, nor does a change here make them some.
+    both = ("--dir", "one", "--only", "report", "--also", "1", "--also", "2")
+    other = run(tmp_path, model_cache, path, *both, "ppo.epochs=3")
+    assert other.returncode == 2
+    assert "was run with another recipe than this comparison's: ppo.epochs: 1 → 3" in other.stderr
 
 
 @pytest.mark.slow
