@@ -5,6 +5,7 @@ Autograd would go over the hidden states three times as often, and under a bf16 
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,7 @@ Norm = Any  # a module of transformers, of one of many classes that are alike
 def shorten_norms(model: nn.Module) -> None:
     """Give a frozen model's RMSNorms the short backward pass, where a small input shows that they are what is known."""
     for module in model.modules():
-        known = "RMSNorm" in type(module).__name__ and "forward" not in vars(module)
-        if known and _epsilon(module) is not None and _is_the_same(module):
+        if "RMSNorm" in type(module).__name__ and _takes_hidden_states_alone(module) and _is_the_same(module):
             module.forward = partial(_forward, module)
 
 
@@ -26,6 +26,12 @@ def _forward(norm: Norm, hidden: Tensor) -> Tensor:
     if norm.weight.requires_grad:  # a copy of the model that is fully tuned
         return type(norm).forward(norm, hidden)
     return _RMSNorm.apply(hidden, norm.weight, _epsilon(norm))
+
+
+def _takes_hidden_states_alone(norm: Norm) -> bool:
+    """Not a gate besides, which recurrent models give some; and it has a weight, and a forward pass that is its own."""
+    is_plain = "forward" not in vars(norm) and len(inspect.signature(type(norm).forward).parameters) == 2
+    return is_plain and isinstance(getattr(norm, "weight", None), nn.Parameter) and _epsilon(norm) is not None
 
 
 def _epsilon(norm: Norm) -> float | None:

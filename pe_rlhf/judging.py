@@ -125,15 +125,20 @@ class RewardScores(Protocol):
     ) -> list[float]: ...
 
 
-def reward_scores(target: str, dtype: str = "float32", device: str = "auto") -> RewardScores:
-    """Rewards from a reward run of ours (its directory), as its stage computes them, or a model with one label."""
+def reward_scores(
+    target: str, dtype: str = "float32", device: str = "auto", *, as_trained: bool = False
+) -> RewardScores:
+    """Rewards from a reward run of ours (its directory), or a model with one label.
+
+    as_trained: cut what is longer than the run's `reward.max_length`, as its stage does; else the model's limit holds.
+    """
     found = find_role(target, "reward")
     if found is None:
         scorer = ModelScorer(target, find_device(device), dtype)
         return lambda prompts, responses, cut=None: scorer.score_texts(prompts, responses, cut).tolist()
     backbone, codec = load_role_backbone(found, "reward", dtype=dtype, device=device)
     limit = backbone.max_positions or 10**9
-    if found.recipe is not None and found.recipe.reward is not None:
+    if as_trained and found.recipe is not None and found.recipe.reward is not None:
         limit = min(limit, found.recipe.reward.max_length)
 
     @torch.no_grad()

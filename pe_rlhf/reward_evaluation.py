@@ -41,7 +41,7 @@ def evaluate_reward_model(
     margins: list[list[float]] = []
     summaries: list[dict[str, Any]] = []
     for name in [model] if second is None else [model, second]:
-        scores = _scores(reward_scores(name, dtype, device), records, name, batch_size)
+        scores = _scores(reward_scores(name, dtype, device, as_trained=True), records, name, batch_size)
         scored = [
             ScoredPair(chosen, rejected, len(record.chosen), len(record.rejected), subset)
             for (chosen, rejected), record, subset in zip(scores, records, subsets, strict=True)

@@ -23,7 +23,7 @@ from reward.errors import InputError, JudgeError
 from reward.judges.base import Comparison, Judge, Verdict
 from reward.records import Prompt
 from reward.summary import Outcome, pair_up
-from reward.verdicts import FIRST, SECOND, VerdictRow, read_verdicts
+from reward.verdicts import FIRST, SECOND, parse_verdict
 
 Row = dict[str, Any]
 OnProgress = Callable[[int, float | None], None]
@@ -140,7 +140,7 @@ def judge_pairs(
                 tally.refuse_invalid()
     finally:
         file.close()
-    rows = _rows_of(path, {question.key for question in questions})
+    rows = (parse_verdict(file.rows[question.key]) for question in questions if question.key in file.rows)
     # Both orders under one name: an earlier start may have called the same responses otherwise.
     outcomes = pair_up(replace(row, candidate=candidate, baseline=baseline) for row in rows)
     rank = {(pair.position, pair.sample): i for i, pair in enumerate(pairs)}
@@ -212,15 +212,6 @@ def _row(question: Question, verdict: Verdict, names: dict[str, str]) -> Row:
         "len_baseline": len(pair.baseline),
         **names,
     }
-
-
-def _rows_of(path: Path, keys: set[str]) -> list[VerdictRow]:
-    """The verdicts of those questions, one of each; the file may hold others, of another set of prompts."""
-    found = [json.loads(line)["key"] for line in path.read_bytes().split(b"\n") if line.strip()]
-    if keys.isdisjoint(found):
-        return []
-    rows = dict(zip(dict.fromkeys(found), read_verdicts(path), strict=True))
-    return [row for key, row in rows.items() if key in keys]
 
 
 class _Tally:

@@ -56,22 +56,29 @@ class VerdictRow:
 
 
 def read_verdicts(path: Path) -> list[VerdictRow]:
-    """All rows of a file; of a question that was asked again (rows with one `key`) the last.
+    """All rows of a file; where a question without a valid answer was asked again (`key`), the later one alone.
 
     Raises `InputError` naming file and line for what is missing, damaged or out of range.
     """
-    rows: dict[Any, VerdictRow] = {}
+    rows: list[VerdictRow] = []
+    invalid: dict[str, int] = {}
     seen: Counter[str] = Counter()
     for line, row in read_rows(path):
         try:
-            verdict = _alpaca_row(row, seen) if ALPACA_COLUMNS & row.keys() else _own_row(row)
+            verdict = _alpaca_row(row, seen) if ALPACA_COLUMNS & row.keys() else parse_verdict(row)
         except InputError as error:
             raise InputError(f"{path} line {line}: {error}") from error
         seen[verdict.candidate] += 1
-        rows[row.get("key") or line] = verdict
+        question = json.dumps([row.get("key"), verdict.position, verdict.sample, verdict.order])
+        if "key" in row and question in invalid:
+            rows[invalid.pop(question)] = verdict
+            continue
+        if math.isnan(verdict.preference):
+            invalid[question] = len(rows)
+        rows.append(verdict)
     if not rows:
         raise InputError(f"{path} has no verdicts")
-    return list(rows.values())
+    return rows
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -139,7 +146,8 @@ def number(row: Mapping[str, Any], column: str) -> float | None:
     return parsed
 
 
-def _own_row(row: Mapping[str, Any]) -> VerdictRow:
+def parse_verdict(row: Mapping[str, Any]) -> VerdictRow:
+    """A row in our own columns. Raises `InputError` for what is missing or out of range."""
     if "preference" not in row:
         raise InputError(f"there is no column 'preference'; there are {', '.join(map(str, row))}")
     preference, human = _probability(row, "preference"), _probability(row, "human")

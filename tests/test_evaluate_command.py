@@ -320,7 +320,7 @@ def test_a_response_that_was_cut_is_scored_without_an_end(cli: Callable[..., Out
     assert found is not None
     backbone, codec = load_role_backbone(found, "reward", dtype="float32", device="cpu")
     for cut in (True, False):
-        scores = reward_scores(str(tmp_path / "run"))(prompts, responses, [cut] * len(prompts))
+        scores = reward_scores(str(tmp_path / "run"), as_trained=True)(prompts, responses, [cut] * len(prompts))
         for prompt, response, score in zip(prompts, responses, scores, strict=True):
             end = [] if cut else [codec.eos_token_id]
             ids = codec.encode_prompt(prompt), [*codec.tokenizer(response, add_special_tokens=False).input_ids, *end]

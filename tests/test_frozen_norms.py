@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -69,10 +71,16 @@ def test_in_bf16_no_copy_in_fp32_is_kept() -> None:
     assert [tensor.dtype for tensor in kept if tensor.numel() == 2 * 5 * SIZE] == [torch.bfloat16]
 
 
-def test_a_norm_that_computes_something_else_is_left_alone() -> None:
-    """Gemma's multiplies by 1 + weight."""
-    norm = norm_of(GemmaRMSNorm, torch.float32)
-    assert not is_short(shortened(norm))
+@pytest.mark.parametrize(
+    "norm",
+    [GemmaRMSNorm(SIZE), MambaRMSNormGated(SIZE), Gemma4RMSNorm(SIZE, with_scale=False)],
+    ids=["times 1 + weight", "takes a gate", "has no weight"],
+)
+def test_a_norm_that_is_another_is_left_alone(norm: nn.Module) -> None:
+    with torch.no_grad():
+        for weight in norm.parameters():
+            weight.normal_(generator=torch.Generator().manual_seed(1))
+    assert not is_short(shortened(norm.requires_grad_(False)))
 
 
 def test_a_copy_that_is_trained_has_gradients_of_its_weights() -> None:

@@ -31,11 +31,20 @@ FAILURE = "failure.json"
 # Of `pe-rlhf run`: what came from outside and says nothing of the run itself.
 IN_USE = "is in use by another run"
 SECONDS_BETWEEN_LOOKS = 15.0
-# What may be elsewhere on another machine that has run a part of the same comparison.
-WHERE_THINGS_LIE = (
-    "model",
-    "ppo.reward",
+# What may differ on another machine that has run a part of the same comparison: where things lie, and what it can do.
+OF_THE_MACHINE = (
+    *("model", "ppo.reward", "ppo.micro_batch_tokens", "reward.micro_batch_tokens"),
     *(f"{data}.path" for data in ("sft.data", "preferences.prompts", "reward.data", "ppo.prompts", "evaluate.prompts")),
+    *(
+        f"{sampling}.{key}"
+        for sampling in ("preferences.sampling", "ppo.rollout", "evaluate.sampling")
+        for key in ("urls", "exchange_dir", "start_timeout", "timeout", "gpu_memory_share", "sleep")
+    ),
+    *(
+        f"{judge}.{key}"
+        for judge in ("preferences.judge", "evaluate.judge")
+        for key in ("base_url", "api_key_env", "concurrency", "timeout", "attempts", "gpu_memory_share", "device")
+    ),
 )
 
 
@@ -166,11 +175,11 @@ def refuse_changed(runs: Sequence[PlannedRun]) -> None:
 def located(run: PlannedRun, places: Sequence[Path], root: Path, may_change: Sequence[str] = ()) -> PlannedRun:
     """A run where it lies: in its own place, or at the same path below one of the others; one that has finished first.
 
-    Raises `InputError` for one that was run with another recipe. Where it had its data from may differ.
+    Raises `InputError` for one that was run with another recipe. What is of the machine alone may differ.
     """
     folders = [place / run.folder.relative_to(root) for place in (root, *places)]
     there = [replace(run, folder=folder) for folder in folders if (folder / "recipe.yaml").is_file()]
     for found in there:
-        if changed := changes_since(run.recipe, found.folder / "recipe.yaml", (*WHERE_THINGS_LIE, *may_change)):
+        if changed := changes_since(run.recipe, found.folder / "recipe.yaml", (*OF_THE_MACHINE, *may_change)):
             raise InputError(f"{found.folder} was run with another recipe than this comparison's: {changed}")
     return max(there, key=lambda found: state_of(found)[0] == "finished", default=run)

@@ -171,5 +171,20 @@ def test_a_gzip_file_that_is_damaged_inside_and_a_very_long_cell(
     assert results(cli("winrate", tmp_path / "v.csv"))["candidate"]["n"] == 1
 
 
+def test_a_users_own_column_key_loses_no_row(tmp_path: Path) -> None:
+    """Only an answer to the very question whose first answer was not valid takes its place."""
+    rows = [
+        {"key": "p0", "position": 0, "order": FIRST, "preference": 1.0},
+        {"key": "p0", "position": 0, "order": SECOND, "preference": 0.5},
+        {"key": 0, "position": 1, "order": FIRST, "preference": None},
+        {"key": 1, "position": 1, "order": SECOND, "preference": 0.0},
+        {"key": ["a"], "position": 2, "order": FIRST, "preference": 0.25},
+        {"key": 0, "position": 1, "order": FIRST, "preference": 0.75},
+    ]
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.preference for row in read_verdicts(path)] == [1.0, 0.5, 0.75, 0.0, 0.25]
+
+
 def test_a_missing_file_is_named(refused: Callable[..., str]) -> None:
     assert refused("winrate", "nowhere.jsonl") == "there is no file nowhere.jsonl"
