@@ -8,7 +8,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pe_rlhf.config import TrackingConfig
-from pe_rlhf.files import write_whole
 from pe_rlhf.metrics import MetricsWriter, append_jsonl, read_jsonl, truncate_jsonl, write_json
 from reward.errors import InputError
 
@@ -102,9 +101,10 @@ def test_a_summary_replaces_the_old_one_whole(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == '{\n  "a": 1,\n  "b": "ü"\n}\n'
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "half of it\ud800")
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1, "b": "ü"}
+    # Half of a character, from a response that was cut within one, is read again as it was.
+    write_json(path, {"a": "half of it\ud800"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "half of it\ud800"}
     write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
