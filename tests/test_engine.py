@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pe_rlhf.adamw import PlainAdamW
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.engine import Engine, RoleGroup, schedule_factor
 from pe_rlhf.errors import TrainingError
@@ -169,6 +170,17 @@ def test_from_its_state_it_goes_on_to_the_last_bit(stop: int) -> None:
     again = engine_on(fresh())
     again.load_state(state)
     assert all(torch.equal(tensor, again.state()[name]) for name, tensor in state.items())
+
+
+def test_what_is_loaded_lies_where_the_parameters_do() -> None:
+    """The step count, too: the fused kernel of a GPU reads it there, and a count on the CPU ends the process."""
+    away = torch.device("meta")
+    optimizer = PlainAdamW({"a": nn.Parameter(torch.zeros(3, device=away))}, OptimizerConfig())
+    optimizer.load_state({"a/exp_avg": torch.zeros(3), "a/exp_avg_sq": torch.zeros(3)}, steps=4)
+    (state,) = optimizer._adamw.state.values()
+    assert {name: tensor.device for name, tensor in state.items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), away
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
