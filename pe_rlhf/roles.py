@@ -72,6 +72,28 @@ class ModelWithRoles(nn.Module):
         finally:
             self._state.active = before
 
+    @property
+    def can_merge(self) -> bool:
+        """Whether the base is whole floating-point weights here: neither quantised nor split by ZeRO-3."""
+        return not is_sharded(self.model) and all(p.is_floating_point() for p in self.model.parameters())
+
+    @contextmanager
+    def merged_role(self, name: str) -> Iterator[Self]:
+        """Play a role by copies of its layers with `W0 + ΔW` in them, for many passes over few tokens, as in sampling.
+
+        An adapter's own products cost more there than the merging. The copies carry no gradient to the adapter, and are
+        gone after the block.
+        """
+        layers = [layer for _, layer in self._layers(name)] if name in self.specs else []
+        try:
+            for layer in layers:
+                layer.merge(name)
+            with self.role(name):
+                yield self
+        finally:
+            for layer in layers:
+                layer.unmerge(name)
+
     def add_adapter(
         self,
         role: str,
@@ -285,10 +307,10 @@ class ModelWithRoles(nn.Module):
                 raise InputError(f"{source} has no language-model head of its own that a copy could start from")
             own = copy.deepcopy(self._own_model(source))
             return own if whole else own.base_model
+        if not self.can_merge:
+            raise InputError("tuning: full: a quantised base cannot be trained")
         model = copy.deepcopy(self.model)
         unwrap(model, source)
-        if not all(parameter.is_floating_point() for parameter in model.parameters()):
-            raise InputError("tuning: full: a quantised base cannot be trained")
         return (model if whole else model.base_model).requires_grad_(True)
 
     def _wrap(self, name: str) -> WrappedLayer:

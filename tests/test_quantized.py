@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from pe_rlhf.adapters.wrapped import WrappedLayer
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.cli import app
+from pe_rlhf.config import SamplingConfig
+from pe_rlhf.rollout.hf import HFRollout
 from reward.errors import InputError
 from tests.runs import read_jsonl, recipe, write_recipe
 from tests.tiny import ALL_INITS, add_role, perturb, ragged_sequences, role_logits, tiny_model
@@ -138,6 +140,16 @@ def test_what_does_not_go_with_it(tmp_path: Path, changes: dict[str, Any], said:
     done = CliRunner().invoke(app, ["run", str(write_recipe(tmp_path, tree)), "--dry-run"])
     assert isinstance(done.exception, InputError)
     assert said in str(done.exception)
+
+
+def test_a_quantised_base_is_not_merged(folder: Path) -> None:
+    """Sampling leaves the adapter as it is; asked to merge, it refuses to dequantise everything."""
+    backbone = quantised(folder, "4bit")
+    backbone.add_adapter("policy", rank=3)
+    sampled = [HFRollout(backbone, "policy", SamplingConfig(max_new_tokens=3, sync=s)) for s in ("auto", "adapter")]
+    assert sampled[0].generate([[5, 6]], seed=0) == sampled[1].generate([[5, 6]], seed=0)
+    with pytest.raises(InputError, match=r"rollout\.sync: merged: a base that is quantised"):
+        HFRollout(backbone, "policy", SamplingConfig(sync="merged")).generate([[5, 6]], seed=0)
 
 
 def test_a_quantised_base_is_not_tuned_whole(folder: Path) -> None:

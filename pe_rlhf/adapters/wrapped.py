@@ -6,10 +6,13 @@ The wrapper knows nothing of LoRA. Which role is active is one shared piece of s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -53,20 +56,31 @@ class Adapter(Protocol):
 
 
 class WrappedLayer(nn.Module):
-    """`y = base(x)`, then the active role's adapter if it has one here."""
+    """`y = base(x)`, then the active role's adapter if it has one here; for a merged role one product instead."""
 
     def __init__(self, base: nn.Module, state: RoleState) -> None:
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
         self._state = state
+        self._merged: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
         role = self._state.active
+        if role in self._merged:
+            return self._merged[role](x)
+        y = self.base(x)
         if role is None or role not in self.adapters:
             return y
         return self.adapters[role](x, y, self.base)
+
+    def merge(self, role: str) -> None:
+        """Compute the role by `W0 + ΔW` as it is now, a copy beside the base, until it is unmerged."""
+        weight_OI = like_out_in(self.base, merged_weight(self, role))
+        self._merged[role] = partial(F.linear, weight=weight_OI, bias=getattr(self.base, "bias", None))
+
+    def unmerge(self, role: str) -> None:
+        self._merged.pop(role, None)
 
 
 def weight_out_in(base: nn.Module) -> Tensor:

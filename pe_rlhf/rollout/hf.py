@@ -18,10 +18,13 @@ from pe_rlhf.distributed import is_sharded
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.types import FinishReason, Rollout
+from reward.errors import InputError
 
 
 class HFRollout:
     """Samples from a role by `generate`; there is nothing to sync, since the adapter is the trainer's own.
+
+    On a CPU each rollout is sampled from fresh merged copies of the adapter's layers, which are dropped after it.
 
     `on_progress` is told how many responses were finished.
     """
@@ -40,13 +43,17 @@ class HFRollout:
 
     def generate(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Rollout:
         """One response per prompt; prompts of like length together, so that little padding is computed, and equal
-        ones side by side, so that each is read once. What all of a batch start with is read once, too."""
+        ones side by side, so that each is read once. What all of a batch start with is read once, too.
+
+        Raises `InputError` where the recipe wants merged layers of a base that has none.
+        """
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         drawn = (_uniform(derive_seed(seed, row), self._config.max_new_tokens) for row in rows or range(len(prompts)))
         uniform_BR = torch.stack(list(drawn)).to(self._backbone.device)
-        with torch.no_grad(), self._backbone.role(self._role):
+        play = self._backbone.merged_role if _merges(self._config, self._backbone) else self._backbone.role
+        with torch.no_grad(), play(self._role):
             for start in range(0, len(order), self._config.batch_size):
                 group = order[start : start + self._config.batch_size]
                 finished = self._generate([prompts[i] for i in group], uniform_BR[group])
@@ -127,6 +134,13 @@ class HFRollout:
 
     def _finish(self, ids: list[int]) -> FinishReason:
         return "eos" if ids[-1] in self._backbone.eos_token_ids else "length"
+
+
+def _merges(config: SamplingConfig, backbone: Backbone) -> bool:
+    """Whether to sample from merged layers. Not unasked on a GPU, where there may be no room for them."""
+    if config.sync == "merged" and not backbone.can_merge:
+        raise InputError("rollout.sync: merged: a base that is quantised, or split by ZeRO-3, is not; use adapter")
+    return config.sync == "merged" or (config.sync == "auto" and backbone.device.type == "cpu" and backbone.can_merge)
 
 
 def _shared_start(prompts: list[list[int]]) -> int:

@@ -309,6 +309,13 @@ def test_zero3_with_weights_that_no_rank_has_whole_is_refused(
     assert "error: rollout: with zero3, vLLM has to be embedded, with sync: adapter" in said
 
 
+def test_zero3_with_merged_layers_to_sample_from_is_refused(tmp_path: Path, model_cache: Path) -> None:
+    path = write_recipe(tmp_path, small("ppo"))
+    command = ["run", str(path), "--run-dir=out", "deepspeed=zero3", "ppo.rollout.sync=merged"]
+    said = Forked(command, tmp_path, model_cache).finish(code=2)
+    assert "error: rollout.sync: merged: a base that is quantised, or split by ZeRO-3, is not; use adapter" in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("stage", ["ppo", "reward"])
 def test_asked_to_stop_it_saves_and_says_so(

@@ -70,7 +70,6 @@ def test_answers_that_are_fine(response: list[int], logprobs: list[float]) -> No
     ("settings", "message"),
     [
         ({"mode": "server"}, "set engine: vllm"),
-        ({"sync": "merged"}, "set engine: vllm"),
         ({"engine": "vllm", "mode": "server"}, "needs the servers' addresses"),
         ({"engine": "vllm", "urls": ["http://a:1"]}, "urls are for mode: server"),
         ({"engine": "vllm", "mode": "server", "urls": ["a:1"]}, "'a:1' does not start with http"),
