@@ -1,4 +1,4 @@
-"""A role played by merged copies of its layers: the role's numbers by one product per layer, and nothing left of them."""
+"""A role played by merged copies of its layers: its own numbers by one product per layer, and nothing left of them."""
 
 from __future__ import annotations
 
