@@ -31,6 +31,7 @@ from pe_rlhf.causal_lm import (
     eos_token_ids,
     find_device,
     freeze,
+    keep_states_together,
     load_causal_lm,
     logits_of,
     position_arguments,
@@ -101,6 +102,7 @@ class Backbone(ModelWithRoles):
         freeze(model)
         self.train(False)
         check_logits(model)
+        keep_states_together(model)
         shorten_norms(model)
         self._can_pack = enable_packing(model, self.precision)
 

@@ -103,6 +103,16 @@ def freeze(model: PreTrainedModel) -> None:
     model.generation_config = GenerationConfig()
 
 
+def keep_states_together(model: PreTrainedModel) -> None:
+    """Let the head see hidden states that lie side by side in memory.
+
+    The last ones of several prompts do not, and a CPU in bf16 then multiplies by as many copies of the head's weight.
+    """
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)  # that there is one was checked
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """All ids that end a response: the generation config may name several, and the tokenizer may know another."""
     found: list[int] = []
