@@ -38,6 +38,7 @@ from pe_rlhf.causal_lm import (
 )
 from pe_rlhf.distributed import is_sharded, max_over_ranks, own_micro_batches, world_size
 from pe_rlhf.frozen_norms import shorten_norms
+from pe_rlhf.gated_mlps import lighten_mlps
 from pe_rlhf.packed_attention import enable_packing, is_packing_enabled, packed_hidden
 from pe_rlhf.packing import Packing, common_length, kept_tokens
 from pe_rlhf.recompute import BlockCheckpointing
@@ -104,6 +105,7 @@ class Backbone(ModelWithRoles):
         check_logits(model)
         keep_states_together(model)
         shorten_norms(model)
+        lighten_mlps(model)
         self._can_pack = enable_packing(model, self.precision)
 
     # ---- what it is -------------------------------------------------------------------------------------------------
