@@ -1,7 +1,7 @@
-"""Tokens per second of Hugging Face's generate and of vLLM (base, adapter, merged) on the same prompts, as ratios.
+"""Tokens per second of Hugging Face's generate and of vLLM, by adapter and merged, on the same prompts, as ratios.
 
-SmolLM2-135M, fp32, LoRA r 16 on all linear layers, 32 prompts of up to 64 tokens, 48 new tokens. One engine after the
-other, each warmed up by a batch; a sync is timed before each round.
+SmolLM2-135M, fp32, LoRA r 16 on all linear layers, 32 prompts of up to 64 tokens, 48 new tokens. All engines are up,
+each is warmed up by a batch, and they take turns; vLLM's syncs are timed before each round, HF merges within it.
 
     python tests/benchmarks/rollout.py --pairs helpful-base.jsonl.gz [--rounds 3] [--threads 2]
 """
@@ -13,7 +13,7 @@ import os
 import statistics
 import tempfile
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from pe_rlhf.processes import openmp_environment
@@ -34,7 +34,8 @@ from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.text import TextCodec
 
 PROMPTS, NEW_TOKENS = 32, 48
-ENGINES = {"HF generate": ("hf", "auto", "policy"), "vLLM base": ("vllm", "auto", "anchor")}
+ENGINES = {f"HF {sync}": ("hf", sync, "policy") for sync in ("adapter", "merged")}
+ENGINES |= {"vLLM base": ("vllm", "auto", "anchor")}
 ENGINES |= {f"vLLM {sync}": ("vllm", sync, "policy") for sync in ("adapter", "merged")}
 
 
@@ -49,19 +50,23 @@ def main() -> None:
     backbone.add_adapter("policy", rank=16, alpha=32)
     rates: dict[str, list[float]] = {name: [] for name in ENGINES}
     syncs: dict[str, list[float]] = {name: [] for name in ENGINES}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         prompts = _prompts(backbone, args.pairs, Path(scratch))
+        engines: dict[str, RolloutEngine] = {}
         for name, settings in ENGINES.items():
-            with closing(_engine(backbone, Path(scratch), prompts, *settings)) as engine:
-                engine.sync(0)  # waits until it is up
-                engine.generate(prompts, seed=0)  # warms up
-                for number in range(1, args.rounds + 1):
-                    start = time.perf_counter()
-                    engine.sync(number)
-                    synced = time.perf_counter()
-                    tokens = engine.generate(prompts, seed=number).tokens()
-                    syncs[name].append(synced - start)
-                    rates[name].append(tokens / (time.perf_counter() - synced))
+            folder = Path(scratch) / name.replace(" ", "_")
+            folder.mkdir()
+            engines[name] = stack.enter_context(closing(_engine(backbone, folder, prompts, *settings)))
+            engines[name].sync(0)  # waits until it is up
+            engines[name].generate(prompts, seed=0)  # warms up
+        for number in range(1, args.rounds + 1):
+            for name, engine in engines.items():
+                start = time.perf_counter()
+                engine.sync(number)
+                synced = time.perf_counter()
+                tokens = engine.generate(prompts, seed=number).tokens()
+                syncs[name].append(synced - start)
+                rates[name].append(tokens / (time.perf_counter() - synced))
     _print(rates, syncs)
 
 
@@ -83,7 +88,7 @@ def _engine(
 
 def _print(rates: dict[str, list[float]], syncs: dict[str, list[float]]) -> None:
     table = Table("", "tokens / s", "ratio", "seconds of a sync", title=machine())
-    baseline = statistics.median(rates["HF generate"])
+    baseline = statistics.median(rates["HF adapter"])
     for name, values in rates.items():
         median = statistics.median(values)
         spread = f"{median:.0f} ({min(values):.0f}–{max(values):.0f})"
