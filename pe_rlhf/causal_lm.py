@@ -110,7 +110,12 @@ def keep_states_together(model: PreTrainedModel) -> None:
     """
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)  # that there is one was checked
-    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    if _side_by_side not in head._forward_pre_hooks.values():  # the model may have been a backbone's before
+        head.register_forward_pre_hook(_side_by_side)
+
+
+def _side_by_side(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(states.contiguous() for states in inputs)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

@@ -21,9 +21,6 @@ from pe_rlhf.types import Sequences
 
 ATTENTION = "pe_rlhf_packed"
 UNUSED = (1, 1, 1, 1)  # shape of the mask that says nothing
-SHORT_ROWS = (
-    128  # tokens; up to there a CPU's attention takes up to three times as long in bf16 as in fp32, with gradients
-)
 REACHES = {"full_attention", "sliding_attention"}  # kinds of layers that columns and a window say all of
 
 
@@ -56,9 +53,7 @@ def attend(
         return _attend(query, key, value, attention_mask, scale), None
     if attention_mask is None or attention_mask.shape != UNUSED or has_bias:
         raise TypeError(f"{type(module).__name__} attends by more than which tokens are in reach")
-    dtype, rest, prefixes = query.dtype, packing.rest, packing.prefixes
-    if dtype == torch.bfloat16 and query.device.type == "cpu" and packing.longest <= SHORT_ROWS:
-        query, key, value = query.float(), key.float(), value.float()
+    rest, prefixes = packing.rest, packing.prefixes
     lengths = [len(rest)] if prefixes is None else [len(prefixes), len(rest)]
     split = (values.squeeze(0).transpose(0, 1).split(lengths) for values in (query, key, value))
     *of_prefixes, of_rest = zip(*split, strict=True)
@@ -70,7 +65,7 @@ def attend(
         key = torch.cat([keys.index_select(0, packing.prefix_B), key], dim=2)
         value = torch.cat([values.index_select(0, packing.prefix_B), value], dim=2)
     parts.append(rest.pack(_attend(query, key, value, packing.rest_mask(window), scale)))
-    return torch.cat(parts).unsqueeze(0).to(dtype), None
+    return torch.cat(parts).unsqueeze(0), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask_B1QK: Tensor | None, scale: float | None) -> Tensor:

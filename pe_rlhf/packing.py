@@ -136,11 +136,6 @@ class Packing:
         """Values _L… of the packed tokens from those of a batch, _BT…."""
         return values[self.row_L.to(values.device), self.column_L.to(values.device)]
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row, its prefix included."""
-        return int(self.column_L.max()) + 1
-
     def prefix_mask(self, window: int | None) -> Tensor | None:
         """Which keys each token of a prefix attends to; None: those up to its own."""
         assert self.prefixes is not None

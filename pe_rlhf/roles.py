@@ -72,10 +72,13 @@ class ModelWithRoles(nn.Module):
         finally:
             self._state.active = before
 
-    @property
-    def can_merge(self) -> bool:
-        """Whether the base is whole floating-point weights here: neither quantised nor split by ZeRO-3."""
-        return not is_sharded(self.model) and all(p.is_floating_point() for p in self.model.parameters())
+    def can_merge(self, name: str) -> bool:
+        """Whether `merged_role` can play a role: all that it changes are plain weights that are whole here."""
+        return all(layer.can_merge for layer in self._merged_layers(name))
+
+    def merged_bytes(self, name: str) -> int:
+        """What the copies of `merged_role` take up."""
+        return sum(layer.base.weight.nbytes for layer in self._merged_layers(name))  # type: ignore[operator]
 
     @contextmanager
     def merged_role(self, name: str) -> Iterator[Self]:
@@ -84,7 +87,7 @@ class ModelWithRoles(nn.Module):
         An adapter's own products cost more there than the merging. The copies carry no gradient to the adapter, and are
         gone after the block.
         """
-        layers = [layer for _, layer in self._layers(name)] if name in self.specs else []
+        layers = self._merged_layers(name)
         try:
             for layer in layers:
                 layer.merge(name)
@@ -307,10 +310,10 @@ class ModelWithRoles(nn.Module):
                 raise InputError(f"{source} has no language-model head of its own that a copy could start from")
             own = copy.deepcopy(self._own_model(source))
             return own if whole else own.base_model
-        if not self.can_merge:
-            raise InputError("tuning: full: a quantised base cannot be trained")
         model = copy.deepcopy(self.model)
         unwrap(model, source)
+        if not all(parameter.is_floating_point() for parameter in model.parameters()):
+            raise InputError("tuning: full: a quantised base cannot be trained")
         return (model if whole else model.base_model).requires_grad_(True)
 
     def _wrap(self, name: str) -> WrappedLayer:
@@ -328,6 +331,9 @@ class ModelWithRoles(nn.Module):
             raise InputError(f"there is no adapter {role!r} on this backbone; there are {known}")
         named = ((name, module) for name, module in self.model.named_modules() if isinstance(module, WrappedLayer))
         return [(name, layer) for name, layer in named if role in layer.adapters]
+
+    def _merged_layers(self, role: str) -> list[WrappedLayer]:
+        return [layer for _, layer in self._layers(role)] if role in self.specs else []
 
     def _named(self, role: str, tensors_of: Any) -> Iterator[tuple[str, Any]]:
         modules: dict[str, nn.Module] = {name: layer.adapters[role] for name, layer in self._layers(role)}

@@ -1,13 +1,14 @@
 """The backbone as its users see it: loading, the outputs of every role, gradient checkpointing."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CohereForCausalLM,
     Gemma2ForCausalLM,
@@ -56,6 +57,15 @@ def test_the_public_interface(tmp_path: Path, family: str) -> None:
         if name != "anchor":
             backbone.export_adapter(name, tmp_path / name)
             assert (tmp_path / name / "adapter_model.safetensors").is_file()
+
+
+def test_a_backbones_model_can_be_pickled(tiny_llama: PreTrainedModel) -> None:
+    backbone = Backbone(Backbone(tiny_llama).model)  # twice, and its head has one hook
+    head = backbone.model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    assert len(head._forward_pre_hooks) == 1
+    loaded = pickle.loads(pickle.dumps(backbone.model))
+    assert torch.equal(loaded(input_ids=IDS_BT).logits, backbone(IDS_BT).logits)
 
 
 def test_a_directory_is_loaded_with_its_tokenizer(saved_model: Callable[[PreTrainedModel], Path], family: str) -> None:

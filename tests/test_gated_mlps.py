@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,9 +86,16 @@ def test_gate_up_and_their_product_are_all_that_is_kept() -> None:
     assert kept == {"light": 2 * 3, "plain": 2 * 4}
 
 
-class OtherMLP(LlamaMLP):
+class ClampedMLP(LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+        gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(min=-10.0, max=10.0)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class SwappedMLP(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        down_proj = self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+        return down_proj  # noqa: RET504  (the same instructions as Llama's, with two names exchanged)
 
 
 class WithWeights(nn.SiLU):
@@ -100,13 +108,14 @@ class WithWeights(nn.SiLU):
 
 
 def test_one_that_is_another_is_left_alone() -> None:
-    model = model_of("llama")
-    first, second = mlps(model)
-    first.__class__ = OtherMLP
-    second.act_fn = WithWeights()
+    model = model_of("llama", num_hidden_layers=4)
+    first, second, third, fourth = mlps(model)
+    first.__class__, second.__class__ = ClampedMLP, SwappedMLP
+    third.act_fn = WithWeights()
+    fourth.forward = fourth.forward  # somebody else's, such as accelerate's
     lighten_mlps(model)
-    assert not is_light(first)
-    assert not is_light(second)
+    assert [is_light(mlp) for mlp in (first, second, third)] == [False] * 3
+    assert not isinstance(fourth.forward, partial)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.wrapped import WrappedLayer
 from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import SamplingConfig
+from pe_rlhf.rollout import hf
 from pe_rlhf.rollout.hf import HFRollout
 from reward.errors import InputError
 from tests.tiny import INITS, ROLES, backbone_with, perturb, role_logits, tiny_model, train_role
@@ -21,7 +22,7 @@ from tests.tiny import INITS, ROLES, backbone_with, perturb, role_logits, tiny_m
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 
 
-def merged_logits(backbone: Backbone, merged: str, role: str) -> torch.Tensor:
+def merged_logits(backbone: Backbone, merged: str, role: str) -> Tensor:
     """A role's logits while another, or the same, is merged."""
     with backbone.merged_role(merged):
         return role_logits(backbone, role)
@@ -102,6 +103,30 @@ def test_a_role_without_an_adapter_is_played_as_it_is(name: str) -> None:
     assert torch.equal(merged_logits(backbone, name, name), role_logits(backbone, name))
 
 
+class TernaryLinear(nn.Linear):
+    """A layer that quantises as it goes, as BitNet's do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.sign() * self.weight.abs().mean(), self.bias)
+
+
+def test_a_base_that_is_no_plain_product_is_not_merged() -> None:
+    for change in ("another forward", "a hook's forward", "fp8"):
+        model = tiny_model("llama")
+        layer = model.get_submodule("model.layers.0.mlp.up_proj")
+        if change == "another forward":
+            layer.__class__ = TernaryLinear
+        elif change == "a hook's forward":
+            layer.forward = layer.forward
+        backbone = load_backbone(model)
+        backbone.add_adapter("policy", rank=3, targets=["up_proj"])
+        assert backbone.can_merge("policy") == (change == "fp8")
+        if change == "fp8":
+            weight = model.get_parameter("model.layers.0.mlp.up_proj.base.weight")
+            layer.weight = nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
+            assert not backbone.can_merge("policy")
+
+
 def test_an_unknown_role_is_refused() -> None:
     with pytest.raises(InputError, match="no role 'polcy'"), backbone_with("policy").merged_role("polcy"):
         pass
@@ -130,6 +155,24 @@ def test_who_computes_while_sampling(family: str, sync: str, merges: bool) -> No
     responses, passes = adapter_passes(backbone, sync=sync)
     assert (passes == 0) == merges
     assert responses == adapter_passes(backbone, sync="adapter")[0]
+
+
+def test_what_is_said_of_vllms_weights_is_not_of_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that asks its judge between steps samples by HF, whatever its section says of vLLM."""
+    backbone = backbone_with("policy")
+    assert adapter_passes(backbone, engine="vllm", sync="adapter")[1] == 0
+    monkeypatch.setattr(hf, "MERGED_UNASKED", 0)
+    assert adapter_passes(backbone, engine="vllm", sync="merged")[1] > 0
+
+
+def test_unasked_only_what_is_small_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = backbone_with("policy")
+    size = sum(p.nbytes for name, p in backbone.model.named_parameters() if name.endswith(".base.weight"))
+    monkeypatch.setattr(hf, "MERGED_UNASKED", size)
+    assert adapter_passes(backbone)[1] == 0
+    monkeypatch.setattr(hf, "MERGED_UNASKED", size - 1)
+    assert adapter_passes(backbone)[1] > 0
+    assert adapter_passes(backbone, sync="merged")[1] == 0
 
 
 def test_each_rollout_is_of_the_weights_as_they_are_then(saved_model: Callable[[PreTrainedModel], Path]) -> None:

@@ -6,17 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DogeConfig, DogeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from pe_rlhf import packed_attention
 from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.packed_attention import SHORT_ROWS
 from pe_rlhf.types import Sequences, micro_batches
 from tests.runs import read_jsonl
 from tests.stages.support import run
@@ -173,24 +169,6 @@ def test_in_bf16_it_rounds_no_more_than_whole_rows_do() -> None:
         rounded.packing = False
         whole_N = rounded.response_logprobs(sequences)[0]
     assert 0 < (shared_N - expected_N).abs().mean() < 1.3 * (whole_N - expected_N).abs().mean()
-
-
-@pytest.mark.parametrize(("length", "dtype"), [(SHORT_ROWS, torch.float32), (SHORT_ROWS + 1, torch.bfloat16)])
-def test_short_rows_attend_in_fp32_under_a_bf16_base_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, length: int, dtype: torch.dtype
-) -> None:
-    backbone = load_backbone(tiny_model("llama", torch.bfloat16, max_position_embeddings=256))
-    seen: set[torch.dtype] = set()
-
-    def spy(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        seen.add(query.dtype)
-        return F.scaled_dot_product_attention(query, *arguments, **options)
-
-    monkeypatch.setattr(packed_attention, "scaled_dot_product_attention", spy)
-    rows = Sequences.pack([[5, 6, 7], [8, 9]], [[10] * (length - 3), [11, 12]], pad_id=PAD)
-    with torch.no_grad():
-        backbone.response_logprobs(rows)
-    assert seen == {dtype}
 
 
 def test_full_tuning_shares_them_too() -> None:

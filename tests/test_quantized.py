@@ -132,6 +132,7 @@ def test_a_whole_run_and_its_export(folder: Path, tmp_path: Path, kind: str) -> 
     [
         ({"tuning": "full"}, "not with tuning: full or sft"),
         ({"ppo__rollout": {"engine": "vllm"}}, "ppo samples with vLLM, which would hold another base"),
+        ({"ppo__rollout": {"sync": "merged"}}, "ppo cannot sample with sync: merged; use adapter"),
         ({"backbone__quantization": "3bit"}, "backbone.quantization"),
     ],
 )
@@ -142,13 +143,19 @@ def test_what_does_not_go_with_it(tmp_path: Path, changes: dict[str, Any], said:
     assert said in str(done.exception)
 
 
-def test_a_quantised_base_is_not_merged(folder: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_not_merged(folder: Path, kind: str) -> None:
     """Sampling leaves the adapter as it is; asked to merge, it refuses to dequantise everything."""
-    backbone = quantised(folder, "4bit")
+    backbone = quantised(folder, kind)
     backbone.add_adapter("policy", rank=3)
-    sampled = [HFRollout(backbone, "policy", SamplingConfig(max_new_tokens=3, sync=s)) for s in ("auto", "adapter")]
-    assert sampled[0].generate([[5, 6]], seed=0) == sampled[1].generate([[5, 6]], seed=0)
-    with pytest.raises(InputError, match=r"rollout\.sync: merged: a base that is quantised"):
+    perturb(backbone, "policy", 0.3)
+    assert not backbone.can_merge("policy")
+    assert backbone.can_merge("anchor")  # which has nothing to merge
+    auto, adapter = (
+        HFRollout(backbone, "policy", SamplingConfig(max_new_tokens=6, sync=s)) for s in ("auto", "adapter")
+    )
+    assert auto.generate([[5, 6]], seed=0) == adapter.generate([[5, 6]], seed=0)
+    with pytest.raises(InputError, match="sync: merged: a base that is quantised"):
         HFRollout(backbone, "policy", SamplingConfig(sync="merged")).generate([[5, 6]], seed=0)
 
 

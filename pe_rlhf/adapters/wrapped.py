@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from pe_rlhf.distributed import gathered, is_sharded
 from reward.errors import InputError
 
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
@@ -73,6 +74,14 @@ class WrappedLayer(nn.Module):
         if role is None or role not in self.adapters:
             return y
         return self.adapters[role](x, y, self.base)
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether the base is a plain product with a weight that is whole here: not quantised, not split by ZeRO-3."""
+        weight = self.base._parameters.get("weight")
+        is_product = type(self.base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(self.base)
+        is_plain = type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES
+        return is_product and is_plain and not is_sharded(self.base)
 
     def merge(self, role: str) -> None:
         """Compute the role by `W0 + ΔW` as it is now, a copy beside the base, until it is unmerged."""

@@ -105,6 +105,8 @@ class Recipe(Section):
                 raise ValueError(
                     f"backbone.quantization: {stage} samples with vLLM, which would hold another base; use hf"
                 )
+            if engine is not None and engine.sync == "merged":
+                raise ValueError(f"backbone.quantization: {stage} cannot sample with sync: merged; use adapter")
         return self
 
     def adapter_for(self, stage: str) -> AdapterConfig:

@@ -21,7 +21,8 @@ class EngineConfig(Section):
     sync: Literal["auto", "adapter", "merged"] = Field(
         default="auto",
         description="whether an engine samples from the policy's adapter or from fresh merged weights; auto: merged on"
-        " a CPU, where an adapter's own products are slow, adapter on a GPU, on servers and on a base that cannot be",
+        " a CPU, where an adapter's own products are slow (hf: up to 4 GiB), adapter on a GPU, on servers and on a base"
+        " that cannot be merged",
     )
     urls: list[str] = Field(default_factory=list, description="server: addresses such as http://host:8000")
     exchange_dir: str | None = Field(

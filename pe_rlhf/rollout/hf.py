@@ -20,11 +20,14 @@ from pe_rlhf.seeding import derive_seed
 from pe_rlhf.types import FinishReason, Rollout
 from reward.errors import InputError
 
+MERGED_UNASKED = 4 * 2**30  # bytes; by free memory instead, a resumed run might sample otherwise
+
 
 class HFRollout:
     """Samples from a role by `generate`; there is nothing to sync, since the adapter is the trainer's own.
 
-    On a CPU each rollout is sampled from fresh merged copies of the adapter's layers, which are dropped after it.
+    On a CPU each rollout is sampled from fresh merged copies of the adapter's layers, up to 4 GiB of them, which are
+    dropped after it.
 
     `on_progress` is told how many responses were finished.
     """
@@ -52,7 +55,7 @@ class HFRollout:
         logprobs: list[list[float]] = [[] for _ in prompts]
         drawn = (_uniform(derive_seed(seed, row), self._config.max_new_tokens) for row in rows or range(len(prompts)))
         uniform_BR = torch.stack(list(drawn)).to(self._backbone.device)
-        play = self._backbone.merged_role if _merges(self._config, self._backbone) else self._backbone.role
+        play = self._backbone.merged_role if _merges(self._config, self._backbone, self._role) else self._backbone.role
         with torch.no_grad(), play(self._role):
             for start in range(0, len(order), self._config.batch_size):
                 group = order[start : start + self._config.batch_size]
@@ -136,11 +139,14 @@ class HFRollout:
         return "eos" if ids[-1] in self._backbone.eos_token_ids else "length"
 
 
-def _merges(config: SamplingConfig, backbone: Backbone) -> bool:
-    """Whether to sample from merged layers. Not unasked on a GPU, where there may be no room for them."""
-    if config.sync == "merged" and not backbone.can_merge:
-        raise InputError("rollout.sync: merged: a base that is quantised, or split by ZeRO-3, is not; use adapter")
-    return config.sync == "merged" or (config.sync == "auto" and backbone.device.type == "cpu" and backbone.can_merge)
+def _merges(config: SamplingConfig, backbone: Backbone, role: str) -> bool:
+    """Whether to sample from merged layers; unasked on a CPU alone, and where there is likely to be room for them."""
+    wanted = config.sync if config.engine == "hf" else "auto"  # what is said of vLLM's weights is not of these
+    if wanted == "merged" and not backbone.can_merge(role):
+        raise InputError("sync: merged: a base that is quantised, or split by ZeRO-3, cannot be; use sync: adapter")
+    if wanted == "auto" and backbone.device.type == "cpu" and backbone.can_merge(role):
+        return backbone.merged_bytes(role) <= MERGED_UNASKED
+    return wanted == "merged"
 
 
 def _shared_start(prompts: list[list[int]]) -> int:

@@ -35,6 +35,8 @@ def make_rollout(
         on_progress: is told how many responses were finished.
     """
     check_installed(config)
+    if is_sharded(backbone.model) and config.engine == "hf" and config.sync == "merged":
+        raise InputError("rollout: with zero3, sampling by hf needs sync: adapter; no rank has the whole base")
     if config.engine == "hf":
         return HFRollout(backbone, role, config, on_progress)
     if is_sharded(backbone.model) and (config.mode == "server" or sync_mode(config, backbone) == "merged"):
