@@ -83,6 +83,10 @@ def main() -> None:
     else:
         if status == INTERRUPTED:  # what typer makes of Ctrl-C
             print("; ".join(["interrupted", *GOES_ON.get(arguments[0], ())]), file=sys.stderr)
+        if launched():
+            from pe_rlhf.distributed import leave_group
+
+            leave_group()
         sys.exit(status or 0)
 
 

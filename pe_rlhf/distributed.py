@@ -30,6 +30,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def leave_group() -> None:
+    """End this rank's part in the group: its threads can abort an interpreter that ends with them still there."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def own_rows(count: int) -> list[int]:
     """This rank's rows of a batch of that many."""
     return list(range(count))[rank() :: world_size()]

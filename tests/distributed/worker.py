@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from pe_rlhf.algo import logprobs
+from pe_rlhf.distributed import leave_group
 from pe_rlhf.recipes import load_recipe
 from pe_rlhf.stages.run import run_recipe
 
@@ -15,3 +16,4 @@ recipe_file, folder, *runs = sys.argv[1:]
 for name in runs:
     recipe = load_recipe(Path(recipe_file), name.split(","))
     run_recipe(recipe, Path(folder) / name, recipe.stages, resume=False, restart=False)
+leave_group()
