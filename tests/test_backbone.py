@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CohereForCausalLM,
     Gemma2ForCausalLM,
@@ -57,6 +58,27 @@ def test_the_public_interface(tmp_path: Path, family: str) -> None:
         if name != "anchor":
             backbone.export_adapter(name, tmp_path / name)
             assert (tmp_path / name / "adapter_model.safetensors").is_file()
+
+
+class ShapesSeen(TorchDispatchMode):
+    """The shapes of all tensors that operations are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.shapes |= {tuple(value.shape) for value in args if isinstance(value, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_head_is_one_matrix_for_all_rows() -> None:
+    """Not one for each, as torch has it where hidden states do not lie side by side: copies of it, on a CPU in bf16."""
+    model, ids_BT = backbone_with().model, torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.no_grad(), ShapesSeen() as seen:
+        model(input_ids=ids_BT, logits_to_keep=1)  # as `generate` reads a prompt
+    assert (VOCABULARY, 32) in seen.shapes
+    assert not {(2, VOCABULARY, 32), (2, 32, VOCABULARY)} & seen.shapes
 
 
 def test_a_backbones_model_can_be_pickled(tiny_llama: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from pe_rlhf.backbone import load_backbone
 from pe_rlhf.frozen_norms import shorten_norms
-from tests.tiny import IDS_BT, tiny_model
+from tests.tiny import IDS_BT, tiny_model, with_gradient
 
 SIZE = 24
 
@@ -33,14 +33,6 @@ def shortened(norm: nn.Module) -> nn.Module:
 
 def is_short(norm: nn.Module) -> bool:
     return "forward" in vars(norm)
-
-
-def with_gradient(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What a norm gives, and the gradient of its input for a random one of its output."""
-    hidden = hidden.detach().requires_grad_()
-    out = norm(hidden)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
-    return out, torch.autograd.grad(out, hidden, upstream)[0]
 
 
 @pytest.mark.parametrize("shape", [(2, 5, SIZE), (2, 3, 5, SIZE)], ids=["hidden states", "heads"])

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pe_rlhf.backbone import load_backbone
 from pe_rlhf.gated_mlps import lighten_mlps
-from tests.tiny import IDS_BT, tiny_model
+from tests.tiny import IDS_BT, tiny_model, with_gradient
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -41,14 +41,6 @@ def mlps(model: nn.Module) -> list[nn.Module]:
 
 def is_light(mlp: nn.Module) -> bool:
     return "forward" in vars(mlp)
-
-
-def with_gradient(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What an MLP gives, and the gradient of its input for a random one of its output."""
-    x = x.detach().requires_grad_()
-    out = mlp(x)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
-    return out, torch.autograd.grad(out, x, upstream)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -232,3 +232,11 @@ def train_role(backbone: Backbone, role: str, steps: int = 4) -> None:
         with backbone.role(role):
             role_loss(backbone, role, sequences).backward()
         optimizer.step()
+
+
+def with_gradient(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a module gives, and the gradient of its input for a random one of its output."""
+    x = x.detach().requires_grad_()
+    out = module(x)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+    return out, torch.autograd.grad(out, x, upstream)[0]

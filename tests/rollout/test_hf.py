@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from pe_rlhf.backbone import Backbone, load_backbone
@@ -280,26 +278,6 @@ def test_equal_prompts_are_read_once(policy: Backbone, copies: int) -> None:
     HFRollout(policy, "policy", SamplingConfig(max_new_tokens=1)).generate(prompts * copies, seed=0)
     hook.remove()
     assert sum(read) == (3 * 4 if copies == 1 else 3 * 3 + 3 * copies)
-
-
-class ShapesSeen(TorchDispatchMode):
-    """The shapes of all tensors that operations are given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.shapes |= {tuple(value.shape) for value in args if isinstance(value, Tensor)}
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_head_is_one_matrix_for_all_rows(policy: Backbone) -> None:
-    """Not one for each, as torch has it where hidden states do not lie side by side: copies of it, on a CPU in bf16."""
-    with ShapesSeen() as seen:
-        HFRollout(policy, "policy", SamplingConfig(max_new_tokens=2)).generate([[5, 6, 7], [8, 9, 10]], seed=0)
-    assert (VOCABULARY, 32) in seen.shapes
-    assert not {(2, VOCABULARY, 32), (2, 32, VOCABULARY)} & seen.shapes
 
 
 def assert_as_alone(sampler: HFRollout, found: Rollout, seed: int) -> None:
