@@ -101,7 +101,9 @@ class PPOConfig(Section):
     )
     missing_eos_replaces: bool = Field(default=False, description="a cut response scores minus the penalty instead")
     length_penalty: float = Field(default=0.0, description="taken off the score per response token")
-    checkpoint_every: Positive = Field(default=10, description="steps between checkpoints")
+    checkpoint_every: Positive = Field(
+        default=10, description="steps between checkpoints; one is written when its weights have been sampled from"
+    )
     keep_checkpoints: Positive = Field(
         default=2, description="the newest ones kept, besides the one of the highest reward after the KL"
     )

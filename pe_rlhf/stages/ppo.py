@@ -69,12 +69,17 @@ def run(context: StageContext) -> dict[str, Any]:
             experience, figures = collect(backbone, scorer, codec, batch.prompts, rollout, beta, config)
             _refuse_high_kl(figures["kl"], config, step + 1)
             scored = time.monotonic()
+            # Only weights that have been sampled from and scored are kept: a run that fails goes on from sound ones.
+            if step > first_step and step % config.checkpoint_every == 0:
+                _save(context, backbone, engine, step, beta, figures)
+            saved = time.monotonic()
             # 5. epochs of minibatches with the clipped losses
             # Where collect knows the mismatch of sampler and trainer, update has seen the trainer's log-probs alone.
             figures = update(backbone, engine, experience, beta, config, context.recipe.seed, step) | figures
-            # 6. the sampler gets the new adapter; metrics; checkpoint
+            # 6. the sampler gets the new adapter; metrics; the last checkpoint
             rollout_engine.sync(step + 1)
-            figures |= _timing(start, sampled, scored, rollout.tokens(), config.epochs)
+            seconds = {"rollout": sampled - start, "score": scored - sampled, "update": time.monotonic() - saved}
+            figures |= _timing(seconds, rollout.tokens(), config.epochs)
             figures |= judge(step + 1)
             episodes = (step + 1) * len(rollout.responses)
             metrics.write(step + 1, {"episodes": episodes, "beta": beta, **figures})
@@ -82,8 +87,7 @@ def run(context: StageContext) -> dict[str, Any]:
             _write_samples(context, config, step + 1, batch.prompts, rollout, experience, codec)
             if config.kl.controller == "adaptive":
                 beta = adapt_beta(beta, figures["kl"], config.kl.target, config.kl.horizon, len(rollout.responses))
-            stopped = stop.received()
-            if stopped or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            if (stopped := stop.received()) or step + 1 == config.steps:
                 _save(context, backbone, engine, step + 1, beta, figures)
             if stopped:
                 raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
@@ -117,13 +121,12 @@ def _refuse_other_version(rollout: Rollout, step: int) -> None:
 def _refuse_high_kl(kl: float, config: PPOConfig, step: int) -> None:
     if config.kl.limit is not None and kl > config.kl.limit:
         raise TrainingError(
-            f"the KL to the anchor is {kl:.1f} nats per response at step {step}, over ppo.kl.limit {config.kl.limit};"
-            " raise ppo.kl.beta or lower ppo.learning_rate"
+            f"the KL to the anchor is {kl:.3g} nats per response at step {step}, over ppo.kl.limit {config.kl.limit};"
+            " raise ppo.kl.beta or lower ppo.learning_rate, and go on with --resume --may-change and the key's name"
         )
 
 
-def _timing(start: float, sampled: float, scored: float, tokens: int, epochs: int) -> dict[str, float]:
-    seconds = {"rollout": sampled - start, "score": scored - sampled, "update": time.monotonic() - scored}
+def _timing(seconds: dict[str, float], tokens: int, epochs: int) -> dict[str, float]:
     passes = {"rollout": 1, "score": 1, "update": epochs}
     rates = {f"tokens_per_second_{phase}": tokens * passes[phase] / spent for phase, spent in seconds.items()}
     return {"tokens": tokens, **{f"seconds_{phase}": spent for phase, spent in seconds.items()}, **rates}
@@ -174,6 +177,7 @@ def _resume(context: StageContext, backbone: Backbone, engine: Engine, config: P
 def _save(
     context: StageContext, backbone: Backbone, engine: Engine, step: int, beta: float, figures: dict[str, float]
 ) -> None:
+    """`figures` are of the newest rollout: sampled from these weights, or before the update that they end with."""
     config = context.recipe.ppo
     assert config is not None
     score = figures["reward"] - config.kl.beta * figures["kl"]

@@ -101,6 +101,7 @@ def run(context: StageContext) -> dict[str, Any]:
     train, held_out = _with_trunks(backbone, config, train, held_out)
     metrics = context.metrics(first_step)
     result: RewardEvaluation | None = None
+    held_out_loss: float | None = None  # of the weights as they are
 
     with progress("reward: training", total_steps - first_step, "steps") as advance, stop_requests() as stop:
         for step in range(first_step, total_steps):
@@ -109,18 +110,23 @@ def run(context: StageContext) -> dict[str, Any]:
             rows = order[batch * config.batch_size : (batch + 1) * config.batch_size]
             step_start = time.monotonic()
             with seeded(context.recipe.seed, "reward dropout", step, rank()):
-                line = {"epoch": epoch, **train_step(backbone, engine, train, rows, config)}
+                line = {"epoch": epoch, **accumulate(backbone, engine, train, rows, config)}
+            spent = time.monotonic() - step_start
+            # Only weights whose loss on the next pairs is finite are kept: a run that fails goes on from sound ones.
+            if step > first_step and step % config.checkpoint_every == 0:
+                _save(context, backbone, engine, step, seconds_before + step_start - start, held_out_loss)
+            step_start = time.monotonic() - spent  # without the saving
+            line |= {"lr": engine.learning_rates()[ROLE], "grad_norm": engine.step()[ROLE]}
             line["seconds_step"] = time.monotonic() - step_start
-            done = step + 1
+            done, held_out_loss = step + 1, None
             if done % config.eval_every == 0 or done == total_steps:
                 result = evaluate(backbone, held_out, config)
                 line |= result.figures()
+                held_out_loss = result.loss
                 say(_line(done, total_steps, line))
             metrics.write(done, line)
-            stopped = stop.received()
-            if stopped or done % config.checkpoint_every == 0 or done == total_steps:
-                loss = result.loss if result is not None and "eval_loss" in line else None
-                _save(context, backbone, engine, done, seconds_before + time.monotonic() - start, loss)
+            if (stopped := stop.received()) or done == total_steps:
+                _save(context, backbone, engine, done, seconds_before + time.monotonic() - start, held_out_loss)
             if stopped:
                 raise Stopped(f"reward: stopped after step {done}", stopped)
             advance(1)
@@ -141,10 +147,10 @@ def run(context: StageContext) -> dict[str, Any]:
     return summary
 
 
-def train_step(
+def accumulate(
     backbone: Backbone, engine: Engine, pairs: Pairs, rows: list[int], config: RewardConfig
 ) -> dict[str, float]:
-    """One optimizer step on the pairs of those rows; how they are cut into micro-batches changes rounding only."""
+    """Gradients of the pairs of those rows; how they are cut into micro-batches changes rounding only."""
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
     backbone.train()
     for scored in _scored(backbone, pairs, rows, config):
@@ -160,8 +166,7 @@ def train_step(
         for name in sums:
             sums[name] += share * getattr(part, name).item()
     backbone.eval()
-    learning_rate = engine.learning_rates()[ROLE]
-    return sum_figures(sums) | {"grad_norm": engine.step()[ROLE], "lr": learning_rate}
+    return sum_figures(sums)
 
 
 @dataclass(frozen=True)

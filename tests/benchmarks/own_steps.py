@@ -27,7 +27,7 @@ from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring import AdapterScorer
 from pe_rlhf.stages.ppo_collect import collect
 from pe_rlhf.stages.ppo_update import update
-from pe_rlhf.stages.reward import Pairs, encode_pairs, train_step
+from pe_rlhf.stages.reward import Pairs, accumulate, encode_pairs
 from pe_rlhf.text import TextCodec
 from reward.records import load_records
 
@@ -81,7 +81,8 @@ def reward_steps(
     for step in range(steps):
         rows = list(range(step * PAIRS, (step + 1) * PAIRS))
         start = time.perf_counter()
-        train_step(backbone, engine, pairs, rows, config)
+        accumulate(backbone, engine, pairs, rows, config)
+        engine.step()
         seconds.append(time.perf_counter() - start)
         tokens.append(sum(len(p) + len(r) for row in rows for p, r in (pairs.chosen[row], pairs.rejected[row])))
     return seconds, tokens
