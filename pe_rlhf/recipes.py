@@ -19,6 +19,7 @@ from pe_rlhf.config import DataSource, Recipe
 from pe_rlhf.files import write_whole
 from reward.errors import InputError
 
+MERGE = "tag:yaml.org,2002:merge"  # `<<`, which may stand twice
 UNION_BRANCHES = ("str", "list[str]")
 
 # Where and with how much memory a run computes; what it computes is the same.
@@ -71,13 +72,13 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
     Raises `InputError` naming the file and the key.
     """
-    return make_recipe(read_tree(path, overrides), path)
+    return make_recipe(read_tree(path, overrides), path, overrides or ())
 
 
 def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """What a recipe's file says, with overrides, before it is checked against the schema."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -92,15 +93,18 @@ def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     return tree
 
 
-def make_recipe(tree: dict[str, Any], path: Path) -> Recipe:
+def make_recipe(tree: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a tree describes. `path` is the file that it came from: data is looked for beside it.
 
-    Raises `InputError` naming the file and the key.
+    Raises `InputError` naming the file, or the one of the `overrides` applied that is wrong, and the key.
     """
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error)}") from error
+        key, text = _explain(error)
+        wrong = (override for override in overrides if _is_at_or_below(key, override.partition("=")[0]))
+        where = next((f"override {override!r}" for override in wrong), str(path))
+        raise InputError(f"{where}: {text}") from error
     _resolve_paths(recipe, path.parent)
     return recipe
 
@@ -165,8 +169,26 @@ def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
     node[last] = value
 
 
-def _explain(error: ValidationError) -> str:
-    """The first mistake in one sentence; how many more there are."""
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as it is specified: a key that stands twice in a mapping is a mistake, not a way to hide the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != MERGE:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _is_at_or_below(key: str, above: str) -> bool:
+    return f"{key}.".startswith(f"{above}.")
+
+
+def _explain(error: ValidationError) -> tuple[str, str]:
+    """The key of the first mistake, and the mistake in one sentence, with how many more there are."""
     # A key that is not known comes first: where it is a slip of the pen, another one is missing because of it.
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] not in ("extra_forbidden", "invalid_key"))
     # Of a section that could also be a name alone, what is wrong inside it, not that it is no name.
@@ -192,7 +214,7 @@ def _explain(error: ValidationError) -> str:
         if key and first["type"] != "value_error":
             text += f" (got {reprlib.repr(first['input'])})"
     more = len({tuple(_location(mistake)) for mistake in mistakes}) - 1
-    return text + (f" (and {more} more mistake{'s' if more > 1 else ''})" if more else "")
+    return key, text + (f" (and {more} more mistake{'s' if more > 1 else ''})" if more else "")
 
 
 def _is_other_branch(mistake: ErrorDetails, place: list[str], places: list[list[str]]) -> bool:

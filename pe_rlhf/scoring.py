@@ -19,7 +19,7 @@ from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_role
 from pe_rlhf.config import RewardSource
 from pe_rlhf.distributed import all_rows, on_main, own_rows, sum_over_ranks
-from pe_rlhf.models import resolve_model
+from pe_rlhf.models import UNLOADABLE, check_model_name, resolve_model
 from pe_rlhf.text import TextCodec, cut_pair
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -58,6 +58,7 @@ class ModelScorer:
     """A sequence-classification model of its own with one label; it reads the text through its own tokenizer.
 
     `eos_token_ids` are the policy's: a response that does not end with one was cut, and gets no EOS here either.
+    `key` is where the model is named, for messages.
     """
 
     def __init__(
@@ -67,18 +68,18 @@ class ModelScorer:
         dtype: torch.dtype | str,
         eos_token_ids: Sequence[int] = (),
         batch_size: int = 16,
+        key: str = "reward model",
     ) -> None:
+        check_model_name(model, key)
         path = resolve_model(model)
         try:
             loaded = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True)
             self._tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except UNLOADABLE as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"ppo.reward.model: could not load {model!r}: {reason}") from error
+            raise InputError(f"{key}: could not load {model!r}: {reason}") from error
         if loaded.config.num_labels != 1:
-            raise InputError(
-                f"ppo.reward.model: {model!r} has {loaded.config.num_labels} labels; a reward model has one"
-            )
+            raise InputError(f"{key}: {model!r} has {loaded.config.num_labels} labels; a reward model has one")
         self._model = loaded.requires_grad_(False).eval().to(device)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -154,7 +155,9 @@ def make_scorer(
         if source.function is not None:
             scorer: Scorer = FunctionScorer(source.function)
         elif source.model is not None:
-            scorer = ModelScorer(source.model, backbone.device, backbone.model.dtype, backbone.eos_token_ids)
+            scorer = ModelScorer(
+                source.model, backbone.device, backbone.model.dtype, backbone.eos_token_ids, key="ppo.reward.model"
+            )
         else:
             role = next(r for i in range(1, 99) if (r := f"reward_{i}" if i > 1 else "reward") not in backbone.roles)
             load_role(backbone, role, reward_adapter_dir(source, run_dir))

@@ -101,9 +101,17 @@ def find_template(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | Non
                 )
             template = template["default"]
         return template if isinstance(template, str) else None
+    return read_template(setting)
+
+
+def read_template(setting: str) -> str:
+    """A template that is given as itself or as its file. Raises `InputError` where it is neither."""
     if "{" in setting:
         return setting
     path = Path(setting)
     if not path.is_file():
         raise InputError(f"chat_template: {setting!r} is neither auto, none, a Jinja template nor the path of one")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"chat_template: {path} cannot be read: {error}") from error

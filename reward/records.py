@@ -47,9 +47,9 @@ class PreferenceRecord:
 
 @dataclass
 class BadRecord:
-    """A row that cannot be used: its index, counted from 0, and why."""
+    """A row that cannot be used: its number, counted from 1, and why."""
 
-    index: int
+    row: int
     reason: str
 
 
@@ -73,17 +73,17 @@ def parse_rows(
     """
     records: list[Record] = []
     bad: list[BadRecord] = []
-    for index, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         try:
             records.append(parse(row))
         except InputError as error:
-            bad.append(BadRecord(index, str(error)))
+            bad.append(BadRecord(number, str(error)))
 
     total = len(records) + len(bad)
     if total == 0:
         raise InputError(f"{source}: there are no rows")
     if bad:
-        first = f"the first is row {bad[0].index}: {bad[0].reason}"
+        first = f"the first is row {bad[0].row}: {bad[0].reason}"
         if not records:
             raise InputError(f"{source}: none of the {total} rows can be used; {first}")
         if len(bad) / total > max_bad_share:

@@ -117,13 +117,17 @@ def test_dtype_and_attention_are_settings(saved_model: Callable[[PreTrainedModel
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"dtype": "float8"}, "could not load .*float8"), ({"attention": "spda"}, "could not load .*spda")],
+    [({"dtype": "float8"}, "dtype 'float8' is none of float32, "), ({"attention": "spda"}, "could not load .*spda")],
 )
 def test_a_setting_that_is_not_known_is_refused(
     changes: dict[str, str], message: str, saved_model: Callable[[PreTrainedModel], Path]
 ) -> None:
     with pytest.raises(InputError, match=message):
         load_backbone(saved_model(tiny_model("llama")), **changes)  # type: ignore[arg-type]
+
+
+def test_a_dtype_may_be_torchs(saved_model: Callable[[PreTrainedModel], Path]) -> None:
+    assert load_backbone(saved_model(tiny_model("llama")), dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
 
 def test_a_model_that_cannot_be_had_is_refused() -> None:

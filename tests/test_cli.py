@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pe_rlhf.models import resolve_model
 from tests.runs import PAIRS, PROMPTS, Outcome, Tree, contents, recipe, write_jsonl, write_recipe
 
 Cli = Callable[..., Outcome]
@@ -142,7 +144,7 @@ def test_an_unknown_key_that_is_near_none(refused: Refused, tmp_path: Path) -> N
         ("adapter", None, "adapter: input should be a valid dictionary"),
         ("backbone__dtype", "fp32", "backbone.dtype: input should be 'float32' or 'bfloat16' (got 'fp32')"),
         ("ppo__steps", 0, "ppo.steps: input should be greater than 0 (got 0)"),
-        ("ppo__kl__beta", 1.5, "ppo.kl.beta: input should be less than or equal to 1 (got 1.5)"),
+        ("ppo__kl__beta", 1.5, "ppo.kl: beta: 1.5 is over 1, where form: convex ends; use form: penalty"),
         ("ppo__kl__beta", float("nan"), "ppo.kl.beta: input should be a finite number (got nan)"),
         ("ppo__optimizer__betas", [1.5, 0.9], "ppo.optimizer.betas.0: input should be less than 1 (got 1.5)"),
         ("ppo__optimizer__betas", [0.9], "ppo.optimizer.betas.1 is missing"),
@@ -379,6 +381,68 @@ def test_a_judge_that_sees_no_difference(refused: Refused, tmp_path: Path) -> No
 # ---- models and adapters ---------------------------------------------------------------------------------------------
 
 
+def test_a_mistake_in_an_override_is_told_as_the_overrides(refused: Refused, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", ppo__steps=0))
+    said = refused("run", path, "ppo.steps=3", "ppo.stps=1", "seed=1")
+    assert said == "override 'ppo.stps=1': unknown key 'ppo.stps'; did you mean 'steps'?"
+    assert refused("run", path, "seed=1").startswith(f"{path}: ppo.steps: ")
+
+
+def test_a_key_that_stands_twice(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("model: random:tiny-llama\nppo: {steps: 1}\nseed: 1\nppo: {steps: 2}\n")
+    assert refused("run", path) == f"{path} line 4: not valid YAML: the key 'ppo' is there twice"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deepspeed": "zero7"}, "deepspeed: there is no 'zero7'; there are zero0, "),
+        ({"chat_template": "absent.jinja"}, "chat_template: 'absent.jinja' is neither auto, none, a Jinja template"),
+        ({"chat_template": "latin.jinja"}, "chat_template: latin.jinja cannot be read: "),
+        (
+            {"evaluate__judge": "reward_model:./nowhere"},
+            "judge: reward_model: './nowhere' is not a directory with",
+        ),
+        ({"evaluate__judge": "llm:./nowhere"}, "judge: llm: './nowhere' is not a directory with a config.json"),
+        ({"ppo__reward": [{"model": "./nowhere"}]}, "ppo.reward.model: './nowhere' is not a directory with a config"),
+        ({"adapter__targets": []}, "adapter.targets: name at least one module"),
+        ({"ppo__value_init": "reward"}, "ppo.value_init: there is no reward adapter to start the critic from; use"),
+    ],
+)
+def test_a_dry_run_finds_it_already(refused: Refused, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "latin.jinja").write_bytes("{{ 'ü' }}".encode("latin-1"))
+    path = write_recipe(tmp_path, recipe("ppo", "evaluate", **changes))
+    assert message in refused("run", path, "--dry-run")
+
+
+def test_the_judge_may_be_the_reward_model_that_the_run_is_to_make(cli: Cli, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("reward", "ppo", "evaluate", evaluate__judge="reward_model:./out"))
+    assert cli("run", path, "--run-dir", "out", "--dry-run").code == 0
+    assert cli("run", path, "--run-dir", "out").code == 0
+
+
+def test_a_tracker_that_is_not_installed(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    path = write_recipe(tmp_path, recipe("ppo", tracking__wandb=True))
+    assert refused("run", path, "--dry-run") == "tracking.wandb needs: pip install 'pe-rlhf[wandb]'"
+
+
+def test_a_penalty_may_weigh_more_than_the_reward(cli: Cli, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", ppo__kl={"form": "penalty", "beta": 1.5}))
+    assert cli("run", path, "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("size", [0, 7, 300])
+def test_weights_that_are_cut_off(refused: Refused, tmp_path: Path, model_cache: Path, size: int) -> None:
+    assert resolve_model("random:tiny-llama").startswith(str(model_cache))
+    shutil.copytree(resolve_model("random:tiny-llama"), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    path = write_recipe(tmp_path, recipe("ppo", model="./model"))
+    assert refused("run", path, "--run-dir", "out").startswith("model: could not load './model': ")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -407,13 +471,11 @@ def test_names_are_looked_up_before_anything_is_written(
         ({"backbone__device": "cuda:99"}, "backbone.device: 'cuda:99' cannot be used here: "),
         ({"backbone__device": "toaster"}, "backbone.device: 'toaster' cannot be used here: "),
         ({"backbone__attention": "none_at_all"}, "model: could not load 'random:tiny-llama': "),
-        ({"chat_template": "absent.jinja"}, "chat_template: 'absent.jinja' is neither auto, none, a Jinja template"),
         ({"chat_template": "{% if %}"}, "chat_template: it fails on the prompt that starts with 'Say something about"),
         ({"chat_template": "{{ raise_exception('no system') }}"}, "number 0': no system"),
         ({"chat_template": "{{ 1 / 0 }}"}, "number 0': division by zero"),
         ({"ppo__rollout__max_new_tokens": 600}, "ppo: max_new_tokens 600 leaves no room for a prompt, random:tiny-ll"),
         ({"ppo__max_prompt_tokens": 5}, "every prompt of "),
-        ({"ppo__value_init": "reward"}, "ppo.value_init: there is no reward adapter to start the critic from; use"),
         ({"ppo__reward": [{"adapter": "elsewhere"}]}, "ppo.reward.adapter: 'elsewhere' is not the directory of a"),
         ({"ppo__reward": [{"model": "some/hub-id"}]}, "ppo.reward.model: could not load 'some/hub-id': "),
     ],

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pe_rlhf.config import DataSource
-from pe_rlhf.data import load_preferences, load_prompts, load_rows
+from pe_rlhf.data import load_preferences, load_prompts, load_rows, note_bad_rows
 from reward.errors import InputError
-from tests.runs import write_jsonl
+from reward.records import BadRecord
+from tests.runs import read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("data_cache")
 
@@ -131,13 +132,25 @@ def test_chat_messages_keep_role_and_content_alone(tmp_path: Path) -> None:
     assert load_prompts(DataSource(path=str(path)), "key") == [CHAT, [{"role": "user", "content": "v"}]]
 
 
+def test_bad_rows_are_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = [BadRecord(row, f"reason {row}") for row in (2, 3, 5, 7, 11, 13)]
+    assert note_bad_rows(tmp_path, "reward.eval_data", bad) == 6
+    listed = tmp_path / "left_out_eval_data.jsonl"
+    assert read_jsonl(listed) == [{"row": row, "reason": f"reason {row}"} for row in (2, 3, 5, 7, 11, 13)]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "reward.eval_data: left out row 2: reason 2"
+    assert said[5:] == [f"reward.eval_data: left out 6 unusable rows in all, see {listed}"]
+    assert note_bad_rows(tmp_path / "nowhere", "reward.data", bad) == 6
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_few_bad_pairs_are_handed_back_with_their_reasons(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": "r"} for i in range(10)]
     rows[4]["chosen"] = "r"
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     records, bad = load_preferences(DataSource(path=str(path)), "key", max_bad_share=0.1)
     assert [record.prompt for record in records] == [f"p{i}" for i in range(10) if i != 4]
-    assert [(row.index, row.reason) for row in bad] == [(4, "the chosen and the rejected response are equal")]
+    assert [(row.row, row.reason) for row in bad] == [(5, "the chosen and the rejected response are equal")]
 
 
 def test_a_name_without_an_ending_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,8 +69,8 @@ def test_a_file_with_some_bad_rows(tmp_path: Path) -> None:
     source = DataSource(path=str(path), columns={"prompt": "question", "completion": "answer"})
     examples, bad = load_examples(source, "sft.data", 0.2)
     assert examples == [Example(f"q{i}", f"a{i}") for i in range(8) if i != 3]
-    assert [(record.index, record.reason) for record in bad] == [(3, "the response is empty")]
-    with pytest.raises(InputError, match=r"sft\.data: .*1 of 8 rows \(12\.5%\) cannot be used.* row 3: the response"):
+    assert [(record.row, record.reason) for record in bad] == [(4, "the response is empty")]
+    with pytest.raises(InputError, match=r"sft\.data: .*1 of 8 rows \(12\.5%\) cannot be used.* row 4: the response"):
         load_examples(source, "sft.data", 0.1)
 
 

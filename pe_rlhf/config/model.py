@@ -55,6 +55,13 @@ class AdapterConfig(Section):
         default=0.0, ge=0, lt=1, description="on the adapter's input; in sft and in training the reward model only"
     )
 
+    @field_validator("targets")
+    @classmethod
+    def _some_targets(cls, given: str | list[str]) -> str | list[str]:
+        if not given:
+            raise ValueError("name at least one module")
+        return given
+
     @field_validator("init_options")
     @classmethod
     def _options_of_the_init(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pe_rlhf.config.section import Data, Positive, Rate, Section, Share
 class KLConfig(Section):
     """The tie to the anchor."""
 
-    beta: Share = Field(default=0.05, description="β of (1−β)·r − β·KL")
+    beta: Rate = Field(default=0.05, description="β of (1−β)·r − β·KL, where it is at most 1, or of r − β·KL")
     form: Literal["convex", "penalty"] = Field(
         default="convex", description="convex: (1−β)·r − β·KL; penalty: r − β·KL"
     )
@@ -39,6 +39,12 @@ class KLConfig(Section):
     def _no_k1_in_the_loss(self) -> KLConfig:
         if self.place == "loss" and self.estimator == "k1":
             raise ValueError("k1 in the loss has a gradient that the anchor is no part of; use k2 or k3 there")
+        return self
+
+    @model_validator(mode="after")
+    def _convex_ends_at_one(self) -> KLConfig:
+        if self.form == "convex" and self.beta > 1:
+            raise ValueError(f"beta: {self.beta:g} is over 1, where form: convex ends; use form: penalty")
         return self
 
     @model_validator(mode="after")
@@ -87,7 +93,8 @@ class PPOConfig(Section):
     learning_rate: float = Field(default=1e-4, gt=0, description="of the policy")
     value_learning_rate: float | None = Field(default=None, gt=0, description="default: the policy's")
     value_init: Literal["reward", "fresh"] | None = Field(
-        default=None, description="the critic starts as the reward adapter, or anew; default: reward where there is one"
+        default=None,
+        description="the critic starts as the reward adapter, or anew; default: reward where one gives the scores",
     )
     gamma: Share = Field(default=1.0, description="γ of GAE: discount per token")
     lam: Share = Field(default=0.95, description="λ of GAE: 1 is returns alone, 0 the critic's next value alone")

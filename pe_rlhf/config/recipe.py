@@ -85,6 +85,9 @@ class Recipe(Section):
         uses_own = self.ppo is not None and any(source.adapter == "stage" for source in self.ppo.reward)
         if uses_own and not self.reward:
             raise ValueError("ppo.reward is this run's reward stage by default, but the recipe has no reward section")
+        has_reward = self.reward or (self.ppo and any(source.adapter for source in self.ppo.reward))
+        if self.ppo and self.ppo.value_init == "reward" and not has_reward:
+            raise ValueError("ppo.value_init: there is no reward adapter to start the critic from; use fresh")
         if self.ppo and self.ppo.eval_every and not self.evaluate:
             raise ValueError("ppo.eval_every asks the judge of the evaluate section: add one")
         if self.evaluate and not self.ppo:

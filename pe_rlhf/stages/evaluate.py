@@ -22,6 +22,7 @@ from pe_rlhf.scoring import make_scorer
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.types import Rollout, Sequences
+from pe_rlhf.wording import conversation
 from reward.asking import Pair, make_pairs
 from reward.summary import Outcome, summarise
 
@@ -126,6 +127,6 @@ def _write_samples(context: StageContext, pairs: list[Pair], outcomes: list[Outc
             "score_anchor": outcome.row.score_baseline,
         }
         append_jsonl(path, row)
-        cells = (pair.prompt, pair.candidate, pair.baseline, preference)
+        cells = (conversation(pair.prompt), pair.candidate, pair.baseline, preference)
         table.append("| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |")
     (context.folder / "samples.md").write_text("\n".join(table[: table_rows + 2]) + "\n", encoding="utf-8")

@@ -7,13 +7,14 @@ cut response is an episode that is scored as it stands, with `missing_eos_penalt
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 from pe_rlhf.algo.kl import adapt_beta
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_checkpoint, roles_in, save_checkpoint, save_role, with_prefix, without_prefix
-from pe_rlhf.config import AdapterConfig, PPOConfig
+from pe_rlhf.config import AdapterConfig, KLConfig, PPOConfig
 from pe_rlhf.distributed import on_main
 from pe_rlhf.engine import Engine, RoleGroup
 from pe_rlhf.errors import Stopped, TrainingError
@@ -86,7 +87,7 @@ def run(context: StageContext) -> dict[str, Any]:
             say(_line(step + 1, config.steps, figures))
             _write_samples(context, config, step + 1, batch.prompts, rollout, experience, codec)
             if config.kl.controller == "adaptive":
-                beta = adapt_beta(beta, figures["kl"], config.kl.target, config.kl.horizon, len(rollout.responses))
+                beta = _next_beta(beta, figures["kl"], len(rollout.responses), config.kl)
             if (stopped := stop.received()) or step + 1 == config.steps:
                 _save(context, backbone, engine, step + 1, beta, figures)
             if stopped:
@@ -124,6 +125,11 @@ def _refuse_high_kl(kl: float, config: PPOConfig, step: int) -> None:
             f"the KL to the anchor is {kl:.3g} nats per response at step {step}, over ppo.kl.limit {config.kl.limit};"
             " raise ppo.kl.beta or lower ppo.learning_rate, and go on with --resume --may-change and the key's name"
         )
+
+
+def _next_beta(beta: float, kl: float, episodes: int, config: KLConfig) -> float:
+    highest = 1.0 if config.form == "convex" else math.inf
+    return adapt_beta(beta, kl, config.target, config.horizon, episodes, highest=highest)
 
 
 def _timing(seconds: dict[str, float], tokens: int, epochs: int) -> dict[str, float]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from torch import Tensor
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.checkpoint import load_checkpoint, roles_in, save_checkpoint, save_role, with_prefix, without_prefix
 from pe_rlhf.config import DataSource, RewardConfig
-from pe_rlhf.data import hold_out, load_preferences, tell_bad_rows
+from pe_rlhf.data import hold_out, load_preferences, note_bad_rows
 from pe_rlhf.distributed import on_main, rank, sum_figures, sum_over_ranks
 from pe_rlhf.engine import Engine, RoleGroup
 from pe_rlhf.errors import Stopped, TrainingError
 from pe_rlhf.interruption import stop_requests
-from pe_rlhf.metrics import read_jsonl, write_json
+from pe_rlhf.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.packing import kept_tokens
 from pe_rlhf.progress import progress, say
 from pe_rlhf.resources import peak_memory
@@ -40,6 +41,7 @@ from reward.losses import pairwise_loss
 from reward.records import PreferenceRecord
 
 ROLE = "reward"
+RELIABILITY = "reliability.jsonl"  # the reliability table of each evaluation
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def run(context: StageContext) -> dict[str, Any]:
     first_step, seconds_before = _resume(context, backbone, engine)
     train, held_out = _with_trunks(backbone, config, train, held_out)
     metrics = context.metrics(first_step)
+    truncate_jsonl(context.folder / RELIABILITY, first_step)
     result: RewardEvaluation | None = None
     held_out_loss: float | None = None  # of the weights as they are
 
@@ -123,6 +126,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 result = evaluate(backbone, held_out, config)
                 line |= result.figures()
                 held_out_loss = result.loss
+                append_jsonl(context.folder / RELIABILITY, {"step": done, "bins": reliability_table(result.margins)})
                 say(_line(done, total_steps, line))
             metrics.write(done, line)
             if (stopped := stop.received()) or done == total_steps:
@@ -134,7 +138,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
     # The pairwise loss leaves the mean score free. PPO's value clipping and its penalties want it at zero.
     result = result or evaluate(backbone, held_out, config)
-    backbone.head(ROLE).shift(-evaluate(backbone, train, config).mean_score)
+    with progress("reward: centring", len(train), "pairs") as advance:
+        backbone.head(ROLE).shift(-evaluate(backbone, train, config, advance).mean_score)
     save_role(backbone, ROLE, context.folder / "adapter")
     summary = _summary(result, len(train)) | {
         "steps": total_steps,
@@ -180,12 +185,20 @@ class RewardEvaluation:
     mean_score: float
 
     def figures(self) -> dict[str, float]:
-        return {"eval_loss": self.loss, "eval_accuracy": self.accuracy, "eval_margin": self.margin}
+        calibration_error = expected_calibration_error(self.margins)
+        return {
+            "eval_loss": self.loss,
+            "eval_accuracy": self.accuracy,
+            "eval_margin": self.margin,
+            "eval_calibration_error": calibration_error,
+        }
 
 
 @torch.no_grad()
-def evaluate(backbone: Backbone, pairs: Pairs, config: RewardConfig) -> RewardEvaluation:
-    """Score all pairs; the plain loss, without margin, smoothing or centering.
+def evaluate(
+    backbone: Backbone, pairs: Pairs, config: RewardConfig, on_progress: Callable[[int], None] | None = None
+) -> RewardEvaluation:
+    """Score all pairs; the plain loss, without margin, smoothing or centering. `on_progress` is told of pairs scored.
 
     Raises `TrainingError` where it is not finite: an accuracy of such scores would look like one.
     """
@@ -193,6 +206,8 @@ def evaluate(backbone: Backbone, pairs: Pairs, config: RewardConfig) -> RewardEv
     for part in _scored(backbone, pairs, list(range(len(pairs))), config):
         if part.counts:
             scores_2B[:, part.index] = torch.stack([part.chosen_B, part.rejected_B]).float().cpu()
+        if on_progress is not None:
+            on_progress(len(part.index))
     chosen_B, rejected_B = sum_over_ranks(scores_2B)  # each rank has filled in its own pairs
     result = pairwise_loss(chosen_B, rejected_B)
     if not result.loss.isfinite():
@@ -242,9 +257,9 @@ def _with_trunks(backbone: Backbone, config: RewardConfig, *sets: Pairs) -> list
 def load_pairs(context: StageContext, config: RewardConfig, codec: TextCodec, limit: int) -> tuple[Pairs, Pairs]:
     """Training and held-out pairs, tokenised. Raises `InputError` where one of them is left without pairs."""
     source = config.data or DataSource(path=str(context.run_dir / "preferences" / preferences.FILE))
-    records = _records(source, "reward.data", config)
+    records = _records(context.folder, source, "reward.data", config)
     if config.eval_data is not None:
-        train, held_out = records, _records(config.eval_data, "reward.eval_data", config)
+        train, held_out = records, _records(context.folder, config.eval_data, "reward.eval_data", config)
     else:
         share, seed = config.eval_share, context.recipe.seed
         train, held_out = hold_out(records, lambda record: repr(record.prompt), share, seed, "reward held out")
@@ -253,9 +268,9 @@ def load_pairs(context: StageContext, config: RewardConfig, codec: TextCodec, li
     return encode_pairs(train, codec, limit), encode_pairs(held_out, codec, limit)
 
 
-def _records(source: DataSource, key: str, config: RewardConfig) -> list[PreferenceRecord]:
+def _records(folder: Path, source: DataSource, key: str, config: RewardConfig) -> list[PreferenceRecord]:
     records, bad = load_preferences(source, key, config.max_bad_share)
-    tell_bad_rows(key, bad)
+    note_bad_rows(folder, key, bad)
     return records
 
 

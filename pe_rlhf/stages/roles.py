@@ -7,7 +7,7 @@ from pe_rlhf.adapters.registry import get_init
 from pe_rlhf.adapters.statistics import StatisticsSource
 from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.backbone import Backbone
-from pe_rlhf.checkpoint import load_checkpoint, without_prefix
+from pe_rlhf.checkpoint import load_checkpoint, load_role, without_prefix
 from pe_rlhf.config import AdapterConfig
 from pe_rlhf.distributed import from_main, is_sharded, world_size
 from pe_rlhf.stages.context import StageContext
@@ -37,11 +37,11 @@ def add_role(
 def add_critic(
     context: StageContext, backbone: Backbone, role: str, adapter: AdapterConfig, statistics: StatisticsSource
 ) -> None:
-    """The critic: from the reward role where there is one (`ppo.value_init`), else fresh."""
+    """The critic: from the reward role where one gives the scores, or is asked for (`ppo.value_init`), else fresh."""
     ppo = context.recipe.ppo
     assert ppo is not None
-    if ppo.value_init == "reward" and "reward" not in backbone.roles:
-        raise InputError("ppo.value_init: there is no reward adapter to start the critic from; use fresh")
+    if ppo.value_init == "reward" and "reward" not in backbone.roles:  # it is there, though something else scores
+        load_role(backbone, "reward", context.run_dir / "reward" / "adapter")
     if ppo.value_init == "fresh" or "reward" not in backbone.roles:
         add_role(context, backbone, role, adapter, statistics)
     elif context.recipe.tuning == "full":

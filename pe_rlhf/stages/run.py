@@ -17,17 +17,18 @@ from pe_rlhf.engine import init_processes
 from pe_rlhf.errors import TrainingError
 from pe_rlhf.files import locked
 from pe_rlhf.judging import check_judge
-from pe_rlhf.metrics import read_summary
+from pe_rlhf.metrics import check_tracking, read_summary
 from pe_rlhf.models import check_model_name, resolve_model
 from pe_rlhf.processes import launched
 from pe_rlhf.progress import say
-from pe_rlhf.recipes import refuse_other_recipe, save_recipe
+from pe_rlhf.recipes import load_deepspeed_config, refuse_other_recipe, save_recipe
 from pe_rlhf.report import write_report
 from pe_rlhf.resources import reset_peak_memory
 from pe_rlhf.rollout.make import check_installed
 from pe_rlhf.scoring import check_reward_adapter
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.text import read_template
 from reward.errors import InputError
 from reward.judges import load_function
 
@@ -65,7 +66,7 @@ def run_recipe(
     init_processes(recipe.deepspeed is not None)
     anew = restart and not resume
     finished = [] if anew else [stage for stage in stages if read_summary(run_dir / stage) is not None]
-    on_main(lambda: check_inputs(recipe, stages, finished))
+    on_main(lambda: check_inputs(recipe, stages, finished, run_dir))
     if launched() and recipe.sft is None:
         # A model that is made here is made once: transformers saves nothing on other ranks.
         on_main(lambda: resolve_model(recipe.model))
@@ -102,11 +103,16 @@ def _prepare(
     save_recipe(recipe, run_dir / "recipe.yaml")
 
 
-def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()) -> None:
+def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = (), run_dir: Path | None = None) -> None:
     """Look at everything that can be wrong with names, data and functions before a model is loaded.
 
     Of the `finished` stages the data is still looked at, but they do not run again.
     """
+    if recipe.deepspeed is not None:
+        load_deepspeed_config(recipe.deepspeed)
+    if recipe.chat_template not in ("auto", "none"):
+        read_template(recipe.chat_template)
+    check_tracking(recipe.tracking)
     if recipe.sft is None or "sft" in stages:
         check_model_name(recipe.model)
     if launched() and "sft" in stages and "sft" not in finished:
@@ -121,7 +127,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
         if (prompts := getattr(section, "prompts", None)) is not None:
             load_prompts(prompts, f"{stage}.prompts")
         if (judge := getattr(section, "judge", None)) is not None:
-            check_judge(judge)
+            check_judge(judge, run_dir)
     if recipe.sft is not None and "sft" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.sft, key)) is not None:
@@ -134,6 +140,8 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
         for source in recipe.ppo.reward:
             if source.function is not None:
                 load_function(source.function)
+            if source.model is not None:
+                check_model_name(source.model, "ppo.reward.model")
             if source.adapter not in (None, "stage"):
                 check_reward_adapter(source)
 

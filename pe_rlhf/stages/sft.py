@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.base_model import SFT_MODEL, load_base
 from pe_rlhf.checkpoint import save_role
 from pe_rlhf.config import DataSource, SFTConfig
-from pe_rlhf.data import hold_out, load_examples, tell_bad_rows
+from pe_rlhf.data import hold_out, load_examples, note_bad_rows
 from pe_rlhf.errors import Stopped
 from pe_rlhf.examples import Example
 from pe_rlhf.export import write_merged
@@ -156,9 +157,9 @@ def _write_model(context: StageContext, factors: dict[str, Tensor]) -> None:
 
 def load_rows(context: StageContext, config: SFTConfig, codec: TextCodec, limit: int) -> tuple[Dataset, Dataset]:
     """Tokenised rows to train on and held-out ones. Raises `InputError` where one of them is left without rows."""
-    examples = _examples(config.data, "sft.data", config)
+    examples = _examples(context.folder, config.data, "sft.data", config)
     if config.eval_data is not None:
-        train, held_out = examples, _examples(config.eval_data, "sft.eval_data", config)
+        train, held_out = examples, _examples(context.folder, config.eval_data, "sft.eval_data", config)
     else:
         share, seed = config.eval_share, context.recipe.seed
         train, held_out = hold_out(examples, lambda e: repr(e.prompt or e.response), share, seed, "sft held out")
@@ -172,9 +173,9 @@ def load_rows(context: StageContext, config: SFTConfig, codec: TextCodec, limit:
         )
 
 
-def _examples(source: DataSource, key: str, config: SFTConfig) -> list[Example]:
+def _examples(folder: Path, source: DataSource, key: str, config: SFTConfig) -> list[Example]:
     examples, bad = load_examples(source, key, config.max_bad_share)
-    tell_bad_rows(key, bad)
+    note_bad_rows(folder, key, bad)
     return examples
 
 

@@ -62,5 +62,6 @@ def test_adapt_beta_keeps_its_sign_where_a_batch_is_larger_than_the_horizon() ->
     assert adapt_beta(0.05, 0.0, target=6.0, horizon=100, episodes=640) == pytest.approx(0.05 * 0.8, rel=1e-12)
 
 
-def test_adapt_beta_stops_at_one() -> None:
-    assert adapt_beta(0.99, 100.0, target=1.0, horizon=10, episodes=10) == 1.0
+def test_adapt_beta_stops_where_the_form_ends() -> None:
+    assert adapt_beta(0.99, 100.0, target=1.0, horizon=10, episodes=10, highest=1.0) == 1.0
+    assert adapt_beta(0.99, 100.0, target=1.0, horizon=10, episodes=10) == pytest.approx(0.99 * 1.2)

@@ -207,12 +207,12 @@ BAD: dict[str, object] = {"prompt": "p", "chosen": "a"}
 def test_load_keeps_good_and_bad_rows_apart() -> None:
     records, bad = load_records([GOOD, GOOD, BAD, GOOD], "pairs.jsonl", max_bad_share=0.25)
     assert records == [PreferenceRecord("p", "a", "b")] * 3
-    assert [(row.index, row.reason) for row in bad] == [(2, "column 'rejected' is missing")]
+    assert [(row.row, row.reason) for row in bad] == [(3, "column 'rejected' is missing")]
 
 
 def test_load_refuses_a_larger_share_of_bad_rows() -> None:
     expected = (
-        r"^pairs.jsonl: 2 of 8 rows \(25.0%\) .* 24.0% allowed; the first is row 1: column 'rejected' is missing$"
+        r"^pairs.jsonl: 2 of 8 rows \(25.0%\) .* 24.0% allowed; the first is row 2: column 'rejected' is missing$"
     )
     with pytest.raises(InputError, match=expected):
         load_records([GOOD, BAD, BAD, *[GOOD] * 5], "pairs.jsonl", max_bad_share=0.24)
@@ -224,7 +224,7 @@ def test_load_refuses_a_source_without_rows() -> None:
 
 
 def test_load_refuses_a_source_without_a_usable_row_whatever_the_allowed_share() -> None:
-    with pytest.raises(InputError, match="none of the 2 rows can be used; the first is row 0"):
+    with pytest.raises(InputError, match="none of the 2 rows can be used; the first is row 1"):
         load_records([BAD, BAD], "pairs.jsonl", max_bad_share=1.0)
 
 
@@ -259,11 +259,11 @@ def test_hh_rlhf_pairs(name: str, n_valid: int) -> None:
     assert len(rows) == 1800
     records, bad = load_records(rows, name)
     assert len(records) == n_valid
-    assert [row.index for row in bad] == [index for index, row in enumerate(rows) if not is_pair(row)]
+    assert [row.row for row in bad] == [number for number, row in enumerate(rows, 1) if not is_pair(row)]
 
     speakers = {"user": "Human", "assistant": "Assistant"}
-    bad_indices = {row.index for row in bad}
-    valid_rows = [row for index, row in enumerate(rows) if index not in bad_indices]
+    left_out = {row.row for row in bad}
+    valid_rows = [row for number, row in enumerate(rows, 1) if number not in left_out]
     for row, record in zip(valid_rows, records, strict=True):
         assert not isinstance(record.prompt, str)
         start = "".join(f"\n\n{speakers[message['role']]}: {message['content']}" for message in record.prompt)
@@ -281,6 +281,6 @@ def test_hh_rlhf_reasons() -> None:
     assert sum("response is empty" in reason for reason in reasons) == 7
     assert sum("the same up to one final" in reason for reason in reasons) == 11
     assert sum("are equal" in reason for reason in reasons) == 1
-    assert {row.index: row.reason for row in helpful}[721].endswith("are equal")
-    assert {row.index: row.reason for row in helpful}[740] == "the rejected response is empty"
-    assert {row.index for row in harmless} == {86, 516, 925, 1103, 1254, 1688}
+    assert {row.row: row.reason for row in helpful}[722].endswith("are equal")
+    assert {row.row: row.reason for row in helpful}[741] == "the rejected response is empty"
+    assert {row.row for row in harmless} == {87, 517, 926, 1104, 1255, 1689}

@@ -81,7 +81,7 @@ def byte_model(folder: Path, *, pad_is_eos: bool, **changes: Any) -> Path:
     return folder
 
 
-def write_prompts(path: Path, prompts: list[str]) -> str:
+def write_prompts(path: Path, prompts: list[Any]) -> str:
     return str(write_jsonl(path, [{"prompt": prompt} for prompt in prompts]))
 
 

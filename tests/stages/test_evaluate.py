@@ -26,7 +26,7 @@ SEED = 2
 
 
 def evaluated(
-    folder: Path, judge: str, *, size: float = 0.0, texts: list[str] = PROMPTS, **settings: Any
+    folder: Path, judge: str, *, size: float = 0.0, texts: list[Any] = PROMPTS, **settings: Any
 ) -> tuple[Tree, list[Tree], Backbone]:
     """Evaluate a policy that was moved by `size` from the anchor: the summary, all samples, and the backbone."""
     model = byte_model(folder / "model", pad_is_eos=True, initializer_range=0.3, eos_token_id=list(range(0, 258, 12)))
@@ -60,6 +60,15 @@ def test_a_policy_equal_to_the_anchor(tmp_path: Path) -> None:
     assert summary["ci_low"] < 0.5 < summary["ci_high"]
     assert summary["n"] == len(rows) == 40
     assert [row["response_policy"] for row in rows] != [row["response_anchor"] for row in rows]  # own samples each
+
+
+def test_a_chat_is_readable_in_the_table(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": f"Hello {i}"}] for i in range(3)]
+    longer = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why | how?"}]
+    evaluated(tmp_path, "reward.scores:length", texts=[*chats, longer])
+    table = (tmp_path / "run" / "evaluate" / "samples.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:5]] == [f"| Hello {i}" for i in range(3)]
+    assert table[5].startswith("| system: Be brief. user: Why \\| how? | ")
 
 
 def test_the_numbers_are_those_of_the_samples(tmp_path: Path) -> None:

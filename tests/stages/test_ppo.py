@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pe_rlhf.backbone import load_backbone
@@ -15,7 +17,6 @@ from pe_rlhf.config import PPOConfig
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.prompt_order import PromptOrder
-from reward.errors import InputError
 from tests.runs import Tree, read_jsonl
 from tests.stages.support import byte_model, run, write_prompts
 from tests.tiny import perturb
@@ -122,8 +123,19 @@ def test_a_critic_starts_from_the_reward_adapter(tmp_path: Path, value_init: str
         torch.testing.assert_close(state[name], tensor, atol=1e-12, rtol=0, msg=name)
 
 
+def test_a_critic_starts_from_the_runs_reward_adapter_where_a_function_scores(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tree = recipe(tmp_path, value_init="reward") | {"reward": {"data": str(tmp_path / "pairs.jsonl"), "batch_size": 4}}
+    state = value_at_start(tree, tmp_path)
+    reward = load_file(tmp_path / "run" / "reward" / "adapter" / "role.safetensors")
+    assert state.keys() == reward.keys()
+    for name, tensor in reward.items():
+        torch.testing.assert_close(state[name], tensor, atol=1e-12, rtol=0, msg=name)
+
+
 def test_a_critic_from_a_reward_adapter_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"ppo\.value_init: there is no reward adapter"):
+    with pytest.raises(ValidationError, match=r"ppo\.value_init: there is no reward adapter"):
         run(recipe(tmp_path, value_init="reward"), tmp_path / "run")
 
 

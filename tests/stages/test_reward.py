@@ -93,6 +93,11 @@ def test_it_learns_and_its_summary_is_that_of_single_passes(tmp_path: Path) -> N
     assert summary["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 24)
     last = metrics(tmp_path)[-1]
     assert last["eval_loss"] == pytest.approx(summary["eval_loss"], abs=1e-5)
+    assert last["eval_calibration_error"] == pytest.approx(summary["calibration_error"], abs=1e-5)
+    tables = read_jsonl(tmp_path / "run" / "reward" / "reliability.jsonl")
+    assert [table["step"] for table in tables] == [row["step"] for row in metrics(tmp_path) if "eval_loss" in row]
+    assert all(sum(row["count"] for row in table["bins"]) == 24 for table in tables)
+    assert tables[-1]["bins"] == summary["reliability"]
 
     scores = [score_alone(backbone, pair) for pair in train.chosen + train.rejected]
     assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-3)

@@ -341,7 +341,7 @@ def test_the_init_of_other_stages_is_not_that_of_sft(tmp_path: Path) -> None:
         ("sft.micro_batch_size=3", "batch_size 16 is not a multiple of micro_batch_size 3"),
         ("sft.data=none.jsonl", "sft.data: there is no file none.jsonl"),
         ("sft.data=empty.jsonl", "empty.jsonl is empty"),
-        ("sft.data=bad.jsonl", "2 of 6 rows (33.3%) cannot be used, more than the 5.0% allowed; the first is row 1: "),
+        ("sft.data=bad.jsonl", "2 of 6 rows (33.3%) cannot be used, more than the 5.0% allowed; the first is row 2: "),
         ("sft.data=pairs.jsonl", "has neither the columns prompt and completion (or response), nor messages, nor text"),
         ("sft.max_bad_share=2", "sft.max_bad_share: input should be less than or equal to 1"),
         ("sft.data=one.jsonl", "sft.data: 1 rows are too few to hold out a share of 0.05"),
@@ -361,7 +361,7 @@ def test_bad_rows_are_told_and_left_out(cli: Cli, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, recipe(sft={"data": "rows.jsonl", "max_bad_share": 0.1}))
     done = cli("run", path, "--run-dir", "out")
     assert done.code == 0
-    assert "sft.data: left out row 12: the response is empty" in done.err
+    assert "sft.data: left out row 13: the response is empty" in done.err
     summary = json.loads((tmp_path / "out/sft/summary.json").read_text())
     assert (summary["train_rows"], summary["eval_rows"]) == (11, 1)
 
