@@ -137,7 +137,7 @@ def test_a_model_of_several_labels_is_refused(tmp_path: Path, labels: int, messa
 
 def test_a_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
     path = byte_model(tmp_path / "causal", pad_is_eos=True)
-    with pytest.raises(InputError, match="reward model: .* has 2 labels; a reward model has one"):
+    with pytest.raises(InputError, match=r"reward model: .* has 2 labels; a reward model has one"):
         ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7])
 
 
