@@ -59,11 +59,15 @@ def _write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state
     scratch.rename(target)
     _flush(root)
     there = sorted(root.glob("step-*"))
-    best = max(map(_score, there))
-    for old in there[:-keep]:
-        # Not the one just written, though damaged ones of later steps may lie there.
-        if old != target and (_score(old) < best or best == -math.inf):
-            shutil.rmtree(old)
+    # The one just written stays, though damaged ones of later steps may lie there.
+    for old in set(there) - {target, _best(there), *there[-keep:]}:
+        shutil.rmtree(old)
+
+
+def _best(there: list[Path]) -> Path | None:
+    """The earliest checkpoint of the highest score; None where none has one."""
+    best = max(there, key=_score, default=None)
+    return best if best is not None and _score(best) > -math.inf else None
 
 
 def _score(path: Path) -> float:
@@ -96,7 +100,7 @@ def role_of_checkpoint(folder: Path, which: str, role: str) -> tuple[int, RoleSp
         has = f"there are best, newest, {', '.join(map(str, steps))}" if there else "there are none"
         raise InputError(f"{folder / 'checkpoints'} has no checkpoint {which!r}; {has}")
     if which == "best":
-        path = max(there, key=lambda path: (_score(path), path))
+        path = _best(there) or there[-1]
     else:
         path = there[-1] if which == "newest" else there[steps.index(int(which))]
     try:

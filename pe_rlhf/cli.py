@@ -79,6 +79,8 @@ def main() -> None:
     except RuntimeError as error:
         if not _is_another_ranks(error):
             raise
+        if is_main() and not isinstance(error, ElsewhereError):
+            print("another process has ended; if it says nothing of it, it was killed from outside", file=sys.stderr)
         _leave_after_main(TRAINING_STOPPED)
     else:
         if status == INTERRUPTED:  # what typer makes of Ctrl-C

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +38,13 @@ def locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise InputError(
                 f"{folder} is in use by another run (process {file.read().strip() or 'unknown'})"
             ) from error
+        except OSError as error:  # a file system without locks
+            print(f"{folder} cannot be locked ({error.strerror}): take care that no other run uses it", file=sys.stderr)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -14,7 +14,7 @@ import torch
 from pe_rlhf.causal_lm import find_device, load_causal_lm
 from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.models import check_model_name
-from pe_rlhf.policies import find_role, load_role_backbone, weights_of
+from pe_rlhf.policies import files_of, find_role, load_role_backbone, weights_of
 from pe_rlhf.progress import progress
 from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.scoring import ModelScorer
@@ -96,6 +96,7 @@ def ask_judge(
 def llm_judge(settings: JudgeSettings) -> Judge:
     """A chat model at `base_url`, else one that vLLM or transformers load here."""
     target, prompt = _target(settings), JudgePrompt(settings.template)
+    identity = f"{target} {settings.dtype} {files_of(target)}".rstrip()
     backend: ChatBackend
     if settings.base_url:
         from reward.judges.endpoint import Endpoint  # the client library takes a second to import
@@ -105,7 +106,7 @@ def llm_judge(settings: JudgeSettings) -> Judge:
         from pe_rlhf.rollout.chat import VLLMChat
 
         device = find_device(settings.device)
-        backend = VLLMChat(target, settings.dtype, device, memory_share=settings.gpu_memory_share)
+        backend = VLLMChat(target, settings.dtype, device, identity, memory_share=settings.gpu_memory_share)
     else:
         from reward.judges.hf import HFChat
 
@@ -116,7 +117,7 @@ def llm_judge(settings: JudgeSettings) -> Judge:
             attention="sdpa",
             trust_remote_code=False,
         )
-        backend = HFChat(model, tokenizer, f"{target} {settings.dtype}")
+        backend = HFChat(model, tokenizer, identity)
     return LLMJudge(
         backend,
         prompt,

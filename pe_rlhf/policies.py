@@ -184,10 +184,15 @@ def weights_of(name: str, stage: str) -> str:
     Adapters by their bytes, whole models, which take long to read, by their files' sizes and times.
     """
     found = None if is_endpoint(name) else find_role(name, stage)
-    folder = found.folder if found else Path(name).expanduser()
+    return files_of(str(found.folder) if found else name, small=found is not None)
+
+
+def files_of(name: str, *, small: bool = False) -> str:
+    """As `weights_of`, of a directory that is known to hold the weights itself; `small`: go by the bytes."""
+    folder = Path(name).expanduser()
     if not folder.is_dir():
         return ""
-    digest, small = hashlib.sha256(), found is not None or (folder / "adapter_config.json").is_file()
+    digest, small = hashlib.sha256(), small or (folder / "adapter_config.json").is_file()
     for file in sorted(folder.glob("*.safetensors")):
         about = file.stat()
         digest.update(file.name.encode())

@@ -57,6 +57,12 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000008"]
 
 
+def test_of_equal_scores_the_first_alone_is_kept(tmp_path: Path) -> None:
+    for step, score in enumerate([0.5, 0.9, 0.9, 0.9, 0.9], start=1):
+        save_checkpoint(tmp_path, step, tensors(step), {}, keep=1, score=score)
+    assert names(tmp_path) == ["step-000002", "step-000005"]
+
+
 def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -> None:
     for step, score in ((10, 0.5), (20, 0.9)):
         save_checkpoint(tmp_path, step, tensors(step), {}, keep=1, score=score)

@@ -98,8 +98,10 @@ def test_a_checkpoint_is_exported(cli: Cli, refused: Callable[..., str], tmp_pat
     assert cli("run", path, "--run-dir", "run").code == 0
     assert cli("run", path, "--run-dir", "short", "ppo.steps=2").code == 0  # the schedule has no part in it: constant
     run = tmp_path / "run"
-    states = {p.name: json.loads((p / "state.json").read_text()) for p in (run / "ppo" / "checkpoints").iterdir()}
-    best = max(states.values(), key=lambda state: state["score"])["step"]
+    states = {
+        p.name: json.loads((p / "state.json").read_text()) for p in sorted((run / "ppo" / "checkpoints").iterdir())
+    }
+    best = max(states.values(), key=lambda state: state["score"])["step"]  # the first of equal ones
     for which, step in (("2", 2), ("newest", 4), ("best", best)):
         done = cli("export", "run", "--checkpoint", which)
         assert done.code == 0, done

@@ -68,6 +68,13 @@ def test_a_kl_over_its_limit_stops_with_what_was_sound(cli: Cli, refused: Refuse
     assert f"ppo: continuing after step {last - 1}" in outcome.err
 
 
+def test_a_critic_that_diverges_is_not_kept(refused: Refused, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", ppo__minibatches=1, ppo__value_learning_rate=1e30))
+    assert refused("run", path, "--run-dir", "out", code=3).startswith("ppo: the critic has diverged")
+    assert steps(tmp_path / "out/ppo") == [1]
+    assert not list((tmp_path / "out/ppo").glob("checkpoints/*"))
+
+
 @pytest.mark.parametrize(
     ("stage", "changes", "message", "steps_done"),
     [

@@ -88,6 +88,9 @@ def _pairwise(groups: dict[str, list[Outcome]], level: float) -> Iterator[dict[s
         by_prompt[candidate] = prompts
     if len(groups) < 2:
         raise InputError("--pairwise needs at least two candidates")
+    baselines = sorted({outcome.row.baseline or "" for outcomes in groups.values() for outcome in outcomes})
+    if len(baselines) > 1:
+        raise InputError(f"--pairwise compares candidates by one baseline; there are {', '.join(map(repr, baselines))}")
     for a, b in itertools.combinations(by_prompt, 2):
         yield {"candidate_a": a, "candidate_b": b, **asdict(compare_policies(by_prompt[a], by_prompt[b], level))}
 

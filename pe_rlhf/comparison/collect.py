@@ -50,18 +50,18 @@ def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRu
         reward=reward or {},
         ppo=read_summary(run.folder / "ppo") or {},
         evaluate=read_summary(run.folder / "evaluate") or {},
-        metrics=_metrics(run.folder / "ppo" / "metrics.jsonl", status == "unfinished"),
+        metrics=_metrics(run.folder / "ppo" / "metrics.jsonl", status == "finished"),
         preferences=_preferences(run.folder / "evaluate" / "samples.jsonl") if status == "finished" else {},
         drift=drift_of_run(run.folder, run.recipe, adapter.rank) if (run.folder / "ppo" / "adapter").is_dir() else {},
     )
 
 
-def _metrics(path: Path, is_running: bool) -> list[Row]:
-    """The lines of a run; the last one of a run that was killed, or that is still writing, may be cut."""
+def _metrics(path: Path, is_finished: bool) -> list[Row]:
+    """The lines of a run; the last one of a run that failed or was killed, or that is still writing, may be cut."""
     try:
         return read_jsonl(path)
     except InputError:
-        if not is_running:
+        if is_finished:
             raise
         return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
 

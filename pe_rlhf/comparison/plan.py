@@ -127,6 +127,7 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
         raise InputError(f"{path}: arms are compared by their PPO stage, and there is none")
     where = (root or Path("comparisons") / base.name).absolute()
     plan = Plan(path, where, tree, base, base.compare, _arms(base.compare), overrides)
+    _refuse_settings_without_effect(plan)
     _refuse_equal_arms(plan)
     return plan
 
@@ -166,16 +167,24 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _refuse_settings_without_effect(plan: Plan) -> None:
+    """Keys of stages that all arms share, and the seed, which `compare.seeds` sets, would be shown and not be used."""
+    shared = {"reward": BEFORE_PPO, "preferences": BEFORE_PPO[:-1], "nothing": ()}[plan.config.share]
+    for arm in plan.arms:
+        for key in arm.changes:
+            section = key.partition(".")[0]
+            if key == "seed" or (section in shared and plan.tree.get(section) is not None):
+                reason = "seeds are compare.seeds" if key == "seed" else f"compare.share: {plan.config.share}"
+                raise InputError(f"compare: arm {arm.name!r} sets {key}, which has no effect on it ({reason})")
+
+
 def _refuse_equal_arms(plan: Plan) -> None:
     seen: dict[str, str] = {}
     for arm in plan.arms:
         recipe = next(iter(plan.runs(arm).values())).recipe
         content = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
         if content in seen:
-            raise InputError(
-                f"compare: the arms {seen[content]!r} and {arm.name!r} come to the same run; a key may be of a stage"
-                f" that is shared (compare.share: {plan.config.share})"
-            )
+            raise InputError(f"compare: the arms {seen[content]!r} and {arm.name!r} come to the same run")
         seen[content] = arm.name
 
 

@@ -34,7 +34,8 @@ SECONDS_BETWEEN_LOOKS = 15.0
 # What may differ on another machine that has run a part of the same comparison: where things lie, and what it can do.
 OF_THE_MACHINE = (
     *("model", "ppo.reward", "ppo.micro_batch_tokens", "reward.micro_batch_tokens"),
-    *(f"{data}.path" for data in ("sft.data", "preferences.prompts", "reward.data", "ppo.prompts", "evaluate.prompts")),
+    *(f"{data}.path" for data in ("sft.data", "sft.eval_data", "reward.data", "reward.eval_data")),
+    *(f"{stage}.prompts.path" for stage in ("preferences", "ppo", "evaluate")),
     *(
         f"{sampling}.{key}"
         for sampling in ("preferences.sampling", "ppo.rollout", "evaluate.sampling")

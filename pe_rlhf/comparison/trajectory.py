@@ -43,6 +43,8 @@ def at_kl(run: RunResult, key: str, kl: float) -> float | None:
     A metric that not every line has, as the judge's, is read off the straight line between those that do have it.
     """
     step, rows = _step_at_kl(run, kl), rows_with(run, key)
+    if step is not None and key.startswith("judge_"):
+        step -= 1  # a line has the KL of the policy before the step's update, and the judge's word on the one after it
     if step is None or not rows or not rows[0]["step"] <= step <= rows[-1]["step"]:
         return None
     after = next(row for row in rows if row["step"] >= step)

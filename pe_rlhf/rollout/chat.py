@@ -33,13 +33,20 @@ class VLLMChat:
 
     Args:
         model: a hub id, a directory or `pip:NAME`.
+        identity: what tells the weights from others; verdicts are kept under it.
         memory_share: of a GPU's memory, for weights and cache.
     """
 
     concurrency = 1
 
     def __init__(
-        self, model: str, dtype: str, device: torch.device, batch_size: int = 64, memory_share: float = 0.5
+        self,
+        model: str,
+        dtype: str,
+        device: torch.device,
+        identity: str,
+        batch_size: int = 64,
+        memory_share: float = 0.5,
     ) -> None:
         path = resolve_model(model)
         try:
@@ -47,7 +54,7 @@ class VLLMChat:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"judge: could not load {model!r}: {' '.join(str(error).split())}") from error
-        self.identity, self.batch_size = f"vllm:{model} {dtype}", batch_size
+        self.identity, self.batch_size = f"vllm:{identity}", batch_size
         text = config.get_text_config()
         longest = min(LONGEST, getattr(text, "max_position_embeddings", None) or LONGEST)
         self._tokens = ChatTokens(tokenizer, self.identity, longest, text.vocab_size)

@@ -69,8 +69,11 @@ class EmbeddedVLLM:
 
     def sync(self, version: int, role: str | None = None) -> None:
         self._role, self._version = role or self._role, version
-        self._wake_up()
-        self._put_weights()
+        try:
+            self._wake_up()
+            self._put_weights()
+        except EngineDied as death:
+            self._restart(death)
 
     def generate(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Rollout:
         """One response per prompt. An engine that dies on the way is started again, once."""
@@ -78,9 +81,7 @@ class EmbeddedVLLM:
         try:
             responses = self._ask(prompts, seeds)
         except EngineDied as death:
-            say(f"{death}; it is started again")
-            self._start()
-            self._put_weights()
+            self._restart(death)
             responses = self._ask(prompts, seeds)
         try:
             return checked_rollout(prompts, responses, self._version, self._backbone, self._config)
@@ -97,6 +98,14 @@ class EmbeddedVLLM:
         )
         self._process.send("start", settings=self._arguments)
         self._loading, self._asleep, self._holds_base = True, False, True
+
+    def _restart(self, death: EngineDied) -> None:
+        """Another engine in the place of one that died, but for one that could not even be started."""
+        if self._loading:
+            raise death
+        say(f"{death}; it is started again")
+        self._start()
+        self._put_weights()
 
     def _put_weights(self) -> None:
         """Give the engine the role as it is now, under a name that no other state ever had."""

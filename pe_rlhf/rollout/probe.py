@@ -14,6 +14,7 @@ import torch
 
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.errors import TrainingError
+from pe_rlhf.rollout.requests import NEUTRAL
 from pe_rlhf.rollout.vllm_http import Server
 from pe_rlhf.seeding import permutation
 from pe_rlhf.types import Sequences
@@ -34,7 +35,7 @@ class Probe:
         self._backbone, self._temperature = backbone, temperature
         # No id ends these responses, so that there is always the same number of tokens to compare.
         length = min(NEW_TOKENS, new_tokens)
-        self._sampling = {"temperature": temperature, "max_tokens": length, "ignore_eos": True}
+        self._sampling = {**NEUTRAL, "temperature": temperature, "max_tokens": length, "ignore_eos": True}
         self._tolerance = TOLERANCE_FP32 if backbone.model.dtype == torch.float32 else TOLERANCE_NARROW
 
     def check(self, server: Server, model: str, role: str) -> None:

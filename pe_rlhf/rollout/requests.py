@@ -14,6 +14,17 @@ from reward.errors import InputError
 # What vLLM takes as `max_lora_rank`.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+# A server takes what is not said from the checkpoint's own defaults, and then samples from another distribution than it
+# gives the log-probs of.
+NEUTRAL: dict[str, Any] = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
 
 def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
     """`adapter` or `merged`. On a CPU vLLM's LoRA kernels run at a fifth of its speed, on a GPU they cost little.
@@ -45,9 +56,10 @@ def response_seeds(seed: int, prompts: Sequence[object], rows: Sequence[int] | N
 
 
 def sampling_parameters(config: SamplingConfig, eos_token_ids: list[int]) -> dict[str, Any]:
-    """vLLM's names for how a response is sampled; the checkpoint's own defaults have no say."""
+    """vLLM's names for how a response is sampled."""
     truncation = {"top_k": config.top_k, "top_p": config.top_p} if isinstance(config, RolloutConfig) else {}
     return {
+        **NEUTRAL,
         "temperature": config.temperature,
         "max_tokens": config.max_new_tokens,
         "stop_token_ids": eos_token_ids,

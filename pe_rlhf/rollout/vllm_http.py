@@ -82,6 +82,11 @@ class Server:
     def load_adapter(self, name: str, path: Path) -> None:
         """Load a LoRA under a name never used before, then drop the one that was sampled from."""
         answer = self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        if any(reason in answer.text for reason in ("max_lora_rank", "LoRA is not enabled")):  # a 500, as faults are
+            raise InputError(
+                f"{self.url} cannot load this adapter: {_message(answer)}; start it by launch/vllm_server.sh with a"
+                " RANK that is high enough (twice adapter.rank where the init has B0 ≠ 0)"
+            )
         _raise_fault(answer)
         if answer.status_code == 404 and "lora" not in answer.text.lower():
             raise InputError(

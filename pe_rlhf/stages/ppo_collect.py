@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from pe_rlhf.algo.rewards import adjust_scores, shape_rewards
 from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.distributed import sum_over_ranks
+from pe_rlhf.errors import TrainingError
 from pe_rlhf.rollout.agreement import agreement
 from pe_rlhf.scoring import Scorer
 from pe_rlhf.text import TextCodec
@@ -71,6 +73,8 @@ def collect(
         "truncated": rollout.truncated_B.float().mean().item(),
         **mismatch,
     }
+    if not math.isfinite(figures["explained_variance"]):
+        raise TrainingError("the critic has diverged: its values are not finite or too large; lower its learning rate")
     if config.whiten_advantages:
         advantages_BR = masked_whiten(advantages_BR, mask_BR)
     experience = Experience(

@@ -225,13 +225,13 @@ def test_the_kl_between_two_steps_is_not_always_in_the_middle() -> None:
 
 
 def test_the_judge_at_equal_kl_is_read_between_the_steps_that_have_it() -> None:
-    metrics = lines([0.0] * 6)  # the KL of step s is s − 1
-    for step, rate in ((2, 0.5), (5, 0.8), (6, 0.1)):
+    metrics = lines([0.0] * 6)  # the KL of step s is s − 1: that of the policy after s − 1 updates
+    for step, rate in ((2, 0.5), (5, 0.8), (6, 0.1)):  # of the policy after s updates
         metrics[step - 1]["judge_win_rate"] = rate
     other = run("b", 1, lines([0.0, 0.0, 0.0], [0.0, 1.0, 2.5]))
     result = compared(run("a", 1, metrics), other)
-    assert result.equal_kl == 2.5  # at step 3.5 of a, halfway between 2 and 5
-    assert value(result.arms[0].judge_at_equal_kl) == pytest.approx(0.65)
+    assert result.equal_kl == 2.5  # which a has after 2.5 updates, a sixth of the way from 2 to 5
+    assert value(result.arms[0].judge_at_equal_kl) == pytest.approx(0.55)
     assert result.arms[1].judge_at_equal_kl is None
 
 

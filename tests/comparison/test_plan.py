@@ -129,10 +129,7 @@ def test_trials_of_an_arm_with_its_own_reward_model_share_one(tmp_path: Path) ->
     ("compare", "said"),
     [
         ({"grid": {"init": ["lora", "lora"]}}, "there are two arms 'lora'"),
-        (
-            {"grid": {"reward.epochs": [1, 2]}},
-            "the arms '1' and '2' come to the same run; a key may be of a stage that",
-        ),
+        ({"arms": [{"name": "a"}, {"name": "b", "rank": 2}]}, "the arms 'a' and 'b' come to the same run"),
         ({"grid": {"rnak": [1, 2]}}, "unknown key 'rnak'; did you mean 'name'|unknown key 'rnak'"),
         ({"grid": {"model.size": [1]}}, "compare, arm '1': model is 'random:tiny-llama' and has no 'size' below it"),
         ({"grid": {"rank": []}}, "grid.rank has no values"),
@@ -149,6 +146,21 @@ def test_what_is_wrong_is_told_before_anything_runs(tmp_path: Path, compare: dic
     with pytest.raises(InputError, match=said):
         plan_of(tmp_path, compare)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "key", "reason"),
+    [
+        ("reward", "reward.learning_rate", "compare.share: reward"),
+        ("preferences", "preferences.min_margin", "compare.share: preferences"),
+        ("nothing", "seed", "seeds are compare.seeds"),
+    ],
+)
+def test_a_setting_that_has_no_effect_is_refused(tmp_path: Path, share: str, key: str, reason: str) -> None:
+    arms = [{"name": "a", "init": "pissa", key: 1}, {"name": "b"}]
+    with pytest.raises(InputError) as caught:
+        plan_of(tmp_path, {"arms": arms, "share": share})
+    assert str(caught.value) == f"compare: arm 'a' sets {key}, which has no effect on it ({reason})"
 
 
 def test_a_recipe_without_arms_or_without_ppo(tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def serve(model: str, folder: Path, *options: str) -> Iterator[str]:
-    """The address of a server of a model, with the routes for both ways of sync."""
+def serve(model: str, folder: Path, *options: str, by_hand: bool = False) -> Iterator[str]:
+    """The address of a server of a model, with the routes for both ways of sync.
+
+    by_hand: without the project's script, and so with vLLM's defaults and the checkpoint's; with adapters alone.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = folder / "server.log"
@@ -27,6 +30,10 @@ def serve(model: str, folder: Path, *options: str) -> Iterator[str]:
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     always = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "32"]
     command = [str(ROOT / "launch" / "vllm_server.sh"), model, str(port), *always, *options]
+    if by_hand:
+        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        served = ["--model", model, "--port", str(port), "--enable-lora"]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *served, *always, *options]
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
     try:

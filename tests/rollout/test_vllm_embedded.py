@@ -109,6 +109,14 @@ def test_a_killed_engine_is_started_again_and_gives_the_same(doomed: EmbeddedVLL
     assert difference(policies, "milora", after) < 1e-4
 
 
+def test_an_engine_that_was_killed_while_it_was_not_asked(doomed: EmbeddedVLLM, policies: Backbone) -> None:
+    os.kill(doomed._process.pid, signal.SIGKILL)
+    doomed.sync(8, "milora")
+    after = doomed.generate(PROMPTS, seed=1)
+    assert after.version == 8
+    assert difference(policies, "milora", after) < 1e-4
+
+
 def test_an_engine_that_hangs_is_stopped(doomed: EmbeddedVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doomed, "_config", config(timeout=1))
     process = doomed._process.pid
