@@ -24,6 +24,7 @@ from reward.judges.registry import JudgeSettings
 from reward.records import Message
 
 LONGEST_PAUSE = 60.0
+FEW_LOGPROBS = 5  # what every server allows that gives any
 TOO_LONG = ("context_length", "context length", "maximum context", "too long", "max_model_len")
 
 
@@ -36,7 +37,10 @@ class Passing(Exception):
 
 
 class Budget:
-    """Counts requests and cost over all threads. Raises `JudgeError` before the request that would go over."""
+    """Counts requests and cost over all threads. Raises `JudgeError` before the request that would go over.
+
+    What a request costs is known when its answer is there: as many as run at once may go over a cost.
+    """
 
     def __init__(self, settings: JudgeSettings) -> None:
         if settings.max_cost is not None and (settings.price_in is None or settings.price_out is None):
@@ -78,7 +82,7 @@ class Endpoint:
         self.identity = f"endpoint:{model}"
         self.concurrency = settings.concurrency
         self.budget = Budget(settings)
-        self._no_logprobs = False  # the server has refused them once
+        self._top_logprobs, self._no_logprobs = settings.top_logprobs, False  # until the server refuses them
         self._limit = "max_tokens"  # what the server calls the limit of its answer: OpenAI has renamed it
         self._stopped = threading.Event()
         # Retries are ours alone: the client's own would not be counted in the budget.
@@ -104,7 +108,7 @@ class Endpoint:
     def _labels_of(self, chat: list[Message], labels: Sequence[str]) -> Completion:
         if self._no_logprobs:
             return Completion("")
-        options: dict[str, Any] = {"temperature": 0.0, "logprobs": True, "top_logprobs": self._settings.top_logprobs}
+        options: dict[str, Any] = {"temperature": 0.0, "logprobs": True, "top_logprobs": self._top_logprobs}
         try:
             answer = self._ask(chat, 1, options)
         except TooLong as error:
@@ -112,8 +116,9 @@ class Endpoint:
         except InputError as error:
             if "logprobs" not in str(error):
                 raise
-            self._no_logprobs = True  # it refuses the very question; text will do
-            return Completion("")
+            # It refuses so many, or the very question; then text will do.
+            self._top_logprobs, self._no_logprobs = FEW_LOGPROBS, options["top_logprobs"] <= FEW_LOGPROBS
+            return self._labels_of(chat, labels)
         text = answer.choices[0].message.content or ""
         content = answer.choices[0].logprobs.content if answer.choices[0].logprobs else None
         if not content:
@@ -171,6 +176,11 @@ class Endpoint:
             raise Passing(f"the connection failed: {error.__cause__ or error}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError) as error:
             raise Passing(f"the body is no answer: {error}") from None
+        if answer.usage is None and self._settings.max_cost is not None:
+            raise InputError(
+                f"judge: {self._settings.base_url} does not say how many tokens it read and wrote, so max_cost cannot"
+                " be kept; use max_requests"
+            )
         if answer.usage:
             self.budget.spent(answer.usage.prompt_tokens or 0, answer.usage.completion_tokens or 0)
         return answer

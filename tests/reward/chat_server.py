@@ -23,11 +23,13 @@ Faults = Callable[[int], str | None]
 class ChatServer:
     """How it answers, and what it was asked.
 
+    logprobs: how many it gives at most. usage: whether it says what it read and wrote.
     answered: how often each question was answered whole. text: what it says where log-probs are not asked for.
     """
 
     faults: Faults = lambda number: None
-    logprobs: bool = True
+    logprobs: int = 20
+    usage: bool = True
     text: str | None = None
     bias: float = 0.0
     url: str = ""
@@ -90,8 +92,8 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
                 return self._send(200, {"verdict": "A"})
             if fault == "too long":
                 return self._send(400, {"error": {"message": "maximum context length is 8 tokens"}})
-            if body.get("logprobs") and not server.logprobs:
-                return self._send(400, {"error": {"message": "logprobs are not supported"}})
+            if body.get("logprobs") and body["top_logprobs"] > server.logprobs:
+                return self._send(400, {"error": {"message": f"top_logprobs are at most {server.logprobs}"}})
             text = json.dumps(self._answer(body))
             if fault == "truncated":
                 return self._raw(200, text[: len(text) // 2].encode(), {})
@@ -110,7 +112,7 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
             if body.get("logprobs"):
                 top = [{"token": t, "logprob": math.log(0.8 * q), "bytes": None} for t, q in (("A", p), (" B", 1 - p))]
                 choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-            usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
+            usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101} if server.usage else None
             head = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
             return {**head, "choices": [choice], "usage": usage}
 

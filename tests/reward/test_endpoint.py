@@ -168,11 +168,20 @@ def test_a_missing_key_is_an_error_but_for_this_machine(monkeypatch: pytest.Monk
 
 
 def test_a_server_without_log_probs_is_asked_for_text(tmp_path: Path) -> None:
-    with running(ChatServer(logprobs=False)) as server:
+    with running(ChatServer(logprobs=0)) as server:
         outcomes = judge_pairs(judge(server, concurrency=1), PAIRS[:3], tmp_path / "v.jsonl")
     # It says B where both are alike, so that pair flips.
     assert [(o.preference, o.flipped) for o in outcomes] == [(0.0, False), (0.5, True), (1.0, False)]
-    assert server.requests == 7  # the refusal is heeded from then on
+    assert server.requests == 8  # two refusals, which are heeded from then on
+
+
+def test_a_server_that_gives_few_log_probs_is_asked_for_few(tmp_path: Path) -> None:
+    with running(ChatServer(logprobs=5)) as server:
+        outcomes = judge_pairs(judge(server, concurrency=1), PAIRS[:3], tmp_path / "v.jsonl")
+    # Probabilities, not text: where both are alike it does not flip.
+    assert [o.preference for o in outcomes] == pytest.approx([0.1, 0.5, 0.9])
+    assert not any(o.flipped for o in outcomes)
+    assert [body["top_logprobs"] for body in server.bodies] == [20, 5, 5, 5, 5, 5, 5]
 
 
 def test_an_answer_in_the_wrong_format_is_asked_for_again_and_then_invalid(tmp_path: Path) -> None:
@@ -192,7 +201,7 @@ def test_what_was_refused_for_invalid_answers_is_asked_again_by_the_next_start(t
     with running(ChatServer(text="Both are fine.")) as server, pytest.raises(JudgeError, match="no valid verdict"):
         judge_pairs(judge(server, verdict="text", concurrency=1), PAIRS, path)
     refused = len(read_jsonl(path))
-    with running(ChatServer(logprobs=False)) as server:
+    with running(ChatServer(logprobs=0)) as server:
         outcomes = judge_pairs(judge(server, verdict="text", concurrency=1), PAIRS, path)
         assert server.requests == 48
     assert summarise("candidate", outcomes)["n"] == 24
@@ -233,6 +242,16 @@ def test_the_budget_of_cost_counts_what_the_server_says(tmp_path: Path) -> None:
         judge_pairs(judge(server, max_cost=0.5, **prices), PAIRS, tmp_path / "v.jsonl")
     with pytest.raises(InputError, match="max_cost needs price_in and price_out"):
         Endpoint("m", JudgeSettings("llm", "m", base_url="http://127.0.0.1:1/v1", max_cost=1.0))
+
+
+def test_a_cost_that_cannot_be_known_is_refused(tmp_path: Path) -> None:
+    prices: dict[str, Any] = {"price_in": 1.0, "price_out": 1.0, "max_cost": 1.0}
+    with (
+        running(ChatServer(usage=False)) as server,
+        pytest.raises(InputError, match="max_cost cannot be kept; use max"),
+    ):
+        judge_pairs(judge(server, concurrency=1, **prices), PAIRS, tmp_path / "v.jsonl")
+    assert server.requests == 1
 
 
 def test_reasoning_comes_first_and_is_kept(tmp_path: Path) -> None:
