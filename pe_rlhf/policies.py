@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,8 +134,14 @@ class EndpointPolicy:
             return said.text
 
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
+            waiting: deque[Future[str]] = deque()
             try:
-                yield from pool.map(ask, range(start, len(prompts)))
+                for number in range(start, len(prompts)):
+                    waiting.append(pool.submit(ask, number))
+                    # Not far ahead of the answer that is next: what is not yielded would be lost with this process.
+                    if len(waiting) > 2 * self._endpoint.concurrency:
+                        yield waiting.popleft().result()
+                yield from (answer.result() for answer in waiting)
             except BaseException:
                 self._endpoint.stop()
                 pool.shutdown(cancel_futures=True)
