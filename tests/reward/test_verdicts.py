@@ -136,6 +136,9 @@ def test_pairwise_and_ranking(cli: Callable[..., Outcome], tmp_path: Path) -> No
     assert pair["ci_low"] < narrow["ci_low"] < narrow["ci_high"] < pair["ci_high"]
     ranking = [json.loads(line)["policy"] for line in cli("winrate", path, "--ranking").out.splitlines()]
     assert ranking == ["x", "old", "y"]
+    other = write_jsonl(tmp_path / "w.jsonl", [*rows[:40], *({**row, "baseline": "older"} for row in rows[40:])])
+    (said,) = cli("winrate", other, "--pairwise").errors
+    assert said == "--pairwise compares candidates by one baseline; there are 'old', 'older'"
 
 
 @pytest.mark.parametrize(

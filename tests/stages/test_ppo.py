@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from pe_rlhf.backbone import load_backbone
 from pe_rlhf.checkpoint import save_role
 from pe_rlhf.config import PPOConfig
+from pe_rlhf.errors import TrainingError
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.seeding import derive_seed
 from pe_rlhf.stages.prompt_order import PromptOrder
@@ -98,6 +99,16 @@ def value_at_start(tree: Tree, folder: Path) -> dict[str, torch.Tensor]:
     tree["ppo"] |= {"steps": 1, "learning_rate": 1e-30, "value_learning_rate": 1e-30}
     run(tree, folder / "run")
     return load_file(folder / "run" / "ppo" / "value" / "role.safetensors")
+
+
+def test_responses_of_another_version_of_the_policy_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = HFRollout.sync
+    monkeypatch.setattr(HFRollout, "sync", lambda self, version, role=None: sync(self, min(version, 1), role))
+    with pytest.raises(TrainingError, match="version 1 of the policy was sampled from, the trainer is at 2"):
+        run(recipe(tmp_path), tmp_path / "run")
+    assert len(metrics(tmp_path)) == 2
 
 
 def test_a_critic_starts_at_zero_without_a_reward_adapter(tmp_path: Path) -> None:
