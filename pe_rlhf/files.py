@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pe_rlhf.processes import is_main
+from pe_rlhf.progress import say
 from reward.errors import InputError
 
 # Half of a character, which a response that was cut within one may hold, has no bytes in UTF-8; in JSON it is escaped.
@@ -44,7 +44,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by another run (process {file.read().strip() or 'unknown'})"
             ) from error
         except OSError as error:  # a file system without locks
-            print(f"{folder} cannot be locked ({error.strerror}): take care that no other run uses it", file=sys.stderr)
+            say(f"{folder} cannot be locked ({error.strerror}): take care that no other run uses it")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
 
 from pe_rlhf.config import DataSource, Recipe
 from pe_rlhf.files import write_whole
 from reward.errors import InputError
 
-MERGE = "tag:yaml.org,2002:merge"  # `<<`, which may stand twice
 UNION_BRANCHES = ("str", "list[str]")
 
 # Where and with how much memory a run computes; what it computes is the same.
@@ -172,15 +172,17 @@ def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
 class _UniqueKeys(yaml.SafeLoader):
     """YAML as it is specified: a key that stands twice in a mapping is a mistake, not a way to hide the first."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The mapping as it is written, before `<<` puts keys into it that its own may stand in front of."""
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen and key.tag != MERGE:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
-                )
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in seen:
+                raise ComposerError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _is_at_or_below(key: str, above: str) -> bool:

@@ -392,6 +392,8 @@ def test_a_key_that_stands_twice(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("model: random:tiny-llama\nppo: {steps: 1}\nseed: 1\nppo: {steps: 2}\n")
     assert refused("run", path) == f"{path} line 4: not valid YAML: the key 'ppo' is there twice"
+    path.write_text("model: random:tiny-llama\n? [a]\n: 1\n")
+    assert "not valid YAML: found unhashable key" in refused("run", path)
 
 
 @pytest.mark.parametrize(

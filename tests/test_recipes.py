@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pe_rlhf.config import Recipe
-from pe_rlhf.recipes import bundled, find_recipe, load_recipe, save_recipe
+from pe_rlhf.recipes import bundled, find_recipe, load_recipe, read_tree, save_recipe
 from reward.errors import InputError
 from tests.runs import recipe, write_recipe
 
@@ -218,3 +218,10 @@ def test_the_options_of_an_init_are_checked(tmp_path: Path) -> None:
         load(tmp_path, "adapter.init=lora_ga", "adapter.init_options.gama=4")
     with pytest.raises(InputError, match=r"adapter\.init_options: niter of the init 'pissa'"):
         load(tmp_path, "adapter.init=pissa", "adapter.init_options.niter=0")
+
+
+def test_a_key_may_stand_in_front_of_a_merged_one(tmp_path: Path) -> None:
+    """Also where another mapping merges that one in its turn before it is made, which puts the key there twice."""
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: {b: &mine {<<: {x: 1}, x: 2}}\nc: {<<: *mine, y: 3}\n")
+    assert read_tree(path) == {"a": {"b": {"x": 2}}, "c": {"x": 2, "y": 3}, "name": "merged"}

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from pe_rlhf.causal_lm import DTYPES
-from pe_rlhf.models import resolve_model
+from pe_rlhf.models import UNLOADABLE, resolve_model
 from pe_rlhf.progress import say
 from pe_rlhf.rollout.embedded import BLOCK, EngineProcess, cache_bytes, engine_environment
 from pe_rlhf.seeding import derive_seed
@@ -52,7 +52,7 @@ class VLLMChat:
         try:
             config = AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
+        except UNLOADABLE as error:
             raise InputError(f"judge: could not load {model!r}: {' '.join(str(error).split())}") from error
         self.identity, self.batch_size = f"vllm:{identity}", batch_size
         text = config.get_text_config()
