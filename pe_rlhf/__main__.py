@@ -1,3 +1,3 @@
-from pe_rlhf.cli import main
+from pe_rlhf.cli.main import main
 
 main()

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.cli import main
+from pe_rlhf.cli.main import main
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from reward.errors import InputError
 from tests.runs import Outcome, contents
 from tests.tiny import EOS, FAMILIES, VOCABULARY, tiny_model

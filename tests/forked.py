@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pe_rlhf.cli import main
+from pe_rlhf.cli.main import main
 
 SECONDS = 300
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["pe_rlhf.stages.run", "transformers.models.llama.modeling_llama", "matplotlib.figure", "tests.forked"]
+    ["pe_rlhf.stages.pipeline", "transformers.models.llama.modeling_llama", "matplotlib.figure", "tests.forked"]
 )
 
 

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 import pe_rlhf
-from pe_rlhf.adapters.wrapped import WrappedLayer
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.packed_attention import ATTENTION
+from pe_rlhf.adapters.layer import WrappedLayer
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.fast.packed_attention import ATTENTION
 from reward.errors import InputError
 from tests.tiny import (
     EOS,

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pe_rlhf.backbone import load_backbone
-from pe_rlhf.checkpoint import load_checkpoint, load_role, save_checkpoint, save_role, with_prefix, without_prefix
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.runs.checkpoint import load_checkpoint, save_checkpoint, with_prefix, without_prefix
+from pe_rlhf.runs.saved_roles import load_role, save_role
 from reward.errors import InputError
 from tests.tiny import backbone_with, perturb, role_logits, tiny_model
 
@@ -153,7 +154,7 @@ SAVES_UNTIL_IT_IS_KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from pe_rlhf.checkpoint import save_checkpoint
+from pe_rlhf.runs.checkpoint import save_checkpoint
 
 for trial in range(int(sys.argv[2])):
     folder = Path(sys.argv[1]) / str(trial)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pe_rlhf.models import resolve_model
+from pe_rlhf.model.names import resolve_model
 from tests.runs import PAIRS, PROMPTS, Outcome, Tree, contents, recipe, write_jsonl, write_recipe
 
 Cli = Callable[..., Outcome]
@@ -59,7 +59,7 @@ def test_help_and_a_bad_recipe_do_not_wait_for_torch(tmp_path: Path) -> None:
     heavy = "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
     for arguments, code in ((["run", "--help"], 0), (["run", "bad.yaml"], 2)):
         script = (
-            f"import sys; sys.argv = ['pe-rlhf', *{arguments}]\nfrom pe_rlhf.cli import main\n"
+            f"import sys; sys.argv = ['pe-rlhf', *{arguments}]\nfrom pe_rlhf.cli.main import main\n"
             f"code = 0\ntry:\n    main()\nexcept SystemExit as end:\n    code = end.code\nprint(code); {heavy}"
         )
         done = python("-c", script, folder=tmp_path)

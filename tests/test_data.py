@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pe_rlhf.config import DataSource
-from pe_rlhf.data import load_preferences, load_prompts, load_rows, note_bad_rows
+from pe_rlhf.data.rows import load_preferences, load_prompts, load_rows, note_bad_rows
 from reward.errors import InputError
 from reward.records import BadRecord
 from tests.runs import read_jsonl, write_jsonl

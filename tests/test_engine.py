@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pe_rlhf.adamw import PlainAdamW
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.engine import Engine, RoleGroup, schedule_factor
-from pe_rlhf.errors import TrainingError
+from pe_rlhf.optim.adamw import PlainAdamW
+from pe_rlhf.optim.role_optimizer import Engine, RoleGroup, schedule_factor
+from pe_rlhf.system.failures import TrainingError
 
 Arrays = dict[str, dict[str, np.ndarray]]
 

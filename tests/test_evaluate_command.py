@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from pe_rlhf.backbone import load_backbone
 from pe_rlhf.config import SamplingConfig
-from pe_rlhf.evaluation import Source, responses_of
-from pe_rlhf.files import locked
-from pe_rlhf.judging import reward_scores
-from pe_rlhf.policies import find_policy, find_role, load_merged, load_role_backbone
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.evaluation.responses import Source, responses_of
+from pe_rlhf.evaluation.sources import find_policy, load_merged
+from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.seeding import derive_seed
-from pe_rlhf.text import TextCodec
+from pe_rlhf.runs.saved_roles import find_role, load_role_backbone
+from pe_rlhf.scoring.model_judges import reward_scores
+from pe_rlhf.system.files import locked
+from pe_rlhf.system.seeding import derive_seed
 from reward.records import Prompt
 from tests.reward.chat_server import KEY, ChatServer, running
 from tests.runs import PAIRS, PROMPTS, Outcome, read_jsonl, recipe, write_jsonl, write_recipe

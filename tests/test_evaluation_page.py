@@ -66,7 +66,7 @@ def test_the_page_fits_a_phone(page: Path, tmp_path: Path) -> None:
 
 
 def test_over_optimisation_is_told() -> None:
-    from pe_rlhf.report import over_optimisation
+    from pe_rlhf.report.run_page import over_optimisation
 
     def row(step: int, reward: float, rate: float, low: float = 0.1, high: float = 0.1) -> dict[str, Any]:
         interval = {"judge_ci_low": rate - low, "judge_ci_high": rate + high}

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from pe_rlhf.config import DataSource
-from pe_rlhf.data import hold_out, load_examples
-from pe_rlhf.examples import Example, parse_example
+from pe_rlhf.data.examples import Example, parse_example
+from pe_rlhf.data.rows import hold_out, load_examples
 from reward.errors import InputError
 from tests.runs import write_jsonl
 

@@ -14,9 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from pe_rlhf.backbone import load_backbone
-from pe_rlhf.checkpoint import load_role
-from pe_rlhf.models import resolve_model
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.model.names import resolve_model
+from pe_rlhf.runs.saved_roles import load_role
 from tests.runs import Outcome, recipe, write_recipe
 
 Cli = Callable[..., Outcome]

@@ -10,8 +10,8 @@ from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from pe_rlhf.backbone import load_backbone
-from pe_rlhf.frozen_norms import shorten_norms
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.model.fast.rms_norm import shorten_norms
 from tests.tiny import IDS_BT, tiny_model, with_gradient
 
 SIZE = 24

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from typer.testing import CliRunner
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.checkpoint import load_role, save_role
-from pe_rlhf.cli import app
+from pe_rlhf.cli.main import app
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.engine import Engine, RoleGroup
-from pe_rlhf.errors import TrainingError
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.runs.saved_roles import load_role, save_role
+from pe_rlhf.system.failures import TrainingError
 from reward.errors import InputError
 from tests.runs import read_jsonl, recipe, without_time, write_recipe
 from tests.tiny import FAMILIES, IDS_BT, add_role, perturb, ragged_sequences, randomise_head, role_logits, tiny_model
@@ -182,7 +182,7 @@ class TestMasters:
     @pytest.mark.parametrize("deepspeed", [None, {}, {"zero_optimization": {"stage": 2}}], ids=["plain", "ds", "zero2"])
     def test_small_steps_are_not_lost(self, deepspeed: dict[str, Any] | None) -> None:
         if deepspeed is not None:
-            from pe_rlhf.engine import init_processes
+            from pe_rlhf.optim.zero import init_processes
 
             init_processes(wants_deepspeed=True)
         config, own = OptimizerConfig(max_grad_norm=1e9), self.parameters()

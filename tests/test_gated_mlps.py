@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from pe_rlhf.backbone import load_backbone
-from pe_rlhf.gated_mlps import lighten_mlps
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.model.fast.gated_mlp import lighten_mlps
 from tests.tiny import IDS_BT, tiny_model, with_gradient
 
 SIZES: dict[str, Any] = {

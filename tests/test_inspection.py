@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pe_rlhf.backbone import load_backbone
-from pe_rlhf.inspection import inspect_inits, spectrum_position
-from pe_rlhf.seeding import derive_seed
+from pe_rlhf.adapters.inspection import inspect_inits, spectrum_position
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.system.seeding import derive_seed
 from tests.adapters.first_steps import best_cosine, cosine, first_update
 from tests.adapters.test_gradients import brute_force
 from tests.runs import Outcome, recipe, write_recipe

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pe_rlhf.checkpoint import load_checkpoint
+from pe_rlhf.runs.checkpoint import load_checkpoint
 from tests.runs import Outcome, contents, read_jsonl, recipe, write_jsonl, write_recipe
 
 Cli = Callable[..., Outcome]
@@ -128,7 +128,7 @@ def test_a_mistake_of_ours_is_not_dressed_up(cli: Cli, tmp_path: Path, monkeypat
     def broken(context: object) -> dict[str, Any]:
         raise AssertionError("ours")
 
-    monkeypatch.setitem(sys.modules["pe_rlhf.stages.run"].RUN, "ppo", broken)
+    monkeypatch.setitem(sys.modules["pe_rlhf.stages.pipeline"].RUN, "ppo", broken)
     with pytest.raises(AssertionError, match="ours"):
         cli("run", write_recipe(tmp_path, recipe("ppo")), "--run-dir", "out")
 

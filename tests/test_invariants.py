@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from pe_rlhf.adapters.anchored import Scaling
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.types import Sequences, micro_batches
+from pe_rlhf.adapters.lora.anchored import Scaling
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.micro_batches import micro_batches
+from pe_rlhf.types import Sequences
 from tests.tiny import (
     ALL_INITS,
     PAD,

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pe_rlhf.config import JudgeConfig
-from pe_rlhf.judging import build_judge, reward_scores
+from pe_rlhf.scoring.model_judges import build_judge, reward_scores
 from reward.errors import InputError
 from reward.judges import Comparison
-from reward.judges.registry import register_judge
+from reward.judges.judge_registry import register_judge
 from reward.judges.reward_model import reward_model_judge
 from reward.judges.templates import JudgePrompt
 from tests.stages.support import byte_model

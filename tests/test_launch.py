@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pe_rlhf.recipes import load_deepspeed_config
+from pe_rlhf.config.load import load_deepspeed_config
 from reward.errors import InputError
 from tests.runs import Outcome, recipe, write_recipe
 

@@ -1,14 +1,33 @@
-"""The arrows between the packages: walk every import and fail where one points the wrong way."""
+"""The rooms of the package: one ordered list, from which every import that is allowed follows."""
 
 import ast
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("pe_rlhf", "reward")
+
+# A room imports only rooms before it. `reward` stands beside the list: it imports nothing of pe_rlhf.
+ORDER = (
+    *("types", "algo", "system", "config", "adapters", "model", "optim", "data"),
+    *("rollout", "runs", "report", "scoring", "evaluation", "comparison", "stages", "cli"),
+)
+ONLY_IN = {
+    "vllm": ("pe_rlhf/rollout/vllm/worker.py",),
+    "deepspeed": ("pe_rlhf/optim/zero.py",),
+    "trl": ("pe_rlhf/stages/sft_trainer.py",),
+    "matplotlib": ("pe_rlhf/report/", "pe_rlhf/comparison/page/", "pe_rlhf/stages/inspect.py"),
+    "pe_rlhf.stages": ("pe_rlhf/stages/", "pe_rlhf/cli/"),
+}
+WITHOUT_TORCH = (
+    *("pe_rlhf", "pe_rlhf.cli", "pe_rlhf.config", "pe_rlhf.config.load"),
+    *("pe_rlhf.system.processes", "pe_rlhf.system.files", "pe_rlhf.system.progress", "pe_rlhf.system.failures"),
+    *("pe_rlhf.report.run_page", "pe_rlhf.report.evaluation_page", "pe_rlhf.runs.metrics"),
+)
 
 
 def imports(path: Path, root: Path = ROOT) -> Iterator[str]:
@@ -38,16 +57,58 @@ def importing(module: str) -> set[str]:
     """The files of the packages that import a module or anything in it."""
     return {
         path.relative_to(ROOT).as_posix()
-        for path in files(*PACKAGES)
+        for path in files("pe_rlhf", "reward")
         if any(name == module or name.startswith(f"{module}.") for name in imports(path))
     }
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_a_room_imports_only_rooms_before_it() -> None:
+    upward = set()
+    for path in files(*(f"pe_rlhf/{room}" for room in ORDER if room != "types")):
+        own = ORDER.index(path.relative_to(ROOT / "pe_rlhf").parts[0])
+        for name in imports(path):
+            room = name.split(".")[1] if name.startswith("pe_rlhf.") else None
+            if room in ORDER and ORDER.index(room) > own:
+                upward.add((path.relative_to(ROOT).as_posix(), name))
+    assert upward == set()
+
+
+def test_every_folder_is_a_room_and_few_files_stand_outside() -> None:
+    package = ROOT / "pe_rlhf"
+    rooms = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
+    assert rooms == set(ORDER) - {"types"}
+    assert {path.name for path in package.glob("*.py")} == {"__init__.py", "__main__.py", "types.py"}
+
+
+def test_no_circle_of_modules_not_even_for_types() -> None:
+    modules = {module_name(path): path for path in files("pe_rlhf", "reward")}
+    arrows: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        named = (name if name in modules else name.rpartition(".")[0] for name in imports(path))
+        arrows[module] = {name for name in named if name in modules} - {module}
+    free: set[str] = set()
+    while ready := {module for module in arrows.keys() - free if arrows[module] <= free}:
+        free |= ready
+    assert arrows.keys() - free == set()
+
+
+def test_one_name_is_one_file() -> None:
+    # A section of the recipe and the stage that it configures share a name; nothing else does.
+    counted = Counter(p.name for p in files("pe_rlhf", "reward") if p.name != "__init__.py")
+    stages = {path.name for path in files("pe_rlhf/config")} & {path.name for path in files("pe_rlhf/stages")}
+    assert {name: n for name, n in counted.items() if n > (2 if name in stages else 1)} == {}
 
 
 def test_reward_knows_nothing_of_pe_rlhf() -> None:
     assert {name for name in importing("pe_rlhf") if name.startswith("reward/")} == set()
 
 
-def test_algo_imports_torch_and_types_alone() -> None:
+def test_algo_imports_torch_and_types_only() -> None:
     allowed = sys.stdlib_module_names | {"torch"}
     own = ("pe_rlhf.types", "pe_rlhf.algo")
     wrong = {
@@ -59,21 +120,16 @@ def test_algo_imports_torch_and_types_alone() -> None:
     assert wrong == set()
 
 
-@pytest.mark.parametrize(
-    ("module", "place"),
-    [
-        ("vllm", "pe_rlhf/rollout/vllm.py"),
-        ("deepspeed", "pe_rlhf/engine.py"),
-        ("trl", "pe_rlhf/stages/sft_trainer.py"),
-    ],
-)
-def test_one_place_imports_it(module: str, place: str) -> None:
-    assert importing(module) <= {place}
+@pytest.mark.parametrize(("module", "places"), ONLY_IN.items(), ids=ONLY_IN)
+def test_a_heavy_library_is_imported_in_its_place_only(module: str, places: tuple[str, ...]) -> None:
+    assert {name for name in importing(module) if not name.startswith(places)} == set()
 
 
-def test_only_the_command_line_knows_the_stages() -> None:
-    inside = ("pe_rlhf/stages/", "pe_rlhf/commands/")
-    assert {name for name in importing("pe_rlhf.stages") if not name.startswith(inside)} == set()
+def test_what_shows_help_imports_no_torch() -> None:
+    script = "import sys\n" + "\n".join(f"import {module}" for module in WITHOUT_TORCH)
+    script += "\nprint([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_rlhf.adapters.wrapped import WrappedLayer
-from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.adapters.layer import WrappedLayer
 from pe_rlhf.config import SamplingConfig
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout import hf
 from pe_rlhf.rollout.hf import HFRollout
 from reward.errors import InputError

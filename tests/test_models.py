@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pe_rlhf import models
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.models import PIP_MODELS, PipModel, cache_dir, resolve_model
+from pe_rlhf.model import names as models
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.names import PIP_MODELS, PipModel, resolve_model
+from pe_rlhf.system.cache import cache_dir
 from reward.errors import InputError
 from tests.tiny import VOCABULARY, tiny_model
 

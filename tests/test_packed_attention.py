@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DogeConfig, DogeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.types import Sequences, micro_batches
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.micro_batches import micro_batches
+from pe_rlhf.types import Sequences
 from tests.runs import read_jsonl
 from tests.stages.support import run
 from tests.stages.test_reward import learnable, recipe

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pe_rlhf.packing import Packing, common_length, find_prefixes
+from pe_rlhf.model.fast.packing import Packing, common_length, find_prefixes
 from pe_rlhf.types import Sequences
 from tests.tiny import (
     PAD,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pe_rlhf.config import SamplingConfig
-from pe_rlhf.policies import EndpointPolicy
+from pe_rlhf.evaluation.sources import EndpointPolicy
 from tests.reward.chat_server import KEY, ChatServer, running
 
 PROMPT = "{}\n[Response A]\ngood\n[End of response A]\n[Response B]\nbad\n[End of response B]"  # one that it can read

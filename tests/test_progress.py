@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from pe_rlhf import progress as module
-from pe_rlhf.progress import progress, say
+from pe_rlhf.system import progress as module
+from pe_rlhf.system.progress import progress, say
 
 LINE = re.compile(r"ppo: (\d+)/10, \d+\.\d steps/s, (\d+) s left")
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from pe_rlhf.adapters.wrapped import WrappedLayer
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.cli import app
+from pe_rlhf.adapters.layer import WrappedLayer
+from pe_rlhf.cli.main import app
 from pe_rlhf.config import SamplingConfig
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from reward.errors import InputError
 from tests.runs import read_jsonl, recipe, write_recipe

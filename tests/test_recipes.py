@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pe_rlhf.config import Recipe
-from pe_rlhf.recipes import bundled, find_recipe, load_recipe, read_tree, save_recipe
+from pe_rlhf.config.load import bundled, find_recipe, load_recipe, read_tree, save_recipe
 from reward.errors import InputError
 from tests.runs import recipe, write_recipe
 

@@ -12,8 +12,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from pe_rlhf.report import write_report
-from pe_rlhf.wording import duration, number
+from pe_rlhf.report.format import duration, number
+from pe_rlhf.report.run_page import write_report
 from reward.errors import InputError
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from reward.errors import InputError
 from tests.tiny import INITS, ROLES, backbone_with, perturb, randomise_head, role_logits, tiny_model, train_role
 

@@ -15,11 +15,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.checkpoint import save_role
 from pe_rlhf.config import RewardSource
-from pe_rlhf.scoring import AdapterScorer, ModelScorer, make_scorer
-from pe_rlhf.text import TextCodec
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.runs.saved_roles import save_role
+from pe_rlhf.scoring.scorers import AdapterScorer, ModelScorer, make_scorer
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from tests.stages.support import byte_model

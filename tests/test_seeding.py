@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from pe_rlhf.seeding import derive_seed, permutation, seeded
+from pe_rlhf.system.seeding import derive_seed, permutation, seeded
 
 
 def test_derived_seed_is_a_fixed_function_of_its_text() -> None:

@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pe_rlhf.backbone import load_backbone
-from pe_rlhf.checkpoint import load_role
-from pe_rlhf.models import resolve_model
-from pe_rlhf.recipes import bundled, load_recipe
+from pe_rlhf.config.load import bundled, load_recipe
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.model.names import resolve_model
+from pe_rlhf.runs.saved_roles import load_role
 from tests.runs import Outcome, read_jsonl, without_time
 
 Cli = Callable[..., Outcome]

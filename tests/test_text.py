@@ -9,7 +9,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pe_rlhf.text import TextCodec, transcript
+from pe_rlhf.data.codec import TextCodec, transcript
 from reward.errors import InputError
 from reward.records import Message
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.trunk import FrozenTrunk
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.fast.trunk import FrozenTrunk
 from tests.runs import Tree, read_jsonl
 from tests.stages.support import run
 from tests.stages.test_reward import learnable, recipe

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pe_rlhf.types import Rollout, Sequences, micro_batches
+from pe_rlhf.model.micro_batches import micro_batches
+from pe_rlhf.types import Rollout, Sequences
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 RESPONSES = [[20, 21], [22, 23, 24, 0], [25]]  # 0 is also the pad id below: a real token may look like padding

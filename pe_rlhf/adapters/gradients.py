@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.statistics import InputMoments, LayerStatistics, Need
+from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics, Need
 from reward.errors import InputError
 
 GROUPS = 16

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pe_rlhf.models import cache_dir
+from pe_rlhf.system.cache import cache_dir
 
 # How many directions at each end of the spectrum are kept, unless more are asked for: all ranks up to this find theirs.
 WIDTH = 64

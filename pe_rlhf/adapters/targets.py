@@ -7,7 +7,7 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
-from pe_rlhf.adapters.wrapped import WrappedLayer, is_wrappable
+from pe_rlhf.adapters.layer import WrappedLayer, is_wrappable
 from reward.errors import InputError
 
 # What the model families call the module that holds the attention projections.

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from pe_rlhf.comparison.collapse import find_collapses
-from pe_rlhf.comparison.pairs import Measure, compare_pairs
-from pe_rlhf.comparison.statistics import (
+from pe_rlhf.comparison.paired_runs import Measure, compare_pairs
+from pe_rlhf.comparison.run_result import Analysis, ArmResult, Estimate, Row, RunResult
+from pe_rlhf.comparison.run_statistics import (
     SHARE,
     UNBOUNDED,
     Range,
@@ -25,7 +26,6 @@ from pe_rlhf.comparison.statistics import (
     two_way_estimate,
 )
 from pe_rlhf.comparison.trajectory import at_kl, highest_kl, known, last_quarter, to_target
-from pe_rlhf.comparison.types import Analysis, ArmResult, Estimate, Row, RunResult
 from pe_rlhf.config.compare import CollapseConfig, CompareConfig
 
 Figures = Iterable[float | None]

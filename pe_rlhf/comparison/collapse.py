@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 
+from pe_rlhf.comparison.run_result import Collapse, CollapseKind, RunResult
 from pe_rlhf.comparison.trajectory import known, last_quarter, last_step, rows_with
-from pe_rlhf.comparison.types import Collapse, CollapseKind, RunResult
 from pe_rlhf.config.compare import CollapseConfig
-from pe_rlhf.report import judge_turned_down, over_optimisation
-from pe_rlhf.wording import number, percent
+from pe_rlhf.report.format import number, percent
+from pe_rlhf.report.run_page import over_optimisation
+from pe_rlhf.runs.over_optimisation import judge_turned_down
 
 # The messages of engine.py, stages/reward.py, rollout/ and reward/judges/functions.py; and that of stages/ppo.py.
 NOT_FINITE = re.compile(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pe_rlhf.comparison.drift import drift_of_run
 from pe_rlhf.comparison.plan import Plan, PlannedRun
+from pe_rlhf.comparison.run_result import Row, RunResult
 from pe_rlhf.comparison.runner import located, state_of
 from pe_rlhf.comparison.trials import Choice
-from pe_rlhf.comparison.types import Row, RunResult
-from pe_rlhf.metrics import read_jsonl, read_summary
+from pe_rlhf.runs.metrics import read_jsonl, read_summary
 from reward.errors import InputError
 
 LEARNING_RATES = ("ppo.learning_rate", "ppo.value_learning_rate")

@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pe_rlhf.adapters.inits.svd import Directions, bottom_directions, top_directions
-from pe_rlhf.backbone import Backbone
-from pe_rlhf.base_model import load_base, starting_model
-from pe_rlhf.checkpoint import load_role
-from pe_rlhf.comparison.types import Row
+from pe_rlhf.adapters.lora.inits.svd import Directions, bottom_directions, top_directions
+from pe_rlhf.comparison.run_result import Row
 from pe_rlhf.config import Recipe
-from pe_rlhf.metrics import write_json
-from pe_rlhf.progress import say
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.runs.metrics import write_json
+from pe_rlhf.runs.saved_roles import load_base, load_role, starting_model
+from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
 FILE = "drift.json"

@@ -16,7 +16,7 @@ from typing import Any
 
 from pe_rlhf.config import STAGES, CompareConfig, PPOConfig, Recipe
 from pe_rlhf.config.compare import SHORT_KEYS
-from pe_rlhf.recipes import make_recipe, read_tree, set_key
+from pe_rlhf.config.load import make_recipe, read_tree, set_key
 from reward.errors import InputError
 
 Tree = dict[str, Any]

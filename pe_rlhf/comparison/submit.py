@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pe_rlhf.comparison.plan import Plan
-from pe_rlhf.recipes import bundled
+from pe_rlhf.config.load import bundled
 from reward.errors import InputError
 
 SCRIPT = "slurm_compare.sbatch"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pe_rlhf.comparison.plan import Plan, PlannedRun
 from pe_rlhf.comparison.runner import Share, refuse_changed, run_all, run_to_end, state_of
 from pe_rlhf.comparison.trials import choose
-from pe_rlhf.metrics import read_summary
-from pe_rlhf.progress import say
+from pe_rlhf.runs.metrics import read_summary
+from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
 

@@ -6,7 +6,7 @@ import math
 from statistics import fmean
 from typing import Any
 
-from pe_rlhf.comparison.types import Row, RunResult
+from pe_rlhf.comparison.run_result import Row, RunResult
 
 PHASES = ("seconds_rollout", "seconds_score", "seconds_update")
 

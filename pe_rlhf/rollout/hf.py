@@ -11,12 +11,12 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from pe_rlhf.backbone import Backbone
-from pe_rlhf.causal_lm import position_arguments, turns_by_length
 from pe_rlhf.config import RolloutConfig, SamplingConfig
-from pe_rlhf.distributed import is_sharded
-from pe_rlhf.errors import TrainingError
-from pe_rlhf.seeding import derive_seed
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.loading import position_arguments, turns_by_length
+from pe_rlhf.system.distributed import is_sharded
+from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.seeding import derive_seed
 from pe_rlhf.types import FinishReason, Rollout
 from reward.errors import InputError
 

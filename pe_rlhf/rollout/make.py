@@ -6,14 +6,14 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import BackboneConfig, EngineConfig, SamplingConfig
-from pe_rlhf.distributed import is_sharded
-from pe_rlhf.rollout.base import RolloutEngine
-from pe_rlhf.rollout.embedded import EmbeddedVLLM
+from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.rollout.requests import sync_mode
-from pe_rlhf.rollout.server import ServerVLLM
+from pe_rlhf.rollout.interface import RolloutEngine
+from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
+from pe_rlhf.rollout.vllm.requests import sync_mode
+from pe_rlhf.rollout.vllm.server import ServerVLLM
+from pe_rlhf.system.distributed import is_sharded
 from reward.errors import InputError
 
 

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pe_rlhf.backbone import Backbone
-from pe_rlhf.base_model import load_base, starting_model
 from pe_rlhf.config import DataSource, Recipe, SamplingConfig
-from pe_rlhf.data import load_prompts
-from pe_rlhf.distributed import world_size
-from pe_rlhf.engine import shard_base
-from pe_rlhf.metrics import MetricsWriter
-from pe_rlhf.progress import say
-from pe_rlhf.recipes import load_deepspeed_config
-from pe_rlhf.rollout.base import RolloutEngine
+from pe_rlhf.config.load import load_deepspeed_config
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.rows import load_prompts
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.optim.zero import shard_base
+from pe_rlhf.rollout.data_parallel import split
+from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.make import make_rollout
-from pe_rlhf.rollout.split import split
-from pe_rlhf.text import TextCodec
+from pe_rlhf.runs.metrics import MetricsWriter
+from pe_rlhf.runs.saved_roles import load_base, starting_model
+from pe_rlhf.system.distributed import world_size
+from pe_rlhf.system.progress import say
 from reward.errors import InputError
 from reward.records import Prompt
 

@@ -10,21 +10,21 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from pe_rlhf.adapters.build import AdapterSpec
 from pe_rlhf.adapters.gradients import Probe
-from pe_rlhf.adapters.registry import get_init, init_names
+from pe_rlhf.adapters.inspection import InitFigures, Inspection, inspect_inits
+from pe_rlhf.adapters.lora.init_registry import get_init, init_names
+from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.adapters.targets import find_targets
-from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import AdapterConfig, Recipe
-from pe_rlhf.files import write_whole
-from pe_rlhf.inspection import InitFigures, Inspection, inspect_inits
-from pe_rlhf.plots import MUTED, SERIES, Plot, plot_figure
-from pe_rlhf.progress import progress
-from pe_rlhf.scoring import make_scorer
-from pe_rlhf.seeding import derive_seed
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.report.charts import MUTED, SERIES, Plot, plot_figure
+from pe_rlhf.scoring.scorers import make_scorer
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.init_statistics import AnchorRollouts, reward_statistics
+from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics
 from pe_rlhf.stages.reward import load_pairs
+from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.progress import progress
+from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 
 # One pass holds the whole batch: the kernel is between all its samples.
@@ -63,7 +63,7 @@ def inits_named(text: str, adapter: AdapterConfig) -> list[str]:
 def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Path:
     """Write the figures as a self-contained HTML page, and beside it as JSON."""
     page = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        loader=FileSystemLoader(Path(__file__).parents[1] / "report" / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -12,26 +12,27 @@ import time
 from typing import Any
 
 from pe_rlhf.algo.kl import adapt_beta
-from pe_rlhf.backbone import Backbone
-from pe_rlhf.checkpoint import load_checkpoint, roles_in, save_checkpoint, save_role, with_prefix, without_prefix
 from pe_rlhf.config import AdapterConfig, KLConfig, PPOConfig
-from pe_rlhf.distributed import on_main
-from pe_rlhf.engine import Engine, RoleGroup
-from pe_rlhf.errors import Stopped, TrainingError
-from pe_rlhf.interruption import stop_requests
-from pe_rlhf.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
-from pe_rlhf.progress import progress, say
-from pe_rlhf.resources import peak_memory
-from pe_rlhf.scoring import make_scorer
-from pe_rlhf.seeding import derive_seed
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.prompt_order import PromptOrder
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint, with_prefix, without_prefix
+from pe_rlhf.runs.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
+from pe_rlhf.runs.saved_roles import save_role
+from pe_rlhf.scoring.scorers import make_scorer
+from pe_rlhf.stages.add_roles import add_critic, add_role
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.init_statistics import AnchorRollouts
-from pe_rlhf.stages.judge_eval import JudgeEvaluation
+from pe_rlhf.stages.init_batches import AnchorRollouts
+from pe_rlhf.stages.judge_during_ppo import JudgeEvaluation
 from pe_rlhf.stages.ppo_collect import collect
 from pe_rlhf.stages.ppo_update import update
-from pe_rlhf.stages.prompt_order import PromptOrder
-from pe_rlhf.stages.roles import add_critic, add_role
-from pe_rlhf.text import TextCodec
+from pe_rlhf.system.distributed import on_main
+from pe_rlhf.system.failures import Stopped, TrainingError
+from pe_rlhf.system.memory import peak_memory
+from pe_rlhf.system.progress import progress, say
+from pe_rlhf.system.seeding import derive_seed
+from pe_rlhf.system.stop_signals import stop_requests
 from pe_rlhf.types import Experience, Rollout
 from reward.records import Prompt
 

@@ -12,13 +12,13 @@ from pe_rlhf.algo.gae import gae
 from pe_rlhf.algo.kl import kl_estimate
 from pe_rlhf.algo.masked import explained_variance, masked_mean, masked_var, masked_whiten
 from pe_rlhf.algo.rewards import adjust_scores, shape_rewards
-from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
-from pe_rlhf.distributed import sum_over_ranks
-from pe_rlhf.errors import TrainingError
-from pe_rlhf.rollout.agreement import agreement
-from pe_rlhf.scoring import Scorer
-from pe_rlhf.text import TextCodec
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.rollout.mismatch_limit import agreement
+from pe_rlhf.scoring.scorers import Scorer
+from pe_rlhf.system.distributed import sum_over_ranks
+from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.types import Experience, Rollout, Sequences
 from reward.records import Prompt
 

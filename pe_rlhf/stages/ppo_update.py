@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.algo.kl import kl_estimate
-from pe_rlhf.algo.losses import policy_loss, value_loss
-from pe_rlhf.backbone import Backbone
+from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
 from pe_rlhf.config import PPOConfig
-from pe_rlhf.distributed import concat_over_ranks, sum_figures
-from pe_rlhf.engine import Engine
-from pe_rlhf.rollout.agreement import agreement
-from pe_rlhf.seeding import permutation
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.optim.role_optimizer import Engine
+from pe_rlhf.rollout.mismatch_limit import agreement
+from pe_rlhf.system.distributed import concat_over_ranks, sum_figures
+from pe_rlhf.system.seeding import permutation
 from pe_rlhf.types import Experience
 
 TOTALS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "entropy")

@@ -11,15 +11,15 @@ import math
 import time
 from typing import Any
 
-from pe_rlhf.distributed import on_main
-from pe_rlhf.files import write_whole
-from pe_rlhf.judging import ask_judge, build_judge
-from pe_rlhf.metrics import write_json
-from pe_rlhf.processes import is_main
-from pe_rlhf.progress import progress
-from pe_rlhf.resources import peak_memory
-from pe_rlhf.seeding import derive_seed
+from pe_rlhf.runs.metrics import write_json
+from pe_rlhf.scoring.model_judges import ask_judge, build_judge
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.system.distributed import on_main
+from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.memory import peak_memory
+from pe_rlhf.system.processes import is_main
+from pe_rlhf.system.progress import progress
+from pe_rlhf.system.seeding import derive_seed
 from reward.asking import Pair, make_pairs
 from reward.errors import InputError
 from reward.summary import Outcome

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pe_rlhf.backbone import Backbone
-from pe_rlhf.checkpoint import load_checkpoint, roles_in, save_checkpoint, save_role, with_prefix, without_prefix
 from pe_rlhf.config import DataSource, RewardConfig
-from pe_rlhf.data import hold_out, load_preferences, note_bad_rows
-from pe_rlhf.distributed import on_main, rank, sum_figures, sum_over_ranks
-from pe_rlhf.engine import Engine, RoleGroup
-from pe_rlhf.errors import Stopped, TrainingError
-from pe_rlhf.interruption import stop_requests
-from pe_rlhf.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
-from pe_rlhf.packing import kept_tokens
-from pe_rlhf.progress import progress, say
-from pe_rlhf.resources import peak_memory
-from pe_rlhf.seeding import permutation, seeded
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.preference_pairs import Pairs, encode_pairs
+from pe_rlhf.data.rows import hold_out, load_preferences, note_bad_rows
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint, with_prefix, without_prefix
+from pe_rlhf.runs.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
+from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages import preferences
+from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.init_statistics import reward_statistics
-from pe_rlhf.stages.roles import add_role
-from pe_rlhf.text import TextCodec, cut_pair
+from pe_rlhf.stages.init_batches import reward_statistics
+from pe_rlhf.system.distributed import on_main, rank, sum_figures, sum_over_ranks
+from pe_rlhf.system.failures import Stopped, TrainingError
+from pe_rlhf.system.memory import peak_memory
+from pe_rlhf.system.progress import progress, say
+from pe_rlhf.system.seeding import permutation, seeded
+from pe_rlhf.system.stop_signals import stop_requests
 from pe_rlhf.types import Sequences
 from reward.calibration import accuracy_interval, expected_calibration_error, reliability_table
 from reward.errors import InputError
@@ -42,46 +43,6 @@ from reward.records import PreferenceRecord
 
 ROLE = "reward"
 RELIABILITY = "reliability.jsonl"  # the reliability table of each evaluation
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Tokenised preference pairs; row i of both is one pair."""
-
-    chosen: list[tuple[list[int], list[int]]]
-    rejected: list[tuple[list[int], list[int]]]
-    margins: list[float]
-    chosen_trunks: list[Tensor] = field(default_factory=list)
-    rejected_trunks: list[Tensor] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def tokens(self) -> int:
-        """Tokens of all prompts and responses."""
-        return sum(len(prompt) + len(response) for prompt, response in self.chosen + self.rejected)
-
-    def budget_lengths(self, rows: list[int], packed: bool) -> Tensor:
-        """How many tokens _B of a budget each of those pairs takes up: all, or the prompt once and both responses."""
-        found = []
-        for (prompt, chosen), (other, rejected) in ((self.chosen[i], self.rejected[i]) for i in rows):
-            both = len(prompt) + len(chosen), len(other) + len(rejected)
-            if not packed:
-                found.append(2 * max(both))
-            elif prompt == other:
-                shared = len(prompt) - 1
-                found.append(sum(both) - shared + 2 * kept_tokens(shared))
-            else:
-                found.append(sum(both))
-        return torch.tensor(found)
-
-    def pack(self, rows: list[int], pad_id: int) -> Sequences:
-        """Chosen responses of those rows, then the rejected ones, with their trunks where they were kept."""
-        both = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
-        trunks = None
-        if self.chosen_trunks:
-            trunks = [self.chosen_trunks[i] for i in rows] + [self.rejected_trunks[i] for i in rows]
-        return Sequences.pack([prompt for prompt, _ in both], [response for _, response in both], pad_id, trunks)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -272,15 +233,6 @@ def _records(folder: Path, source: DataSource, key: str, config: RewardConfig) -
     records, bad = load_preferences(source, key, config.max_bad_share)
     note_bad_rows(folder, key, bad)
     return records
-
-
-def encode_pairs(records: list[PreferenceRecord], codec: TextCodec, limit: int) -> Pairs:
-    """Token ids of all records, each response with its prompt cut to `limit` tokens."""
-    chosen, rejected = [], []
-    for record in records:
-        chosen.append(cut_pair(*codec.encode_pair(record.prompt, record.chosen, record.chosen_truncated), limit))
-        rejected.append(cut_pair(*codec.encode_pair(record.prompt, record.rejected, record.rejected_truncated), limit))
-    return Pairs(chosen, rejected, [record.margin or 0.0 for record in records])
 
 
 def _resume(context: StageContext, backbone: Backbone, engine: Engine) -> tuple[int, float]:

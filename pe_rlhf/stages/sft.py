@@ -19,22 +19,21 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pe_rlhf.adapters.build import AdapterSpec
+from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.adapters.targets import find_targets
-from pe_rlhf.base_model import SFT_MODEL, load_base
-from pe_rlhf.checkpoint import save_role
 from pe_rlhf.config import DataSource, SFTConfig
-from pe_rlhf.data import hold_out, load_examples, note_bad_rows
-from pe_rlhf.errors import Stopped
-from pe_rlhf.examples import Example
-from pe_rlhf.export import write_merged
-from pe_rlhf.interruption import StopRequest, stop_requests
-from pe_rlhf.metrics import MetricsWriter, read_jsonl, write_json
-from pe_rlhf.progress import Advance, progress, say
-from pe_rlhf.resources import peak_memory
-from pe_rlhf.seeding import permutation
+from pe_rlhf.data.codec import TextCodec, cut_pair
+from pe_rlhf.data.examples import Example
+from pe_rlhf.data.rows import hold_out, load_examples, note_bad_rows
+from pe_rlhf.runs.export import write_merged
+from pe_rlhf.runs.metrics import MetricsWriter, read_jsonl, write_json
+from pe_rlhf.runs.saved_roles import SFT_MODEL, load_base, save_role
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.text import TextCodec, cut_pair
+from pe_rlhf.system.failures import Stopped
+from pe_rlhf.system.memory import peak_memory
+from pe_rlhf.system.progress import Advance, progress, say
+from pe_rlhf.system.seeding import permutation
+from pe_rlhf.system.stop_signals import StopRequest, stop_requests
 from reward.errors import InputError
 
 if TYPE_CHECKING:

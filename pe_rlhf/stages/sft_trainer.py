@@ -27,15 +27,15 @@ from transformers.utils import logging as transformers_logging
 from trl.trainer.sft_config import SFTConfig as TRLConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from pe_rlhf.adapters.lora_plus import learning_rate_groups
+from pe_rlhf.adapters.lora.lora_plus import learning_rate_groups
 from pe_rlhf.adapters.targets import find_targets
-from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import AdapterConfig, BackboneConfig, SFTConfig
-from pe_rlhf.engine import schedule_factor
-from pe_rlhf.errors import TrainingError
-from pe_rlhf.metrics import write_json
-from pe_rlhf.progress import say
-from pe_rlhf.seeding import derive_seed
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.optim.role_optimizer import schedule_factor
+from pe_rlhf.runs.metrics import write_json
+from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.progress import say
+from pe_rlhf.system.seeding import derive_seed
 
 SEAL = "sealed.json"
 KEPT = 2

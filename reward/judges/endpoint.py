@@ -19,8 +19,8 @@ import tenacity
 from openai.types.chat import ChatCompletion
 
 from reward.errors import InputError, JudgeError
+from reward.judges.judge_registry import JudgeSettings
 from reward.judges.llm import Completion
-from reward.judges.registry import JudgeSettings
 from reward.records import Message
 
 LONGEST_PAUSE = 60.0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe_rlhf.backbone import Backbone
+from pe_rlhf.model.backbone import Backbone
 from tests.tiny import ALL_INITS
 
 

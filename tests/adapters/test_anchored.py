@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pe_rlhf.adapters.anchored import AnchoredLoRA, lora_scale
-from pe_rlhf.adapters.build import AdapterSpec, new_adapter, saved_adapter
-from pe_rlhf.adapters.statistics import InputMoments, LayerStatistics
-from pe_rlhf.adapters.wrapped import RoleState, WrappedLayer, count_trainable, merged_weight, weight_out_in
+from pe_rlhf.adapters.layer import RoleState, WrappedLayer, count_trainable, merged_weight, weight_out_in
+from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics
+from pe_rlhf.adapters.lora.anchored import AnchoredLoRA, lora_scale
+from pe_rlhf.adapters.specs import AdapterSpec, new_adapter, saved_adapter
 from tests.tiny import ALL_INITS
 
 IN, OUT, RANK, SCALE = 12, 20, 3, 1.5

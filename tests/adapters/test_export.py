@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from pe_rlhf.adapters.layer import WrappedLayer, merged_weight
 from pe_rlhf.adapters.targets import Targets
-from pe_rlhf.adapters.wrapped import WrappedLayer, merged_weight
-from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from tests.tiny import (
     ALL_INITS,
     EOS,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
-from pe_rlhf.adapters.statistics import LayerStatistics
-from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.adapters.layer_statistics import LayerStatistics
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from tests.adapters.first_steps import assert_none_is_closer_than_lora_ga
 from tests.tiny import add_role, ragged_sequences, rows_of, statistics_for, tiny_model
 

@@ -12,11 +12,11 @@ from peft.tuners.lora.config import LoraGAConfig
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.inits.corda import damped_inverse
-from pe_rlhf.adapters.inits.cross_task import shared_directions
-from pe_rlhf.adapters.registry import INITS, InitContext, get_init, register_init
-from pe_rlhf.adapters.statistics import InputMoments, LayerStatistics
-from pe_rlhf.backbone import load_backbone
+from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics
+from pe_rlhf.adapters.lora.init_registry import INITS, InitContext, get_init, register_init
+from pe_rlhf.adapters.lora.inits.corda import damped_inverse
+from pe_rlhf.adapters.lora.inits.cross_task import shared_directions
+from pe_rlhf.model.backbone import load_backbone
 from reward.errors import InputError
 from tests.adapters.first_steps import best_cosine, cosine, first_update, matrix
 from tests.tiny import ALL_INITS, tiny_model
@@ -277,7 +277,9 @@ def test_options_that_an_init_has_not() -> None:
 
 
 def test_an_init_that_gives_other_shapes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pe_rlhf.adapters.registry.INITS", dict(INITS))  # what is registered goes with the test
+    monkeypatch.setattr(
+        "pe_rlhf.adapters.lora.init_registry.INITS", dict(INITS)
+    )  # what is registered goes with the test
     register_init("wrong_for_a_test", lambda context: (context.weight_OI, context.weight_OI))
     with pytest.raises(InputError, match=r"gave A and B of shapes \(24, 16\) and \(24, 16\) where \(2, 16\)"):
         run("wrong_for_a_test", matrix((24, 16)), 2)

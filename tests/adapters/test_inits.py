@@ -7,10 +7,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_rlhf.adapters.anchored import lora_scale
-from pe_rlhf.adapters.inits import INITS, register_init
-from pe_rlhf.adapters.registry import InitContext, get_init
-from pe_rlhf.backbone import load_backbone
+from pe_rlhf.adapters.lora.anchored import lora_scale
+from pe_rlhf.adapters.lora.init_registry import InitContext, get_init
+from pe_rlhf.adapters.lora.inits import INITS, register_init
+from pe_rlhf.model.backbone import load_backbone
 from reward.errors import InputError
 from tests.tiny import tiny_model
 

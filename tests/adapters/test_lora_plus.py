@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.engine import Engine, RoleGroup
+from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
 
 
 def test_every_b_takes_steps_of_its_own_size() -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pe_rlhf.adapters.registry import INITS, get_init, init_names
-from pe_rlhf.backbone import load_backbone
+from pe_rlhf.adapters.lora.init_registry import INITS, get_init, init_names
+from pe_rlhf.model.backbone import load_backbone
 from reward.errors import InputError
 from tests.tiny import tiny_model
 
 SOURCE = '''
 import torch
-from pe_rlhf.adapters.registry import InitContext, register_init
+from pe_rlhf.adapters.lora.init_registry import InitContext, register_init
 
 
 @register_init("half")

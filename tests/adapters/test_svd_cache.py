@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pe_rlhf.adapters import svd_cache
-from pe_rlhf.adapters.inits.svd import bottom_directions, top_directions
+from pe_rlhf.adapters.lora.inits.svd import bottom_directions, top_directions
 from tests.adapters.first_steps import matrix
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from pe_rlhf.adapters.targets import Targets, find_targets, linear_modules
-from pe_rlhf.backbone import load_backbone
+from pe_rlhf.model.backbone import load_backbone
 from reward.errors import InputError
 from tests.tiny import tiny_model
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pe_rlhf.algo.losses import policy_loss, value_loss
+from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
 
 # ρ = 1.5, 0.5, 1.1, 1.5, 0.5 under ε = 0.2
 OLD_LOGPROBS_N = torch.tensor([-2.0, -1.0, -0.5, -1.5, -1.0])

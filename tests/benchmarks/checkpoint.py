@@ -24,10 +24,10 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.checkpoint import load_checkpoint, save_checkpoint, with_prefix
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.engine import Engine, RoleGroup
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.runs.checkpoint import load_checkpoint, save_checkpoint, with_prefix
 
 ROLES = ("policy", "value")
 

@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
-from pe_rlhf.adapters.registry import get_init, init_names
-from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.adapters.lora.init_registry import get_init, init_names
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.types import Sequences
 
 BLOCKS_7B, SHAPES_7B = 32, [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]

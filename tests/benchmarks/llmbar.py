@@ -10,8 +10,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from pe_rlhf.judging import build_judge
-from pe_rlhf.progress import progress
+from pe_rlhf.scoring.model_judges import build_judge
+from pe_rlhf.system.progress import progress
 from reward.agreement import agreement
 from reward.asking import Pair, judge_pairs
 

@@ -13,22 +13,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pe_rlhf.processes import openmp_environment
+from pe_rlhf.system.processes import openmp_environment
 
 os.environ |= openmp_environment()  # as the command line does; before torch is imported
 
 import torch
 
-from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import DataSource, PPOConfig, RewardConfig, RolloutConfig
-from pe_rlhf.data import load_prompts, load_rows
-from pe_rlhf.engine import Engine, RoleGroup
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.preference_pairs import Pairs, encode_pairs
+from pe_rlhf.data.rows import load_prompts, load_rows
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.scoring import AdapterScorer
+from pe_rlhf.scoring.scorers import AdapterScorer
 from pe_rlhf.stages.ppo_collect import collect
 from pe_rlhf.stages.ppo_update import update
-from pe_rlhf.stages.reward import Pairs, accumulate, encode_pairs
-from pe_rlhf.text import TextCodec
+from pe_rlhf.stages.reward import accumulate
 from reward.records import load_records
 
 PROMPTS, NEW_TOKENS, PAIRS, MAX_TOKENS = 16, 48, 16, 512

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import first_turns, run_alternating, table, write_prompts
 
-from pe_rlhf.models import resolve_model
+from pe_rlhf.model.names import resolve_model
 
 PROMPTS = 16
 ARMS = {"full": ["--tuning", "full"], "lora": [], "lora, last 12 blocks": ["--last-layers", "12"]}

@@ -21,8 +21,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pe_rlhf.adapters import inits as _registers  # noqa: F401
-from pe_rlhf.adapters.registry import get_init, init_names
+from pe_rlhf.adapters.lora import inits as _registers  # noqa: F401
+from pe_rlhf.adapters.lora.init_registry import get_init, init_names
 
 
 def main() -> None:

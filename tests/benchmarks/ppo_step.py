@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import first_turns, run_alternating, table, trl_ppo_command, write_prompts
 
-from pe_rlhf.models import resolve_model
+from pe_rlhf.model.names import resolve_model
 
 PROMPTS = 16
 MICRO_BATCH_TOKENS = 768  # a whole minibatch in one pass, as TRL's is

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness import run_alternating, table, trl_reward_command
 
-from pe_rlhf.models import resolve_model
+from pe_rlhf.model.names import resolve_model
 
 
 def main() -> None:

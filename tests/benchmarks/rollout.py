@@ -16,7 +16,7 @@ import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from pe_rlhf.processes import openmp_environment
+from pe_rlhf.system.processes import openmp_environment
 
 os.environ |= openmp_environment()  # as the command line does; before torch is imported
 
@@ -25,13 +25,13 @@ from harness import first_turns, machine, write_prompts
 from rich.console import Console
 from rich.table import Table
 
-from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import BackboneConfig, DataSource, RolloutConfig
-from pe_rlhf.data import load_prompts
-from pe_rlhf.models import resolve_model
-from pe_rlhf.rollout.base import RolloutEngine
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.rows import load_prompts
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.names import resolve_model
+from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.make import make_rollout
-from pe_rlhf.text import TextCodec
 
 PROMPTS, NEW_TOKENS = 32, 48
 ENGINES = {f"HF {sync}": ("hf", sync, "policy") for sync in ("adapter", "merged")}

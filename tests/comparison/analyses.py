@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from pe_rlhf.comparison.types import Analysis, ArmResult, Estimate, PairResult, Row, RunResult, Status
+from pe_rlhf.comparison.run_result import Analysis, ArmResult, Estimate, PairResult, Row, RunResult, Status
 
 NAN = math.nan
 STEPS = range(1, 41)

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from pe_rlhf.comparison.analysis import analyse, to_json, to_rows
-from pe_rlhf.comparison.types import Analysis, ArmResult, RunResult
+from pe_rlhf.comparison.run_result import Analysis, ArmResult, RunResult
 from pe_rlhf.config.compare import CompareConfig
 from reward.winrate import bootstrap_interval
 

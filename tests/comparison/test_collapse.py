@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pe_rlhf.comparison.collapse import find_collapses
-from pe_rlhf.comparison.types import Collapse, RunResult
+from pe_rlhf.comparison.run_result import Collapse, RunResult
 from pe_rlhf.config.compare import CollapseConfig
 
 CONFIG = CollapseConfig(kl=50.0, entropy_share=0.1)
@@ -106,10 +106,10 @@ def test_the_messages_are_those_of_the_machinery() -> None:
     from torch import nn
 
     from pe_rlhf.config import OptimizerConfig
-    from pe_rlhf.engine import Engine, RoleGroup
-    from pe_rlhf.errors import TrainingError
-    from pe_rlhf.rollout.base import check_response
+    from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+    from pe_rlhf.rollout.interface import check_response
     from pe_rlhf.stages.ppo import _refuse_high_kl
+    from pe_rlhf.system.failures import TrainingError
     from reward.judges.functions import score_responses
 
     weight = nn.Parameter(torch.ones(2))

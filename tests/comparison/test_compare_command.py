@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pe_rlhf.backbone import load_backbone
-from pe_rlhf.checkpoint import load_role
 from pe_rlhf.comparison.drift import policy_drift
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.runs.saved_roles import load_role
 from tests.comparison.sweeps import (
     CHECKOUT,
     COMPARE,

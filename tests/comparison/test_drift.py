@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pe_rlhf.backbone import load_backbone
 from pe_rlhf.comparison.drift import policy_drift
+from pe_rlhf.model.backbone import load_backbone
 from tests.tiny import add_role, perturb, tiny_model
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pe_rlhf.comparison.bars import draw_cost
-from pe_rlhf.comparison.report import overview, write_comparison_report
-from pe_rlhf.comparison.tables import gibibytes, signed, signed_share
-from pe_rlhf.comparison.types import Analysis, ArmResult, Collapse, Estimate, PairResult, Row
+from pe_rlhf.comparison.page.bars import draw_cost
+from pe_rlhf.comparison.page.comparison_page import overview, write_comparison_report
+from pe_rlhf.comparison.page.tables import gibibytes, signed, signed_share
+from pe_rlhf.comparison.run_result import Analysis, ArmResult, Collapse, Estimate, PairResult, Row
 from tests.comparison.analyses import NAN, TWELVE, analysis_of, arm_result, metrics, pair_result, run_result
 from tests.test_report import Page, parse
 

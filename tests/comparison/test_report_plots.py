@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pe_rlhf.comparison.bars import draw_cost, draw_drift, draw_win_rates, wrapped
-from pe_rlhf.comparison.plots import draw_frontier, draw_metric, draw_spectra, looks
-from pe_rlhf.comparison.tables import gibibytes, seconds
-from pe_rlhf.comparison.types import Analysis, Estimate, Row
-from pe_rlhf.plots import Plot
+from pe_rlhf.comparison.page.bars import draw_cost, draw_drift, draw_win_rates, wrapped
+from pe_rlhf.comparison.page.comparison_plots import draw_frontier, draw_metric, draw_spectra, looks
+from pe_rlhf.comparison.page.tables import gibibytes, seconds
+from pe_rlhf.comparison.run_result import Analysis, Estimate, Row
+from pe_rlhf.report.charts import Plot
 from tests.comparison.analyses import NAN, STEPS, analysis_of, arm_result, metrics, run_result
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pe_rlhf.comparison.statistics import (
+from pe_rlhf.comparison.run_result import Estimate
+from pe_rlhf.comparison.run_statistics import (
     detectable_difference,
     difference_estimate,
     holm,
@@ -21,7 +22,6 @@ from pe_rlhf.comparison.statistics import (
     two_way_estimate,
     welch,
 )
-from pe_rlhf.comparison.types import Estimate
 from reward.winrate import bootstrap_interval
 
 NAN = math.nan

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from pe_rlhf.algo import logprobs
-from pe_rlhf.distributed import leave_group
-from pe_rlhf.recipes import load_recipe
-from pe_rlhf.stages.run import run_recipe
+from pe_rlhf.config.load import load_recipe
+from pe_rlhf.stages.pipeline import run_recipe
+from pe_rlhf.system.distributed import leave_group
 
 logprobs.CHUNK = 3  # so few that the ranks' response tokens are of different numbers of chunks
 recipe_file, folder, *runs = sys.argv[1:]

@@ -13,9 +13,9 @@ import pytest
 from reward.asking import Pair, VerdictFile, judge_pairs
 from reward.errors import InputError, JudgeError
 from reward.judges.endpoint import Endpoint
+from reward.judges.judge_registry import JudgeSettings
 from reward.judges.length import length_judge
 from reward.judges.llm import LLMJudge, parse_label, probability_of_a
-from reward.judges.registry import JudgeSettings
 from reward.judges.templates import JudgePrompt, template_names
 from reward.summary import pair_up, summarise
 from reward.verdicts import read_verdicts

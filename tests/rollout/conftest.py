@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import BackboneConfig, RolloutConfig
-from pe_rlhf.rollout.embedded import EmbeddedVLLM
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
 from tests.rollout.serving import serve
 from tests.rollout.vllm_support import ENDS, LONGEST, NEW_TOKENS, config
 from tests.tiny import ALL_INITS, add_role, tiny_model, train_role

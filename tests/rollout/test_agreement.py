@@ -10,10 +10,10 @@ import torch
 from pydantic import ValidationError
 
 from pe_rlhf.config import RolloutConfig
-from pe_rlhf.errors import TrainingError
-from pe_rlhf.rollout.agreement import agreement
-from pe_rlhf.rollout.base import check_response
+from pe_rlhf.rollout.interface import check_response
 from pe_rlhf.rollout.make import check_installed
+from pe_rlhf.rollout.mismatch_limit import agreement
+from pe_rlhf.system.failures import TrainingError
 from reward.errors import InputError
 
 

@@ -12,8 +12,8 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import RolloutConfig, SamplingConfig
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout, sample
 from pe_rlhf.types import Rollout, Sequences
 from tests.tiny import EOS, PAD, SYSTEM, VOCABULARY, mistral, perturb, role_logits, tiny_model, turning_by_length

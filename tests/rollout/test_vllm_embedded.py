@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 
-from pe_rlhf.backbone import Backbone
-from pe_rlhf.errors import TrainingError
-from pe_rlhf.rollout.embedded import EmbeddedVLLM
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
+from pe_rlhf.system.failures import TrainingError
 from tests.rollout.conftest import new_engine
 from tests.rollout.serving import ROOT
 from tests.rollout.test_hf import assert_sampled_from
@@ -129,9 +129,9 @@ def test_an_engine_that_hangs_is_stopped(doomed: EmbeddedVLLM, monkeypatch: pyte
 STARTS_AN_ENGINE = """
 import sys, time
 from pathlib import Path
-from pe_rlhf.backbone import load_backbone
+from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.config import BackboneConfig, RolloutConfig
-from pe_rlhf.rollout.embedded import EmbeddedVLLM
+from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
 
 backbone = load_backbone(sys.argv[1])
 config = RolloutConfig(engine="vllm", max_new_tokens=4)

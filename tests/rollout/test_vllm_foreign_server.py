@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import SamplingConfig
-from pe_rlhf.rollout.server import ServerVLLM
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.rollout.vllm.server import ServerVLLM
 from reward.errors import InputError
 from tests.rollout.serving import serve
 from tests.rollout.vllm_support import LONGEST, NEW_TOKENS, config

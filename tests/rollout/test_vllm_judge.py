@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from pe_rlhf.config import JudgeConfig
-from pe_rlhf.judging import build_judge
-from pe_rlhf.models import resolve_model
+from pe_rlhf.model.names import resolve_model
+from pe_rlhf.scoring.model_judges import build_judge
 from reward.judges import Comparison, Verdict
 from tests.rollout.serving import serve
 from tests.runs import Outcome, write_jsonl
@@ -26,7 +26,7 @@ COMPARISONS = [
 
 def engines() -> list[psutil.Process]:
     below = psutil.Process().children(recursive=True)
-    return [process for process in below if "pe_rlhf.rollout.vllm" in " ".join(process.cmdline())]
+    return [process for process in below if "pe_rlhf.rollout.vllm.worker" in " ".join(process.cmdline())]
 
 
 @pytest.fixture(scope="module")

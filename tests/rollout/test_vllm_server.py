@@ -15,9 +15,9 @@ import httpx
 import pytest
 import torch
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.errors import TrainingError
-from pe_rlhf.rollout.server import ServerVLLM
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.rollout.vllm.server import ServerVLLM
+from pe_rlhf.system.failures import TrainingError
 from reward.errors import InputError
 from tests.distributed.launching import finish, launch, start
 from tests.rollout.proxy import comes_back, proxy

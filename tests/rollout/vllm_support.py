@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import RolloutConfig
+from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.types import Rollout, Sequences
 from tests.tiny import EOS, PAD
 

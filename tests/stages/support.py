@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import Recipe
-from pe_rlhf.stages.run import run_recipe
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.stages.pipeline import run_recipe
 from tests.runs import Tree, write_jsonl
 from tests.tiny import tiny_model
 

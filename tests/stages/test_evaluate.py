@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.checkpoint import save_role
 from pe_rlhf.config import Recipe, SamplingConfig
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.seeding import derive_seed
+from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages import evaluate
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.system.seeding import derive_seed
 from reward.winrate import win_rate
 from tests.runs import Tree, read_jsonl
 from tests.stages.support import byte_model, write_prompts

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pe_rlhf.adapters.gradients import ProbedStatistics
-from pe_rlhf.adapters.statistics import LayerStatistics
-from pe_rlhf.backbone import Backbone, load_backbone
+from pe_rlhf.adapters.layer_statistics import LayerStatistics
 from pe_rlhf.config import AdapterConfig, PPOConfig, RewardConfig
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.preference_pairs import Pairs
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.seeding import derive_seed, permutation
-from pe_rlhf.stages.init_statistics import AnchorRollouts, reward_statistics
-from pe_rlhf.stages.reward import Pairs
-from pe_rlhf.text import TextCodec
+from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics
+from pe_rlhf.system.seeding import derive_seed, permutation
 from pe_rlhf.types import Sequences
 from tests.adapters.first_steps import assert_none_is_closer_than_lora_ga
 from tests.runs import PPO

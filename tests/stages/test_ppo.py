@@ -11,13 +11,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from pe_rlhf.backbone import load_backbone
-from pe_rlhf.checkpoint import save_role
 from pe_rlhf.config import PPOConfig
-from pe_rlhf.errors import TrainingError
+from pe_rlhf.data.prompt_order import PromptOrder
+from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.seeding import derive_seed
-from pe_rlhf.stages.prompt_order import PromptOrder
+from pe_rlhf.runs.saved_roles import save_role
+from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.seeding import derive_seed
 from tests.runs import Tree, read_jsonl
 from tests.stages.support import byte_model, run, write_prompts
 from tests.tiny import perturb

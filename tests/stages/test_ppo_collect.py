@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pe_rlhf.backbone import Backbone, load_backbone
 from pe_rlhf.config import PPOConfig
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.scoring import AdapterScorer
+from pe_rlhf.scoring.scorers import AdapterScorer
 from pe_rlhf.stages.ppo_collect import collect
-from pe_rlhf.text import TextCodec
 from pe_rlhf.types import Experience, Rollout
 from tests.stages.support import plain_role
 from tests.tiny import PAD, perturb, tiny_model

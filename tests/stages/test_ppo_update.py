@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe_rlhf.backbone import Backbone
 from pe_rlhf.config import PPOConfig
-from pe_rlhf.engine import Engine, RoleGroup
-from pe_rlhf.errors import TrainingError
-from pe_rlhf.seeding import permutation
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
 from pe_rlhf.stages.ppo_update import update
+from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.seeding import permutation
 from pe_rlhf.types import Experience
 from tests.stages.support import PlainRole, plain_role
 from tests.tiny import backbone_with, perturb, ragged_sequences, rows_of

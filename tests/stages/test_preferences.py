@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from pe_rlhf.backbone import load_backbone
 from pe_rlhf.config import Recipe, SamplingConfig
-from pe_rlhf.judging import build_judge
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.seeding import derive_seed
-from pe_rlhf.text import TextCodec
+from pe_rlhf.scoring.model_judges import build_judge
+from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 from reward.judges import Comparison
 from reward.records import load_records

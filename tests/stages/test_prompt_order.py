@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pe_rlhf.stages.prompt_order import PromptOrder
+from pe_rlhf.data.prompt_order import PromptOrder
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
 IDS = [[100 + i] for i in range(10)]

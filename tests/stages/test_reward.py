@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.checkpoint import load_role
 from pe_rlhf.config import Recipe
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.preference_pairs import Pairs
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.reward import Pairs, load_pairs
-from pe_rlhf.text import TextCodec
+from pe_rlhf.stages.reward import load_pairs
 from reward.errors import InputError
 from tests.runs import Tree, read_jsonl, write_jsonl
 from tests.stages.support import byte_model, run

@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from pe_rlhf.backbone import Backbone, load_backbone
-from pe_rlhf.seeding import permutation
-from pe_rlhf.text import TextCodec
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.system.seeding import permutation
 from tests.runs import Tree, read_jsonl, write_jsonl
 from tests.stages.support import byte_model, run
 

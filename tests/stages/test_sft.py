@@ -19,14 +19,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pe_rlhf.backbone import load_backbone
 from pe_rlhf.config import Recipe
-from pe_rlhf.policies import find_policy, find_role
-from pe_rlhf.recipes import load_recipe, save_recipe
-from pe_rlhf.report import write_report
+from pe_rlhf.config.load import load_recipe, save_recipe
+from pe_rlhf.evaluation.sources import find_policy
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.report.run_page import write_report
+from pe_rlhf.runs.saved_roles import find_role
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.outcome import outcome_table
-from pe_rlhf.stages.run import RUN
+from pe_rlhf.stages.outcome_table import outcome_table
+from pe_rlhf.stages.pipeline import RUN
 from reward.errors import InputError
 from tests.runs import Outcome, Tree, read_jsonl, recipe, without_time, write_jsonl, write_recipe
 from tests.stages.support import byte_model

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pe_rlhf.config import Recipe
-from pe_rlhf.recipes import load_recipe
+from pe_rlhf.config.load import load_recipe
 from pe_rlhf.stages import sft as stage
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.sft_trainer import SEAL, newest_checkpoint

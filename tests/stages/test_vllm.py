@@ -18,7 +18,7 @@ from tests.runs import Outcome, read_jsonl, recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
 VLLM = {"engine": "vllm", "max_new_tokens": 4}
-ENGINE = "pe_rlhf.rollout.vllm"
+ENGINE = "pe_rlhf.rollout.vllm.worker"
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,

@@ -1,0 +1,81 @@
+"""Export of a role as a plain PEFT LoRA for the original base.
+
+`[B, −B0]` and `[A; A0]` make one LoRA of rank 2r (r where B0 = 0) whose product is the whole change of the weight, so
+PEFT and vLLM load it as it is and the base needs no patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import LoraConfig, TaskType
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pe_rlhf.adapters.layer import Adapter, LowRankFactors
+
+
+def export_peft(
+    layers: Mapping[str, nn.Module],
+    head: nn.Module | None,
+    *,
+    role: str,
+    base_model: str,
+    all_names: list[str],
+    path: Path,
+    rank: int | None = None,
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, and `head.safetensors` where the role has a head.
+
+    A `reward` role is written for PEFT's sequence classification: its head is the `score` layer. That layer has no
+    bias, so PEFT's logit is the role's score less the head's `bias`, which `head.safetensors` holds.
+
+    Args:
+        layers: the adapters by module name.
+        all_names: the names of all layers that PEFT could put an adapter on.
+        path: the directory to write.
+        rank: fill a smaller rank up to this one with zeros.
+    """
+    factors = {name: _factors(adapter) for name, adapter in layers.items()}
+    ranks = {name: f.A_RI.shape[0] for name, f in factors.items()}
+    rank, scale = max(rank or 0, *ranks.values()), next(iter(factors.values())).scale
+    tensors: dict[str, Tensor] = {}
+    for name, f in factors.items():
+        # PEFT takes one rank and one alpha for all layers: a smaller one is filled up with zeros.
+        missing = rank - f.A_RI.shape[0]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(f.A_RI, (0, 0, 0, missing))
+        tensors[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(f.B_OR, (0, missing))
+    classifies = role.startswith("reward") and head is not None
+    path.mkdir(parents=True, exist_ok=True)
+    if head is not None:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+        save_file(state, path / "head.safetensors")
+        if classifies:
+            tensors["base_model.model.score.weight"] = state["weight"][None, :]
+    config = LoraConfig(
+        base_model_name_or_path=base_model,
+        task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=scale * rank,  # type: ignore[arg-type]  # PEFT divides it by r again; a fraction is fine with it
+        modules_to_save=["score"] if classifies else None,
+        fan_in_fan_out=False,
+        inference_mode=True,
+    )
+    # Set afterwards: given to the constructor it becomes a set, and the file another one in every process.
+    config.target_modules = _short_names(set(layers), all_names)
+    config.save_pretrained(str(path))
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path / "adapter_model.safetensors")
+
+
+def _factors(adapter: Adapter | nn.Module) -> LowRankFactors:
+    factors = adapter.factors()  # type: ignore[operator]
+    assert isinstance(factors, LowRankFactors)
+    return factors
+
+
+def _short_names(names: set[str], all_names: list[str]) -> list[str]:
+    """The names' endings, as PEFT configs usually have them, where those match no other layer; else the whole names."""
+    endings = {name.rsplit(".", 1)[-1] for name in names}
+    matched = {name for name in all_names if name.rsplit(".", 1)[-1] in endings}
+    return sorted(endings if matched == names else names)

@@ -1,0 +1,155 @@
+"""`pe-rlhf compare`: the arms of a comparison, run and set against each other."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reward.errors import InputError
+
+if TYPE_CHECKING:
+    from pe_rlhf.comparison.plan import Plan
+    from pe_rlhf.comparison.runner import Share
+
+PARTS = ("shared", "trials", "runs", "report")
+
+
+@dataclass(frozen=True)
+class Only:
+    """Which parts of a comparison are to be done, and which share of the trials and of the runs."""
+
+    parts: tuple[str, ...]
+    share: Share
+
+
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A recipe with a compare section: its file, or compare_inits_small, …")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: model=… compare.seeds=[4,5] ppo.steps=20 …")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option("--dir", help="Where all runs go; comparisons/<recipe's name> if left out.")
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="A part: shared, trials, runs, report; a share K/N of trials and runs; or both: runs:K/N."),
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try runs that failed once more.")] = False,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="Another directory with runs of this comparison to report on; repeatable.")
+    ] = None,
+    submit: Annotated[
+        str | None, typer.Option(help="slurm: submit everything as job arrays; print: show the commands.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data and functions; list the runs.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run the arms of a comparison with every seed, and write report.html, summary.json and results.csv.
+
+    Every run is an ordinary run directory in a process of its own. The same command goes on where it was interrupted:
+    what has finished is not run again, and what failed is shown and left alone without --retry.
+    """
+    from pe_rlhf.comparison.plan import load_plan
+    from pe_rlhf.config.load import find_recipe, save_recipe
+
+    path = find_recipe(recipe)
+    plan = load_plan(path, root, overrides or [])
+    chosen = _parse_only(only)
+    if dry_run:
+        _check(plan)
+        _show(plan)
+        return
+    if submit is not None:
+        _submit(plan, submit)
+        return
+    plan.root.mkdir(parents=True, exist_ok=True)
+    save_recipe(plan.base, plan.root / "comparison.yaml")
+    if chosen.parts != ("report",):
+        _check(plan)
+        _run_parts(plan, chosen, retry)
+    if "report" in chosen.parts:
+        _report(plan, also or [])
+
+
+def _parse_only(text: str | None) -> Only:
+    """Raises `InputError` for what is neither a part nor a share."""
+    from pe_rlhf.comparison.runner import Share
+
+    if text is None:
+        return Only(PARTS, Share())
+    match = re.fullmatch(r"(?:(shared|trials|runs|report)|(?:(trials|runs):)?(\d+)/(\d+))", text)
+    if match is None:
+        raise InputError(f"--only {text}: it is shared, trials, runs, report, K/N, trials:K/N or runs:K/N")
+    part, of_part, number, count = match.groups()
+    if part:
+        return Only((part,), Share())
+    if not 1 <= int(number) <= int(count):
+        raise InputError(f"--only {text}: K lies between 1 and N")
+    return Only((of_part,) if of_part else ("trials", "runs"), Share(int(number), int(count)))
+
+
+def _check(plan: Plan) -> None:
+    """What can be seen to be wrong before anything runs: a slip in the last arm is to be told at once."""
+    from pe_rlhf.stages.pipeline import check_inits, check_inputs
+
+    check_inputs(plan.base, plan.base.stages)
+    for arm in plan.arms:
+        check_inits(next(iter(plan.runs(arm).values())).recipe)
+
+
+def _run_parts(plan: Plan, chosen: Only, retry: bool) -> None:
+    from pe_rlhf.comparison.sweep import need_shared, run_arms, run_shared, run_trials
+
+    if "shared" in chosen.parts:
+        run_shared(plan)
+    if "trials" in chosen.parts or "runs" in chosen.parts:
+        need_shared(plan)
+    if "trials" in chosen.parts:
+        run_trials(plan, chosen.share, retry=retry)
+    if "runs" in chosen.parts:
+        run_arms(plan, chosen.share, retry=retry)
+
+
+def _report(plan: Plan, also: list[Path]) -> None:
+    """Everything that is known so far, as a page, as JSON and as a table for other programs.
+
+    Raises `TrainingError` where runs have failed, once all is written.
+    """
+    from pe_rlhf.comparison.results import write_results
+    from pe_rlhf.system.failures import TrainingError
+    from pe_rlhf.system.progress import console
+
+    result = write_results(plan, also)
+    console.print(result.table)
+    typer.echo(f"report: {plan.root / 'report.html'}")
+    if result.unfinished:
+        typer.echo(f"{len(result.unfinished)} runs have not finished: {'; '.join(result.unfinished)}", err=True)
+    if result.failed:
+        raise TrainingError(
+            f"compare: {len(result.failed)} runs failed (--retry tries again): {'; '.join(result.failed)}"
+        )
+
+
+def _show(plan: Plan) -> None:
+    if plan.shared:
+        typer.echo(f"once for all: {' → '.join(plan.shared.recipe.stages)}")
+    for arm in plan.arms:
+        typer.echo(f"{arm.name}: {', '.join(f'{key}={value}' for key, value in arm.changes.items())}")
+    trials = sum(len(plan.trials(arm)) for arm in plan.arms)
+    runs = len(plan.arms) * len(plan.config.seeds)
+    seeds = ", ".join(map(str, plan.config.seeds))
+    typer.echo(f"{len(plan.arms)} arms, seeds {seeds}: {trials} trials and {runs} runs, into {plan.root}")
+
+
+def _submit(plan: Plan, how: str) -> None:
+    from pe_rlhf.comparison.submit import arguments_for, submit
+
+    if how not in ("slurm", "print"):
+        raise InputError(f"--submit {how}: it is slurm or print")
+    submit(plan, arguments_for(plan.path, plan.root, plan.overrides), print_only=how == "print", echo=typer.echo)

@@ -1,0 +1,36 @@
+"""`pe-rlhf evaluate-reward`: how far a reward model can be trusted, on preference pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate_reward(
+    model: Annotated[str, typer.Argument(help="A reward run (its directory), or a model with one label.")],
+    pairs: Annotated[
+        str, typer.Argument(help="Preference pairs: a file or hub id; a column `subset` splits the results.")
+    ],
+    second: Annotated[str | None, typer.Option(help="Another reward run or model, to see where both agree.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for summary.json and report.html.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take that many pairs, the first ones.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored between two lines of progress.")] = 32,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; a run's model is in its recipe's.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Accuracy with its interval, per subset too, calibration and length bias; one JSON line."""
+    from pe_rlhf.evaluation.reward_accuracy import evaluate_reward_model
+    from pe_rlhf.report.format import slug
+
+    folder = out or Path("evaluations") / "-".join(("reward", slug(model), slug(pairs)))
+    summary = evaluate_reward_model(
+        model, pairs, folder, second=second, limit=limit, batch_size=batch_size, dtype=dtype, device=device
+    )
+    typer.echo(json.dumps(summary, ensure_ascii=False))
+    typer.echo(f"report: {(folder / 'report.html').resolve()}", err=True)

@@ -1,0 +1,39 @@
+"""`pe-rlhf export`: what a run has trained, for other programs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class ExportFormat(StrEnum):
+    """The forms that a role is exported in."""
+
+    lora = "lora"
+    merged = "merged"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The directory of a run, of a stage in it, or of an adapter.")],
+    form: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="lora: PEFT's files, for the original base; merged: a full checkpoint."),
+    ] = ExportFormat.lora,
+    to: Annotated[Path | None, typer.Option(help="Where to; <run>/export/<role>-<format> if left out.")] = None,
+    role: Annotated[str | None, typer.Option(help="policy (default), value or reward.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="best, newest or a step's number; what the stage ended with if left out.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Write a trained role for PEFT, vLLM and transformers.
+
+    Any adapter init becomes a plain LoRA of rank 2r (r where B starts at zero) on the unmodified base, or is merged
+    into fresh base weights. A model card comes with it.
+    """
+    from pe_rlhf.runs.export import export_role
+
+    typer.echo(export_role(run, form.value, to, role, checkpoint))

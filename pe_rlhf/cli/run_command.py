@@ -1,0 +1,67 @@
+"""`pe-rlhf run`: the stages of a recipe, one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reward.errors import InputError
+
+
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's file, or the name of one that comes along: quickstart, smoke.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: ppo.kl.beta=0.1 adapter.init=pissa seed=1 …")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where everything of this run goes; runs/<recipe's name> if left out.")
+    ] = None,
+    first: Annotated[
+        str | None, typer.Option("--from", help="Start at this stage; it and later ones that are there are put aside.")
+    ] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Stop after this stage.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue: finished stages stay, the next one goes on.")
+    ] = False,
+    may_change: Annotated[
+        list[str] | None,
+        typer.Option(help="With --resume: a key that may differ from the recipe the run was started with; repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data and functions; print the plan.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run the stages of a recipe one after the other.
+
+    Each stage writes a folder in the run directory (recipe.yaml, metrics.jsonl, summary.json, its adapter) and the next
+    one reads it from there. The run ends with a table and report.html.
+    """
+    from pe_rlhf.config.load import find_recipe, load_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    if loaded.compare is not None:
+        raise InputError(f"{recipe} is a comparison: run it by `pe-rlhf compare {recipe}`")
+    target = run_dir or Path("runs") / loaded.name
+
+    # Imported here: torch and transformers take seconds, and a mistake in the recipe should be told at once.
+    from pe_rlhf.stages.outcome_table import outcome_table
+    from pe_rlhf.stages.pipeline import check_inputs, run_recipe, select_stages
+    from pe_rlhf.system.processes import is_main
+    from pe_rlhf.system.progress import console
+
+    stages = select_stages(loaded, first, last)
+    if dry_run:
+        check_inputs(loaded, stages, run_dir=target)
+        typer.echo(f"{loaded.name}: {' → '.join(stages)} with {loaded.model}, into {target}; the recipe is valid")
+        return
+    restart = first is not None
+    summaries = run_recipe(loaded, target, stages, resume=resume, restart=restart, may_change=may_change or [])
+    if not is_main():
+        return
+    console.print(outcome_table(loaded.name, summaries))
+    typer.echo(f"report: {(target / 'report.html').resolve()}")

@@ -1,1 +1,0 @@
-"""The sub-commands of `pe-rlhf`, one file each."""

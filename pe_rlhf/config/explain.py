@@ -1,0 +1,80 @@
+"""A mistake in a recipe, which pydantic found, in one sentence with the nearest key that exists."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pe_rlhf.config import Recipe
+
+UNION_BRANCHES = ("str", "list[str]")
+
+
+def explain_validation_error(error: ValidationError) -> tuple[str, str]:
+    """The key of the first mistake, and the mistake in one sentence, with how many more there are."""
+    # A key that is not known comes first: where it is a slip of the pen, another one is missing because of it.
+    mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] not in ("extra_forbidden", "invalid_key"))
+    # Of a section that could also be a name alone, what is wrong inside it, not that it is no name.
+    places = [_location(mistake) for mistake in mistakes]
+    mistakes = [m for m, place in zip(mistakes, places, strict=True) if not _is_other_branch(m, place, places)]
+    first = mistakes[0]
+    location = _location(first)
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        text = f"unknown key {key!r}; {hint}"
+    elif first["type"] == "missing":
+        text = f"{key} is missing"
+    else:
+        # The branches of a union like `str | list[str]` each have a reason of their own.
+        reasons = [
+            mistake["msg"].removeprefix("Value error, ") for mistake in mistakes if _location(mistake) == location
+        ]
+        reason = " or ".join(reason[0].lower() + reason[1:] for reason in reasons)
+        text = f"{key}: {reason}" if key else reason
+        if key and first["type"] != "value_error":
+            text += f" (got {reprlib.repr(first['input'])})"
+    more = len({tuple(_location(mistake)) for mistake in mistakes}) - 1
+    return key, text + (f" (and {more} more mistake{'s' if more > 1 else ''})" if more else "")
+
+
+def _is_other_branch(mistake: ErrorDetails, place: list[str], places: list[list[str]]) -> bool:
+    below = any(other[: len(place)] == place and len(other) > len(place) for other in places)
+    return mistake["type"] == "string_type" and below
+
+
+def _location(mistake: ErrorDetails) -> list[str]:
+    """The key of a mistake, without pydantic's names for validators and for the branches of a union."""
+    return [
+        str(part)
+        for part in mistake["loc"]
+        if isinstance(part, int) or not (part in UNION_BRANCHES or part.startswith("function-"))
+    ]
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if part.isdigit():
+            continue
+        model = next(_models_in(model.model_fields[part].annotation), model)
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The schema classes inside a type like `list[RewardSource]` or `PPOConfig | None`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

@@ -1,0 +1,202 @@
+"""Reading a recipe: find the file, apply overrides, check it against the schema, say clearly what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from yaml.composer import ComposerError
+
+from pe_rlhf.config import DataSource, Recipe
+from pe_rlhf.config.explain import explain_validation_error
+from pe_rlhf.system.files import write_whole
+from reward.errors import InputError
+
+# Where and with how much memory a run computes; what it computes is the same.
+FREE_TO_CHANGE = ("deepspeed", "threads", "tracking", "backbone.device", "backbone.trunk_cache_mib")
+
+
+def bundled(folder: str) -> Path:
+    """`recipes/` or `launch/`: inside the installed package, or at the top of a checkout."""
+    packaged = Path(__file__).parents[1] / "_bundled" / folder
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / folder
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file from its path, or the name of one that comes with the package."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix not in (".yaml", ".yml") and (named := bundled("recipes") / f"{name}.yaml").is_file():
+        return named
+    known = sorted(p.stem for p in bundled("recipes").glob("*.yaml"))
+    hint = difflib.get_close_matches(name, known, n=1)
+    raise InputError(
+        f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}"
+        + (f" (did you mean {hint[0]!r}?)" if hint else "")
+    )
+
+
+def load_deepspeed_config(name: str) -> dict[str, Any]:
+    """A DeepSpeed configuration: zero0 … zero3_offload of `launch/`, or a JSON file.
+
+    Raises `InputError` for one that is not there or no JSON object.
+    """
+    path = Path(name)
+    if path.suffix != ".json":
+        known = sorted(p.stem for p in bundled("launch").glob("zero*.json"))
+        if name not in known:
+            raise InputError(f"deepspeed: there is no {name!r}; there are {', '.join(known)}, or name a JSON file")
+        path = bundled("launch") / f"{name}.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"deepspeed: {path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"deepspeed: {path} is not a JSON object")
+    return {key: value for key, value in config.items() if key != "comment"}
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a file, with `key.sub=value` overrides; relative data paths become absolute.
+
+    Raises `InputError` naming the file and the key.
+    """
+    return make_recipe(read_tree(path, overrides), path, overrides or ())
+
+
+def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What a recipe's file says, with overrides, before it is checked against the schema."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys, this file holds {_describe(tree)}")
+    tree.setdefault("name", path.stem)
+    for override in overrides or []:
+        _apply(tree, override)
+    return tree
+
+
+def make_recipe(tree: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a tree describes. `path` is the file that it came from: data is looked for beside it.
+
+    Raises `InputError` naming the file, or the one of the `overrides` applied that is wrong, and the key.
+    """
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        key, text = explain_validation_error(error)
+        wrong = (override for override in overrides if _is_at_or_below(key, override.partition("=")[0]))
+        where = next((f"override {override!r}" for override in wrong), str(path))
+        raise InputError(f"{where}: {text}") from error
+    _resolve_paths(recipe, path.parent)
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the fully resolved recipe; the file is itself a valid recipe."""
+    write_whole(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def refuse_other_recipe(recipe: Recipe, path: Path, may_change: Sequence[str] = ()) -> None:
+    """Raise `InputError` where a run that is to go on was started with another recipe, the one at `path`."""
+    if changed := changes_since(recipe, path, may_change):
+        raise InputError(
+            f"{path.parent} was started with another recipe and cannot be resumed (--may-change KEY lets one differ):"
+            f" {changed}"
+        )
+
+
+def changes_since(recipe: Recipe, path: Path, may_change: Sequence[str] = ()) -> str:
+    """What a recipe has otherwise than the one at `path`, but for what may differ; "" where that is nothing."""
+    old, new = _flat(load_recipe(path).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    allowed = (*FREE_TO_CHANGE, *may_change)
+    changed = [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in allowed))
+    ]
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return "; ".join(changed[:5]) + more
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise InputError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not valid YAML") from error
+    set_key(tree, key, value, f"override {override!r}")
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set `key.sub` in a recipe's tree. Raises `InputError`, which says `where` it was asked for."""
+    *parents, last = parts = key.split(".")
+    node: Any = tree
+    for i, part in enumerate(parents):
+        if isinstance(node.get(part), str) and parts[i + 1] in DataSource.model_fields:
+            node[part] = {"path": node[part]}
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            above = ".".join(parents[: i + 1])
+            raise InputError(f"{where}: {above} is {node!r} and has no {parts[i + 1]!r} below it")
+    node[last] = value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as it is specified: a key that stands twice in a mapping is a mistake, not a way to hide the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The mapping as it is written, before `<<` puts keys into it that its own may stand in front of."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in seen:
+                raise ComposerError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def _is_at_or_below(key: str, above: str) -> bool:
+    return f"{key}.".startswith(f"{above}.")
+
+
+def _resolve_paths(node: BaseModel, folder: Path) -> None:
+    """Make the paths of data files absolute: beside the recipe first, then below the working directory."""
+    for name in type(node).model_fields:
+        value = getattr(node, name)
+        if isinstance(value, DataSource):
+            named = Path(value.path).expanduser()
+            for base in (folder, Path.cwd()):
+                if (base / named).is_file():
+                    value.path = str((base / named).resolve())
+                    break
+        elif isinstance(value, BaseModel):
+            _resolve_paths(value, folder)
+
+
+def _describe(tree: Any) -> str:
+    return "nothing" if tree is None else f"a {type(tree).__name__}"

@@ -1,0 +1,160 @@
+"""Data sets of a recipe, through the `datasets` library: local files and the hub, with column mapping."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+
+from pe_rlhf.config import DataSource
+from pe_rlhf.data.examples import Example, has_format, parse_example
+from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.processes import is_main
+from pe_rlhf.system.progress import console, say
+from pe_rlhf.system.seeding import permutation
+from reward.errors import InputError
+from reward.records import BadRecord, PreferenceRecord, Prompt, load_records, parse_prompt, parse_rows
+
+Record = TypeVar("Record")
+
+# The builder of `datasets` for each ending of a local file.
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+def load_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
+    """All rows of a data set, columns renamed to ours.
+
+    `key` is where the recipe names it, for messages. Raises `InputError` for a file that is missing, empty or
+    malformed, an ending that is not known, a split or a mapped column that is not there.
+    """
+    path = Path(source.path)
+    local = _looks_local(source.path)
+    # A download may take long enough to be watched; reading a file is not worth a bar.
+    (datasets.enable_progress_bars if console.is_terminal and not local else datasets.disable_progress_bars)()
+    if local:
+        builder = BUILDERS.get(_ending(path))
+        if builder is None:
+            raise InputError(f"{key}: {source.path} is none of {', '.join(BUILDERS)} (or .gz of one)")
+        if not path.is_file():
+            raise InputError(f"{key}: there is no file {source.path}")
+        if path.stat().st_size == 0:
+            raise InputError(f"{key}: {source.path} is empty")
+        arguments: dict[str, Any] = {"path": builder, "data_files": str(path)}
+    else:
+        arguments = {"path": source.path, "name": source.name}
+    try:
+        table = datasets.load_dataset(**arguments, split=source.split)
+    except Exception as error:  # the library raises a dozen kinds, from its own to pyarrow's
+        raise InputError(f"{key}: {_why(path, source, error)}") from error
+    rows = [dict(row) for row in table]
+    if not rows:
+        raise InputError(f"{key}: {source.path} has no rows")
+    for theirs in source.columns.values():
+        if theirs not in rows[0]:
+            raise InputError(f"{key}: {source.path} has no column {theirs!r}; it has {', '.join(rows[0])}")
+    return [_renamed(row, source.columns) for row in rows]
+
+
+def load_prompts(source: DataSource, key: str) -> list[Prompt]:
+    """The `prompt` column: texts, or lists of chat messages (`text` in a .txt file)."""
+    rows = load_rows(source, key)
+    column = "text" if _ending(Path(source.path)) == ".txt" and not source.columns else "prompt"
+    _refuse_without(column, rows, source, key)
+    prompts: list[Prompt] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            prompts.append(parse_prompt(row[column]))
+        except InputError as error:
+            raise InputError(f"{key}: {source.path} row {number}: {error}") from error
+    return prompts
+
+
+def load_preferences(
+    source: DataSource, key: str, max_bad_share: float
+) -> tuple[list[PreferenceRecord], list[BadRecord]]:
+    """The preference pairs of a data set, and apart from them the rows that are none; see `reward.records`."""
+    rows = load_rows(source, key)
+    for column in ("chosen", "rejected"):
+        _refuse_without(column, rows, source, key)
+    return load_records(rows, f"{key}: {source.path}", max_bad_share)
+
+
+def load_examples(source: DataSource, key: str, max_bad_share: float) -> tuple[list[Example], list[BadRecord]]:
+    """The rows of a data set to fine-tune on, and apart from them those that are none; see `examples.py`."""
+    rows = load_rows(source, key)
+    if not has_format(rows[0]):
+        raise InputError(
+            f"{key}: {source.path} has neither the columns prompt and completion (or response), nor messages, nor text;"
+            f" it has {', '.join(rows[0])}; map them with columns: {{completion: …}}"
+        )
+    return parse_rows(rows, parse_example, f"{key}: {source.path}", max_bad_share)
+
+
+def hold_out(
+    records: list[Record], group: Callable[[Record], str], share: float, seed: int, *purpose: str
+) -> tuple[list[Record], list[Record]]:
+    """Split off the records of a share of the groups, at least of one, so that no group is on both sides."""
+    groups = sorted({group(record) for record in records})
+    order = permutation(len(groups), seed, *purpose)
+    chosen = {groups[i] for i in order[: max(1, round(share * len(groups)))]}
+    train = [record for record in records if group(record) not in chosen]
+    return train, [record for record in records if group(record) in chosen]
+
+
+def note_bad_rows(folder: Path, key: str, bad: list[BadRecord]) -> int:
+    """Say which rows were left out, the first few, and list all in the stage's folder. Returns how many there are."""
+    for record in bad[:5]:
+        say(f"{key}: left out row {record.row}: {record.reason}")
+    if bad and is_main() and folder.is_dir():  # that of `inspect` is not there
+        path = folder / f"left_out_{key.rpartition('.')[-1]}.jsonl"
+        write_whole(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in bad))
+        say(f"{key}: left out {len(bad)} unusable rows in all, see {path}")
+    return len(bad)
+
+
+def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """All at once, so that two columns can swap their names."""
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return kept | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def _refuse_without(column: str, rows: list[dict[str, Any]], source: DataSource, key: str) -> None:
+    if column not in rows[0]:
+        raise InputError(
+            f"{key}: {source.path} has no column {column!r}; it has {', '.join(rows[0])};"
+            f" map it with columns: {{{column}: …}}"
+        )
+
+
+def _looks_local(path: str) -> bool:
+    return Path(path).exists() or path.startswith((".", "/", "~")) or _ending(Path(path)) in BUILDERS
+
+
+def _ending(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _why(path: Path, source: DataSource, error: Exception) -> str:
+    """What is wrong with a data set that could not be loaded, with the line where that can be found out."""
+    if _ending(path) == ".jsonl" and path.is_file():
+        opener = gzip.open if path.suffix == ".gz" else open
+        number = 0
+        try:
+            with opener(path, "rt", encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):  # noqa: B007  (used where a line is bad)
+                    if line.strip():
+                        json.loads(line)
+        except json.JSONDecodeError as mistake:
+            return f"{source.path} line {number}: not valid JSON: {mistake.msg}"
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as mistake:
+            return f"{source.path}: damaged or not text: {mistake}"
+    reason = " ".join(str(error.__cause__ or error).split())[:300]
+    if "corresponds to no data" in reason:
+        return f"{source.path} has no rows in split {source.split!r}"
+    return f"could not load {source.path} (split {source.split!r}): {reason}"

@@ -1,0 +1,99 @@
+"""A reward model on preference pairs: scores, summary and page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pe_rlhf.config import DataSource
+from pe_rlhf.data.rows import load_rows
+from pe_rlhf.report.evaluation_page import write_reward_report
+from pe_rlhf.runs.metrics import write_json
+from pe_rlhf.scoring.model_judges import RewardScores, reward_scores
+from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.progress import progress, say
+from reward.agreement import agreement
+from reward.errors import InputError
+from reward.judges import score_responses
+from reward.pair_metrics import ScoredPair, reward_figures
+from reward.records import PreferenceRecord, parse_record
+
+MAX_BAD_SHARE = 0.05
+
+
+def evaluate_reward_model(
+    model: str,
+    pairs: str,
+    folder: Path,
+    *,
+    second: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Write `summary.json` and `report.html` to `folder`; return the summary. Raises `InputError` for bad input."""
+    records, subsets = load_subset_records(pairs, limit)
+    margins: list[list[float]] = []
+    summaries: list[dict[str, Any]] = []
+    for name in [model] if second is None else [model, second]:
+        scores = _scores(reward_scores(name, dtype, device, as_trained=True), records, name, batch_size)
+        scored = [
+            ScoredPair(chosen, rejected, len(record.chosen), len(record.rejected), subset)
+            for (chosen, rejected), record, subset in zip(scores, records, subsets, strict=True)
+        ]
+        summaries.append({"model": name, **reward_figures(scored)})
+        margins.append([pair.margin for pair in scored])
+    summary = summaries[0] | {"pairs": pairs}
+    if second is not None:
+        votes = [[(margin > 0) / 2 + (margin >= 0) / 2 for margin in column] for column in margins]
+        both = agreement(votes[0], votes[1])
+        kappa = None if math.isnan(both.kappa) else both.kappa  # of two that are always of the same opinion
+        summary |= {"second": summaries[1], "agreement": both.accuracy, "agreement_kappa": kappa}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "summary.json", summary)
+    write_whole(folder / "report.html", write_reward_report(summary))
+    return summary
+
+
+def load_subset_records(pairs: str, limit: int | None) -> tuple[list[PreferenceRecord], list[str]]:
+    """Pairs and the subset of each (`all` without such a column); unusable rows are left out, up to a share of 5 %."""
+    rows = load_rows(DataSource(path=pairs), "PAIRS")[:limit]
+    records: list[PreferenceRecord] = []
+    subsets: list[str] = []
+    first_bad = ""
+    for number, row in enumerate(rows, start=1):
+        try:
+            records.append(parse_record(row))
+        except InputError as error:
+            first_bad = first_bad or f"row {number}: {error}"
+            continue
+        subsets.append(str(row.get("subset") or "all"))
+    bad = len(rows) - len(records)
+    if not records or bad > MAX_BAD_SHARE * len(rows):
+        raise InputError(f"{pairs}: {bad} of {len(rows)} rows cannot be used; the first is {first_bad}")
+    if bad:
+        say(f"{pairs}: left out {bad} unusable rows; the first is {first_bad}")
+    return records, subsets
+
+
+def _scores(
+    function: RewardScores, records: Sequence[PreferenceRecord], name: str, batch_size: int
+) -> list[tuple[float, float]]:
+    found: list[tuple[float, float]] = []
+    with progress(f"scoring with {name}", len(records), "pairs") as advance:
+        for start in range(0, len(records), batch_size):
+            batch = records[start : start + batch_size]
+            texts = [record.chosen for record in batch] + [record.rejected for record in batch]
+            cut = [record.chosen_truncated for record in batch] + [record.rejected_truncated for record in batch]
+            try:
+                scores = score_responses(partial(function, cut=cut), [record.prompt for record in batch] * 2, texts)
+            except InputError as error:
+                raise TrainingError(f"{name}: {error}") from error
+            found += zip(scores[: len(batch)], scores[len(batch) :], strict=True)
+            advance(len(batch))
+    return found

@@ -1,0 +1,173 @@
+"""Loading a causal language model, freezing it, and the parts of it that roles are computed from."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from huggingface_hub.utils import enable_progress_bars
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from pe_rlhf.model.names import UNLOADABLE, resolve_model
+from pe_rlhf.system.progress import console
+from reward.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    attention: str,
+    trust_remote_code: bool,
+    revision: str | None = None,
+    quantization: str = "none",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a hub id, a directory or `pip:NAME`; weights from safetensors only.
+
+    Every dropout of the config is set to 0: the base is frozen and plays several roles, which must all see the same
+    function. Raises `InputError` where the model cannot be had.
+    """
+    transformers_logging.disable_progress_bar()
+    if console.is_terminal:
+        enable_progress_bars()  # of downloads, which the line above has switched off besides those of loading
+    path = resolve_model(name)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    quantised = {} if quantization == "none" else _bitsandbytes(quantization, dtype, device)
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+        for key, value in config.to_dict().items():
+            if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
+                setattr(config, key, 0.0)
+        # Unasked, transformers takes sdpa where the model has it, else eager (GPT-Neo); asked for, it refuses.
+        chosen = None if attention == "sdpa" else attention
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=chosen,
+            use_safetensors=True,
+            **common,
+            **quantised,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+    except UNLOADABLE as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model: could not load {name!r}: {reason}") from error
+    if quantised:
+        modules: list[Any] = list(model.modules())
+        for module in modules:
+            # On CPUs with AVX512-BF16 bitsandbytes would turn weights round in place at the first pass without a
+            # gradient, into a layout that has no backward pass and that cannot be read back.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model, tokenizer  # it is where it belongs, and some kinds cannot be moved
+    return model.to(device), tokenizer  # type: ignore[arg-type]  # a decorator of transformers hides the overloads
+
+
+def _bitsandbytes(quantization: str, dtype: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told to quantise. Raises `InputError` where bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("backbone.quantization needs bitsandbytes: pip install 'pe-rlhf[quantized]'")
+    four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
+    eight: dict[str, Any] = {"load_in_8bit": True}
+    config = BitsAndBytesConfig(**(four if quantization == "4bit" else eight))
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one. Raises `InputError` for one that cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # an assertion is how a CPU build says that it has no CUDA
+        raise InputError(f"backbone.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """No gradients and no dropout; the checkpoint's own sampling defaults (top-k, penalties) are dropped too."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.generation_config = GenerationConfig()
+
+
+def keep_states_together(model: PreTrainedModel) -> None:
+    """Let the head see hidden states that lie side by side in memory.
+
+    The last ones of several prompts do not, and a CPU in bf16 then multiplies by as many copies of the head's weight.
+    """
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)  # that there is one was checked
+    if _side_by_side not in head._forward_pre_hooks.values():  # the model may have been a backbone's before
+        head.register_forward_pre_hook(_side_by_side)
+
+
+def _side_by_side(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(states.contiguous() for states in inputs)
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """All ids that end a response: the generation config may name several, and the tokenizer may know another."""
+    found: list[int] = []
+    for owner in (model.generation_config, model.config, tokenizer):
+        ids = getattr(owner, "eos_token_id", None)
+        found += ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []
+    return sorted(set(found))
+
+
+def position_arguments(attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """Mask and position ids for a forward pass: positions count the real tokens, wherever the padding stands."""
+    if attention_mask is None:
+        return {}
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {"attention_mask": attention_mask, "position_ids": position_ids}
+
+
+def turns_by_length(model: PreTrainedModel) -> bool:
+    """Whether the model's rotary embeddings turn a key by how long the pass is that it is in."""
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+    return any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits from the decoder's last hidden states, of any leading shape."""
+    projection = model.get_output_embeddings()
+    config = model.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    multiplier = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    logits = projection(hidden)  # type: ignore[operator]  # that there is one was checked
+    if multiplier != 1:
+        logits = logits * multiplier
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def check_logits(model: PreTrainedModel) -> None:
+    """Compare `logits_of` with the model's own logits on a few tokens.
+
+    Raises `InputError` for a model that has no head, or does something else to its logits.
+    """
+    if model.get_output_embeddings() is None:
+        raise InputError(f"model: {type(model).__name__} has no language-model head")
+    probe_BT = torch.arange(4, device=model.device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=probe_BT, use_cache=False).logits
+        found = logits_of(model, model.base_model(input_ids=probe_BT, use_cache=False).last_hidden_state)
+    if not torch.allclose(expected.float(), found.float(), atol=1e-2, rtol=1e-2):
+        raise InputError(f"model: {type(model).__name__} computes its logits in a way that is not supported")

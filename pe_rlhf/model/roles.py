@@ -1,0 +1,345 @@
+"""The roles on one frozen model: which adapters and heads there are, which role is active, and what each one trains.
+
+A role may also have weights of its own, the whole model trained: the baseline that adapters are measured against.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pe_rlhf.adapters.layer import RoleState, WrappedLayer, like_out_in, merged_weight, unwrap, weight_out_in
+from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource
+from pe_rlhf.adapters.lora.anchored import Scaling
+from pe_rlhf.adapters.peft_export import export_peft
+from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, new_adapters, saved_adapter
+from pe_rlhf.adapters.targets import Targets, find_targets, linear_modules
+from pe_rlhf.model.tensors import part_of, set_tensors, unique_tensors
+from pe_rlhf.system.distributed import is_sharded
+from pe_rlhf.system.seeding import derive_seed
+from reward.errors import InputError
+from reward.head import ScalarHead
+
+ANCHOR = "anchor"
+# Roles whose names start so have a scalar head: `reward`, `reward_2`, `value`.
+HEAD_ROLES = ("value", "reward")
+
+
+class ModelWithRoles(nn.Module):
+    """A model whose weights are never written to, and the adapters and heads on it by role; none is the anchor."""
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+        self.heads = nn.ModuleDict()
+        self.own_models = nn.ModuleDict()
+        self.specs: dict[str, RoleSpec] = {}
+        self._state = RoleState()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def active_role(self) -> str:
+        return self._state.active or ANCHOR
+
+    @property
+    def active_model(self) -> PreTrainedModel:
+        """The model that computes the active role: the shared one, or the role's own. With a head it is a decoder."""
+        return self.model if self.active_role not in self.own_models else self._own_model(self.active_role)
+
+    @property
+    def roles(self) -> list[str]:
+        return [ANCHOR, *self.specs]
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[Self]:
+        """Play a role: within the block its adapter is on. Roles nest; the one before is back after the block."""
+        if name not in self.roles:
+            raise InputError(f"there is no role {name!r} on this backbone; there are {', '.join(self.roles)}")
+        before = self._state.active
+        self._state.active = None if name == ANCHOR else name
+        try:
+            yield self
+        finally:
+            self._state.active = before
+
+    def can_merge(self, name: str) -> bool:
+        """Whether `merged_role` can play a role: all that it changes are plain weights that are whole here."""
+        return all(layer.can_merge for layer in self._merged_layers(name))
+
+    def merged_bytes(self, name: str) -> int:
+        """What the copies of `merged_role` take up."""
+        return sum(layer.base.weight.nbytes for layer in self._merged_layers(name))  # type: ignore[operator]
+
+    @contextmanager
+    def merged_role(self, name: str) -> Iterator[Self]:
+        """Play a role by copies of its layers with `W0 + ΔW` in them, for many passes over few tokens, as in sampling.
+
+        An adapter's own products cost more there than the merging. The copies carry no gradient to the adapter, and are
+        gone after the block.
+        """
+        layers = self._merged_layers(name)
+        try:
+            for layer in layers:
+                layer.merge(name)
+            with self.role(name):
+                yield self
+        finally:
+            for layer in layers:
+                layer.unmerge(name)
+
+    def add_adapter(
+        self,
+        role: str,
+        init: str = "lora",
+        rank: int = 16,
+        alpha: float = 32.0,
+        targets: Targets = "all-linear",
+        last_layers: int | None = None,
+        scaling: Scaling = "standard",
+        dropout: float = 0.0,
+        seed: int = 0,
+        init_options: dict[str, Any] | None = None,
+        statistics: StatisticsSource | Mapping[str, LayerStatistics] | None = None,
+    ) -> None:
+        """Add a role: an anchored adapter on the target layers, and a scalar head for `value` and `reward`.
+
+        Whatever the init, the role starts as the anchor exactly. Raises `InputError` for a role that is there already,
+        an unknown init or option, targets that match nothing, or an init that needs `statistics` and has none.
+        """
+        self._refuse_taken(role)
+        modules = tuple(find_targets(self.model, targets, last_layers))
+        spec = AdapterSpec(init, rank, alpha, scaling, dropout, modules, init_options or {})
+        adapters = new_adapters(spec, self.base_weight, lambda name: derive_seed(seed, role, name), statistics)
+        self._install(role, spec, adapters, self._new_head(role))
+
+    def add_own_weights(self, role: str, source: str = ANCHOR) -> None:
+        """Add a role that is fully tuned: a plain copy of the model, and its head, that start as another role.
+
+        Raises `InputError` for a role that is there already, and for a base that is quantised or split by ZeRO-3.
+        """
+        self._refuse_taken(role)
+        head = self._new_head(role)
+        if head is not None and source in self.heads:
+            head.load_state_dict(self.heads[source].state_dict())
+        self._install_own(role, self._plain_copy(source, whole=head is None), head)
+
+    def base_weight(self, name: str) -> Tensor:
+        """The frozen weight _OI of a layer that adapters can be put on; a quantised one is dequantised."""
+        return weight_out_in(self.base_layer(name))
+
+    def base_layer(self, name: str) -> nn.Module:
+        """The frozen module of a layer that adapters can be put on."""
+        return self._wrap(name).base
+
+    def adapter_spec(self, role: str) -> AdapterSpec:
+        """How a role's adapter was made. Raises `InputError` for a role that has none."""
+        spec = self.specs.get(role)
+        if not isinstance(spec, AdapterSpec):
+            raise InputError(f"there is no adapter {role!r} on this backbone")
+        return spec
+
+    def copy_role(self, source: str, target: str) -> None:
+        """Add a role that starts as a copy of another, head and all (the critic from the reward model)."""
+        if source in self.own_models:
+            return self.add_own_weights(target, source)
+        self._refuse_taken(target)
+        adapters = {name: copy.deepcopy(layer.adapters[source]) for name, layer in self._layers(source)}
+        head = self._new_head(target)
+        if head is not None and source in self.heads:
+            head.load_state_dict(self.heads[source].state_dict())
+        return self._install(target, self.adapter_spec(source), adapters, head)
+
+    def load_role(self, role: str, spec: RoleSpec, state: dict[str, Tensor]) -> None:
+        """Add a role, or set one that is there, to what `role_state` gave.
+
+        Raises `InputError` where the tensors are not those of such a role on this model.
+        """
+        try:
+            head = self._new_head(role)
+            if head is not None:
+                head.load_state_dict(part_of(state, "head"))
+            if isinstance(spec, FullSpec):
+                model = self._plain_copy(ANCHOR, whole=head is None)
+                set_tensors(unique_tensors(model), part_of(state, "model"))
+                return self._install_own(role, model, head)
+            # One weight at a time: under ZeRO-3 each is a whole copy, and that of a quantised one is dequantised.
+            adapters = {
+                name: saved_adapter(spec, weight_out_in(self._wrap(name).base), part_of(state, name))
+                for name in spec.modules
+            }
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"what was saved does not fit role {role!r} on {self.name}") from error
+        return self._install(role, spec, adapters, head)
+
+    def head(self, role: str) -> ScalarHead:
+        """The scalar head of a role that has one."""
+        head = self.heads[role]
+        assert isinstance(head, ScalarHead)
+        return head
+
+    def set_role_state(self, role: str, state: dict[str, Tensor]) -> None:
+        """Set the tensors of a role that is there in place, so that an optimizer on them stays valid."""
+        try:
+            set_tensors(dict(self._named(role, unique_tensors)), state)
+        except ValueError as error:
+            raise InputError(f"the saved tensors are not those of role {role!r} on {self.name}") from error
+
+    def role_state(self, role: str, *, copy: bool = True) -> dict[str, Tensor]:
+        """All tensors of a role by name, on the CPU: A, B, their initial values or the model's own, and the head.
+
+        Without `copy` those that are on the CPU are the role's own, to be written away before the next step.
+        """
+        return {name: t.detach().to("cpu", copy=copy).contiguous() for name, t in self._named(role, unique_tensors)}
+
+    def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The parameters of a role that an optimizer trains, by name."""
+        named = self._named(role, lambda module: dict(module.named_parameters()))
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def export_adapter(self, role: str, path: str | Path, rank: int | None = None) -> None:
+        """Write a role as a plain PEFT LoRA of rank 2r (r where B0 is zero) for the original base; see `export.py`.
+
+        `rank` fills a smaller one up with zeros. Raises `InputError` for a role with weights of its own.
+        """
+        if role in self.own_models:
+            raise InputError(f"the {role} was fully tuned and is no adapter; it can be exported as a merged checkpoint")
+        layers = {name: layer.adapters[role] for name, layer in self._layers(role)}
+        head = self.heads[role] if role in self.heads else None  # noqa: SIM401  (a ModuleDict has no get)
+        names = list(linear_modules(self.model))
+        export_peft(layers, head, role=role, base_model=self.name, all_names=names, path=Path(path), rank=rank)
+
+    def export_rank(self, role: str) -> int:
+        """The rank that `export_adapter` writes unless told otherwise."""
+        return max(layer.adapters[role].factors().A_RI.shape[0] for _, layer in self._layers(role))  # type: ignore[operator]
+
+    def merged_tensors(self, role: str) -> Iterator[tuple[str, Tensor]]:
+        """The base's checkpoint, name by name, with `W0 + ΔW` of a role in it; computed fresh, the base is not touched.
+
+        A tensor that the model has under two names comes once, under the first.
+        """
+        own = {} if role not in self.own_models else self._own_tensors(role)
+        layers = {} if role == ANCHOR else dict(self._layers(role))
+        for name, tensor in unique_tensors(self.model).items():
+            plain, layer = name.replace(".base.", "."), layers.get(name.removesuffix(".base.weight"))
+            if ".adapters." not in name:
+                yield plain, own.get(plain, tensor) if layer is None else merged_weight(layer, role)
+
+    def weight_changes(self, role: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Base weight _OI and change ΔW_OI, fp32, of each linear layer that a role may have changed, layer by layer."""
+        for _, layer in self._layers(role):
+            yield weight_out_in(layer.base), layer.adapters[role].delta_weight()  # type: ignore[operator]
+        if role in self.own_models:
+            own = self._own_tensors(role)
+            for name, module in linear_modules(self.model).items():
+                base = module.base if isinstance(module, WrappedLayer) else module
+                if (trained := own.get(f"{name}.weight")) is not None:
+                    yield weight_out_in(base), like_out_in(base, trained).float() - weight_out_in(base).float()
+
+    def train(self, mode: bool = True) -> Self:
+        """Turn dropout of adapters on or off. The base stays as it is: it has none."""
+        super().train(False)
+        for module in self.model.modules():
+            if isinstance(module, WrappedLayer):
+                module.adapters.train(mode)
+        self.training = mode
+        return self
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _refuse_taken(self, role: str) -> None:
+        if role in self.roles or not role.isidentifier():
+            raise InputError(f"cannot add a role {role!r}: the name is taken or is not an identifier")
+
+    def _new_head(self, role: str) -> ScalarHead | None:
+        if not role.startswith(HEAD_ROLES):
+            return None
+        size: int = self.model.get_input_embeddings().embedding_dim  # type: ignore[assignment]
+        return ScalarHead(size, train_bias=role.startswith("value")).to(self.device)
+
+    def _install(self, role: str, spec: AdapterSpec, adapters: dict[str, nn.Module], head: ScalarHead | None) -> None:
+        """Put a role that is complete on the layers, in place of the one of that name."""
+        self._remove(role)
+        for name, adapter in adapters.items():
+            self._wrap(name).adapters[role] = adapter
+        if head is not None:
+            self.heads[role] = head
+        self.specs[role] = spec
+        self.train(self.training)
+
+    def _install_own(self, role: str, model: nn.Module, head: ScalarHead | None) -> None:
+        self._remove(role)
+        self.own_models[role] = model
+        if head is not None:
+            self.heads[role] = head
+        self.specs[role] = FullSpec()
+
+    def _remove(self, role: str) -> None:
+        if role in self.specs:
+            for _, layer in self._layers(role):
+                del layer.adapters[role]
+            self.own_models.pop(role) if role in self.own_models else None
+
+    def _own_model(self, role: str) -> PreTrainedModel:
+        model = self.own_models[role]
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    def _own_tensors(self, role: str) -> dict[str, Tensor]:
+        """The tensors of a role's own model under the names that they have in the whole one."""
+        prefix = f"{self.model.base_model_prefix}." if role in self.heads else ""
+        return {f"{prefix}{name}": tensor for name, tensor in unique_tensors(self.own_models[role]).items()}
+
+    def _plain_copy(self, source: str, *, whole: bool) -> nn.Module:
+        """A model without adapters that computes what a role does, all of it trainable; its decoder unless `whole`."""
+        if is_sharded(self.model):
+            raise InputError("tuning: full: the base has to be whole on each process: not with zero3")
+        if source in self.own_models:
+            if whole and source in self.heads:
+                raise InputError(f"{source} has no language-model head of its own that a copy could start from")
+            own = copy.deepcopy(self._own_model(source))
+            return own if whole else own.base_model
+        model = copy.deepcopy(self.model)
+        unwrap(model, source)
+        if not all(parameter.is_floating_point() for parameter in model.parameters()):
+            raise InputError("tuning: full: a quantised base cannot be trained")
+        return (model if whole else model.base_model).requires_grad_(True)
+
+    def _wrap(self, name: str) -> WrappedLayer:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        layer = getattr(parent, leaf)
+        if not isinstance(layer, WrappedLayer):
+            layer = WrappedLayer(layer, self._state)
+            setattr(parent, leaf, layer)
+        return layer
+
+    def _layers(self, role: str) -> list[tuple[str, WrappedLayer]]:
+        if role not in self.specs:
+            known = ", ".join(self.specs) or "none"
+            raise InputError(f"there is no adapter {role!r} on this backbone; there are {known}")
+        named = ((name, module) for name, module in self.model.named_modules() if isinstance(module, WrappedLayer))
+        return [(name, layer) for name, layer in named if role in layer.adapters]
+
+    def _merged_layers(self, role: str) -> list[WrappedLayer]:
+        return [layer for _, layer in self._layers(role)] if role in self.specs else []
+
+    def _named(self, role: str, tensors_of: Any) -> Iterator[tuple[str, Any]]:
+        modules: dict[str, nn.Module] = {name: layer.adapters[role] for name, layer in self._layers(role)}
+        if role in self.own_models:
+            modules["model"] = self.own_models[role]
+        if role in self.heads:
+            modules["head"] = self.heads[role]
+        for name, module in modules.items():
+            yield from ((f"{name}.{part}", tensor) for part, tensor in tensors_of(module).items())

@@ -1,0 +1,157 @@
+"""The DeepSpeed half of the optimizer: processes, ZeRO for one role, the base split by ZeRO-3.
+
+The one file that imports DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pe_rlhf.config import OptimizerConfig
+from pe_rlhf.optim.adamw import MASTER, MOMENTS, adamw, flat, is_wide, split
+from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.processes import accelerator_environment, launched
+
+LONGEST_WAIT = timedelta(days=7)
+
+
+class ZeRO:
+    """AdamW in a DeepSpeed engine, which splits its state over the ranks and keeps it where the configuration says.
+
+    The engine trains one flat copy of the parameters, made when it is first needed: a run that goes on sets the
+    parameters before that. It gets the gradient, which is complete already, through the loss ⟨copy, gradient⟩: a way in
+    that every ZeRO stage supports.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, deepspeed: dict[str, Any]) -> None:
+        self._names, self._parameters = list(parameters), list(parameters.values())
+        self._config, self._deepspeed = config, deepspeed
+
+    @cached_property
+    def _copy(self) -> nn.Parameter:
+        return nn.Parameter(flat(self._parameters).float())
+
+    @cached_property
+    def _engine(self) -> Any:
+        engine, *_ = import_deepspeed().initialize(
+            model=nn.ParameterList([self._copy]),
+            optimizer=adamw([self._copy], self._config),
+            config=_role_config(self._deepspeed),
+        )
+        return engine
+
+    def step(self, rate: float) -> None:
+        self._step(rate, flat([p.grad for p in self._parameters if p.grad is not None]).float())
+        for parameter, value in zip(self._parameters, split(self._copy.detach(), self._parameters), strict=True):
+            parameter.data.copy_(value)
+
+    def state(self, copy: bool) -> dict[str, Tensor]:
+        tensors = {}
+        for kind in (*MOMENTS, MASTER):
+            parts = split(self._copy if kind == MASTER else self._moment(kind), self._parameters)
+            for name, parameter, part in zip(self._names, self._parameters, parts, strict=True):
+                if kind != MASTER or not is_wide(parameter):
+                    tensors[f"{name}/{kind}"] = part.detach().to("cpu", copy=copy).contiguous()
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
+        # Before the engine is made, which may keep a copy of its own: what the parameters were rounded from.
+        for name, own in zip(self._names, split(self._copy.data, self._parameters), strict=True):
+            if (master := tensors.get(f"{name}/{MASTER}")) is not None:
+                own.copy_(master)
+        # The state exists from the first step on: one with rate 0 and gradient 0 makes it and changes no weight.
+        self._step(0.0, torch.zeros_like(self._copy))
+        for moment in MOMENTS:
+            self._set_moment(moment, flat([tensors[f"{name}/{moment}"] for name in self._names]))
+        for state in self._adamw.state.values():
+            state["step"].fill_(steps)
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        """The optimizer inside ZeRO's, or the engine's own where there is no ZeRO."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+    def _step(self, rate: float, gradient: Tensor) -> None:
+        self._engine.optimizer.param_groups[0]["lr"] = rate
+        self._engine.backward((self._copy * gradient).sum())
+        self._engine.step()
+
+    def _moment(self, moment: str) -> Tensor:
+        """The whole moment, flat; every rank calls this."""
+        if not hasattr(self._copy, "_hp_mapping"):
+            return self._adamw.state[self._copy][moment]
+        return import_deepspeed().utils.safe_get_full_optimizer_state(self._copy, moment)
+
+    def _set_moment(self, moment: str, value: Tensor) -> None:
+        if not hasattr(self._copy, "_hp_mapping"):
+            self._adamw.state[self._copy][moment].copy_(value)
+        else:
+            import_deepspeed().utils.safe_set_full_optimizer_state(self._copy, value.to(self._copy.device), moment)
+
+
+def import_deepspeed() -> Any:
+    for name, value in accelerator_environment().items():
+        os.environ.setdefault(name, value)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise TrainingError(
+            "training on several processes needs DeepSpeed: pip install 'pe-rlhf[deepspeed]'"
+        ) from error
+    # Its own reduction for CPUs, which nothing here asks for, is compiled at the first start, under a lock file that
+    # stays when the process is killed: every later start would wait for it for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def init_processes(wants_deepspeed: bool) -> None:
+    """Join the other processes, where a launcher has started this one; alone, be a group of one for DeepSpeed."""
+    if torch.distributed.is_initialized() or not (launched() or wants_deepspeed):
+        return
+    # gloo carries what lies on the CPU (counts, texts, experience), whatever the weights are on.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if launched():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # A rank may wait for hours while rank 0 asks a judge; one that has died is noticed by its closed connection.
+        torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented all the same
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    import_deepspeed().init_distributed(verbose=False)
+
+
+def shard_base(model: nn.Module, deepspeed: dict[str, Any]) -> None:
+    """Split a frozen base over the ranks by ZeRO-3; each layer's weights are gathered when a pass reaches it."""
+    config = {**_common(deepspeed), "zero_optimization": dict(deepspeed.get("zero_optimization", {}))}
+    config["zero_optimization"].pop("offload_optimizer", None)
+    import_deepspeed().initialize(model=model, config=config)
+
+
+def _role_config(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """ZeRO-3 shards the base; the few MB of a role are whole on each rank, with their states split as in ZeRO-2."""
+    zero = dict(deepspeed.get("zero_optimization", {}))
+    zero["stage"] = min(2, zero.get("stage", 0))
+    zero = {key: value for key, value in zero.items() if not key.startswith(("stage3", "offload_param"))}
+    if zero["stage"] == 0:
+        zero.pop("offload_optimizer", None)
+    return {**_common(deepspeed), "zero_optimization": zero}
+
+
+def _common(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    own = {"optimizer", "scheduler", "train_batch_size", "gradient_clipping", "bf16", "fp16"}
+    return {key: value for key, value in deepspeed.items() if key not in own} | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # gradients come clipped; DeepSpeed's own default may clip them once more
+        "steps_per_print": 10**12,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }

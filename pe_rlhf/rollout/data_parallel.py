@@ -1,0 +1,39 @@
+"""A rollout engine on each rank: the batch is split, and every rank gets the whole rollout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pe_rlhf.rollout.interface import RolloutEngine
+from pe_rlhf.system.distributed import all_rows, own_rows, world_size
+from pe_rlhf.types import Rollout
+
+
+def split(engine: RolloutEngine) -> RolloutEngine:
+    """The engine itself where there is one rank, else one that shares the work."""
+    return SplitRollout(engine) if world_size() > 1 else engine
+
+
+class SplitRollout:
+    """Has each rank's engine sample its share. What is drawn for a response does not depend on the split."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+
+    def generate(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Rollout:
+        numbers = list(rows if rows is not None else range(len(prompts)))
+        own = own_rows(len(prompts))
+        # As many on every rank: under ZeRO-3 the ranks take each step of sampling together.
+        own += [0] * (math.ceil(len(prompts) / world_size()) - len(own))
+        part = self._engine.generate([prompts[i] for i in own], seed, [numbers[i] for i in own])
+        n = len(prompts)
+        return Rollout(
+            prompts, all_rows(part.responses, n), all_rows(part.logprobs, n), all_rows(part.finish, n), part.version
+        )
+
+    def sync(self, version: int, role: str | None = None) -> None:
+        self._engine.sync(version, role)
+
+    def close(self) -> None:
+        self._engine.close()

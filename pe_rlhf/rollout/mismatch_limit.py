@@ -1,0 +1,43 @@
+"""Whether the sampler held the trainer's policy: told in every step's figures, and a reason to stop."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pe_rlhf.algo.mismatch import mismatch
+from pe_rlhf.config import RolloutConfig, SamplingConfig
+from pe_rlhf.system.failures import TrainingError
+
+# Mean of |log π_trainer − log π_sampler|, nats per token. Two implementations agree to about 1e-5 in fp32 and 1e-2 in
+# bf16; a sampler that is a PPO step behind, or without the adapter, is soon above these.
+LIMIT_FP32, LIMIT_NARROW = 0.01, 0.1
+
+
+def agreement(log_ratio_N: Tensor, config: SamplingConfig, dtype: torch.dtype) -> dict[str, float]:
+    """The mismatch as figures by name, from log π_trainer − log π_sampler of sampled tokens.
+
+    Raises `TrainingError` where its mean is over the limit, or is not a number. Truncated sampling is from another
+    distribution on purpose and has no limit unless the recipe sets one.
+    """
+    found = mismatch(log_ratio_N)
+    default = math.inf if truncates(config) else LIMIT_FP32 if dtype == torch.float32 else LIMIT_NARROW
+    limit = config.mismatch_limit or default
+    if not found.mean <= limit:
+        raise TrainingError(
+            f"the sampler's log-probs are {found.mean:.3g} nats per token away from the trainer's (at most"
+            f" {found.max:.3g}), over mismatch_limit {limit:g}: it sampled from other weights than the trainer's, or"
+            " computes in another precision; if that is so, raise the limit and set correction: truncated_is"
+        )
+    return {
+        "logprob_mismatch": found.mean,
+        "logprob_mismatch_max": found.max,
+        "effective_sample_size": found.effective_sample_size,
+    }
+
+
+def truncates(config: SamplingConfig) -> bool:
+    """Whether top-k or top-p keep tokens from being sampled."""
+    return isinstance(config, RolloutConfig) and (config.top_k > 0 or config.top_p < 1)

@@ -1,0 +1,288 @@
+"""The embedded vLLM engine, from the trainer's side: started, given weights, asked for responses, and stopped."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Pipe
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import PretrainedConfig
+
+from pe_rlhf.config import BackboneConfig, SamplingConfig
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.roles import ANCHOR
+from pe_rlhf.rollout.interface import checked_rollout
+from pe_rlhf.rollout.vllm.exchange import WeightExchange, memory_backed
+from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
+from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.processes import openmp_environment
+from pe_rlhf.system.progress import say
+from pe_rlhf.types import Rollout
+
+BLOCK = 32  # tokens in a block of the KV cache
+SECONDS_TO_END = 10.0
+# What tells a process that it is a rank of the trainer's: the engine is on its own.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class EmbeddedVLLM:
+    """Samples from a role by a vLLM engine in a process beside this one.
+
+    The process is started here and ready at the first `sync`; `close`, or the end of this process, ends it.
+
+    Args:
+        longest_prompt: in tokens; with the response's limit it is the engine's context and, times the batch, its cache.
+        log: the file for what vLLM says.
+        on_progress: is told how many responses were finished.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        role: str,
+        config: SamplingConfig,
+        settings: BackboneConfig,
+        *,
+        longest_prompt: int,
+        log: Path,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._backbone, self._role, self._config, self._log = backbone, role, config, log
+        self._on_progress = on_progress or (lambda _: None)
+        self._merges = sync_mode(config, backbone) == "merged"
+        self._rank = None if self._merges or role == ANCHOR else vllm_rank(backbone)
+        self._arguments = _engine_arguments(backbone, config, settings, longest_prompt, self._rank)
+        size = sum(p.nbytes for p in backbone.model.parameters()) if self._merges else 1 << 28
+        self._exchange = WeightExchange(memory_backed(size, otherwise=log.parent))
+        self._sleeps = config.sleep and backbone.device.type == "cuda"
+        self._version, self._tag, self._holds_base = 0, "", True
+        self._start()
+
+    def sync(self, version: int, role: str | None = None) -> None:
+        self._role, self._version = role or self._role, version
+        try:
+            self._wake_up()
+            self._put_weights()
+        except EngineDied as death:
+            self._restart(death)
+
+    def generate(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Rollout:
+        """One response per prompt. An engine that dies on the way is started again, once."""
+        seeds = response_seeds(seed, prompts, rows)
+        try:
+            responses = self._ask(prompts, seeds)
+        except EngineDied as death:
+            self._restart(death)
+            responses = self._ask(prompts, seeds)
+        try:
+            return checked_rollout(prompts, responses, self._version, self._backbone, self._config)
+        except ValueError as error:
+            raise TrainingError(f"vLLM gave a wrong answer: {error}") from error
+
+    def close(self) -> None:
+        self._process.close()
+        self._exchange.close()
+
+    def _start(self) -> None:
+        self._process = EngineProcess(
+            self._log, self._exchange.folder, engine_environment(self._backbone.device), self._on_progress
+        )
+        self._process.send("start", settings=self._arguments)
+        self._loading, self._asleep, self._holds_base = True, False, True
+
+    def _restart(self, death: EngineDied) -> None:
+        """Another engine in the place of one that died, but for one that could not even be started."""
+        if self._loading:
+            raise death
+        say(f"{death}; it is started again")
+        self._start()
+        self._put_weights()
+
+    def _put_weights(self) -> None:
+        """Give the engine the role as it is now, under a name that no other state ever had."""
+        if self._loading:
+            say(f"waiting for vLLM to start; what it says goes to {self._log}")
+            self._process.answer(self._config.start_timeout)
+            self._loading = False
+        old, self._tag = self._tag, f"{self._role}-{self._version}-{os.urandom(4).hex()}"
+        if not self._merges and self._role != ANCHOR:
+            path = self._exchange.put_adapter(self._backbone, self._role, self._tag, self._rank or 0)
+            self._call("load_adapter", tag=self._tag, path=str(path))
+        elif self._role == ANCHOR and self._holds_base:
+            self._call("use_base", tag=self._tag)
+        else:
+            path = self._exchange.put_merged(self._backbone, self._role, self._tag)
+            self._call("load_merged", tag=self._tag, path=str(path))
+            self._exchange.drop(self._tag)
+            self._holds_base = self._role == ANCHOR
+        if old:
+            self._exchange.drop(old)
+
+    def _ask(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], list[float]]]:
+        self._wake_up()
+        sampling = sampling_parameters(self._config, self._backbone.eos_token_ids)
+        responses = self._call("generate", tag=self._tag, prompts=prompts, seeds=seeds, sampling=sampling)
+        if self._sleeps:
+            self._call("sleep")
+            self._asleep = True
+        return responses
+
+    def _wake_up(self) -> None:
+        if self._asleep:
+            torch.cuda.empty_cache()  # what the trainer has kept since is the memory that the engine wakes up in
+            self._call("wake_up")
+            self._asleep = False
+
+    def _call(self, method: str, **arguments: Any) -> Any:
+        self._process.send(method, **arguments)
+        return self._process.answer(self._config.timeout)
+
+
+class EngineDied(TrainingError):
+    """The engine's process has ended by itself."""
+
+
+class EngineProcess:
+    """The process of `vllm.py` and the pipe to it."""
+
+    def __init__(
+        self, log: Path, folder: Path, environment: dict[str, str], on_progress: Callable[[int], None]
+    ) -> None:
+        self._log, self._on_progress = log, on_progress
+        self._pipe, theirs = Pipe()
+        # -P: a folder of the user that is called like a library is not to be taken for it.
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pe_rlhf.rollout.vllm.worker",
+            str(theirs.fileno()),
+            str(os.getpid()),
+            str(folder),
+        ]
+        with log.open("ab") as file:
+            # A session of its own: Ctrl-C is for the trainer, which then ends the engine, and all that it started.
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, method: str, **arguments: Any) -> None:
+        try:
+            self._pipe.send((method, arguments))
+        except OSError:
+            self._raise_death()
+
+    def answer(self, timeout: float) -> Any:
+        """The result of the last call. Raises `TrainingError` for an error, and for no sign of life in `timeout` s."""
+        while True:
+            try:
+                if not self._pipe.poll(timeout):
+                    self.close()
+                    raise TrainingError(
+                        f"vLLM did not answer for {timeout:g} s and was stopped; see {self._log}, or raise the timeout"
+                    )
+                kind, value = self._pipe.recv()
+            except (EOFError, OSError):
+                self._raise_death()
+            if kind == "progress":
+                self._on_progress(value)
+            elif kind == "error":
+                raise TrainingError(f"vLLM stopped with an error: {value} (see {self._log})")
+            else:
+                return value
+
+    def close(self) -> None:
+        """End the process and all that it started; it has nothing to save."""
+        self._pipe.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _raise_death(self) -> NoReturn:
+        """Say how the process ended. It may be about to: its end of the pipe goes before it does."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(SECONDS_TO_END)
+        self.close()
+        code = self._process.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise EngineDied(f"the vLLM engine {how}; see {self._log}")
+
+
+def _engine_arguments(
+    backbone: Backbone, config: SamplingConfig, settings: BackboneConfig, longest_prompt: int, rank: int | None
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`: the base as the trainer loads it, and room for the recipe's batch of responses."""
+    on_cpu = backbone.device.type == "cpu"
+    length = longest_prompt + config.max_new_tokens
+    arguments = {
+        "model": resolve_model(backbone.name),
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+        "dtype": settings.dtype,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "max_model_len": length,
+        "max_num_seqs": config.batch_size,
+        "block_size": BLOCK,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",  # after the temperature and any truncation, as the trainer's are
+        "enforce_eager": on_cpu,
+        "disable_log_stats": True,
+    }
+    if rank is not None:
+        arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
+    if on_cpu:
+        room = cache_bytes(backbone.model.config, backbone.model.dtype, [length] * config.batch_size)
+        return arguments | {"kv_cache_memory_bytes": room}
+    return arguments | {"gpu_memory_utilization": config.gpu_memory_share, "enable_sleep_mode": config.sleep}
+
+
+def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, lengths: Sequence[int]) -> int:
+    """Keys and values of sequences of those lengths in all layers, in whole blocks."""
+    model = config.get_text_config()
+    heads = model.num_attention_heads
+    head_size = getattr(model, "head_dim", None) or model.hidden_size // heads
+    key_heads = getattr(model, "num_key_value_heads", None) or heads
+    of_a_token = 2 * model.num_hidden_layers * key_heads * head_size * dtype.itemsize
+    blocks = sum(math.ceil(length / BLOCK) for length in lengths) + 1  # vLLM keeps one for itself
+    return blocks * BLOCK * of_a_token
+
+
+def engine_environment(device: torch.device) -> dict[str, str]:
+    """This process's environment, but for what would make the engine think that it is one of the trainer's ranks."""
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and not k.startswith("TORCHELASTIC_")}
+    root = str(Path(__file__).parents[3])
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH")))),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in our process and needs none of its own
+        "VLLM_NO_USAGE_STATS": "1",
+        # As many threads as the trainer has, on any core: vLLM's own binding leaves one core in two idle.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        **openmp_environment(),
+    }
+    if device.type == "cuda":
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        index = device.index or 0
+        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) and visible[0] else str(index)
+    return environment

@@ -1,0 +1,69 @@
+"""What both vLLM engines ask for: sampling parameters, seeds, ranks, and the way the weights go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pe_rlhf.config import RolloutConfig, SamplingConfig
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.system.distributed import is_sharded
+from pe_rlhf.system.seeding import derive_seed
+from reward.errors import InputError
+
+# What vLLM takes as `max_lora_rank`.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# A server takes what is not said from the checkpoint's own defaults, and then samples from another distribution than it
+# gives the log-probs of.
+NEUTRAL: dict[str, Any] = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
+    """`adapter` or `merged`. On a CPU vLLM's LoRA kernels run at a fifth of its speed, on a GPU they cost little.
+
+    A fully tuned policy goes as merged weights. Raises `InputError` where the recipe wants an adapter of it.
+    """
+    if any(role not in backbone.heads for role in backbone.own_models):
+        if config.sync == "adapter":
+            raise InputError("rollout.sync: a fully tuned policy has no adapter; use merged")
+        return "merged"
+    if config.sync != "auto":
+        return config.sync
+    on_cpu = config.mode == "embedded" and backbone.device.type == "cpu"
+    return "merged" if on_cpu and not is_sharded(backbone.model) else "adapter"
+
+
+def vllm_rank(backbone: Backbone) -> int:
+    """The lowest rank that vLLM accepts and every policy's export fits in. Raises `InputError` where there is none."""
+    rank = max(backbone.export_rank(role) for role in backbone.specs if role not in backbone.heads)
+    fitting = [accepted for accepted in RANKS if accepted >= rank]
+    if not fitting:
+        raise InputError(f"vLLM takes adapters up to rank {RANKS[-1]}, this one has {rank}; use rollout.sync: merged")
+    return fitting[0]
+
+
+def response_seeds(seed: int, prompts: Sequence[object], rows: Sequence[int] | None) -> list[int]:
+    """A seed for each response, from its row in the whole batch: whoever asks, and whichever engine answers."""
+    return [derive_seed(seed, row) for row in (range(len(prompts)) if rows is None else rows)]
+
+
+def sampling_parameters(config: SamplingConfig, eos_token_ids: list[int]) -> dict[str, Any]:
+    """vLLM's names for how a response is sampled."""
+    truncation = {"top_k": config.top_k, "top_p": config.top_p} if isinstance(config, RolloutConfig) else {}
+    return {
+        **NEUTRAL,
+        "temperature": config.temperature,
+        "max_tokens": config.max_new_tokens,
+        "stop_token_ids": eos_token_ids,
+        "ignore_eos": True,  # these ids alone end a response, not what vLLM finds in the checkpoint
+        "skip_special_tokens": False,
+        **truncation,
+    }

@@ -1,0 +1,123 @@
+"""Metrics of a stage: one JSON line per step, handed on to TensorBoard and W&B where the recipe says so.
+
+`metrics.jsonl` is the record that everything else is made from. Names are those of the report; seconds, nats, tokens
+and shares are the units.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pe_rlhf.config import TrackingConfig
+from pe_rlhf.system.files import HALVES, write_whole
+from pe_rlhf.system.processes import is_main
+from reward.errors import InputError
+
+
+class MetricsWriter:
+    """Appends to `<stage>/metrics.jsonl`; a resumed stage first drops the lines after the step it resumes from."""
+
+    def __init__(self, folder: Path, tracking: TrackingConfig, run_name: str, resume_step: int = 0) -> None:
+        self._path = folder / "metrics.jsonl"
+        truncate_jsonl(self._path, resume_step)
+        check_tracking(tracking)
+        self._tensorboard = _tensorboard(folder) if tracking.tensorboard and is_main() else None
+        self._wandb = _wandb(tracking, run_name, folder) if tracking.wandb and is_main() else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line; a value that is not finite is written as null, since JSON has no NaN."""
+        append_jsonl(self._path, {"step": step, **{k: _rounded(v) for k, v in values.items()}})
+        for name, value in values.items():
+            if self._tensorboard is not None:
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """Raise `InputError` where metrics are to go to something that is not installed."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(tracking, name) and importlib.util.find_spec(name) is None:
+            raise InputError(f"tracking.{name} needs: pip install 'pe-rlhf[{name}]'")
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one line, on rank 0; it is on its way to the disk when this returns."""
+    if not is_main():
+        return
+    with path.open("a", encoding="utf-8", errors=HALVES) as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All lines of a file, none where it is missing. Raises `InputError` naming the line that is damaged."""
+    rows = []
+    for number, line in enumerate(_lines(path) if path.exists() else [], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path} line {number}: not valid JSON: {error}") from error
+    return rows
+
+
+def truncate_jsonl(path: Path, last_step: int) -> None:
+    """Keep the lines up to and with a step; a line that a kill left half written is dropped too."""
+    if not path.exists() or not is_main():
+        return
+    kept = []
+    for line in _lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError:  # not JSON, or cut inside a character
+            break
+        if row["step"] <= last_step:
+            kept.append(line.decode() + "\n")
+    write_whole(path, "".join(kept))
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """A stage's summary, or None where the stage has not finished."""
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a summary; the old file is there until the new one is whole."""
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of a file, split at line feeds alone: `splitlines` also cuts where a JSON string may hold U+2028."""
+    content = path.read_bytes()
+    return content.removesuffix(b"\n").split(b"\n") if content else []
+
+
+def _rounded(value: float) -> float | int | None:
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def _tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _wandb(tracking: TrackingConfig, run_name: str, folder: Path) -> Any:
+    import wandb  # type: ignore[import-not-found]
+
+    return wandb.init(project=tracking.wandb_project, name=f"{run_name}/{folder.name}", dir=str(folder))

@@ -1,0 +1,172 @@
+"""Scores of responses: reward adapters on the shared backbone, another model, a Python function, and weighted sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pe_rlhf.config import RewardSource
+from pe_rlhf.data.codec import TextCodec, cut_pair
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.names import UNLOADABLE, check_model_name, resolve_model
+from pe_rlhf.runs.saved_roles import load_role, reward_adapter_dir
+from pe_rlhf.system.distributed import all_rows, on_main, own_rows, sum_over_ranks
+from pe_rlhf.types import Sequences
+from reward.errors import InputError
+from reward.judges import load_function, score_responses
+from reward.records import Prompt
+
+
+class Scorer(Protocol):
+    """Gives each response of a batch one number."""
+
+    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
+        """Scores _B, fp32, on the CPU, of responses given both as text and as tokens."""
+        ...
+
+
+class AdapterScorer:
+    """A reward role on the shared backbone: scores the very tokens that were sampled."""
+
+    def __init__(self, backbone: Backbone, role: str, micro_batch_tokens: int) -> None:
+        self._backbone, self._role, self._budget = backbone, role, micro_batch_tokens
+
+    @torch.no_grad()
+    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
+        scores_B = torch.zeros(len(sequences))
+        with self._backbone.role(self._role):
+            for index, counts in self._backbone.own_micro_batches(
+                self._backbone.budget_lengths(sequences), self._budget
+            ):
+                part_B = self._backbone.response_scores(sequences.take(index)).cpu()
+                if counts:
+                    scores_B[index] = part_B
+        return sum_over_ranks(scores_B)  # each rank has filled in its own rows
+
+
+class ModelScorer:
+    """A sequence-classification model of its own with one label; it reads the text through its own tokenizer.
+
+    `eos_token_ids` are the policy's: a response that does not end with one was cut, and gets no EOS here either.
+    `key` is where the model is named, for messages.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        device: torch.device,
+        dtype: torch.dtype | str,
+        eos_token_ids: Sequence[int] = (),
+        batch_size: int = 16,
+        key: str = "reward model",
+    ) -> None:
+        check_model_name(model, key)
+        path = resolve_model(model)
+        try:
+            loaded = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(path)
+        except UNLOADABLE as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{key}: could not load {model!r}: {reason}") from error
+        if loaded.config.num_labels != 1:
+            raise InputError(f"{key}: {model!r} has {loaded.config.num_labels} labels; a reward model has one")
+        self._model = loaded.requires_grad_(False).eval().to(device)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model.config.pad_token_id = self._tokenizer.pad_token_id
+        self._codec, self._batch_size = TextCodec(self._tokenizer), batch_size
+        self._limit = _longest_row(self._model, self._tokenizer)
+        self._eos_token_ids = torch.tensor(eos_token_ids)
+
+    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
+        last_B = sequences.ids_BT[torch.arange(len(sequences)), sequences.lengths_B - 1]
+        cut = (~torch.isin(last_B, self._eos_token_ids)).tolist()
+        own = own_rows(len(sequences))
+        texts = ([prompts[i] for i in own], [responses[i] for i in own], [cut[i] for i in own])
+        return torch.tensor(all_rows(self.score_texts(*texts).tolist(), len(sequences)))
+
+    @torch.no_grad()
+    def score_texts(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Scores _B of texts; `cut` says which responses did not end, by default none.
+
+        Of a text that is longer than the model takes, the start of the prompt is left out.
+        """
+        triples = zip(prompts, responses, cut or [False] * len(prompts), strict=True)
+        pairs = (cut_pair(*self._codec.encode_pair(*triple), self._limit) for triple in triples)
+        rows = [prompt + response for prompt, response in pairs]
+        scores: list[Tensor] = []
+        for start in range(0, len(rows), self._batch_size):
+            batch = self._tokenizer.pad(
+                {"input_ids": rows[start : start + self._batch_size]}, padding_side="right", return_tensors="pt"
+            )
+            scores.append(self._model(**batch.to(self._model.device)).logits[:, 0].float().cpu())
+        return torch.cat(scores) if scores else torch.zeros(0)
+
+
+def _longest_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a classifier takes, by its config and its tokenizer, which may know of fewer."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+    for name, module in model.named_modules():
+        # RoBERTa and its like count positions from behind the padding id's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # type: ignore[operator]  # an index, then
+    return min(positions, tokenizer.model_max_length)
+
+
+class FunctionScorer:
+    """A Python function of prompts and responses, called on rank 0 and checked at every call."""
+
+    def __init__(self, path: str) -> None:
+        self._function = load_function(path)
+
+    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
+        return torch.tensor(on_main(lambda: score_responses(self._function, prompts, responses)))
+
+
+class WeightedScorer:
+    """The weighted sum of several scorers."""
+
+    def __init__(self, parts: list[tuple[float, Scorer]]) -> None:
+        self._parts = parts
+
+    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
+        weighted = [weight * scorer.score(prompts, responses, sequences) for weight, scorer in self._parts]
+        return torch.stack(weighted).sum(dim=0)
+
+
+def make_scorer(
+    sources: list[RewardSource], backbone: Backbone, run_dir: Path, micro_batch_tokens: int
+) -> WeightedScorer:
+    """The scorer of a recipe's reward sources; reward adapters become roles `reward`, `reward_2`, … on the backbone."""
+    parts: list[tuple[float, Scorer]] = []
+    for source in sources:
+        if source.function is not None:
+            scorer: Scorer = FunctionScorer(source.function)
+        elif source.model is not None:
+            scorer = ModelScorer(
+                source.model, backbone.device, backbone.model.dtype, backbone.eos_token_ids, key="ppo.reward.model"
+            )
+        else:
+            role = next(r for i in range(1, 99) if (r := f"reward_{i}" if i > 1 else "reward") not in backbone.roles)
+            load_role(backbone, role, reward_adapter_dir(source, run_dir))
+            scorer = AdapterScorer(backbone, role, micro_batch_tokens)
+        parts.append((source.weight, scorer))
+    return WeightedScorer(parts)
+
+
+def check_reward_adapter(source: RewardSource) -> None:
+    """Raise `InputError` where a reward adapter is named by its directory and is not there."""
+    if not (reward_adapter_dir(source, Path()) / "role.json").is_file():
+        raise InputError(f"ppo.reward.adapter: {source.adapter!r} is not the directory of a finished reward stage")

@@ -1,0 +1,121 @@
+"""A vLLM engine in a process beside this one as a judge's chat model."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from pe_rlhf.model.loading import DTYPES
+from pe_rlhf.model.names import UNLOADABLE, resolve_model
+from pe_rlhf.rollout.vllm.embedded import BLOCK, EngineProcess, cache_bytes, engine_environment
+from pe_rlhf.system.progress import say
+from pe_rlhf.system.seeding import derive_seed
+from reward.errors import InputError
+from reward.judges.chat_tokens import ChatTokens
+from reward.judges.llm import Completion
+from reward.records import Message
+
+START_TIMEOUT, TIMEOUT = 1800.0, 600.0  # seconds; without any sign of life
+USUAL_TOKENS = 1024  # of a question, for the size of the cache: longer ones find room, fewer at a time
+LONGEST = 8192  # tokens of a question and its answer; a model may read less
+BASE = "anchor"  # what the engine calls the weights that it starts with
+
+
+class VLLMChat:
+    """Chat with a model that vLLM loads; the engine starts here, and ends with this object or this process.
+
+    Args:
+        model: a hub id, a directory or `pip:NAME`.
+        identity: what tells the weights from others; verdicts are kept under it.
+        memory_share: of a GPU's memory, for weights and cache.
+    """
+
+    concurrency = 1
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        device: torch.device,
+        identity: str,
+        batch_size: int = 64,
+        memory_share: float = 0.5,
+    ) -> None:
+        path = resolve_model(model)
+        try:
+            config = AutoConfig.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except UNLOADABLE as error:
+            raise InputError(f"judge: could not load {model!r}: {' '.join(str(error).split())}") from error
+        self.identity, self.batch_size = f"vllm:{identity}", batch_size
+        text = config.get_text_config()
+        longest = min(LONGEST, getattr(text, "max_position_embeddings", None) or LONGEST)
+        self._tokens = ChatTokens(tokenizer, self.identity, longest, text.vocab_size)
+        settings = {
+            "model": path,
+            "dtype": dtype,
+            "skip_tokenizer_init": True,
+            "generation_config": "auto",  # for the ids that end an answer; the sampling is ours
+            "max_model_len": longest,
+            "max_num_seqs": batch_size,
+            "block_size": BLOCK,
+            "enforce_eager": device.type == "cpu",
+            "disable_log_stats": True,
+        }
+        if device.type == "cpu":
+            usual = min(USUAL_TOKENS, longest)
+            lengths = [usual] * max(batch_size, math.ceil(longest / usual))
+            settings["kv_cache_memory_bytes"] = cache_bytes(config, DTYPES[dtype], lengths)
+        else:
+            settings["gpu_memory_utilization"] = memory_share
+        folder = Path(tempfile.mkdtemp(prefix="pe-rlhf-judge-"))
+        log = folder.with_name(f"{folder.name}.log")
+        self._engine = EngineProcess(log, folder, engine_environment(device), lambda _: None)
+        weakref.finalize(self, _end, self._engine, folder, log, os.getpid())
+        say(f"waiting for the judge's vLLM to start; what it says goes to {log}")
+        self._engine.send("start", settings=settings)
+        self._engine.answer(START_TIMEOUT)
+
+    def label_logprobs(self, chats: Sequence[list[Message]], labels: Sequence[str]) -> list[Completion]:
+        """One forward pass per chat. The text is empty: the most likely token is not looked at."""
+        rows, answers = self._tokens.encode(chats, room=1)
+        ids = {label: self._tokens.label_ids(label) for label in labels}
+        every = sorted({i for of_label in ids.values() for i in of_label})
+        self._engine.send("first_token_logprobs", tag=BASE, prompts=list(rows.values()), ids=every)
+        for i, table in zip(rows, self._engine.answer(TIMEOUT), strict=True):
+            of_label = {
+                label: torch.tensor([table[token] for token in tokens], dtype=torch.float64).logsumexp(dim=0).item()
+                for label, tokens in ids.items()
+            }
+            answers[i] = Completion("", of_label)
+        return [answers[i] for i in range(len(chats))]
+
+    def generate(
+        self, chats: Sequence[list[Message]], max_tokens: int, temperature: float, seed: int
+    ) -> list[Completion]:
+        """Greedy at temperature 0, else sampled; the same seed gives the same answers to the same chats."""
+        rows, answers = self._tokens.encode(chats, room=max_tokens)
+        sampling = {"temperature": temperature, "max_tokens": max_tokens, "stop_token_ids": self._ends()}
+        seeds = [derive_seed(seed, "judge", *ids) for ids in rows.values()]
+        self._engine.send("generate", tag=BASE, prompts=list(rows.values()), seeds=seeds, sampling=sampling)
+        for i, (ids, _) in zip(rows, self._engine.answer(TIMEOUT), strict=True):
+            answers[i] = Completion(str(self._tokens.tokenizer.decode(ids, skip_special_tokens=True)))
+        return [answers[i] for i in range(len(chats))]
+
+    def _ends(self) -> list[int]:
+        end = self._tokens.tokenizer.eos_token_id
+        return [end] if isinstance(end, int) else []
+
+
+def _end(engine: EngineProcess, folder: Path, log: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process that was forked from it
+        engine.close()
+        folder.rmdir()
+        log.unlink(missing_ok=True)

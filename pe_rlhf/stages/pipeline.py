@@ -1,0 +1,202 @@
+"""A whole run: the stages of a recipe, one after the other, in one run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pe_rlhf.adapters.lora.init_registry import get_init
+from pe_rlhf.config import STAGES, EngineConfig, Recipe
+from pe_rlhf.config.load import load_deepspeed_config, refuse_other_recipe, save_recipe
+from pe_rlhf.data.codec import read_template
+from pe_rlhf.data.rows import load_examples, load_preferences, load_prompts
+from pe_rlhf.model.names import check_model_name, resolve_model
+from pe_rlhf.optim.zero import init_processes
+from pe_rlhf.report.run_page import write_report
+from pe_rlhf.rollout.make import check_installed
+from pe_rlhf.runs.metrics import check_tracking, read_summary
+from pe_rlhf.scoring.model_judges import check_judge
+from pe_rlhf.scoring.scorers import check_reward_adapter
+from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
+from pe_rlhf.stages.context import StageContext
+from pe_rlhf.system.distributed import on_main
+from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.files import locked
+from pe_rlhf.system.memory import reset_peak_memory
+from pe_rlhf.system.processes import launched
+from pe_rlhf.system.progress import say
+from reward.errors import InputError
+from reward.judges import load_function
+
+RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
+    "sft": sft.run,
+    "preferences": preferences.run,
+    "reward": reward.run,
+    "ppo": ppo.run,
+    "evaluate": evaluate.run,
+}
+
+
+def run_recipe(
+    recipe: Recipe,
+    run_dir: Path,
+    stages: list[str],
+    *,
+    resume: bool,
+    restart: bool,
+    may_change: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run stages of a recipe. Returns the summary of every stage that the run directory holds at the end.
+
+    Args:
+        resume: finished stages are left as they are, an unfinished one continues from its newest checkpoint.
+        may_change: keys, or starts of keys, that may differ from the recipe that a run to be resumed was started with;
+            those that only say where it computes may in any case.
+        restart: the first of the stages and all after it that are there are put aside (`<stage>.old-1`) and run anew.
+
+    Raises `InputError` for a stage that is there already where neither is given, for a stage whose predecessor has not
+    finished, and for a run directory that another process is using; `TrainingError` for a disk that fails or is full.
+    """
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    init_processes(recipe.deepspeed is not None)
+    anew = restart and not resume
+    finished = [] if anew else [stage for stage in stages if read_summary(run_dir / stage) is not None]
+    on_main(lambda: check_inputs(recipe, stages, finished, run_dir))
+    if launched() and recipe.sft is None:
+        # A model that is made here is made once: transformers saves nothing on other ranks.
+        on_main(lambda: resolve_model(recipe.model))
+    with ExitStack() as held:
+        on_main(lambda: _prepare(held, recipe, run_dir, stages, resume, restart, may_change))
+        # No report before a stage has run: an unfinished one may have a line that a kill left half written.
+        for stage in stages:
+            if read_summary(run_dir / stage) is not None:
+                say(f"{stage}: finished before, left as it is")
+                continue
+            _run_stage(StageContext(recipe, run_dir, stage))
+            on_main(lambda: write_report(run_dir))
+        on_main(lambda: write_report(run_dir))
+    return {stage: summary for stage in recipe.stages if (summary := read_summary(run_dir / stage)) is not None}
+
+
+def _prepare(
+    held: ExitStack,
+    recipe: Recipe,
+    run_dir: Path,
+    stages: list[str],
+    resume: bool,
+    restart: bool,
+    may_change: Sequence[str],
+) -> None:
+    """Take the run directory and make sure that what is in it stays whole."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(run_dir))
+    if resume and (run_dir / "recipe.yaml").is_file():
+        refuse_other_recipe(recipe, run_dir / "recipe.yaml", may_change)
+    _refuse_overwriting(recipe, run_dir, stages, resume, restart)
+    if restart and not resume:
+        _put_aside(run_dir, stages[0])
+    save_recipe(recipe, run_dir / "recipe.yaml")
+
+
+def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = (), run_dir: Path | None = None) -> None:
+    """Look at everything that can be wrong with names, data and functions before a model is loaded.
+
+    Of the `finished` stages the data is still looked at, but they do not run again.
+    """
+    if recipe.deepspeed is not None:
+        load_deepspeed_config(recipe.deepspeed)
+    if recipe.chat_template not in ("auto", "none"):
+        read_template(recipe.chat_template)
+    check_tracking(recipe.tracking)
+    if recipe.sft is None or "sft" in stages:
+        check_model_name(recipe.model)
+    if launched() and "sft" in stages and "sft" not in finished:
+        raise InputError(
+            "sft: TRL's trainer is for one process; run it first with `pe-rlhf run RECIPE --to sft`, then launch the"
+            " other stages with `-- --resume`"
+        )
+    check_inits(recipe)
+    for stage in stages:
+        section = getattr(recipe, stage)
+        check_installed(getattr(section, "rollout", None) or getattr(section, "sampling", None) or EngineConfig())
+        if (prompts := getattr(section, "prompts", None)) is not None:
+            load_prompts(prompts, f"{stage}.prompts")
+        if (judge := getattr(section, "judge", None)) is not None:
+            check_judge(judge, run_dir)
+    if recipe.sft is not None and "sft" in stages:
+        for key in ("data", "eval_data"):
+            if (source := getattr(recipe.sft, key)) is not None:
+                load_examples(source, f"sft.{key}", recipe.sft.max_bad_share)
+    if recipe.reward is not None and "reward" in stages:
+        for key in ("data", "eval_data"):
+            if (source := getattr(recipe.reward, key)) is not None:
+                load_preferences(source, f"reward.{key}", recipe.reward.max_bad_share)
+    if recipe.ppo is not None and "ppo" in stages:
+        for source in recipe.ppo.reward:
+            if source.function is not None:
+                load_function(source.function)
+            if source.model is not None:
+                check_model_name(source.model, "ppo.reward.model")
+            if source.adapter not in (None, "stage"):
+                check_reward_adapter(source)
+
+
+def check_inits(recipe: Recipe) -> None:
+    """Raise `InputError` for an init of a stage that there is not, or an option that it has not."""
+    for stage in recipe.stages:
+        adapter = recipe.adapter_for(stage)
+        get_init(adapter.init).parse(adapter.init_options)
+
+
+def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
+    """The recipe's stages from `first` to `last`, both included. Raises `InputError` for one the recipe hasn't got."""
+    for name in (first, last):
+        if name is not None and name not in recipe.stages:
+            raise InputError(f"the recipe has no stage {name!r}; it has {', '.join(recipe.stages)}")
+    start = STAGES.index(first) if first else 0
+    end = STAGES.index(last) if last else len(STAGES) - 1
+    if start > end:
+        raise InputError(f"--from {first} comes after --to {last}")
+    return [stage for stage in recipe.stages if start <= STAGES.index(stage) <= end]
+
+
+def _run_stage(context: StageContext) -> None:
+    context.folder.mkdir(exist_ok=True)
+    save_recipe(context.recipe, context.folder / "recipe.yaml")
+    reset_peak_memory()
+    try:
+        with context.resources:
+            summary = RUN[context.stage](context)
+    except TrainingError as error:
+        raise TrainingError(f"{context.stage}: {error}") from error
+    except OSError as error:
+        raise TrainingError(f"{context.stage}: {context.folder} cannot be written or read: {error}") from error
+    say(f"{context.stage}: done in {summary['seconds']:.0f} s, {context.folder}")
+
+
+def _refuse_overwriting(recipe: Recipe, run_dir: Path, stages: list[str], resume: bool, restart: bool) -> None:
+    """Raise `InputError` where running these stages would mix runs or run over one. Nothing is touched before."""
+    for stage in recipe.stages[: recipe.stages.index(stages[0])]:
+        if read_summary(run_dir / stage) is None:
+            raise InputError(f"{run_dir} holds no finished {stage} stage, which {stages[0]} needs")
+    for stage in stages:
+        if (run_dir / stage).exists() and not (resume or restart):
+            raise InputError(
+                f"{run_dir / stage} is there already: --resume continues it, --from {stage} runs it anew,"
+                " another --run-dir leaves it alone"
+            )
+
+
+def _put_aside(run_dir: Path, first: str) -> None:
+    """Rename the folders of a stage and of all after it: what came of the old ones is of no use to the new ones."""
+    for stage in STAGES[STAGES.index(first) :]:
+        folder = run_dir / stage
+        if folder.exists():
+            aside = next(p for i in range(1, 10_000) if not (p := run_dir / f"{stage}.old-{i}").exists())
+            folder.rename(aside)
+            say(f"{folder} was put aside as {aside.name}")

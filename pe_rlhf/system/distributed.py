@@ -1,0 +1,126 @@
+"""What a process knows of the others. Without torch.distributed there is one, and every sum is its own.
+
+All processes call these functions in the same order. Rows of a batch are dealt out like cards: rank k has k, k + N, …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pe_rlhf.system.failures import ElsewhereError
+from pe_rlhf.system.processes import is_main
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """The number of training processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def leave_group() -> None:
+    """End this rank's part in the group: its threads can abort an interpreter that ends with them still there."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own_rows(count: int) -> list[int]:
+    """This rank's rows of a batch of that many."""
+    return list(range(count))[rank() :: world_size()]
+
+
+def all_rows(own: Sequence[T], count: int) -> list[T]:
+    """The whole batch, in order, from what each rank has of it; the inverse of `own_rows`."""
+    if world_size() == 1:
+        return list(own)
+    shares: list[Any] = [None] * world_size()
+    dist.all_gather_object(shares, list(own))
+    return [shares[row % world_size()][row // world_size()] for row in range(count)]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, the same on each."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def sum_figures(figures: dict[str, float]) -> dict[str, float]:
+    """Each figure summed over all ranks, which have the same names in the same order."""
+    totals = sum_over_ranks(torch.tensor(list(figures.values()), dtype=torch.float64))
+    return dict(zip(figures, totals.tolist(), strict=True))
+
+
+def concat_over_ranks(tensor_N: Tensor) -> Tensor:
+    """The ranks' tensors one after the other; each may have its own length."""
+    if world_size() == 1:
+        return tensor_N
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, tensor_N.detach().cpu())
+    return torch.cat(parts)
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What a function gives on rank 0, on every rank; where it raises there, the others raise `ElsewhereError`."""
+    if world_size() == 1:
+        return function()
+    if not is_main():
+        result, failed = from_main((None, ""))
+        if failed:
+            raise ElsewhereError(failed)
+        return result  # type: ignore[return-value]  # rank 0 has sent what its function gave
+    try:
+        result = function()
+    except Exception as error:
+        from_main((None, str(error) or type(error).__name__))  # not the error itself: not every one can be sent
+        raise
+    return from_main((result, ""))[0]
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest of the ranks' numbers."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor(value)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
+
+
+def from_main(value: T) -> T:
+    """What rank 0 has."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has split the module's own parameters over the ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it the parameters of a module that ZeRO-3 has split are whole, to be read; every rank enters it."""
+    parts: list[Any] = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if parts:
+        parts[0].all_gather(param_list=parts)  # methods that DeepSpeed gives the parameters it splits
+    try:
+        yield
+    finally:
+        if parts:
+            parts[0].partition(param_list=parts, has_been_updated=False)
