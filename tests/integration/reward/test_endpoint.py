@@ -1,0 +1,346 @@
+"""The llm judge against a real local server that misbehaves: nothing is asked twice, nothing is lost, no key leaks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reward.asking import Pair, VerdictFile, judge_pairs
+from reward.errors import InputError, JudgeError
+from reward.judges.endpoint import Endpoint
+from reward.judges.judge_registry import JudgeSettings
+from reward.judges.length import length_judge
+from reward.judges.llm import LLMJudge, parse_label, probability_of_a
+from reward.judges.templates import JudgePrompt, template_names
+from reward.summary import pair_up, summarise
+from reward.verdicts import read_verdicts
+from tests.chat_server import KEY, ChatServer, running
+from tests.runs import read_jsonl
+
+PAIRS = [Pair(f"Prompt {i}", "good " * (i % 3), "good", position=i) for i in range(24)]
+FAULTS = ("429", "500", "drop", "truncated", "wrong format")
+
+
+def judge(server: ChatServer, **settings: Any) -> LLMJudge:
+    endpoint = Endpoint("m", JudgeSettings("llm", "m", base_url=server.url, **{"timeout": 60.0, **settings}))
+    return LLMJudge(endpoint, JudgePrompt("general"), verdict=settings.get("verdict", "auto"), attempts=2)
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def expected_win_rate() -> float:
+    """By hand: "good" 0, 1 or 2 times against once: loses 0.1, ties 0.5, wins 0.9, a third of the prompts each."""
+    return (0.1 + 0.5 + 0.9) / 3
+
+
+def assert_each_answered_once(server: ChatServer, path: Path, questions: int = 48) -> None:
+    assert len(server.answered) == questions
+    assert set(server.answered.values()) == {1}
+    rows = read_jsonl(path)
+    assert len(rows) == len({row["key"] for row in rows}) == questions
+
+
+def test_verdicts_are_the_probabilities_of_the_labels(tmp_path: Path) -> None:
+    with running(ChatServer()) as server:
+        outcomes = judge_pairs(judge(server), PAIRS, tmp_path / "v.jsonl")
+    assert [o.preference for o in outcomes] == pytest.approx([0.1, 0.5, 0.9] * 8)
+    assert_each_answered_once(server, tmp_path / "v.jsonl")
+    assert all(body["max_tokens"] == 1 and body["temperature"] == 0 for body in server.bodies)
+    line = summarise("candidate", outcomes)
+    assert line["win_rate"] == pytest.approx(expected_win_rate())
+    assert (line["flips"], line["position_bias"]) == (0, pytest.approx(0))
+
+
+def test_a_position_bias_of_the_server_is_seen(tmp_path: Path) -> None:
+    with running(ChatServer(bias=0.3)) as server:
+        line = summarise("candidate", judge_pairs(judge(server), PAIRS, tmp_path / "v.jsonl"))
+    # By hand: shown first 0.4, 0.8, 0.99 and second 1 − 0.99, 1 − 0.8, 1 − 0.4: only the ties in quality flip.
+    assert line["flip_share"] == pytest.approx(1 / 3)
+    assert line["position_bias"] == pytest.approx((0.4 + 0.99 + 0.8 + 0.8 + 0.99 + 0.4) / 6 - 0.5)
+    assert line["win_rate"] == pytest.approx(((0.4 + 0.01) / 2 + 0.5 + (0.99 + 0.6) / 2) / 3)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_burst_of_faults_is_ridden_out(tmp_path: Path, fault: str) -> None:
+    """Every second request of the first 30 fails."""
+    with running(ChatServer(faults=lambda number: fault if number < 30 and number % 2 else None)) as server:
+        outcomes = judge_pairs(judge(server, concurrency=16), PAIRS, tmp_path / "v.jsonl")
+    assert summarise("candidate", outcomes)["win_rate"] == pytest.approx(expected_win_rate())
+    assert_each_answered_once(server, tmp_path / "v.jsonl")
+    assert server.requests == 48 + 15
+
+
+def test_a_slow_answer_is_asked_for_again(tmp_path: Path) -> None:
+    with running(ChatServer(faults=lambda number: "hang" if number in (0, 5) else None)) as server:
+        outcomes = judge_pairs(judge(server, concurrency=16, timeout=0.7), PAIRS, tmp_path / "v.jsonl")
+    assert summarise("candidate", outcomes)["n"] == 24
+    assert len(read_jsonl(tmp_path / "v.jsonl")) == 48
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "hang"])
+def test_a_server_that_stays_broken_stops_the_run_and_keeps_what_there_is(tmp_path: Path, fault: str) -> None:
+    path = tmp_path / "v.jsonl"
+    server = ChatServer(faults=lambda number: fault if number >= 20 else None)
+    with running(server):
+        with pytest.raises(JudgeError, match="failed 2 times, the last time") as caught:
+            judge_pairs(judge(server, attempts=2, concurrency=4, timeout=0.7 if fault == "hang" else 60.0), PAIRS, path)
+        assert KEY not in str(caught.value)
+        kept = len(read_jsonl(path))
+        assert 16 <= kept <= 20
+        # The server is well again: the same call goes on and asks what is left.
+        server.faults = lambda number: None
+        before = server.requests
+        outcomes = judge_pairs(judge(server), PAIRS, path)
+    assert server.requests - before == 48 - kept
+    assert summarise("candidate", outcomes)["win_rate"] == pytest.approx(expected_win_rate())
+    if fault != "hang":  # what is answered too late has been answered
+        assert_each_answered_once(server, path)
+
+
+def test_a_wrong_key_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "sk-wrong-key-of-somebody"
+    monkeypatch.setenv("OPENAI_API_KEY", wrong)
+    with (
+        running(ChatServer()) as server,
+        pytest.raises(InputError, match="refuses the key in OPENAI_API_KEY") as caught,
+    ):
+        judge_pairs(judge(server, concurrency=2), PAIRS, tmp_path / "v.jsonl")
+    assert wrong not in str(caught.value)
+    assert server.requests <= 2  # one for each thread, none again
+
+
+def test_the_key_is_in_no_file_and_no_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = ChatServer(faults=lambda number: "500" if number % 3 else None)
+    with running(server), pytest.raises(JudgeError) as caught:
+        judge_pairs(judge(server, attempts=2, concurrency=1), PAIRS, tmp_path / "v.jsonl")
+    assert KEY not in str(caught.value)
+    assert KEY not in caplog.text
+    assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_key_from_a_file_may_end_in_a_newline_and_a_wrong_one_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    with running(ChatServer()) as server:
+        assert len(judge_pairs(judge(server), PAIRS, tmp_path / "v.jsonl")) == len(PAIRS)
+    for wrong in ("sk-ü-in-it", "sk-two\nlines"):
+        monkeypatch.setenv("OPENAI_API_KEY", wrong)
+        with pytest.raises(InputError, match="characters that no HTTP header can have") as caught:
+            Endpoint("m", JudgeSettings("llm", "m", base_url="http://127.0.0.1:1/v1"))
+        assert "sk-" not in str(caught.value)
+
+
+def test_one_file_is_written_by_one_process_and_each_verdict_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "v.jsonl"
+    with running(ChatServer()) as server:
+        whole = judge_pairs(judge(server), PAIRS, path)
+        held = VerdictFile(path)
+        with pytest.raises(InputError, match="is being written by another process"):
+            judge_pairs(judge(server), PAIRS, path)
+        held.close()
+        path.write_bytes(path.read_bytes() * 2)  # what two processes left before there was a lock
+        assert judge_pairs(judge(server), PAIRS, path) == whole
+        assert server.requests == 2 * len(PAIRS)
+
+
+def test_half_a_character_in_a_response_is_written_and_read(tmp_path: Path) -> None:
+    pair = Pair("p", "cut \ud83d", "all", 0)
+    for _ in range(2):
+        (outcome,) = judge_pairs(length_judge(), [pair], tmp_path / "v.jsonl")
+        assert outcome.preference == 1.0
+
+
+def test_a_missing_key_is_an_error_but_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(InputError, match="variable OPENAI_API_KEY with the key is not set"):
+        Endpoint("m", JudgeSettings("llm", "m", base_url="https://judge.example/v1"))
+    Endpoint("m", JudgeSettings("llm", "m", base_url="http://127.0.0.1:1/v1"))
+
+
+def test_a_server_without_log_probs_is_asked_for_text(tmp_path: Path) -> None:
+    with running(ChatServer(logprobs=0)) as server:
+        outcomes = judge_pairs(judge(server, concurrency=1), PAIRS[:3], tmp_path / "v.jsonl")
+    # It says B where both are alike, so that pair flips.
+    assert [(o.preference, o.flipped) for o in outcomes] == [(0.0, False), (0.5, True), (1.0, False)]
+    assert server.requests == 8  # two refusals, which are heeded from then on
+
+
+def test_a_server_that_gives_few_log_probs_is_asked_for_few(tmp_path: Path) -> None:
+    with running(ChatServer(logprobs=5)) as server:
+        outcomes = judge_pairs(judge(server, concurrency=1), PAIRS[:3], tmp_path / "v.jsonl")
+    # Probabilities, not text: where both are alike it does not flip.
+    assert [o.preference for o in outcomes] == pytest.approx([0.1, 0.5, 0.9])
+    assert not any(o.flipped for o in outcomes)
+    assert [body["top_logprobs"] for body in server.bodies] == [20, 5, 5, 5, 5, 5, 5]
+
+
+def test_an_answer_in_the_wrong_format_is_asked_for_again_and_then_invalid(tmp_path: Path) -> None:
+    message = r"2 of 24 pairs have no valid verdict, more than the 5\.0% allowed"
+    with running(ChatServer(text="Both are fine.")) as server, pytest.raises(JudgeError, match=message):
+        judge_pairs(judge(server, verdict="text", concurrency=1), PAIRS, tmp_path / "v.jsonl")
+    rows = read_jsonl(tmp_path / "v.jsonl")
+    assert {row["preference"] for row in rows} == {None}
+    assert rows[0]["invalid"] == "the answer names neither A nor B"
+    assert rows[0]["raw"] == "Both are fine."
+    assert [body["temperature"] for body in server.bodies[:2]] == [0.0, 0.7]
+
+
+def test_what_was_refused_for_invalid_answers_is_asked_again_by_the_next_start(tmp_path: Path) -> None:
+    """The server has been given more room, or another template; and the file is one that `winrate` reads."""
+    path = tmp_path / "v.jsonl"
+    with running(ChatServer(text="Both are fine.")) as server, pytest.raises(JudgeError, match="no valid verdict"):
+        judge_pairs(judge(server, verdict="text", concurrency=1), PAIRS, path)
+    refused = len(read_jsonl(path))
+    with running(ChatServer(logprobs=0)) as server:
+        outcomes = judge_pairs(judge(server, verdict="text", concurrency=1), PAIRS, path)
+        assert server.requests == 48
+    assert summarise("candidate", outcomes)["n"] == 24
+    assert len(read_jsonl(path)) == 48 + refused
+    assert [o.preference for o in pair_up(read_verdicts(path))] == [o.preference for o in outcomes]
+
+
+def test_both_orders_meet_under_whatever_name_the_responses_had(tmp_path: Path) -> None:
+    path = tmp_path / "v.jsonl"
+    with running(ChatServer()) as server:
+        with pytest.raises(JudgeError, match="stopped at --max-requests 3"):
+            judge_pairs(judge(server, max_requests=3, concurrency=1), PAIRS, path, candidate="out.jsonl")
+        outcomes = judge_pairs(judge(server), PAIRS, path, candidate="./out.jsonl")
+    assert summarise("./out.jsonl", outcomes)["n"] == 24
+
+
+def test_a_question_that_is_too_long_is_invalid_and_the_others_go_on(tmp_path: Path) -> None:
+    with running(ChatServer(faults=lambda number: "too long" if number == 3 else None)) as server:
+        outcomes = judge_pairs(judge(server, concurrency=1), PAIRS, tmp_path / "v.jsonl")
+    line = summarise("candidate", outcomes)
+    assert (line["n"], line["invalid"]) == (23, 1)
+
+
+def test_the_budget_of_requests_stops_and_the_rest_follows(tmp_path: Path) -> None:
+    path = tmp_path / "v.jsonl"
+    with running(ChatServer()) as server:
+        with pytest.raises(JudgeError, match="stopped at --max-requests 10"):
+            judge_pairs(judge(server, max_requests=10), PAIRS, path)
+        assert server.requests == len(read_jsonl(path)) == 10
+        judge_pairs(judge(server), PAIRS, path)
+    assert_each_answered_once(server, path)
+
+
+def test_the_budget_of_cost_counts_what_the_server_says(tmp_path: Path) -> None:
+    """100 tokens in at 1000 per million and 1 out at 10,000 per million are 0.11 for a request."""
+    prices: dict[str, Any] = {"price_in": 1000.0, "price_out": 10_000.0, "concurrency": 1}
+    with running(ChatServer()) as server, pytest.raises(JudgeError, match=r"stopped at --max-cost 0\.5, 5 requests"):
+        judge_pairs(judge(server, max_cost=0.5, **prices), PAIRS, tmp_path / "v.jsonl")
+    with pytest.raises(InputError, match="max_cost needs price_in and price_out"):
+        Endpoint("m", JudgeSettings("llm", "m", base_url="http://127.0.0.1:1/v1", max_cost=1.0))
+
+
+def test_a_cost_that_cannot_be_known_is_refused(tmp_path: Path) -> None:
+    prices: dict[str, Any] = {"price_in": 1.0, "price_out": 1.0, "max_cost": 1.0}
+    with (
+        running(ChatServer(usage=False)) as server,
+        pytest.raises(InputError, match="max_cost cannot be kept; use max"),
+    ):
+        judge_pairs(judge(server, concurrency=1, **prices), PAIRS, tmp_path / "v.jsonl")
+    assert server.requests == 1
+
+
+def test_reasoning_comes_first_and_is_kept(tmp_path: Path) -> None:
+    with running(ChatServer(text="The first is longer.")) as server:
+        endpoint = Endpoint("m", JudgeSettings("llm", "m", base_url=server.url))
+        reasoning = LLMJudge(endpoint, JudgePrompt("helpfulness"), reasoning=True)
+        judge_pairs(reasoning, PAIRS[:1], tmp_path / "v.jsonl")
+    rows = read_jsonl(tmp_path / "v.jsonl")
+    assert [row["reason"] for row in rows] == ["The first is longer."] * 2
+    roles = [[message["role"] for message in body["messages"]] for body in server.bodies]
+    assert sorted(roles, key=len) == [["user"]] * 2 + [["user", "assistant", "user"]] * 2
+
+
+def test_requests_run_side_by_side(tmp_path: Path) -> None:
+    """Eight requests that take 1.5 s each are done well before the 12 s that they take one by one."""
+    start = time.monotonic()
+    with running(ChatServer(faults=lambda number: "hang")) as server:
+        judge_pairs(judge(server, concurrency=8), PAIRS[:4], tmp_path / "v.jsonl")
+    assert time.monotonic() - start < 9
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("A", "A"), (" b.", "B"), ("**A**", "A"), ("(B)", "B"), ("Response A", "A"), ("[[B]]", "B"),
+        ("The better response is B.", "B"), ("Verdict: A", "A"), ("My answer is Response B, because it is short.", "B"),
+        ("I think both are good", None), ("A better response would be shorter", None), ("", None), ("C", None),
+        ("[[A]] or [[B]]", None), ("Neither", None), ("A and B are equal", None),
+    ],
+)  # fmt: skip
+def test_labels_in_text(text: str, label: str | None) -> None:
+    assert parse_label(text) == label
+
+
+def test_probability_of_a() -> None:
+    assert probability_of_a({"A": -1.0, "B": -1.0}) == 0.5
+    assert probability_of_a({"A": -0.1, "B": -2.3978952727983707}) == pytest.approx(
+        1 / (1 + 2.718281828 ** (-2.297895))
+    )
+    assert probability_of_a({"A": -0.1}) == 1.0  # B is not among the likely tokens
+    assert probability_of_a({"B": -0.1}) == pytest.approx(0.0)
+    assert probability_of_a({}) is None
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_templates_show_everything_once_and_dialogues_as_such(name: str) -> None:
+    dialogue = [
+        {"role": "user", "content": "First <question>"},
+        {"role": "assistant", "content": "An answer"},
+        {"role": "user", "content": "Second question"},
+    ]
+    comparison = Pair(dialogue, "mine & more", "theirs", 0)
+    from reward.judges import Comparison
+
+    text = JudgePrompt(name).render(Comparison(dialogue, comparison.candidate, comparison.baseline), reasoning=False)
+    for part in ("First <question>", "Second question", "[Response A]\nmine & more\n", "[Response B]\ntheirs\n"):
+        assert text.count(part) == 1
+    if name != "summarization":
+        assert "User: First <question>\nAssistant: An answer\nUser: Second question" in text
+    assert text.endswith("A or B, and nothing else.")
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja2"
+    path.write_text('{% extends "base.jinja2" %}{% block criteria %}Rhymes win.{% endblock %}')
+    from reward.judges import Comparison
+
+    assert "Rhymes win." in JudgePrompt(str(path)).render(Comparison("p", "a", "b"), reasoning=False)
+    path.write_text("{% block %}")
+    with pytest.raises(InputError, match=r"mine.jinja2 line 1"):
+        JudgePrompt(str(path))
+    path.write_text("{{ unknown }}")
+    with pytest.raises(InputError, match="'unknown' is undefined"):
+        JudgePrompt(str(path))
+    with pytest.raises(InputError, match=r"did you mean 'helpfulness'\?"):
+        JudgePrompt("helpfullness")
+
+
+def test_a_half_written_line_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:
+    path = tmp_path / "v.jsonl"
+    with running(ChatServer()) as server:
+        judge_pairs(judge(server), PAIRS[:3], path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-20])
+        judge_pairs(judge(server), PAIRS[:3], path)
+        assert {json.loads(line)["key"] for line in path.read_bytes().splitlines()} == {
+            json.loads(line)["key"] for line in whole.splitlines()
+        }
+        assert server.requests == 7
+        path.write_bytes(b"{broken\n" + whole)
+        with pytest.raises(InputError, match=r"v\.jsonl line 1 is damaged"):
+            judge_pairs(judge(server), PAIRS[:3], path)

@@ -1,0 +1,369 @@
+"""Rollouts from a real vLLM server on loopback, and from ones that fail in every way that servers do."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.rollout.vllm.server import ServerVLLM
+from pe_rlhf.system.failures import TrainingError
+from reward.errors import InputError
+from tests.integration.distributed.launching import finish, launch, start
+from tests.integration.rollout.proxy import comes_back, proxy
+from tests.integration.rollout.vllm_support import LONGEST, PROMPTS, config, difference
+from tests.runs import read_jsonl, recipe, write_jsonl, write_recipe
+from tests.tiny import ALL_INITS, tiny_model, train_role
+
+Make = Callable[..., ServerVLLM]
+MODES = ["adapter", "merged"]
+
+
+@pytest.fixture
+def make(policies: Backbone, tmp_path: Path) -> Iterator[Make]:
+    """Engines on servers of those addresses; they are closed after the test, and have to leave the base behind."""
+    engines = []
+
+    def call(*urls: str, backbone: Backbone = policies, role: str = "pissa", **changes: Any) -> ServerVLLM:
+        settings = config(**{"mode": "server", "urls": list(urls), "timeout": 60, "start_timeout": 60, **changes})
+        engines.append(ServerVLLM(backbone, role, settings, folder=tmp_path, longest_prompt=LONGEST))
+        return engines[-1]
+
+    yield call
+    for engine in engines:
+        engine.close()
+    assert not list(tmp_path.glob("pe-rlhf-*"))
+
+
+def adapters(url: str) -> list[str]:
+    """The names of the adapters that a server has."""
+    cards = httpx.get(f"{url}/v1/models").json()["data"]
+    return [card["id"] for card in cards if card["parent"]]
+
+
+# ---- what it samples from -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sync", MODES)
+def test_log_probs_are_the_trainers(make: Make, vllm_server: str, policies: Backbone, sync: str) -> None:
+    engine = make(vllm_server, sync=sync)
+    for version, init in enumerate([*ALL_INITS, "anchor"]):
+        engine.sync(version, init)
+        rollout = engine.generate(PROMPTS, seed=1)
+        assert rollout.version == version
+        assert difference(policies, init, rollout) < 1e-4
+        assert difference(policies, "anchor" if init != "anchor" else "lora", rollout) > 1e-2
+
+
+@pytest.mark.parametrize("sync", MODES)
+def test_two_ranks_share_a_server(
+    vllm_server: str, vllm_model: Path, tmp_path: Path, model_cache: Path, sync: str
+) -> None:
+    """What is merged, rank 0 alone puts there; then each rank finds its own policy in what it gets."""
+    pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+    rollout = {"engine": "vllm", "mode": "server", "urls": [vllm_server], "sync": sync, "max_new_tokens": 8}
+    changes = {"adapter__init": "pissa", "ppo__learning_rate": 0.03, "ppo__steps": 3, "ppo__rollout": rollout}
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(5, 13)])
+    path = write_recipe(tmp_path, recipe("ppo", model=str(vllm_model), **changes))
+    said = finish(start(launch(path, "--", "--run-dir=out"), tmp_path, model_cache))
+    assert "left out" not in said
+    lines = read_jsonl(tmp_path / "out" / "ppo" / "metrics.jsonl")
+    assert all(line["logprob_mismatch_max"] < 1e-3 for line in lines)
+    assert abs(lines[-1]["kl"]) > 0.1  # the premise: it is not the base any more that they sample from
+    assert not adapters(vllm_server)
+
+
+@pytest.mark.parametrize("sync", MODES)
+def test_two_versions_share_no_cached_prefix(make: Make, vllm_server: str, policies: Backbone, sync: str) -> None:
+    engine = make(vllm_server, sync=sync)
+    prompts = [list(range(2, 42))] * 6
+    for version in range(3):
+        engine.sync(version, "pissa")
+        rollout = engine.generate(prompts, seed=1)
+        again = engine.generate(prompts, seed=2)
+        assert max(difference(policies, "pissa", r) for r in (rollout, again)) < 1e-4
+        train_role(policies, "pissa", steps=1)
+        assert difference(policies, "pissa", rollout) > 1e-2
+    assert len(adapters(vllm_server)) == (1 if sync == "adapter" else 0)
+    assert len(list(engine._exchange.folder.iterdir())) == 1
+
+
+def test_responses_follow_from_the_seed_and_are_spread(make: Make, vllm_server: str) -> None:
+    with proxy(vllm_server) as first, proxy(vllm_server) as second:
+        alone = make(first.url)
+        alone.sync(0, "lora")
+        expected = alone.generate(PROMPTS, seed=1)
+        both = make(first.url, second.url, batch_size=4)
+        both.sync(0, "lora")
+        first.completions = second.completions = 0
+        assert both.generate(PROMPTS, seed=1).responses == expected.responses
+        assert first.completions > 0
+        assert second.completions > 0
+        assert first.completions + second.completions == len(PROMPTS)
+        assert both.generate(PROMPTS[4:8], seed=1, rows=range(4, 8)).responses == expected.responses[4:8]
+        assert both.generate(PROMPTS, seed=2).responses != expected.responses
+
+
+# ---- servers that are refused ---------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_up_is_waited_for(
+    make: Make, vllm_server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with proxy(vllm_server) as late:
+        late.refuses = True
+        comes_back(late, 1.5)
+        start = time.monotonic()
+        make(late.url)
+        assert time.monotonic() - start > 1.4
+        assert f"waiting up to 60 s for the vLLM server {late.url}" in capsys.readouterr().err
+
+
+def test_a_server_that_never_comes_up(make: Make, policies: Backbone) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(TrainingError, match=rf"the vLLM server http://127.0.0.1:{port} is not up after 1 s"):
+        make(f"http://127.0.0.1:{port}", start_timeout=1)
+
+
+def test_another_model_of_the_same_shape_and_name_is_refused(make: Make, vllm_server: str, vllm_model: Path) -> None:
+    model = tiny_model("llama", head_dim=32)
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight").mul_(1.05)
+    other = load_backbone(model)
+    other.add_adapter("pissa", init="pissa", rank=3, alpha=6)
+    with pytest.raises(InputError, match="serves other weights than the anchor of"):
+        make(vllm_server, backbone=other)
+
+
+def test_a_model_with_a_larger_vocabulary_is_refused(make: Make, vllm_server: str) -> None:
+    other = load_backbone(tiny_model("llama", head_dim=32, vocab_size=80))
+    other.add_adapter("pissa", rank=3, alpha=6)
+    with pytest.raises(InputError, match="serves another model than"):
+        make(vllm_server, backbone=other)
+
+
+def test_a_server_without_room_is_refused(policies: Backbone, vllm_server: str, tmp_path: Path) -> None:
+    settings = config(mode="server", urls=[vllm_server])
+    with pytest.raises(InputError, match="takes 60 tokens, prompt and response have up to 61"):
+        ServerVLLM(policies, "pissa", settings, folder=tmp_path, longest_prompt=LONGEST + 1)
+
+
+def test_something_else_at_that_address(make: Make, tmp_path: Path) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    expected = pytest.raises(InputError, match="does not answer as a vLLM server does")
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Page)) as url, expected:
+        make(url)
+
+
+@contextmanager
+def serving(server: Any) -> Iterator[str]:
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("route", "sync", "message"),
+    [
+        ("/v1/load_lora_adapter", "adapter", "loads no adapters"),
+        ("/collective_rpc", "merged", "has no route for new weights"),
+    ],
+)
+def test_a_server_without_the_route(make: Make, vllm_server: str, route: str, sync: str, message: str) -> None:
+    with proxy(vllm_server) as bare:
+        bare.missing = {route}
+        engine = make(bare.url, sync=sync)
+        with pytest.raises(InputError, match=message):
+            engine.sync(0)
+
+
+# ---- servers that fail in a batch -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [4, 16])
+@pytest.mark.parametrize("sync", MODES)
+def test_a_server_that_goes_in_the_middle_of_a_batch(
+    make: Make, vllm_server: str, policies: Backbone, sync: str, at_once: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone: the batch waits until it is back, and then it is given the weights again.
+
+    With all requests under way at once, workers that have nothing left to ask are idle when it goes.
+    """
+    with proxy(vllm_server) as dying:
+        engine = make(dying.url, sync=sync, batch_size=at_once)
+        engine.sync(3)
+        expected = engine.generate(PROMPTS, seed=1)
+
+        def die(count: int, answer: Any) -> Any:
+            if count != 24:
+                return answer
+            dying.refuses = True
+            comes_back(dying, 1.5)
+            return None
+
+        dying.spoil, dying.posts = die, []
+        rollout = engine.generate(PROMPTS, seed=1)
+        assert rollout.responses == expected.responses
+        assert rollout.version == 3
+        put = "/v1/load_lora_adapter" if sync == "adapter" else "/collective_rpc"
+        assert dying.posts.count(put) == 1
+        said = capsys.readouterr().err
+        assert "what it was asked is asked again" in said
+        assert f"{dying.url} is back" in said
+
+
+def test_a_server_that_stays_away_is_waited_for_once(make: Make, vllm_server: str) -> None:
+    """Not once more by each of the sixteen requests that it had."""
+    with proxy(vllm_server) as dead:
+        engine = make(dead.url, start_timeout=2)
+        engine.sync(3)
+
+        def die(count: int, answer: Any) -> Any:
+            dead.refuses = True
+
+        dead.spoil = die
+        start = time.monotonic()
+        with pytest.raises(TrainingError, match=rf"no vLLM server is left of {dead.url}"):
+            engine.generate(PROMPTS, seed=1)
+        assert time.monotonic() - start < 8
+
+
+def test_the_others_take_over(make: Make, vllm_server: str) -> None:
+    with proxy(vllm_server) as good, proxy(vllm_server) as dying:
+        engine = make(good.url, dying.url, batch_size=4)
+        engine.sync(3)
+        expected = engine.generate(PROMPTS, seed=1)
+
+        def die(count: int, answer: Any) -> Any:
+            dying.refuses = True
+
+        dying.spoil, good.completions, dying.completions = die, 0, 0
+        start = time.monotonic()
+        assert engine.generate(PROMPTS, seed=1).responses == expected.responses
+        assert time.monotonic() - start < 10  # nobody waited for it
+        assert good.completions == len(PROMPTS)
+        # While it is away the next version goes to the other one; back again, it is given that version, too.
+        engine.sync(4, "milora")
+        assert engine.generate(PROMPTS, seed=1).version == 4
+        dying.refuses, dying.spoil = False, lambda _, answer: answer
+        before = dying.completions
+        for seed in range(20):
+            assert engine.generate(PROMPTS, seed=seed).version == 4
+            if dying.completions > before:
+                break
+        assert dying.completions > before
+
+
+def test_a_server_that_forgot_the_adapter_gets_it_again(make: Make, vllm_server: str, policies: Backbone) -> None:
+    """As one that was started again between two batches."""
+    engine = make(vllm_server)
+    before = adapters(vllm_server)  # a test whose server was "dead" at its end has left its own
+    engine.sync(3)
+    (name,) = (adapter for adapter in adapters(vllm_server) if adapter not in before)
+    httpx.post(f"{vllm_server}/v1/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
+    assert difference(policies, "pissa", engine.generate(PROMPTS, seed=1)) < 1e-4
+
+
+def test_a_server_that_forgot_the_merged_weights_gets_them_again(
+    make: Make, vllm_server: str, vllm_model: Path, policies: Backbone
+) -> None:
+    engine = make(vllm_server, sync="merged")
+    engine.sync(3)
+    call = {"method": "reload_weights", "kwargs": {"weights_path": str(vllm_model)}}
+    httpx.post(f"{vllm_server}/collective_rpc", json=call, timeout=60).raise_for_status()
+    assert difference(policies, "pissa", engine.generate(PROMPTS, seed=1)) < 1e-4
+
+
+def test_a_server_that_hangs(make: Make, vllm_server: str) -> None:
+    with proxy(vllm_server) as good, proxy(vllm_server) as hanging:
+        engine = make(good.url, hanging.url, batch_size=4, timeout=8)
+        engine.sync(3)
+        expected = engine.generate(PROMPTS, seed=1)
+        hanging.gate.clear()
+        assert engine.generate(PROMPTS, seed=1).responses == expected.responses
+    with proxy(vllm_server) as hanging:
+        engine = make(hanging.url, batch_size=4, timeout=5)
+        engine.sync(3)
+        hanging.gate.clear()
+        with pytest.raises(TrainingError, match=r"could not be had in 3 attempts; the last: .*: no answer in 5 s"):
+            engine.generate(PROMPTS, seed=1)
+
+
+def cut_logprobs(answer: Any) -> Any:
+    answer["choices"][0]["logprobs"]["token_logprobs"].pop()
+    return answer
+
+
+def cut_ids(answer: Any) -> Any:
+    """A response that ends without having come to an end."""
+    choice = answer["choices"][0]
+    choice["token_ids"] = choice["token_ids"][:-1] or [5]
+    choice["logprobs"]["token_logprobs"] = [-1.0] * len(choice["token_ids"])
+    return answer
+
+
+def no_prompt(answer: Any) -> Any:
+    answer["choices"][0]["prompt_token_ids"] = None
+    return answer
+
+
+def other_model(answer: Any) -> Any:
+    return {**answer, "model": "another"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda _: b"<html>bad gateway</html>", "not a completion"),
+        (lambda _: b'{"choices": []}', "not a completion"),
+        (lambda _: b"[1, 2]", "not an object"),
+        (cut_logprobs, r"tokens and \d+ log-probs"),
+        (cut_ids, "without an end-of-sequence"),
+        (other_model, "an answer by 'another'"),
+        (no_prompt, "or to another prompt"),
+    ],
+)
+def test_garbage_is_asked_again_and_then_an_error(make: Make, vllm_server: str, spoil: Any, message: str) -> None:
+    with proxy(vllm_server) as babbling:
+        engine = make(babbling.url, batch_size=4)
+        engine.sync(3)
+        expected = engine.generate(PROMPTS, seed=1)
+        first = babbling.completions + 2
+        babbling.spoil = lambda count, answer: spoil(answer) if count == first else answer
+        assert engine.generate(PROMPTS, seed=1).responses == expected.responses
+        babbling.spoil = lambda _, answer: spoil(answer)
+        with pytest.raises(TrainingError, match=rf"could not be had in 3 attempts; the last: .*{message}"):
+            engine.generate(PROMPTS, seed=1)
+
+
+def test_log_probs_that_are_not_finite_stop_the_run(make: Make, vllm_server: str) -> None:
+    def nan(_: int, answer: Any) -> Any:
+        answer["choices"][0]["logprobs"]["token_logprobs"][0] = float("nan")
+        return answer
+
+    with proxy(vllm_server) as broken:
+        engine = make(broken.url)
+        engine.sync(3)
+        broken.spoil = nan
+        with pytest.raises(TrainingError, match="the logits are not finite"):
+            engine.generate(PROMPTS, seed=1)

@@ -1,0 +1,268 @@
+"""Checkpoints: whole or not there, damage is noticed and passed over; roles as one stage hands them to the next."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.runs.checkpoint import load_checkpoint, save_checkpoint, with_prefix, without_prefix
+from pe_rlhf.runs.saved_roles import load_role, save_role
+from reward.errors import InputError
+from tests.paths import ROOT
+from tests.tiny import backbone_with, perturb, role_logits, tiny_model
+
+
+def tensors(step: int) -> dict[str, Tensor]:
+    return {"policy/a": torch.full((20, 30), float(step)), "engine/steps": torch.tensor(step)}
+
+
+def save(folder: Path, *steps: int) -> None:
+    for step in steps:
+        save_checkpoint(folder, step, tensors(step), {"beta": step / 7, "seconds": 0.1 * step})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def assert_is(loaded: tuple[int, dict[str, Tensor], dict[str, Any]] | None, step: int) -> None:
+    assert loaded is not None
+    assert loaded[0] == step
+    assert loaded[1].keys() == tensors(step).keys()
+    assert all(torch.equal(tensor, tensors(step)[name]) for name, tensor in loaded[1].items())
+    assert loaded[2] == {"step": step, "beta": step / 7, "seconds": 0.1 * step}
+
+
+def test_the_newest_of_those_kept_is_loaded(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path) is None
+    save(tmp_path, 5)
+    assert_is(load_checkpoint(tmp_path), 5)
+    save(tmp_path, 10, 15, 100)
+    assert names(tmp_path) == ["step-000015", "step-000100"]
+    assert_is(load_checkpoint(tmp_path), 100)
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, score in enumerate([0.1, 0.9, None, 0.5, float("nan"), 0.3, 0.2], start=1):
+        save_checkpoint(tmp_path, step, tensors(step), {}, keep=2, score=score)
+    assert names(tmp_path) == ["step-000002", "step-000006", "step-000007"]
+    save_checkpoint(tmp_path, 8, tensors(8), {}, keep=1, score=0.95)
+    assert names(tmp_path) == ["step-000008"]
+
+
+def test_of_equal_scores_the_first_alone_is_kept(tmp_path: Path) -> None:
+    for step, score in enumerate([0.5, 0.9, 0.9, 0.9, 0.9], start=1):
+        save_checkpoint(tmp_path, step, tensors(step), {}, keep=1, score=score)
+    assert names(tmp_path) == ["step-000002", "step-000005"]
+
+
+def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -> None:
+    for step, score in ((10, 0.5), (20, 0.9)):
+        save_checkpoint(tmp_path, step, tensors(step), {}, keep=1, score=score)
+    (tmp_path / "checkpoints" / "step-000020" / "state.safetensors").write_bytes(b"damaged")
+    assert load_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 15, tensors(15), {}, keep=1, score=0.6)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded[0] == 15
+
+
+def test_a_step_that_is_saved_again_replaces_the_old(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 3, {"policy/b": torch.zeros(1)}, {"beta": 0.0})
+    save(tmp_path, 3)
+    assert_is(load_checkpoint(tmp_path), 3)
+    assert names(tmp_path) == ["step-000003"]
+
+
+def test_what_a_kill_left_half_written_is_neither_loaded_nor_in_the_way(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    half = tmp_path / "checkpoints" / ".step-000002.tmp"
+    half.mkdir()
+    (half / "state.safetensors").write_bytes(b"half")
+    assert_is(load_checkpoint(tmp_path), 1)
+    save(tmp_path, 2)
+    assert_is(load_checkpoint(tmp_path), 2)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("position", [0, 9, 150, -1])  # length of the header, the header, tensors
+def test_a_flipped_bit_in_the_tensors(position: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1, 2)
+    flip(tmp_path / "checkpoints/step-000002/state.safetensors", position)
+    assert_is(load_checkpoint(tmp_path), 1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path}/checkpoints/step-000002 is damaged (its checksum is wrong); trying the one before" in said
+
+
+def test_a_flipped_bit_anywhere_in_the_state(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    path = tmp_path / "checkpoints/step-000002/state.json"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        flip(path, position)
+        loaded = load_checkpoint(tmp_path)
+        # White space between the keys may change; what they say may not.
+        if loaded is None or loaded[0] != 2:
+            assert_is(loaded, 1)
+        else:
+            assert whole[position : position + 1].isspace()
+            assert_is(loaded, 2)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "no tensors", "no state", "nothing", "a list", "no checksum"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1, 2)
+    folder = tmp_path / "checkpoints/step-000002"
+    state, data = folder / "state.json", folder / "state.safetensors"
+    if damage == "short":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif damage == "empty":
+        data.write_bytes(b"")
+    elif damage == "a list":
+        state.write_text("[1, 2]")
+    elif damage == "no checksum":
+        state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "sha256"}))
+    else:
+        gone = {"no tensors": [data], "no state": [state], "nothing": [data, state]}[damage]
+        for path in gone:
+            path.unlink()
+    assert_is(load_checkpoint(tmp_path), 1)
+    assert f"{folder} is damaged (" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "checkpoints/step-000001")
+    assert load_checkpoint(tmp_path) is None
+
+
+# Forked after the slow imports; a megabyte, so that most of the time goes into writing it.
+SAVES_UNTIL_IT_IS_KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from pe_rlhf.runs.checkpoint import save_checkpoint
+
+for trial in range(int(sys.argv[2])):
+    folder = Path(sys.argv[1]) / str(trial)
+    folder.mkdir()
+    child = os.fork()
+    if child == 0:
+        step = 0
+        while True:
+            step += 1
+            save_checkpoint(folder, step, {"a": torch.full((250_000,), float(step))}, {"beta": step / 7})
+            (folder / "done").write_text(str(step))
+    while not (folder / "done").exists():
+        time.sleep(0.001)
+    time.sleep(0.013 + 0.0037 * trial)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_killed_at_any_moment_there_is_a_whole_checkpoint(tmp_path: Path) -> None:
+    trials = 12
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SAVES_UNTIL_IT_IS_KILLED, str(tmp_path), str(trials)]
+    subprocess.run(command, env=environment, check=True)
+    for trial in range(trials):
+        loaded = load_checkpoint(tmp_path / str(trial))
+        assert loaded is not None
+        step, loaded_tensors, state = loaded
+        assert torch.equal(loaded_tensors["a"], torch.full((250_000,), float(step)))
+        assert state == {"step": step, "beta": step / 7}
+        # `done` is emptied before it is written: a kill in between leaves no number.
+        done = (tmp_path / str(trial) / "done").read_text()
+        assert done == "" or int(done) <= step <= int(done) + 1
+
+
+def test_prefixes_take_apart_what_they_put_together() -> None:
+    policy, value = {"a": torch.zeros(1), "b/c": torch.ones(1)}, {"a": torch.full((1,), 2.0)}
+    both = with_prefix("policy", policy) | with_prefix("value", value) | with_prefix("value_2", policy)
+    assert sorted(both) == ["policy/a", "policy/b/c", "value/a", "value_2/a", "value_2/b/c"]
+    assert without_prefix("policy", both) == policy
+    assert without_prefix("value", both) == value
+
+
+# ---- roles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["policy", "value", "reward"])
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+def test_a_role_goes_from_one_stage_to_the_next(role: str, init: str, tmp_path: Path) -> None:
+    before = backbone_with(role, init=init)
+    perturb(before, role)
+    save_role(before, role, tmp_path / "adapter")
+    after = backbone_with()
+    load_role(after, role, tmp_path / "adapter")
+    assert torch.equal(role_logits(after, role), role_logits(before, role))
+    assert not torch.allclose(role_logits(after, role), role_logits(backbone_with(role, init=init), role), atol=1e-3)
+    assert after.specs[role] == before.specs[role]
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        *("adapter_config.json", "adapter_model.safetensors"),
+        *("role.json", "role.safetensors"),
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_role_under_another_name_and_saved_again(tmp_path: Path) -> None:
+    backbone = backbone_with("reward")
+    save_role(backbone, "reward", tmp_path / "adapter")
+    perturb(backbone, "reward")
+    backbone.head("reward").shift(0.25)
+    save_role(backbone, "reward", tmp_path / "adapter")
+    load_role(backbone, "reward_2", tmp_path / "adapter")
+    assert torch.equal(role_logits(backbone, "reward_2"), role_logits(backbone, "reward"))
+
+
+def test_a_role_of_another_base_is_refused(tmp_path: Path) -> None:
+    save_role(backbone_with("policy"), "policy", tmp_path / "adapter")
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] += 1e-3  # type: ignore[operator, index]
+    other = load_backbone(model)
+    with pytest.raises(InputError, match=f"^{tmp_path}/adapter was trained on another base .* than "):
+        load_role(other, "policy", tmp_path / "adapter")
+    assert other.roles == ["anchor"]
+
+
+@pytest.mark.parametrize("file", ["role.json", "role.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_a_role_that_cannot_be_read_is_named(file: str, damage: str, tmp_path: Path) -> None:
+    save_role(backbone_with("policy"), "policy", tmp_path / "adapter")
+    path = tmp_path / "adapter" / file
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-40] if damage == "cut" else b"{}")
+    backbone = backbone_with()
+    with pytest.raises(InputError, match=f"^{tmp_path}/adapter: no role of a stage can be read here: "):
+        load_role(backbone, "policy", tmp_path / "adapter")
+    assert backbone.roles == ["anchor"]
+
+
+def test_the_files_of_a_role_hold_no_base_weight(tmp_path: Path) -> None:
+    backbone = backbone_with("value")
+    save_role(backbone, "value", tmp_path / "adapter")
+    parts = {name.rsplit(".", 1)[-1] for name in load_file(tmp_path / "adapter" / "role.safetensors")}
+    base = {name.rsplit(".", 1)[-1] for name, _ in tiny_model("llama").named_parameters()}
+    assert {"lora_A", "lora_B", "bias"} <= parts
+    heads = {"weight"}  # the head's own
+    assert parts & (base - heads) == set()
+    size = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
+    assert size < 4 * sum(p.numel() for p in tiny_model("llama").parameters())

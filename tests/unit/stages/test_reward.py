@@ -1,0 +1,222 @@
+"""The reward stage: that it learns, what it splits and cuts, and that its numbers are those of single passes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from pe_rlhf.config import Recipe
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.preference_pairs import Pairs
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.runs.saved_roles import load_role
+from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.reward import load_pairs
+from reward.errors import InputError
+from tests.runs import Tree, read_jsonl, write_jsonl
+from tests.stage_support import byte_model, run
+
+PROMPTS = 30
+
+
+def letters(random: torch.Generator, often: str) -> str:
+    """A response of random length with many of one letter."""
+    length = int(torch.randint(3, 12, (), generator=random))
+    others = "bcdefghij "
+    picks = torch.rand(length, generator=random)
+    rest = torch.randint(len(others), (length,), generator=random)
+    return " " + "".join(often if p < 0.6 else others[i] for p, i in zip(picks.tolist(), rest.tolist(), strict=True))
+
+
+def learnable() -> list[Tree]:
+    """Four pairs for each prompt; the chosen ones have many `a`, the rejected ones many `z`."""
+    random = torch.Generator().manual_seed(0)
+    return [
+        {"prompt": f"Prompt {i}:", "chosen": letters(random, "a"), "rejected": letters(random, "z")}
+        for i in range(PROMPTS)
+        for _ in range(4)
+    ]
+
+
+def recipe(folder: Path, rows: list[Tree], **settings: Any) -> Tree:
+    """A recipe on a byte model where padding and EOS are one id."""
+    return {
+        "model": str(byte_model(folder / "model", pad_is_eos=True, initializer_range=0.1)),
+        "adapter": {"rank": 4, "alpha": 8},
+        "threads": 1,
+        "reward": {"data": str(write_jsonl(folder / "pairs.jsonl", rows)), **settings},
+    }
+
+
+def metrics(folder: Path) -> list[Tree]:
+    return read_jsonl(folder / "run" / "reward" / "metrics.jsonl")
+
+
+def pairs_of(tree: Tree, folder: Path) -> tuple[Pairs, Pairs, Backbone]:
+    parsed = Recipe.model_validate(tree)
+    assert parsed.reward is not None
+    context = StageContext(parsed, folder / "run", "reward")
+    backbone = load_backbone(tree["model"])
+    train, held_out = load_pairs(context, parsed.reward, context.codec(backbone), parsed.reward.max_length)
+    return train, held_out, backbone
+
+
+@torch.no_grad()
+def score_alone(backbone: Backbone, pair: tuple[list[int], list[int]]) -> float:
+    """The reward at the last token of one sequence that stands alone."""
+    prompt, response = pair
+    with backbone.role("reward"):
+        return backbone(torch.tensor([prompt + response])).logits.item()
+
+
+def test_it_learns_and_its_summary_is_that_of_single_passes(tmp_path: Path) -> None:
+    tree = recipe(tmp_path, learnable(), learning_rate=1e-2, batch_size=16, eval_share=0.2, epochs=2)
+    summary = run(tree, tmp_path / "run")["reward"]
+    assert summary["eval_accuracy"] > 0.9
+    assert summary["eval_loss"] < 0.4
+
+    # Again from the adapter on the disk, one sequence at a time, and with sums written out.
+    train, held_out, backbone = pairs_of(tree, tmp_path)
+    load_role(backbone, "reward", tmp_path / "run" / "reward" / "adapter")
+    chosen, rejected = ([score_alone(backbone, pair) for pair in side] for side in (held_out.chosen, held_out.rejected))
+    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    assert summary["eval_pairs"] == len(margins) == 6 * 4
+    assert summary["train_pairs"] == len(train) == 24 * 4
+    assert summary["eval_margin"] == pytest.approx(sum(margins) / 24, abs=1e-3)
+    assert summary["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 24, abs=1e-3)
+    assert summary["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 24)
+    last = metrics(tmp_path)[-1]
+    assert last["eval_loss"] == pytest.approx(summary["eval_loss"], abs=1e-5)
+    assert last["eval_calibration_error"] == pytest.approx(summary["calibration_error"], abs=1e-5)
+    tables = read_jsonl(tmp_path / "run" / "reward" / "reliability.jsonl")
+    assert [table["step"] for table in tables] == [row["step"] for row in metrics(tmp_path) if "eval_loss" in row]
+    assert all(sum(row["count"] for row in table["bins"]) == 24 for table in tables)
+    assert tables[-1]["bins"] == summary["reliability"]
+
+    scores = [score_alone(backbone, pair) for pair in train.chosen + train.rejected]
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-3)
+    assert max(scores) - min(scores) > 1
+
+
+def test_the_split_is_by_prompt(tmp_path: Path) -> None:
+    """No prompt on both sides, text or messages; the seed decides which."""
+    rows = learnable()
+    for row in rows[:40]:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    write_jsonl(tmp_path / "messages.jsonl", rows[:40])
+    sides = []
+    for data, seed in (("pairs.jsonl", 0), ("messages.jsonl", 0), ("pairs.jsonl", 1)):
+        tree = recipe(tmp_path, learnable(), eval_share=0.2)
+        tree["seed"] = seed
+        tree["reward"]["data"] = str(tmp_path / data)
+        train, held_out, _ = pairs_of(tree, tmp_path)
+        known, unknown = ({tuple(prompt) for prompt, _ in side.chosen} for side in (train, held_out))
+        assert not known & unknown
+        assert (len(known), len(unknown)) == ((8, 2) if data == "messages.jsonl" else (24, 6))
+        assert (len(train), len(held_out)) == (4 * len(known), 4 * len(unknown))
+        sides.append(unknown)
+    assert sides[0] != sides[2]
+
+
+def test_a_small_share_still_holds_a_prompt_out(tmp_path: Path) -> None:
+    _, held_out, _ = pairs_of(recipe(tmp_path, learnable()[:8], eval_share=0.01), tmp_path)
+    assert len(held_out) == 4
+
+
+def test_one_prompt_is_too_few_to_split(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"4 pairs are too few to hold out a share of 0\.5"):
+        pairs_of(recipe(tmp_path, learnable()[:4], eval_share=0.5), tmp_path)
+
+
+def test_prompts_are_cut_on_the_left_and_responses_on_the_right(tmp_path: Path) -> None:
+    prompts = ["short:", "a prompt that is a good deal longer than fits:", "x:"]
+    responses = [" fits", " this also fits, 23 it is", " this response is alone longer than the limit"]
+    rows = [{"prompt": p, "chosen": r, "rejected": " no"} for p, r in zip(prompts, responses, strict=True)]
+    write_jsonl(tmp_path / "held_out.jsonl", rows)
+    tree = recipe(tmp_path, rows, eval_data=str(tmp_path / "held_out.jsonl"), max_length=30)
+    train, _, backbone = pairs_of(tree, tmp_path)
+    end = backbone.eos_token_ids[0]
+
+    def ids(text: str) -> list[int]:
+        return backbone.tokenizer(text)["input_ids"]
+
+    assert (
+        train.chosen
+        == [
+            (ids(prompts[0]), [*ids(responses[0]), end]),
+            (ids(prompts[1])[-4:], [*ids(responses[1]), end]),  # 25 characters and EOS leave 4
+            (ids(prompts[2])[-1:], ids(responses[2])[:29]),
+        ]
+    )
+    assert [prompt for prompt, _ in train.rejected] == [ids(prompts[0]), ids(prompts[1])[-26:], ids(prompts[2])]
+
+
+def test_truncated_responses_get_no_eos(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}:", "chosen": " yes", "rejected": " no", "chosen_truncated": True} for i in range(4)]
+    train, _, backbone = pairs_of(recipe(tmp_path, rows, eval_share=0.5), tmp_path)
+    end = backbone.eos_token_ids[0]
+    assert {end in response for _, response in train.chosen} == {False}
+    assert {response[-1] for _, response in train.rejected} == {end}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_margins_and_smoothing_by_hand(tmp_path: Path, smoothing: float) -> None:
+    """A head starts at zero: the first loss is that of a difference of minus the margin, 0 where none is given."""
+    margins = [0.5, 1.0, 2.0, None]
+    rows = [{"prompt": f"{i}:", "chosen": " yes", "rejected": " no", "margin": m} for i, m in enumerate(margins)]
+    held_out = str(write_jsonl(tmp_path / "held_out.jsonl", rows))
+    settings = {"eval_data": held_out, "batch_size": 4, "label_smoothing": smoothing, "learning_rate": 1e-12}
+    run(recipe(tmp_path, rows, **settings), tmp_path / "run")
+    losses = [
+        (1 - smoothing) * math.log1p(math.exp(m or 0)) + smoothing * math.log1p(math.exp(-(m or 0))) for m in margins
+    ]
+    (line,) = metrics(tmp_path)
+    assert line["loss"] == pytest.approx(sum(losses) / 4, abs=1e-5)
+    assert line["accuracy"] == 0.5
+    assert line["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)  # the plain loss, whatever training adds to it
+
+
+def test_micro_batches_change_rounding_only(tmp_path: Path) -> None:
+    curves = []
+    for tokens in (1, 100, 100_000):
+        folder = tmp_path / str(tokens)
+        folder.mkdir()
+        settings = {"learning_rate": 5e-3, "batch_size": 12, "micro_batch_tokens": tokens, "centering": 0.05}
+        run(recipe(folder, learnable()[:60], **settings), folder / "run")
+        curves.append([line["loss"] for line in metrics(folder)])
+    assert len(curves[0]) == 5
+    assert curves[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(curves[0][-1] - curves[0][0]) > 0.02
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("model", ["stories260K", "tinychat3m"])
+def test_real_transcripts(tmp_path: Path, shared_data: Path, model: str) -> None:
+    """hh-rlhf as it is published: its text is what the model reads, and two steps train."""
+    source = {"path": str(shared_data / "hh_rlhf" / "helpful-base.jsonl.gz"), "split": "train[:6]"}
+    settings = {"data": source, "batch_size": 2, "eval_share": 0.3, "max_length": 160}
+    name = str(shared_data / model / "hf")
+    tree = {"model": name, "adapter": {"rank": 2, "alpha": 4}, "threads": 1, "reward": settings}
+    summary = run(tree, tmp_path / "run")["reward"]
+    assert (summary["train_pairs"], summary["eval_pairs"]) == (4, 2)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in metrics(tmp_path))
+
+    with gzip.open(source["path"], "rt") as file:
+        transcript = json.loads(next(file))["chosen"]
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    prompt, response = transcript.rsplit("\n\nAssistant:", 1)
+    messages = [{"role": "user", "content": prompt.removeprefix("\n\nHuman: ")}]
+    prompt_ids, response_ids = TextCodec(tokenizer).encode_pair(messages, response.removeprefix(" "))
+    text = tokenizer.decode(prompt_ids + response_ids)
+    assert transcript in text
+    assert response_ids[-1] == tokenizer.eos_token_id
