@@ -23,9 +23,8 @@ from pe_rlhf.cli.inspect_command import inspect
 from pe_rlhf.cli.launch_command import launch
 from pe_rlhf.cli.run_command import run
 from pe_rlhf.cli.winrate_command import winrate
-from pe_rlhf.system.failures import ElsewhereError, Stopped, TrainingError
+from pe_rlhf.system.failures import ElsewhereError, Failure, Stopped
 from pe_rlhf.system.processes import is_main, launched, openmp_environment
-from reward.errors import InputError, JudgeError
 
 app = typer.Typer(
     name="pe-rlhf",
@@ -34,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-USER_MISTAKE, TRAINING_STOPPED, INTERRUPTED = 2, 3, 130
+USER_MISTAKE, TRAINING_STOPPED, IN_USE, INTERRUPTED = 2, 3, 75, 130
 GOES_ON = {
     "run": ["--resume continues from the last checkpoint"],
     "compare": ["the same command goes on"],
@@ -68,9 +67,12 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:
         status = app(args=arguments or ["--help"], standalone_mode=False)
-    except (InputError, typer.TyperException) as error:
+    except typer.TyperException as error:
         _fail(error, USER_MISTAKE)
-    except (TrainingError, JudgeError, OSError) as error:
+    except Failure as error:
+        # `in_use` has a code of its own: another process has the folder and writes its `failure.json`.
+        _fail(error, IN_USE if error.kind == "in_use" else error.exit_code)
+    except OSError as error:
         _fail(error, TRAINING_STOPPED)
     except Stopped as stop:
         if not is_main():

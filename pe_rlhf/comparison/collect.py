@@ -12,7 +12,8 @@ from pe_rlhf.comparison.plan import Plan, PlannedRun
 from pe_rlhf.comparison.run_result import Row, RunResult
 from pe_rlhf.comparison.runner import located, state_of
 from pe_rlhf.comparison.trials import Choice
-from pe_rlhf.runs.metrics import read_jsonl, read_summary
+from pe_rlhf.runs.metrics import read_summary
+from pe_rlhf.system.files import read_jsonl
 from reward.errors import InputError
 
 LEARNING_RATES = ("ppo.learning_rate", "ppo.value_learning_rate")

@@ -15,8 +15,8 @@ from pe_rlhf.adapters.lora.inits.svd import Directions, bottom_directions, top_d
 from pe_rlhf.comparison.run_result import Row
 from pe_rlhf.config import Recipe
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.runs.metrics import write_json
 from pe_rlhf.runs.saved_roles import load_base, load_role, starting_model
+from pe_rlhf.system.files import write_json
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 

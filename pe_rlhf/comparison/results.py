@@ -20,8 +20,7 @@ from pe_rlhf.comparison.page.comparison_page import write_comparison_report
 from pe_rlhf.comparison.plan import Plan
 from pe_rlhf.comparison.run_result import Analysis, Estimate
 from pe_rlhf.comparison.trials import Choice, choose
-from pe_rlhf.runs.metrics import write_json
-from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.files import write_json, write_whole
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from types import FrameType
 from pe_rlhf.comparison.plan import PlannedRun
 from pe_rlhf.comparison.run_result import Status
 from pe_rlhf.config.load import changes_since, refuse_other_recipe, save_recipe
-from pe_rlhf.runs.metrics import write_json
 from pe_rlhf.system.failures import Stopped
+from pe_rlhf.system.files import write_json
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 

@@ -14,7 +14,7 @@ from pe_rlhf.comparison.plan import Arm, Plan
 from pe_rlhf.comparison.run_result import Row, Status
 from pe_rlhf.comparison.runner import located, state_of
 from pe_rlhf.config import KLConfig
-from pe_rlhf.runs.metrics import read_jsonl
+from pe_rlhf.system.files import read_jsonl
 
 
 @dataclass(frozen=True)

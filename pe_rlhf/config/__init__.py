@@ -13,7 +13,7 @@ from pe_rlhf.config.ppo import KLConfig, PPOConfig, RewardSource
 from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.recipe import STAGES, Recipe, TrackingConfig
 from pe_rlhf.config.reward import RewardConfig
-from pe_rlhf.config.sampling import EngineConfig, RolloutConfig, SamplingConfig
+from pe_rlhf.config.sampling import RolloutConfig, SamplerConfig, SamplingConfig
 from pe_rlhf.config.section import DataSource, Section
 from pe_rlhf.config.sft import SFTConfig, SFTOptimizerConfig
 
@@ -24,7 +24,7 @@ __all__ = [
     "CollapseConfig",
     "CompareConfig",
     "DataSource",
-    "EngineConfig",
+    "SamplerConfig",
     "EvaluateConfig",
     "JudgeConfig",
     "KLConfig",

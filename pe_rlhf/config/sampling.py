@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pe_rlhf.config.section import Positive, Section
 
 
-class EngineConfig(Section):
+class SamplerConfig(Section):
     """The engine that samples. All but `engine` and `sync` is about vLLM."""
 
     engine: Literal["hf", "vllm"] = Field(
@@ -39,7 +39,7 @@ class EngineConfig(Section):
     sleep: bool = Field(default=True, description="embedded on a GPU: give the memory back between rollouts")
 
     @model_validator(mode="after")
-    def _engine_fits(self) -> EngineConfig:
+    def _engine_fits(self) -> SamplerConfig:
         if self.engine == "hf" and (self.mode == "server" or self.urls):
             raise ValueError("mode and urls are vLLM's; set engine: vllm or leave them out")
         if self.mode == "server" and not self.urls:
@@ -51,7 +51,7 @@ class EngineConfig(Section):
         return self
 
 
-class SamplingConfig(EngineConfig):
+class SamplingConfig(SamplerConfig):
     """How responses are sampled where the distribution must be the policy's own."""
 
     max_new_tokens: Positive = Field(default=64, description="a response is cut there")

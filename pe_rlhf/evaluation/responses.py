@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.evaluation.sources import Policy
-from pe_rlhf.runs.metrics import append_jsonl, write_json
 from pe_rlhf.scoring.model_judges import ask_judge
-from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.files import append_jsonl, write_json, write_whole
 from pe_rlhf.system.progress import progress
 from reward.asking import Pair
 from reward.errors import InputError

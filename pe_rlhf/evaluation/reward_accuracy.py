@@ -11,10 +11,9 @@ from typing import Any
 from pe_rlhf.config import DataSource
 from pe_rlhf.data.rows import load_rows
 from pe_rlhf.report.evaluation_page import write_reward_report
-from pe_rlhf.runs.metrics import write_json
 from pe_rlhf.scoring.model_judges import RewardScores, reward_scores
 from pe_rlhf.system.failures import TrainingError
-from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.files import write_json, write_whole
 from pe_rlhf.system.progress import progress, say
 from reward.agreement import agreement
 from reward.errors import InputError

@@ -53,7 +53,7 @@ class _Slice:
     optimizer: PlainAdamW | ZeRO
 
 
-class Engine:
+class RoleOptimizer:
     """AdamW over the roles of a stage, on one process or many.
 
     A loss is a rank's share of the loss of the whole batch: the ranks' gradients are added, not averaged.

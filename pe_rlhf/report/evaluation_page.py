@@ -12,8 +12,7 @@ from typing import Any
 from pe_rlhf.report.charts import draw_reliability
 from pe_rlhf.report.format import conversation, number, percent
 from pe_rlhf.report.run_page import Tile, page_template
-from pe_rlhf.runs.metrics import read_jsonl
-from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.files import read_jsonl, write_whole
 from reward.asking import Pair
 from reward.errors import InputError
 from reward.summary import combine_orders

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from pe_rlhf.config import BackboneConfig, EngineConfig, SamplingConfig
+from pe_rlhf.config import BackboneConfig, SamplerConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.rollout.interface import RolloutEngine
@@ -47,7 +47,7 @@ def make_rollout(
     return EmbeddedVLLM(backbone, role, config, settings, log=folder / "vllm.log", **common)  # type: ignore[arg-type]
 
 
-def check_installed(config: EngineConfig) -> None:
+def check_installed(config: SamplerConfig) -> None:
     """Raise `InputError` where the engine needs an extra that is not installed; servers need nothing here."""
     check_vllm(config.engine == "vllm" and config.mode == "embedded")
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pe_rlhf.adapters.specs import RoleSpec, spec_from_json
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.runs.metrics import write_json
 from pe_rlhf.system.distributed import on_main
+from pe_rlhf.system.files import write_json
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 

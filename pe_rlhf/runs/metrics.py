@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config import TrackingConfig
-from pe_rlhf.system.files import HALVES, write_whole
+from pe_rlhf.system.files import append_jsonl, truncate_jsonl
 from pe_rlhf.system.processes import is_main
 from reward.errors import InputError
 
@@ -51,40 +51,6 @@ def check_tracking(tracking: TrackingConfig) -> None:
             raise InputError(f"tracking.{name} needs: pip install 'pe-rlhf[{name}]'")
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one line, on rank 0; it is on its way to the disk when this returns."""
-    if not is_main():
-        return
-    with path.open("a", encoding="utf-8", errors=HALVES) as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All lines of a file, none where it is missing. Raises `InputError` naming the line that is damaged."""
-    rows = []
-    for number, line in enumerate(_lines(path) if path.exists() else [], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path} line {number}: not valid JSON: {error}") from error
-    return rows
-
-
-def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Keep the lines up to and with a step; a line that a kill left half written is dropped too."""
-    if not path.exists() or not is_main():
-        return
-    kept = []
-    for line in _lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError:  # not JSON, or cut inside a character
-            break
-        if row["step"] <= last_step:
-            kept.append(line.decode() + "\n")
-    write_whole(path, "".join(kept))
-
-
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """A stage's summary, or None where the stage has not finished."""
     path = folder / "summary.json"
@@ -92,17 +58,6 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a summary; the old file is there until the new one is whole."""
-    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _lines(path: Path) -> list[bytes]:
-    """The lines of a file, split at line feeds alone: `splitlines` also cuts where a JSON string may hold U+2028."""
-    content = path.read_bytes()
-    return content.removesuffix(b"\n").split(b"\n") if content else []
 
 
 def _rounded(value: float) -> float | int | None:

@@ -17,8 +17,8 @@ from pe_rlhf.config.load import load_recipe
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.runs.checkpoint import save_tensors
-from pe_rlhf.runs.metrics import write_json
 from pe_rlhf.system.distributed import on_main
+from pe_rlhf.system.files import write_json
 from reward.errors import InputError
 
 SFT_MODEL = Path("sft") / "model"

@@ -12,12 +12,12 @@ from pe_rlhf.config import PPOConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.report.format import conversation
 from pe_rlhf.rollout.mismatch_limit import agreement
-from pe_rlhf.runs.metrics import append_jsonl, write_json
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.model_judges import ask_judge, build_judge
 from pe_rlhf.scoring.scorers import make_scorer
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import concat_over_ranks, on_main, sum_figures
+from pe_rlhf.system.files import append_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import progress

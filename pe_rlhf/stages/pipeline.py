@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pe_rlhf.adapters.lora.init_registry import get_init
-from pe_rlhf.config import STAGES, EngineConfig, Recipe
+from pe_rlhf.config import STAGES, Recipe, SamplerConfig
 from pe_rlhf.config.load import load_deepspeed_config, refuse_other_recipe, save_recipe
 from pe_rlhf.data.codec import read_template
 from pe_rlhf.data.rows import load_examples, load_preferences, load_prompts
@@ -24,7 +24,7 @@ from pe_rlhf.scoring.scorers import check_reward_adapter
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
-from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.failures import TrainingError, failure_noted
 from pe_rlhf.system.files import locked
 from pe_rlhf.system.memory import reset_peak_memory
 from pe_rlhf.system.processes import launched
@@ -65,12 +65,13 @@ def run_recipe(
         torch.set_num_threads(recipe.threads)
     init_processes(recipe.deepspeed is not None)
     anew = restart and not resume
-    finished = [] if anew else [stage for stage in stages if read_summary(run_dir / stage) is not None]
-    on_main(lambda: check_inputs(recipe, stages, finished, run_dir))
-    if launched() and recipe.sft is None:
-        # A model that is made here is made once: transformers saves nothing on other ranks.
-        on_main(lambda: resolve_model(recipe.model))
     with ExitStack() as held:
+        on_main(lambda: held.enter_context(_own_folder(run_dir)) if run_dir.is_dir() else None)
+        finished = [] if anew else [stage for stage in stages if read_summary(run_dir / stage) is not None]
+        on_main(lambda: check_inputs(recipe, stages, finished, run_dir))
+        if launched() and recipe.sft is None:
+            # A model that is made here is made once: transformers saves nothing on other ranks.
+            on_main(lambda: resolve_model(recipe.model))
         on_main(lambda: _prepare(held, recipe, run_dir, stages, resume, restart, may_change))
         # No report before a stage has run: an unfinished one may have a line that a kill left half written.
         for stage in stages:
@@ -83,6 +84,13 @@ def run_recipe(
     return {stage: summary for stage in recipe.stages if (summary := read_summary(run_dir / stage)) is not None}
 
 
+@contextmanager
+def _own_folder(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory for this process, and leave `failure.json` there where the run fails."""
+    with locked(run_dir), failure_noted(run_dir):
+        yield
+
+
 def _prepare(
     held: ExitStack,
     recipe: Recipe,
@@ -92,9 +100,10 @@ def _prepare(
     restart: bool,
     may_change: Sequence[str],
 ) -> None:
-    """Take the run directory and make sure that what is in it stays whole."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    held.enter_context(locked(run_dir))
+    """Make the run directory, where it is not there yet, and make sure that what is in it stays whole."""
+    if not run_dir.is_dir():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_own_folder(run_dir))
     if resume and (run_dir / "recipe.yaml").is_file():
         refuse_other_recipe(recipe, run_dir / "recipe.yaml", may_change)
     _refuse_overwriting(recipe, run_dir, stages, resume, restart)
@@ -123,7 +132,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
     check_inits(recipe)
     for stage in stages:
         section = getattr(recipe, stage)
-        check_installed(getattr(section, "rollout", None) or getattr(section, "sampling", None) or EngineConfig())
+        check_installed(getattr(section, "rollout", None) or getattr(section, "sampling", None) or SamplerConfig())
         if (prompts := getattr(section, "prompts", None)) is not None:
             load_prompts(prompts, f"{stage}.prompts")
         if (judge := getattr(section, "judge", None)) is not None:
@@ -173,9 +182,10 @@ def _run_stage(context: StageContext) -> None:
         with context.resources:
             summary = RUN[context.stage](context)
     except TrainingError as error:
-        raise TrainingError(f"{context.stage}: {error}") from error
+        raise error.at(context.stage) from error
     except OSError as error:
-        raise TrainingError(f"{context.stage}: {context.folder} cannot be written or read: {error}") from error
+        message = f"{context.stage}: {context.folder} cannot be written or read: {error}"
+        raise TrainingError(message, kind="disk", file=error.filename or context.folder) from error
     say(f"{context.stage}: done in {summary['seconds']:.0f} s, {context.folder}")
 
 

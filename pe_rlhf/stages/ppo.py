@@ -16,9 +16,8 @@ from pe_rlhf.config import AdapterConfig, KLConfig, PPOConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptOrder
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint, with_prefix, without_prefix
-from pe_rlhf.runs.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.scorers import make_scorer
 from pe_rlhf.stages.add_roles import add_critic, add_role
@@ -29,6 +28,7 @@ from pe_rlhf.stages.ppo_collect import collect
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import Stopped, TrainingError
+from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import progress, say
 from pe_rlhf.system.seeding import derive_seed
@@ -105,14 +105,14 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _add_roles(
     context: StageContext, backbone: Backbone, config: PPOConfig, adapter: AdapterConfig, anchor: AnchorRollouts
-) -> Engine:
+) -> RoleOptimizer:
     """The policy, fresh; the critic from the reward role where there is one; the engine that trains both."""
     add_role(context, backbone, POLICY, adapter, anchor.policy_statistics())
     add_critic(context, backbone, VALUE, adapter, anchor.value_statistics())
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup(role, backbone.role_parameters(role), rate) for role, rate in rates.items()]
     total_steps = config.steps * config.epochs * config.minibatches
-    return Engine(groups, config.optimizer, total_steps, context.deepspeed)
+    return RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed)
 
 
 def _refuse_other_version(rollout: Rollout, step: int) -> None:
@@ -167,7 +167,7 @@ def _write_samples(
         append_jsonl(context.folder / "samples.jsonl", row | {"score": round(score, 4), "kl": round(kl, 4)})
 
 
-def _resume(context: StageContext, backbone: Backbone, engine: Engine, config: PPOConfig) -> tuple[int, float]:
+def _resume(context: StageContext, backbone: Backbone, engine: RoleOptimizer, config: PPOConfig) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: the next step and β, which is the recipe's where it is fixed."""
     beta, adapts = config.kl.beta, config.kl.controller == "adaptive"
     loaded = load_checkpoint(context.folder)
@@ -182,7 +182,7 @@ def _resume(context: StageContext, backbone: Backbone, engine: Engine, config: P
 
 
 def _save(
-    context: StageContext, backbone: Backbone, engine: Engine, step: int, beta: float, figures: dict[str, float]
+    context: StageContext, backbone: Backbone, engine: RoleOptimizer, step: int, beta: float, figures: dict[str, float]
 ) -> None:
     """`figures` are of the newest rollout: sampled from these weights, or before the update that they end with."""
     config = context.recipe.ppo

@@ -11,7 +11,7 @@ from pe_rlhf.algo.kl import kl_estimate
 from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.optim.role_optimizer import Engine
+from pe_rlhf.optim.role_optimizer import RoleOptimizer
 from pe_rlhf.rollout.mismatch_limit import agreement
 from pe_rlhf.system.distributed import concat_over_ranks, sum_figures
 from pe_rlhf.system.seeding import permutation
@@ -21,7 +21,13 @@ TOTALS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "
 
 
 def update(
-    backbone: Backbone, engine: Engine, experience: Experience, beta: float, config: PPOConfig, seed: int, step: int
+    backbone: Backbone,
+    engine: RoleOptimizer,
+    experience: Experience,
+    beta: float,
+    config: PPOConfig,
+    seed: int,
+    step: int,
 ) -> dict[str, float]:
     """Train policy and value on one rollout. Returns the means of losses and statistics over all minibatches."""
     means: dict[str, list[float]] = defaultdict(list)
@@ -46,7 +52,7 @@ def update(
 
 def _accumulate(
     backbone: Backbone,
-    engine: Engine,
+    engine: RoleOptimizer,
     experience: Experience,
     rows: Tensor,
     lengths_B: Tensor,

@@ -11,11 +11,10 @@ import math
 import time
 from typing import Any
 
-from pe_rlhf.runs.metrics import write_json
 from pe_rlhf.scoring.model_judges import ask_judge, build_judge
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
-from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.files import write_json, write_whole
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import progress

@@ -21,9 +21,8 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs, encode_pairs
 from pe_rlhf.data.rows import hold_out, load_preferences, note_bad_rows
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint, with_prefix, without_prefix
-from pe_rlhf.runs.metrics import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages import preferences
 from pe_rlhf.stages.add_roles import add_role
@@ -31,6 +30,7 @@ from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import reward_statistics
 from pe_rlhf.system.distributed import on_main, rank, sum_figures, sum_over_ranks
 from pe_rlhf.system.failures import Stopped, TrainingError
+from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import progress, say
 from pe_rlhf.system.seeding import permutation, seeded
@@ -59,7 +59,7 @@ def run(context: StageContext) -> dict[str, Any]:
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     group = RoleGroup(ROLE, backbone.role_parameters(ROLE), config.learning_rate)
-    engine = Engine([group], config.optimizer, total_steps, context.deepspeed)
+    engine = RoleOptimizer([group], config.optimizer, total_steps, context.deepspeed)
     first_step, seconds_before = _resume(context, backbone, engine)
     train, held_out = _with_trunks(backbone, config, train, held_out)
     metrics = context.metrics(first_step)
@@ -114,7 +114,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def accumulate(
-    backbone: Backbone, engine: Engine, pairs: Pairs, rows: list[int], config: RewardConfig
+    backbone: Backbone, engine: RoleOptimizer, pairs: Pairs, rows: list[int], config: RewardConfig
 ) -> dict[str, float]:
     """Gradients of the pairs of those rows; how they are cut into micro-batches changes rounding only."""
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
@@ -235,7 +235,7 @@ def _records(folder: Path, source: DataSource, key: str, config: RewardConfig) -
     return records
 
 
-def _resume(context: StageContext, backbone: Backbone, engine: Engine) -> tuple[int, float]:
+def _resume(context: StageContext, backbone: Backbone, engine: RoleOptimizer) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: the next step, and the seconds spent so far."""
     loaded = load_checkpoint(context.folder)
     if loaded is None:
@@ -248,7 +248,12 @@ def _resume(context: StageContext, backbone: Backbone, engine: Engine) -> tuple[
 
 
 def _save(
-    context: StageContext, backbone: Backbone, engine: Engine, step: int, seconds: float, held_out_loss: float | None
+    context: StageContext,
+    backbone: Backbone,
+    engine: RoleOptimizer,
+    step: int,
+    seconds: float,
+    held_out_loss: float | None,
 ) -> None:
     config = context.recipe.reward
     assert config is not None

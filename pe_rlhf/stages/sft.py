@@ -26,10 +26,11 @@ from pe_rlhf.data.codec import TextCodec, cut_pair
 from pe_rlhf.data.examples import Example
 from pe_rlhf.data.rows import hold_out, load_examples, note_bad_rows
 from pe_rlhf.runs.export import write_merged
-from pe_rlhf.runs.metrics import MetricsWriter, read_jsonl, write_json
+from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import SFT_MODEL, load_base, save_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.failures import Stopped
+from pe_rlhf.system.files import read_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import Advance, progress, say
 from pe_rlhf.system.seeding import permutation

@@ -32,8 +32,8 @@ from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import AdapterConfig, BackboneConfig, SFTConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.optim.role_optimizer import schedule_factor
-from pe_rlhf.runs.metrics import write_json
 from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.files import write_json
 from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import derive_seed
 

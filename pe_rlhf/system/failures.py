@@ -1,8 +1,27 @@
-"""Errors that end a run with one clear sentence. A user's mistake is `reward.errors.InputError`."""
+"""How a run fails: the errors of training, and the `failure.json` that a failed run leaves behind.
+
+The user's mistakes are `reward.errors.InputError`; every error that was foreseen has a kind and fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pe_rlhf.system.files import write_json
+from reward.errors import Failure, InputError, JudgeError
+
+__all__ = ["ElsewhereError", "Failure", "InputError", "JudgeError", "Stopped", "TrainingError", "failure_noted"]
+
+FAILURE = "failure.json"
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on (a NaN, a KL over its limit); the last good checkpoint is in place."""
+class TrainingError(Failure, RuntimeError):
+    """Training cannot go on (a NaN, a KL over its limit); the last good checkpoint is in place. Exit code 3."""
+
+    exit_code = 3
 
 
 class Stopped(Exception):
@@ -14,4 +33,28 @@ class Stopped(Exception):
 
 
 class ElsewhereError(RuntimeError):
-    """What a rank raises when rank 0 has failed and tells of it."""
+    """Raised on the other ranks when rank 0 has failed; rank 0 prints the error."""
+
+
+def failure_fields(error: BaseException) -> dict[str, Any]:
+    """What `failure.json` says of an error; one that was not foreseen is of kind `bug`."""
+    if isinstance(error, Failure):
+        return error.fields() | {"exit_code": error.exit_code}
+    if isinstance(error, OSError):
+        where = {} if error.filename is None else {"file": str(error.filename)}
+        return {"message": str(error), "kind": "disk", **where, "exit_code": TrainingError.exit_code}
+    return {"message": f"{type(error).__name__}: {error}", "kind": "bug", "exit_code": 1}
+
+
+@contextmanager
+def failure_noted(folder: Path) -> Iterator[None]:
+    """Leave `failure.json` in a run's folder where the run fails; the one of an earlier try goes."""
+    (folder / FAILURE).unlink(missing_ok=True)
+    try:
+        yield
+    except (Stopped, ElsewhereError):
+        raise
+    except Exception as error:
+        with suppress(OSError):  # a full disk must not hide the error
+            write_json(folder / FAILURE, failure_fields(error))
+        raise

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.model.backbone import Backbone, load_backbone
-from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, save_checkpoint, with_prefix
 
 ROLES = ("policy", "value")
@@ -36,7 +36,9 @@ def adapters_with_moments(backbone: Backbone) -> dict[str, Tensor]:
     """What a PPO checkpoint holds, after one optimizer step."""
     for role in ROLES:
         backbone.add_adapter(role, rank=16, alpha=32)
-    engine = Engine([RoleGroup(role, backbone.role_parameters(role), 1e-4) for role in ROLES], OptimizerConfig(), 2)
+    engine = RoleOptimizer(
+        [RoleGroup(role, backbone.role_parameters(role), 1e-4) for role in ROLES], OptimizerConfig(), 2
+    )
     for role in ROLES:
         engine.backward(torch.stack([p.square().sum() for p in backbone.role_parameters(role).values()]).sum())
     engine.step()

@@ -24,7 +24,7 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs, encode_pairs
 from pe_rlhf.data.rows import load_prompts, load_rows
 from pe_rlhf.model.backbone import Backbone, load_backbone
-from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.scorers import AdapterScorer
 from pe_rlhf.stages.ppo_collect import collect
@@ -53,7 +53,7 @@ def ppo_steps(
     for role in ("policy", "value", "reward"):
         add(backbone, role)
     groups = [RoleGroup(role, backbone.role_parameters(role), 1e-4) for role in ("policy", "value")]
-    engine = Engine(groups, config.optimizer, total_steps=4 * steps)
+    engine = RoleOptimizer(groups, config.optimizer, total_steps=4 * steps)
     scorer = AdapterScorer(backbone, "reward", config.micro_batch_tokens)
     sampler = HFRollout(backbone, "policy", config.rollout)
     prompts = load_prompts(source, "--data")
@@ -76,7 +76,7 @@ def reward_steps(
     config = RewardConfig(micro_batch_tokens=micro_batch_tokens)
     records, _ = load_records(load_rows(DataSource(path=str(data)), "--data"), str(data))
     add(backbone, "reward")
-    engine = Engine([RoleGroup("reward", backbone.role_parameters("reward"), 1e-4)], config.optimizer, steps)
+    engine = RoleOptimizer([RoleGroup("reward", backbone.role_parameters("reward"), 1e-4)], config.optimizer, steps)
     pairs = _short(encode_pairs(records, TextCodec(backbone.tokenizer, "none"), limit=10**6))
     seconds, tokens = [], []
     for step in range(steps):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-class Engine:
+class Sampler:
     """vLLM with one set of weights in it, and a tag that says which."""
 
     def __init__(self, connection: Connection) -> None:
@@ -132,7 +132,7 @@ def main() -> None:
     descriptor, parent, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     threading.Thread(target=_end_with, args=(parent, folder), daemon=True).start()
     connection = Connection(descriptor)
-    engine = Engine(connection)
+    engine = Sampler(connection)
     while True:
         try:
             method, arguments = connection.recv()

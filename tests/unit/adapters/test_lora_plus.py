@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 
 
 def test_every_b_takes_steps_of_its_own_size() -> None:
@@ -11,7 +11,7 @@ def test_every_b_takes_steps_of_its_own_size() -> None:
     names = ("x.lora_A", "x.lora_B", "head.weight")
     parameters = {name: nn.Parameter(torch.zeros(3)) for name in names}
     config = OptimizerConfig(lora_plus_ratio=16, eps=1e-12, max_grad_norm=1e9)
-    engine = Engine([RoleGroup("policy", parameters, 1e-3)], config, total_steps=2)
+    engine = RoleOptimizer([RoleGroup("policy", parameters, 1e-3)], config, total_steps=2)
     engine.backward(sum(parameter.sum() for parameter in parameters.values()))  # type: ignore[arg-type]
     assert engine.learning_rates() == {"policy": 1e-3}
     engine.step()

@@ -106,14 +106,14 @@ def test_the_messages_are_those_of_the_machinery() -> None:
     from torch import nn
 
     from pe_rlhf.config import OptimizerConfig
-    from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+    from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
     from pe_rlhf.rollout.interface import check_response
     from pe_rlhf.stages.ppo import _refuse_high_kl
     from pe_rlhf.system.failures import TrainingError
     from reward.judges.functions import score_responses
 
     weight = nn.Parameter(torch.ones(2))
-    engine = Engine([RoleGroup("policy", {"w": weight}, 0.1)], OptimizerConfig(), total_steps=4)
+    engine = RoleOptimizer([RoleGroup("policy", {"w": weight}, 0.1)], OptimizerConfig(), total_steps=4)
     limit: Any = SimpleNamespace(kl=SimpleNamespace(limit=10.0))
 
     def step_with_infinite_gradient() -> None:

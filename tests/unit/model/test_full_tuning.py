@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pe_rlhf.cli.main import app
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.model.backbone import Backbone, load_backbone
-from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.runs.saved_roles import load_role, save_role
 from pe_rlhf.system.failures import TrainingError
 from reward.errors import InputError
@@ -186,7 +186,7 @@ class TestMasters:
 
             init_processes(wants_deepspeed=True)
         config, own = OptimizerConfig(max_grad_norm=1e9), self.parameters()
-        engine = Engine([RoleGroup("policy", own, 1e-5)], config, 40, deepspeed)
+        engine = RoleOptimizer([RoleGroup("policy", own, 1e-5)], config, 40, deepspeed)
         masters = {name: parameter.detach().float().requires_grad_(True) for name, parameter in own.items()}
         adamw = torch.optim.AdamW(masters.values(), lr=1e-5, betas=config.betas, eps=config.eps, weight_decay=0.0)
         expected = self.parameters()
@@ -210,12 +210,12 @@ class TestMasters:
     def test_a_resumed_run_goes_on_from_the_masters(self) -> None:
         def run(stop: int | None) -> Tensor:
             own = self.parameters()
-            engine = Engine([RoleGroup("policy", own, 1e-4)], OptimizerConfig(), 20)
+            engine = RoleOptimizer([RoleGroup("policy", own, 1e-4)], OptimizerConfig(), 20)
             for step in range(20):
                 if step == stop:
                     state, weights = engine.state(), {name: p.detach().clone() for name, p in own.items()}
                     own = {name: nn.Parameter(weight) for name, weight in weights.items()}
-                    engine = Engine([RoleGroup("policy", own, 1e-4)], OptimizerConfig(), 20)
+                    engine = RoleOptimizer([RoleGroup("policy", own, 1e-4)], OptimizerConfig(), 20)
                     engine.load_state(state)
                 engine.backward(self.loss(own, step))
                 engine.step()
@@ -225,7 +225,7 @@ class TestMasters:
 
     def test_a_gradient_that_is_not_finite_changes_nothing(self) -> None:
         own = self.parameters()
-        engine = Engine([RoleGroup("policy", own, 1e-2)], OptimizerConfig(), 2)
+        engine = RoleOptimizer([RoleGroup("policy", own, 1e-2)], OptimizerConfig(), 2)
         own["w"].grad = torch.full_like(own["w"], float("inf"))
         with pytest.raises(TrainingError, match="the gradient of policy is not finite"):
             engine.step()

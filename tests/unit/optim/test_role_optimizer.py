@@ -10,7 +10,7 @@ from torch import nn
 
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.optim.adamw import PlainAdamW
-from pe_rlhf.optim.role_optimizer import Engine, RoleGroup, schedule_factor
+from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer, schedule_factor
 from pe_rlhf.system.failures import TrainingError
 
 Arrays = dict[str, dict[str, np.ndarray]]
@@ -31,9 +31,9 @@ def fresh(seed: int = 0) -> dict[str, dict[str, nn.Parameter]]:
     }
 
 
-def engine_on(parameters: dict[str, dict[str, nn.Parameter]], **changes: Any) -> Engine:
+def engine_on(parameters: dict[str, dict[str, nn.Parameter]], **changes: Any) -> RoleOptimizer:
     groups = [RoleGroup(role, parameters[role], RATES[role]) for role in parameters]
-    return Engine(groups, CONFIG.model_copy(update=changes), TOTAL)
+    return RoleOptimizer(groups, CONFIG.model_copy(update=changes), TOTAL)
 
 
 def targets(step: int) -> Arrays:
@@ -51,7 +51,9 @@ def loss_of(parameters: dict[str, dict[str, nn.Parameter]], role: str, step: int
     return 0.5 * size * torch.stack(parts).sum()
 
 
-def train(engine: Engine, parameters: dict[str, dict[str, nn.Parameter]], steps: range) -> list[dict[str, float]]:
+def train(
+    engine: RoleOptimizer, parameters: dict[str, dict[str, nn.Parameter]], steps: range
+) -> list[dict[str, float]]:
     """Real steps, each role's loss in a backward pass of its own."""
     norms = []
     for step in steps:
@@ -212,7 +214,10 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(role: str, value: float
 
 
 def assert_untouched(
-    engine: Engine, parameters: dict[str, dict[str, nn.Parameter]], before: Arrays, state: dict[str, torch.Tensor]
+    engine: RoleOptimizer,
+    parameters: dict[str, dict[str, nn.Parameter]],
+    before: Arrays,
+    state: dict[str, torch.Tensor],
 ) -> None:
     for role, named in as_numpy(parameters).items():
         assert all(np.array_equal(weight, before[role][name]) for name, weight in named.items())

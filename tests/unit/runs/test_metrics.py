@@ -8,7 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pe_rlhf.config import TrackingConfig
-from pe_rlhf.runs.metrics import MetricsWriter, append_jsonl, read_jsonl, truncate_jsonl, write_json
+from pe_rlhf.runs.metrics import MetricsWriter
+from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from reward.errors import InputError
 
 OFF = TrackingConfig()

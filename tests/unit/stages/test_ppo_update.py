@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.optim.role_optimizer import Engine, RoleGroup
+from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import permutation
@@ -22,7 +22,7 @@ BETA, SEED, STEP = 0.3, 5, 2
 ROLES = ("policy", "value")
 
 
-class RecordingEngine(Engine):
+class RecordingEngine(RoleOptimizer):
     """An engine that keeps the gradients of every step, as they were before clipping."""
 
     def __init__(self, *arguments: Any) -> None:

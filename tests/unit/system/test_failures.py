@@ -1,0 +1,48 @@
+"""Failures have kinds and fields, and leave them in `failure.json`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pe_rlhf.system.failures import Stopped, TrainingError, failure_noted
+from reward.errors import InputError
+
+
+def noted(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "failure.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("error", "fields"),
+    [
+        (
+            InputError("a.jsonl row 3: no prompt", kind="missing", key="columns", file=Path("a.jsonl"), row=3),
+            {"kind": "missing", "key": "columns", "file": "a.jsonl", "row": 3, "exit_code": 2},
+        ),
+        (
+            TrainingError("the loss is nan", kind="not_finite", step=7),
+            {"kind": "not_finite", "step": 7, "exit_code": 3},
+        ),
+        (OSError(28, "No space left on device", "x.bin"), {"kind": "disk", "file": "x.bin", "exit_code": 3}),
+        (KeyError("a"), {"kind": "bug", "exit_code": 1}),
+    ],
+)
+def test_a_failure_is_noted_with_its_fields(error: Exception, fields: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(type(error)), failure_noted(tmp_path):
+        raise error
+    assert {key: value for key, value in noted(tmp_path).items() if key != "message"} == fields
+
+
+def test_what_to_do_ends_the_sentence_and_stays_when_the_place_is_added() -> None:
+    moved = TrainingError("the loss is nan", kind="not_finite", step=2, fix="lower the rate").at("ppo")
+    assert (str(moved), moved.step, moved.fix) == ("ppo: the loss is nan; lower the rate", 2, "lower the rate")
+
+
+def test_a_run_that_was_stopped_or_succeeds_leaves_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "failure.json").write_text("{}", encoding="utf-8")
+    with failure_noted(tmp_path):
+        pass
+    with pytest.raises(Stopped), failure_noted(tmp_path):
+        raise Stopped("stopped", 15)
+    assert list(tmp_path.iterdir()) == []
