@@ -23,7 +23,7 @@ from pe_rlhf.cli.inspect_command import inspect
 from pe_rlhf.cli.launch_command import launch
 from pe_rlhf.cli.run_command import run
 from pe_rlhf.cli.winrate_command import winrate
-from pe_rlhf.system.failures import ElsewhereError, Failure, Stopped
+from pe_rlhf.system.failures import IN_USE, ElsewhereError, Failure, Stopped
 from pe_rlhf.system.processes import is_main, launched, openmp_environment
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-USER_MISTAKE, TRAINING_STOPPED, IN_USE, INTERRUPTED = 2, 3, 75, 130
+USER_MISTAKE, TRAINING_STOPPED, INTERRUPTED = 2, 3, 130
 GOES_ON = {
     "run": ["--resume continues from the last checkpoint"],
     "compare": ["the same command goes on"],

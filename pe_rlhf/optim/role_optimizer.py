@@ -83,7 +83,7 @@ class RoleOptimizer:
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients. Raises `TrainingError` for a loss that is not finite, before it reaches a weight."""
         if not math.isfinite(loss.item()):
-            raise TrainingError(f"the loss is {loss.item()} before optimizer step {self.steps + 1}")
+            raise TrainingError(f"the loss is {loss.item()} before optimizer step {self.steps + 1}", kind="not_finite")
         loss.backward()
 
     def step(self) -> dict[str, float]:
@@ -97,7 +97,9 @@ class RoleOptimizer:
             norms[group.role] = nn.utils.clip_grad_norm_(group.parameters.values(), self._config.max_grad_norm).item()
         for role, norm in norms.items():
             if not math.isfinite(norm):
-                raise TrainingError(f"the gradient of {role} is not finite at optimizer step {self.steps + 1}")
+                raise TrainingError(
+                    f"the gradient of {role} is not finite at optimizer step {self.steps + 1}", kind="not_finite"
+                )
         rates = self.learning_rates()
         for part in self._slices:
             part.optimizer.step(part.factor * rates[part.role])

@@ -191,7 +191,9 @@ def sample(probabilities_BV: Tensor, uniform_B1: Tensor, block: int = 256) -> Te
     blocks_BNK = torch.nn.functional.pad(probabilities_BV, (0, padding)).unflatten(1, (-1, block))
     cdf_BN = blocks_BNK.sum(dim=-1).double().cumsum(dim=-1)
     if not cdf_BN[:, -1].isfinite().all():
-        raise TrainingError("the logits are not finite: the weights have diverged, or the base's dtype is too narrow")
+        raise TrainingError(
+            "the logits are not finite: the weights have diverged, or the base's dtype is too narrow", kind="not_finite"
+        )
     block_B1, fraction_B1 = _find(cdf_BN, uniform_B1)
     inside_BK = blocks_BNK.gather(1, block_B1[..., None].expand(-1, 1, block))[:, 0]
     token_B1, _ = _find(inside_BK.double().cumsum(dim=-1), fraction_B1)

@@ -62,6 +62,8 @@ def check_response(
     if len(response) < max_new_tokens and response[-1] not in eos_token_ids:
         raise ValueError(f"a response ends after {len(response)} of {max_new_tokens} tokens without an end-of-sequence")
     if not all(map(math.isfinite, logprobs)):
-        raise TrainingError("the logits are not finite: the weights have diverged, or the base's dtype is too narrow")
+        raise TrainingError(
+            "the logits are not finite: the weights have diverged, or the base's dtype is too narrow", kind="not_finite"
+        )
     if max(logprobs) > 1e-3:
         raise ValueError(f"a log-prob of {max(logprobs):.3g} is more than 0")

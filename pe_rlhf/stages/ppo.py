@@ -124,7 +124,10 @@ def _refuse_high_kl(kl: float, config: PPOConfig, step: int) -> None:
     if config.kl.limit is not None and kl > config.kl.limit:
         raise TrainingError(
             f"the KL to the anchor is {kl:.3g} nats per response at step {step}, over ppo.kl.limit {config.kl.limit};"
-            " raise ppo.kl.beta or lower ppo.learning_rate, and go on with --resume --may-change and the key's name"
+            " raise ppo.kl.beta or lower ppo.learning_rate, and go on with --resume --may-change and the key's name",
+            kind="kl_limit",
+            key="ppo.kl.limit",
+            step=step,
         )
 
 

@@ -74,7 +74,10 @@ def collect(
         **mismatch,
     }
     if not math.isfinite(figures["explained_variance"]):
-        raise TrainingError("the critic has diverged: its values are not finite or too large; lower its learning rate")
+        raise TrainingError(
+            "the critic has diverged: its values are not finite or too large; lower its learning rate",
+            kind="not_finite",
+        )
     if config.whiten_advantages:
         advantages_BR = masked_whiten(advantages_BR, mask_BR)
     experience = Experience(

@@ -172,7 +172,9 @@ def evaluate(
     chosen_B, rejected_B = sum_over_ranks(scores_2B)  # each rank has filled in its own pairs
     result = pairwise_loss(chosen_B, rejected_B)
     if not result.loss.isfinite():
-        raise TrainingError(f"the loss over {len(pairs)} pairs is {result.loss.item()}; lower reward.learning_rate")
+        raise TrainingError(
+            f"the loss over {len(pairs)} pairs is {result.loss.item()}; lower reward.learning_rate", kind="not_finite"
+        )
     figures = (result.loss.item(), result.accuracy.item(), result.margin.item())
     return RewardEvaluation(*figures, (chosen_B - rejected_B).tolist(), torch.cat([chosen_B, rejected_B]).mean().item())
 

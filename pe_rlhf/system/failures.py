@@ -16,6 +16,7 @@ from reward.errors import Failure, InputError, JudgeError
 __all__ = ["ElsewhereError", "Failure", "InputError", "JudgeError", "Stopped", "TrainingError", "failure_noted"]
 
 FAILURE = "failure.json"
+IN_USE = 75  # exit code of a command whose folder another process has
 
 
 class TrainingError(Failure, RuntimeError):

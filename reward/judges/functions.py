@@ -194,7 +194,10 @@ def score_responses(function: ScoreFunction, prompts: Sequence[Prompt], response
         raise InputError(f"{name} returned {len(scores)} scores for {len(responses)} responses")
     for index, score in enumerate(scores):
         if not isinstance(score, Real) or not math.isfinite(score):
-            raise InputError(f"{name} returned {score!r} for response {index}, not a finite number")
+            raise InputError(
+                f"{name} returned {score!r} for response {index}, not a finite number",
+                kind="not_finite" if isinstance(score, Real) else "user_code",
+            )
     return [float(score) for score in scores]
 
 
