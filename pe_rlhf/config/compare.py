@@ -18,12 +18,10 @@ SHORT_KEYS = {
 
 
 class TuneConfig(Section):
-    """Learning-rate trials: as many for each arm, with a seed that no reported run has."""
+    """Learning-rate trials: the same number for each arm, with a seed that no reported run has."""
 
-    lr_factors: list[float] = Field(
-        min_length=1, description="what the arm's ppo.learning_rate is multiplied by, a trial each"
-    )
-    seed: int = Field(default=0, ge=0, description="of all trials; none of the reported seeds")
+    lr_factors: list[float] = Field(min_length=1, description="factors on the arm's ppo.learning_rate, one trial each")
+    seed: int = Field(default=0, ge=0, description="seed of all trials; must not be one of seeds")
 
     @model_validator(mode="after")
     def _positive_factors(self) -> TuneConfig:
@@ -33,29 +31,38 @@ class TuneConfig(Section):
 
 
 class CollapseConfig(Section):
-    """From where on a run counts as collapsed."""
+    """The limits beyond which a run counts as collapsed."""
 
-    kl: float = Field(default=50.0, gt=0, description="KL to the anchor, nats per response")
-    entropy_share: Share = Field(default=0.1, description="entropy below this share of the first step's")
+    kl: float = Field(default=50.0, gt=0, description="collapsed above this KL to the anchor, nats per response")
+    entropy_share: Share = Field(default=0.1, description="collapsed below this share of the first step's entropy")
 
 
 class CompareConfig(Section):
-    """Arms that differ in some keys, each run with every seed; init, rank, targets, lr, beta stand for longer keys."""
+    """Arms that differ in some keys, each run with every seed. Short keys: init, rank, targets, lr, beta."""
 
     grid: dict[str, list[Any]] = Field(
-        default_factory=dict, description="key → values; every combination is an arm (`seed` is the same as seeds)"
+        default_factory=dict,
+        description="key → list of values; every combination is an arm (`seed` here is the same as seeds)",
     )
-    arms: list[dict[str, Any]] = Field(default_factory=list, description="more arms, one by one")
-    seeds: list[int] = Field(default=[1, 2, 3], min_length=1, description="of the runs that are reported, of each arm")
-    tune: TuneConfig | None = Field(default=None, description="learning-rate trials before the runs; default: none")
+    arms: list[dict[str, Any]] = Field(
+        default_factory=list, description="further arms, each a mapping of keys to values, with an optional name"
+    )
+    seeds: list[int] = Field(
+        default=[1, 2, 3], min_length=1, description="seeds of the reported runs; each arm runs with all of them"
+    )
+    tune: TuneConfig | None = Field(
+        default=None, description="learning-rate trials before the runs; default: no trials"
+    )
     share: Literal["reward", "preferences", "nothing"] = Field(
-        default="reward", description="what is done once for all runs, with the recipe's own settings and seed"
+        default="reward",
+        description="stages that run once for all arms, with the recipe's own settings and seed: up to the reward"
+        " model, up to the preferences, or nothing",
     )
     target_reward: float | None = Field(
-        default=None, description="reward whose time is reported; default: what the first arm ends with"
+        default=None, description="report the time to this reward; default: the final reward of the first arm"
     )
     collapse: CollapseConfig = CollapseConfig()
-    nodes: Positive = Field(default=8, description="--submit slurm: tasks of an array that run at once")
+    nodes: Positive = Field(default=8, description="--submit slurm: tasks of a job array that run at the same time")
 
     @model_validator(mode="before")
     @classmethod

@@ -14,9 +14,11 @@ class EvaluateConfig(Section):
 
     prompts: Data
     judge: str | JudgeConfig = Field(
-        description="length, llm:MODEL, reward_model:RUN, module:callable, or a section with kind, target and settings"
+        description="length, llm:MODEL, reward_model:RUN, module:callable, or a section with settings"
     )
-    max_invalid_share: Share = Field(default=0.05, description="more pairs without a valid verdict fail the run")
+    max_invalid_share: Share = Field(
+        default=0.05, description="fail if more than this share of the pairs has no valid verdict"
+    )
     sampling: SamplingConfig = SamplingConfig()
     samples_per_prompt: Positive = Field(default=1, description="pairs of responses judged for each prompt")
-    table_rows: Positive = Field(default=20, description="rows of the side-by-side table")
+    table_rows: Positive = Field(default=20, description="rows of the side-by-side table samples.md")

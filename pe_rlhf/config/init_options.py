@@ -20,16 +20,18 @@ class NoOptions(Section):
 class SampledOptions(Section):
     """What every init that looks at data has."""
 
-    batch_size: Positive = Field(default=8, description="sequences, or pairs, in a batch that the init looks at")
+    batch_size: Positive = Field(default=8, description="sequences, or pairs, in a batch that the init reads")
 
 
 class GaussianOptions(Section):
-    std: float | None = Field(default=None, gt=0, description="of A's entries; default: r^-½ (PEFT's is 1/r)")
+    std: float | None = Field(
+        default=None, gt=0, description="standard deviation of A's entries; default: r^-½ (PEFT uses 1/r)"
+    )
 
 
 class PissaOptions(Section):
     niter: Positive | None = Field(
-        default=None, description="randomised SVD with so many power iterations; default: the exact one"
+        default=None, description="randomised SVD with this number of power iterations; default: exact SVD"
     )
 
 
@@ -40,42 +42,46 @@ class RlpoOptions(PissaOptions):
 class LoraGAOptions(SampledOptions):
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = Field(
         default="ArB2r",
-        description="whose singular vectors: ArB2r: the first r for A, the next r for B; A2rBr: the other way round;"
-        " ArBr: in turn; random: a random split of the first 2r",
+        description="which singular vectors: ArB2r: the first r for A, the next r for B; A2rBr: the other way"
+        " round; ArBr: alternating; random: a random split of the first 2r",
     )
     scale: Literal["stable", "unit", "gd", "weightS"] = Field(
         default="stable",
         description="stable: m^¼/√gamma; unit: 1; gd: 1/s; weightS: mean of √(W's first r singular values / s)",
     )
-    gamma: float = Field(default=16.0, gt=0, description="γ of the scale `stable`: a larger one starts smaller")
+    gamma: float = Field(default=16.0, gt=0, description="γ of the scale `stable`; a larger γ means a smaller start")
     niter: Positive | None = Field(
-        default=None, description="randomised SVD of the gradient with so many power iterations; default: exact"
+        default=None,
+        description="randomised SVD of the gradient with this number of power iterations; default: exact SVD",
     )
 
 
 class CordaOptions(SampledOptions):
     mode: Literal["kpm", "ipm"] = Field(
         default="kpm",
-        description="kpm: the r least directions, to keep what the model knows; ipm: the r first, to learn the data",
+        description="kpm: the r smallest directions, which keeps what the model knows; ipm: the r largest, which"
+        " learns the data",
     )
     damping: Rate = Field(
-        default=0.01, description="share of its mean diagonal added to the covariance, doubled until it inverts well"
+        default=0.01,
+        description="share of the covariance's mean diagonal that is added to it; doubled until the inverse is"
+        " accurate",
     )
 
 
 class EvaOptions(SampledOptions):
-    center: bool = Field(default=False, description="take the mean off the layer's inputs (PEFT does)")
+    center: bool = Field(default=False, description="subtract the mean from the layer's inputs, as PEFT does")
 
 
 class CrossTaskOptions(SampledOptions):
     diversity: float | None = Field(
         default=None,
         gt=0,
-        description="δ of the term δ·log det that keeps the r directions from falling into one; default: without"
-        " bound, which makes them orthonormal",
+        description="δ of the term δ·log det, which keeps the r directions apart; default: no bound on δ, so the"
+        " directions are orthonormal",
     )
     scale: Literal["stable", "unit"] = Field(default="stable", description="stable: m^¼/√gamma; unit: 1")
-    gamma: float = Field(default=16.0, gt=0, description="γ of the scale `stable`: a larger one starts smaller")
+    gamma: float = Field(default=16.0, gt=0, description="γ of the scale `stable`; a larger γ means a smaller start")
 
 
 INIT_OPTIONS: dict[str, type[Section]] = {

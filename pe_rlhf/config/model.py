@@ -14,25 +14,30 @@ class BackboneConfig(Section):
     """How the base model is loaded."""
 
     # Not float16: its gradients underflow, the more so the more tokens a batch has.
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the frozen base")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the frozen base model")
     quantization: Literal["none", "4bit", "8bit"] = Field(
-        default="none", description="of the frozen base, by bitsandbytes: NF4 or LLM.int8; with adapters alone"
+        default="none",
+        description="quantise the frozen base with bitsandbytes: 4bit (NF4) or 8bit (LLM.int8); only with tuning:"
+        " adapter",
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
+    device: str = Field(default="auto", description="auto (the GPU if there is one), cpu, cuda, cuda:1, …")
     attention: str = Field(default="sdpa", description="attention implementation of transformers")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with a hub model")
     trunk_cache_mib: Annotated[int, Field(ge=0)] = Field(
         default=1024,
-        description="with adapter.last_layers: memory for hidden states below the adapters, so that they are computed"
-        " once; 0: off",
+        description="with adapter.last_layers: memory for the hidden states below the adapters, which are then"
+        " computed once per batch; 0: no cache",
     )
     packing: bool = Field(
         default=True,
-        description="compute no padding, and once what rows start with, such as a system prompt or the prompt of a"
-        " preference pair, in sampling too; needs sdpa attention",
+        description="pack batches: no padding is computed, and a prefix that rows share (a system prompt, the"
+        " prompt of a preference pair) is computed once, in sampling too; needs sdpa attention",
     )
-    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time in updates")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="compute activations again in the backward pass: less memory, about a third more time in updates",
+    )
 
 
 class AdapterConfig(Section):
@@ -41,18 +46,24 @@ class AdapterConfig(Section):
     init: str = Field(
         default="lora", description=f"{', '.join(INIT_OPTIONS)}, one that you registered, or module:function"
     )
-    init_options: dict[str, Any] = Field(default_factory=dict, description="options of the init; see docs/inits.md")
-    rank: Positive = Field(default=16, description="of B·A; an export of an init with B0 ≠ 0 has twice that")
+    init_options: dict[str, Any] = Field(default_factory=dict, description="options of the init; see docs/adapters.md")
+    rank: Positive = Field(default=16, description="rank r of B·A; if the init has B0 ≠ 0, the export has rank 2r")
     alpha: float = Field(
-        default=32.0, gt=0, description="the product is scaled by alpha/rank (standard) or alpha/√rank (rslora)"
+        default=32.0, gt=0, description="B·A is scaled by alpha/rank (standard) or alpha/√rank (rslora)"
     )
-    scaling: Literal["standard", "rslora"] = Field(default="standard", description="see alpha")
-    targets: str | list[str] = Field(default="all-linear", description="all-linear, attention, or module names")
+    scaling: Literal["standard", "rslora"] = Field(
+        default="standard", description="standard: alpha/rank; rslora: alpha/√rank"
+    )
+    targets: str | list[str] = Field(
+        default="all-linear", description="layers that get an adapter: all-linear, attention, or a list of module names"
+    )
     last_layers: Positive | None = Field(
-        default=None, description="adapters on the last blocks alone: less time and memory, since backward ends there"
+        default=None,
+        description="put adapters on the last blocks only; less time and memory, since the backward pass ends"
+        " there; default: all blocks",
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="on the adapter's input; in sft and in training the reward model only"
+        default=0.0, ge=0, lt=1, description="dropout on the adapter's input; only in the stages sft and reward"
     )
 
     @field_validator("targets")

@@ -12,24 +12,28 @@ from pe_rlhf.config.section import Decay, Rate, Section, Share
 class OptimizerConfig(Section):
     """AdamW and the learning-rate schedule of one stage."""
 
-    schedule: Literal["constant", "linear"] = Field(default="constant", description="after warm-up; linear ends at 0")
+    schedule: Literal["constant", "linear"] = Field(
+        default="constant", description="constant, or linear decay to 0, after the warm-up"
+    )
     warmup_ratio: Share = Field(
-        default=0.0, description="share of the optimizer steps over which the rate rises from 0"
+        default=0.0, description="share of the optimizer steps over which the learning rate rises from 0"
     )
-    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="AdamW's β1 and β2")
-    eps: float = Field(default=1e-5, gt=0, description="AdamW's ε")
-    weight_decay: Rate = Field(default=0.0, description="AdamW's, of adapters and heads")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="β1 and β2 of AdamW")
+    eps: float = Field(default=1e-5, gt=0, description="ε of AdamW")
+    weight_decay: Rate = Field(default=0.0, description="weight decay of AdamW, on adapters and heads")
     lora_plus_ratio: float = Field(
-        default=1.0, gt=0, description="LoRA+: B's learning rate over A's; its authors take 16"
+        default=1.0, gt=0, description="LoRA+: learning rate of B divided by that of A; its paper uses 16"
     )
-    max_grad_norm: float = Field(default=1.0, gt=0, description="clips the gradient norm of each role")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="clip the gradient norm of each role to this")
 
 
 class RewardOptimizerConfig(OptimizerConfig):
-    """AdamW for the reward stage: behind a head that starts at zero gradients are small; a larger eps drowns them."""
+    """AdamW for the reward stage. Its eps is small, since the head starts at zero and so gradients start small."""
 
-    schedule: Literal["constant", "linear"] = Field(default="linear", description="after warm-up; linear ends at 0")
-    warmup_ratio: Share = Field(
-        default=0.05, description="share of the optimizer steps over which the rate rises from 0"
+    schedule: Literal["constant", "linear"] = Field(
+        default="linear", description="constant, or linear decay to 0, after the warm-up"
     )
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's ε")
+    warmup_ratio: Share = Field(
+        default=0.05, description="share of the optimizer steps over which the learning rate rises from 0"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="ε of AdamW")

@@ -13,20 +13,30 @@ from pe_rlhf.config.section import Data, Positive, Rate, Section, Share
 
 
 class KLConfig(Section):
-    """The tie to the anchor."""
+    """The penalty for distance from the anchor."""
 
-    beta: Rate = Field(default=0.05, description="β of (1−β)·r − β·KL, where it is at most 1, or of r − β·KL")
-    form: Literal["convex", "penalty"] = Field(
-        default="convex", description="convex: (1−β)·r − β·KL; penalty: r − β·KL"
+    beta: Rate = Field(
+        default=0.05, description="β of the objective (1−β)·r − β·KL (convex, β at most 1) or r − β·KL (penalty)"
     )
-    estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="default in the loss: k2")
-    place: Literal["reward", "loss"] = Field(default="reward", description="where the KL enters")
+    form: Literal["convex", "penalty"] = Field(
+        default="convex", description="objective: convex is (1−β)·r − β·KL, penalty is r − β·KL"
+    )
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1", description="estimator of the KL from log-probs; default with place: loss: k2"
+    )
+    place: Literal["reward", "loss"] = Field(
+        default="reward", description="where the KL enters: in the reward of each token, or as a term of the loss"
+    )
     controller: Literal["fixed", "adaptive"] = Field(
-        default="fixed", description="of β; adaptive: it follows the KL to its target (arXiv 1909.08593)"
+        default="fixed", description="fixed: β stays; adaptive: β follows the KL towards target (arXiv 1909.08593)"
     )
     target: float = Field(default=6.0, gt=0, description="adaptive: the KL to hold, nats per response")
-    horizon: Positive = Field(default=10_000, description="adaptive: episodes over which β reacts")
-    limit: float | None = Field(default=None, gt=0, description="stop the run above this KL, nats per response")
+    horizon: Positive = Field(
+        default=10_000, description="adaptive: number of episodes over which β reacts; larger is slower"
+    )
+    limit: float | None = Field(
+        default=None, gt=0, description="stop the run if the KL exceeds this, nats per response; default: no limit"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -55,12 +65,16 @@ class KLConfig(Section):
 
 
 class RewardSource(Section):
-    """Where scores come from: exactly one of the three, times a weight."""
+    """One source of scores: exactly one of adapter, model and function, with a weight."""
 
-    adapter: str | None = Field(default=None, description="a reward stage's directory; `stage` is this run's own")
+    adapter: str | None = Field(
+        default=None, description="a run, or a reward stage's directory; `stage` is this run's own reward stage"
+    )
     model: str | None = Field(default=None, description="a sequence-classification model with one label")
-    function: str | None = Field(default=None, description="module:callable, (prompts, responses) → scores")
-    weight: float = Field(default=1.0, description="what its scores are multiplied by in the sum")
+    function: str | None = Field(
+        default=None, description="module:callable that takes (prompts, responses) and returns scores"
+    )
+    weight: float = Field(default=1.0, description="weight of these scores in the sum")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardSource:
@@ -74,51 +88,68 @@ class PPOConfig(Section):
 
     prompts: Data
     adapter: AdapterConfig | None = Field(
-        default=None, description="what differs from the recipe's, for the policy and a critic with value_init: fresh"
+        default=None,
+        description="settings that differ from the recipe's adapter, for the policy, and for the critic with"
+        " value_init: fresh",
     )
     reward: list[RewardSource] = Field(default_factory=lambda: [RewardSource(adapter="stage")], min_length=1)
     rollout: RolloutConfig = RolloutConfig()
     kl: KLConfig = KLConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    steps: Positive = Field(default=100, description="rollouts, each followed by an update")
-    batch_size: Positive = Field(default=64, description="prompts per rollout")
+    steps: Positive = Field(default=100, description="PPO steps: one rollout and one update each")
+    batch_size: Positive = Field(default=64, description="prompts in each rollout, over all processes")
     epochs: Positive = Field(default=2, description="passes over each rollout")
-    minibatches: Positive = Field(default=2, description="optimizer steps per pass")
+    minibatches: Positive = Field(default=2, description="minibatches, and so optimizer steps, in each pass")
     micro_batch_tokens: Positive = Field(
         default=1024,
-        description="tokens in a pass with gradients, per process; passes without take four times as many; of a prefix"
-        " that all rows share each row counts an eighth",
+        description="tokens in one forward pass with gradients, per process; passes without gradients take four"
+        " times as many; a row counts an eighth of the prefix that it shares with other rows",
     )
-    max_prompt_tokens: Positive = Field(default=512, description="longer prompts are left out, and counted")
-    learning_rate: float = Field(default=1e-4, gt=0, description="of the policy")
-    value_learning_rate: float | None = Field(default=None, gt=0, description="default: the policy's")
+    max_prompt_tokens: Positive = Field(
+        default=512, description="longest prompt, tokens; longer ones are left out and counted"
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, description="learning rate of the policy")
+    value_learning_rate: float | None = Field(
+        default=None, gt=0, description="learning rate of the critic; default: the policy's"
+    )
     value_init: Literal["reward", "fresh"] | None = Field(
         default=None,
-        description="the critic starts as the reward adapter, or anew; default: reward where one gives the scores",
+        description="start the critic as a copy of the reward adapter and head, or fresh; default: reward if a"
+        " reward adapter gives the scores",
     )
     gamma: Share = Field(default=1.0, description="γ of GAE: discount per token")
-    lam: Share = Field(default=0.95, description="λ of GAE: 1 is returns alone, 0 the critic's next value alone")
-    clip_range: float = Field(default=0.2, gt=0, description="how far the ratio to the old policy counts from 1")
-    value_clip_range: float = Field(default=0.2, gt=0, description="how far a value counts from the old one")
-    value_coefficient: Rate = Field(default=0.1, description="weight of the value loss beside the policy loss")
-    whiten_advantages: bool = Field(default=True, description="mean 0 and variance 1 over the tokens of a rollout")
+    lam: Share = Field(default=0.95, description="λ of GAE: 1 uses returns only, 0 uses the critic's next value only")
+    clip_range: float = Field(default=0.2, gt=0, description="clip the probability ratio to 1 ± this")
+    value_clip_range: float = Field(
+        default=0.2, gt=0, description="clip the new value to this distance from the old one"
+    )
+    value_coefficient: Rate = Field(default=0.1, description="weight of the value loss; the policy loss has weight 1")
+    whiten_advantages: bool = Field(
+        default=True, description="scale advantages to mean 0 and variance 1 over the tokens of a rollout"
+    )
     whiten_rewards: bool = Field(default=False, description="divide the shaped rewards by their standard deviation")
     missing_eos_penalty: float | None = Field(
-        default=None, description="taken off the score of a response that was cut"
+        default=None, description="subtracted from the score of a response without an end token; default: no penalty"
     )
-    missing_eos_replaces: bool = Field(default=False, description="a cut response scores minus the penalty instead")
-    length_penalty: float = Field(default=0.0, description="taken off the score per response token")
+    missing_eos_replaces: bool = Field(
+        default=False,
+        description="a response without an end token scores minus the penalty, instead of its score less the penalty",
+    )
+    length_penalty: float = Field(default=0.0, description="subtracted from the score for each response token")
     checkpoint_every: Positive = Field(
-        default=10, description="steps between checkpoints; one is written when its weights have been sampled from"
+        default=10,
+        description="steps between checkpoints; each is saved after its weights have produced a scored rollout",
     )
     keep_checkpoints: Positive = Field(
-        default=2, description="the newest ones kept, besides the one of the highest reward after the KL"
+        default=2, description="newest checkpoints to keep, besides the one with the highest reward less KL"
     )
     eval_every: Positive | None = Field(
-        default=None, description="steps between small evaluations by the judge of the evaluate section"
+        default=None, description="steps between small evaluations by the judge of the evaluate section; default: none"
     )
-    eval_prompts: Positive = Field(default=32, description="prompts of such an evaluation, the first ones")
-    samples_every: Positive = Field(default=5, description="steps between samples written to samples.jsonl")
+    eval_prompts: Positive = Field(
+        default=32, description="prompts in each of these evaluations: the first ones of evaluate.prompts"
+    )
+    samples_every: Positive = Field(default=5, description="steps between samples in samples.jsonl")
 
     @model_validator(mode="after")
     def _cross_checks(self) -> PPOConfig:

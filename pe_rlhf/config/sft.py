@@ -14,34 +14,38 @@ from pe_rlhf.config.section import Data, Positive, Section, Share
 class SFTOptimizerConfig(OptimizerConfig):
     """AdamW for the sft stage."""
 
-    schedule: Literal["constant", "linear"] = Field(default="linear", description="after warm-up; linear ends at 0")
-    warmup_ratio: Share = Field(
-        default=0.03, description="share of the optimizer steps over which the rate rises from 0"
+    schedule: Literal["constant", "linear"] = Field(
+        default="linear", description="constant, or linear decay to 0, after the warm-up"
     )
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's ε")
+    warmup_ratio: Share = Field(
+        default=0.03, description="share of the optimizer steps over which the learning rate rises from 0"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="ε of AdamW")
 
 
 class SFTConfig(Section):
-    """Fine-tune the model on texts or on responses to prompts; what comes of it is the anchor of all later stages."""
+    """Fine-tune the model on texts, or on responses to prompts. The result is the anchor of all later stages."""
 
-    data: Data = Field(description="rows of prompt and completion (or response), of messages, or of text")
-    eval_data: Data | None = Field(default=None, description="held-out rows; default: a share of data")
-    eval_share: Share = Field(default=0.05, description="share of prompts held out where eval_data is not given")
-    max_bad_share: Share = Field(default=0.05, description="more unusable rows than this is an error")
-    max_length: int = Field(
-        default=1024, ge=2, description="longest prompt and response, tokens; prompts are cut on the left"
+    data: Data = Field(
+        description="training rows with prompt and completion (or response), with messages, or with text"
     )
-    completion_only: bool = Field(default=True, description="no loss on prompts; a row of text has none")
+    eval_data: Data | None = Field(default=None, description="held-out rows; default: a share of data")
+    eval_share: Share = Field(default=0.05, description="share of the prompts that is held out; only without eval_data")
+    max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the rows is unusable")
+    max_length: int = Field(
+        default=1024, ge=2, description="longest prompt and response together, tokens; prompts are cut on the left"
+    )
+    completion_only: bool = Field(default=True, description="compute no loss on prompts; rows of text have no prompt")
     adapter: AdapterConfig | None = Field(
         default=None,
-        description="what differs from the recipe's, but for its init: TRL trains a plain LoRA here",
+        description="settings that differ from the recipe's adapter, except the init: TRL trains a plain LoRA",
     )
     optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
-    learning_rate: float = Field(default=2e-4, gt=0, description="of the adapter, after warm-up")
+    learning_rate: float = Field(default=2e-4, gt=0, description="learning rate of the adapter")
     epochs: Positive = Field(default=1, description="passes over the rows")
-    batch_size: Positive = Field(default=16, description="rows per optimizer step")
-    micro_batch_size: Positive = Field(default=4, description="rows in one forward pass; a divisor of batch_size")
-    eval_every: Positive = Field(default=50, description="optimizer steps between evaluations")
+    batch_size: Positive = Field(default=16, description="rows in each optimizer step")
+    micro_batch_size: Positive = Field(default=4, description="rows in one forward pass; must divide batch_size")
+    eval_every: Positive = Field(default=50, description="optimizer steps between evaluations on the held-out rows")
     checkpoint_every: Positive = Field(default=50, description="optimizer steps between checkpoints")
 
     @model_validator(mode="after")

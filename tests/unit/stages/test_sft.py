@@ -145,7 +145,7 @@ def test_rates_and_passes(model: Path, tmp_path: Path) -> None:
 
 
 def test_training_lowers_the_held_out_loss_on_real_text(model: Path, tmp_path: Path) -> None:
-    paragraphs = (ROOT / "docs" / "inits.md").read_text(encoding="utf-8").split("\n\n")
+    paragraphs = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").split("\n\n")
     data = write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in paragraphs])
     section = {"data": str(data), "max_length": 96, "epochs": 6, "learning_rate": 3e-2, "eval_share": 0.2}
     tree = {"model": str(model), "adapter": {"rank": 8}, "sft": section | {"batch_size": 8, "micro_batch_size": 8}}
