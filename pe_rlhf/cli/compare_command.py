@@ -57,6 +57,7 @@ def compare(
     """
     from pe_rlhf.comparison.plan import load_plan
     from pe_rlhf.config.load import find_recipe, save_recipe
+    from pe_rlhf.runs.layout import ComparisonFiles
 
     path = find_recipe(recipe)
     plan = load_plan(path, root, overrides or [])
@@ -69,7 +70,7 @@ def compare(
         _submit(plan, submit)
         return
     plan.root.mkdir(parents=True, exist_ok=True)
-    save_recipe(plan.base, plan.root / "comparison.yaml")
+    save_recipe(plan.base, ComparisonFiles(plan.root).recipe)
     if chosen.parts != ("report",):
         _check(plan)
         _run_parts(plan, chosen, retry)

@@ -77,6 +77,7 @@ def evaluate(
     from pe_rlhf.evaluation.sources import base_of_adapter, find_policy
     from pe_rlhf.report.evaluation_page import write_evaluation_report
     from pe_rlhf.report.format import slug
+    from pe_rlhf.runs.layout import EvaluationFiles
     from pe_rlhf.scoring.model_judges import JudgeConfig, build_judge, check_judge
     from pe_rlhf.system.files import locked
     from reward.asking import make_pairs
@@ -99,11 +100,12 @@ def evaluate(
     source = partial(_source, asked, sampling, seed, dtype, device, server)
     sources = {"candidate": source(policy), "baseline": source(baseline, anchor_of=trained)}
     folder = out or Path("evaluations") / "-".join(map(slug, (policy, "vs", baseline, judge)))
+    files = EvaluationFiles(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         # The judge first: a key that is missing or a model that cannot be loaded is to be known before it is sampled.
         built = build_judge(judge_config)
-        texts = {side: responses_of(s, asked, folder / f"{side}.jsonl") for side, s in sources.items()}
+        texts = {side: responses_of(s, asked, files.responses(side)) for side, s in sources.items()}
         pairs = make_pairs(asked, texts["candidate"], texts["baseline"])
         summary = evaluate_pairs(
             built, pairs, folder, candidate=policy, baseline=baseline, max_invalid_share=max_invalid, level=level

@@ -49,6 +49,7 @@ def run(
     target = run_dir or Path("runs") / loaded.name
 
     # Imported here: torch and transformers take seconds, and a mistake in the recipe should be told at once.
+    from pe_rlhf.runs.layout import RunFiles
     from pe_rlhf.stages.outcome_table import outcome_table
     from pe_rlhf.stages.pipeline import check_inputs, run_recipe, select_stages
     from pe_rlhf.system.processes import is_main
@@ -64,4 +65,4 @@ def run(
     if not is_main():
         return
     console.print(outcome_table(loaded.name, summaries))
-    typer.echo(f"report: {(target / 'report.html').resolve()}")
+    typer.echo(f"report: {RunFiles(target).report.resolve()}")

@@ -12,6 +12,7 @@ from pe_rlhf.comparison.plan import Plan, PlannedRun
 from pe_rlhf.comparison.run_result import Row, RunResult
 from pe_rlhf.comparison.runner import located, state_of
 from pe_rlhf.comparison.trials import Choice
+from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.system.files import read_jsonl
 from reward.errors import InputError
@@ -39,7 +40,10 @@ def collect(plan: Plan, choices: Sequence[Choice], places: Sequence[Path] = ()) 
 
 def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRun | None) -> RunResult:
     status, message = state_of(run)
-    reward = read_summary(run.folder / "reward") or (read_summary(shared.folder / "reward") if shared else None)
+    files = RunFiles(run.folder)
+    reward = read_summary(files.stage("reward"))
+    if reward is None and shared:
+        reward = read_summary(RunFiles(shared.folder).stage("reward"))
     adapter = run.recipe.adapter_for("ppo")
     return RunResult(
         arm,
@@ -49,11 +53,11 @@ def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRu
         folder=run.folder,
         settings=settings,
         reward=reward or {},
-        ppo=read_summary(run.folder / "ppo") or {},
-        evaluate=read_summary(run.folder / "evaluate") or {},
-        metrics=_metrics(run.folder / "ppo" / "metrics.jsonl", status == "finished"),
-        preferences=_preferences(run.folder / "evaluate" / "samples.jsonl") if status == "finished" else {},
-        drift=drift_of_run(run.folder, run.recipe, adapter.rank) if (run.folder / "ppo" / "adapter").is_dir() else {},
+        ppo=read_summary(files.stage("ppo")) or {},
+        evaluate=read_summary(files.stage("evaluate")) or {},
+        metrics=_metrics(files.stage("ppo").metrics, status == "finished"),
+        preferences=_preferences(files.stage("evaluate").samples) if status == "finished" else {},
+        drift=drift_of_run(run.folder, run.recipe, adapter.rank) if files.role("policy").folder.is_dir() else {},
     )
 
 

@@ -15,18 +15,18 @@ from pe_rlhf.adapters.lora.inits.svd import Directions, bottom_directions, top_d
 from pe_rlhf.comparison.run_result import Row
 from pe_rlhf.config import Recipe
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import load_base, load_role, starting_model
 from pe_rlhf.system.files import write_json
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
-FILE = "drift.json"
 SPECTRUM = 64
 
 
 def drift_of_run(run: Path, recipe: Recipe, rank: int) -> Row:
     """The drift of a finished run's policy, worked out once and kept beside its adapter; empty where it cannot be."""
-    path = run / "ppo" / FILE
+    path = RunFiles(run).stage("ppo").drift
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept.get("rank") == rank:
@@ -35,7 +35,7 @@ def drift_of_run(run: Path, recipe: Recipe, rank: int) -> Row:
         pass
     try:
         backbone = load_base(recipe, starting_model(recipe, run), device="cpu")
-        load_role(backbone, "policy", run / "ppo" / "adapter")
+        load_role(backbone, "policy", RunFiles(run).role("policy").folder)
     except InputError as error:
         say(f"{run}: the drift of its weights is left out: {error}")
         return {}

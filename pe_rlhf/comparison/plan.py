@@ -17,11 +17,11 @@ from typing import Any
 from pe_rlhf.config import STAGES, CompareConfig, PPOConfig, Recipe
 from pe_rlhf.config.compare import SHORT_KEYS
 from pe_rlhf.config.load import make_recipe, read_tree, set_key
+from pe_rlhf.runs.layout import ComparisonFiles, RunFiles
 from reward.errors import InputError
 
 Tree = dict[str, Any]
 
-SHARED, TRIALS, RUNS = "shared", "trials", "runs"
 BEFORE_PPO = STAGES[: STAGES.index("ppo")]
 
 
@@ -66,7 +66,7 @@ class Plan:
         if not (kept := [stage for stage in stages if self.tree.get(stage) is not None]):
             return None
         tree = _with_stages(self.tree, kept)
-        return PlannedRun("shared stages", self.root / SHARED, make_recipe(tree, self.path))
+        return PlannedRun("shared stages", ComparisonFiles(self.root).shared, make_recipe(tree, self.path))
 
     def runs(self, arm: Arm, lr_factor: float = 1.0) -> dict[int, PlannedRun]:
         """An arm's runs by seed, at its learning rate times a factor."""
@@ -78,7 +78,8 @@ class Plan:
         if not (kept := [stage for stage in BEFORE_PPO if tree.get(stage) is not None]):
             return None
         recipe = make_recipe(_with_stages(tree, kept), self.path)
-        return PlannedRun(f"{arm.name}, reward model of the trials", self.root / TRIALS / arm.slug / "base", recipe)
+        folder = ComparisonFiles(self.root).trials / arm.slug / "base"
+        return PlannedRun(f"{arm.name}, reward model of the trials", folder, recipe)
 
     def trials(self, arm: Arm) -> dict[float, PlannedRun]:
         """An arm's trials by factor, up to PPO; empty where none were asked for."""
@@ -90,7 +91,7 @@ class Plan:
             tree = _with_stages(_after(own, base.folder) if base else own, ["ppo"])
             tree["ppo"].pop("eval_every", None)
             _scale_learning_rates(tree, factor)
-            folder = self.root / TRIALS / arm.slug / f"lr-x{factor:g}"
+            folder = ComparisonFiles(self.root).trials / arm.slug / f"lr-x{factor:g}"
             planned[factor] = PlannedRun(f"{arm.name}, lr × {factor:g}", folder, make_recipe(tree, self.path))
         return planned
 
@@ -101,7 +102,7 @@ class Plan:
     def _run(self, arm: Arm, seed: int, lr_factor: float) -> PlannedRun:
         tree = self._tree(arm, seed)
         _scale_learning_rates(tree, lr_factor)
-        folder = self.root / RUNS / arm.slug / f"seed-{seed}"
+        folder = ComparisonFiles(self.root).runs / arm.slug / f"seed-{seed}"
         return PlannedRun(f"{arm.name}, seed {seed}", folder, make_recipe(tree, self.path))
 
     def _tree(self, arm: Arm, seed: int) -> Tree:
@@ -197,15 +198,15 @@ def _after(tree: Tree, folder: Path, share: str = "reward") -> Tree:
     """A recipe that goes on from what another run has: model, pairs, and the reward model where that is shared."""
     tree = copy.deepcopy(tree)
     if tree.pop("sft", None) is not None:
-        tree["model"] = str(folder / "sft" / "model")
+        tree["model"] = str(RunFiles(folder).sft_model)
     had_pairs = tree.pop("preferences", None) is not None
     if share == "reward":
         if tree.pop("reward", None) is not None:
             sources = tree["ppo"].get("reward") or [{"adapter": "stage"}]
-            own = str(folder / "reward")
+            own = str(RunFiles(folder).stage("reward").folder)
             tree["ppo"]["reward"] = [{**s, "adapter": own} if s.get("adapter") == "stage" else s for s in sources]
     elif had_pairs and tree.get("reward") is not None:
-        tree["reward"].setdefault("data", str(folder / "preferences" / "preferences.jsonl"))
+        tree["reward"].setdefault("data", str(RunFiles(folder).stage("preferences").preferences))
     return tree
 
 

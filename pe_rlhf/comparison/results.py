@@ -20,6 +20,7 @@ from pe_rlhf.comparison.page.comparison_page import write_comparison_report
 from pe_rlhf.comparison.plan import Plan
 from pe_rlhf.comparison.run_result import Analysis, Estimate
 from pe_rlhf.comparison.trials import Choice, choose
+from pe_rlhf.runs.layout import ComparisonFiles
 from pe_rlhf.system.files import write_json, write_whole
 
 
@@ -34,13 +35,14 @@ class Outcome:
 
 def write_results(plan: Plan, places: list[Path]) -> Outcome:
     """Collect the runs, analyse them, and write `report.html`, `summary.json` and `results.csv`."""
+    files = ComparisonFiles(plan.root)
     choices = [choose(plan, arm, places) for arm in plan.arms]
     analysis = analyse(plan.base.name, plan.config, collect(plan, choices, places))
     # As it was written: with its remarks, and without the paths of this machine.
     recipe = plan.path.read_text(encoding="utf-8")
-    write_comparison_report(analysis, plan.root / "report.html", recipe=recipe, facts=facts(plan))
-    write_json(plan.root / "summary.json", {**facts(plan), **to_json(analysis), "trials": _trials(choices)})
-    write_whole(plan.root / "results.csv", _csv(to_rows(analysis)))
+    write_comparison_report(analysis, files.report, recipe=recipe, facts=facts(plan))
+    write_json(files.summary, {**facts(plan), **to_json(analysis), "trials": _trials(choices)})
+    write_whole(files.results, _csv(to_rows(analysis)))
     named = {s: [f"{r.arm}, seed {r.seed}" for r in analysis.runs if r.status == s] for s in ("failed", "unfinished")}
     return Outcome(outcome_table(analysis), named["failed"], named["unfinished"])
 

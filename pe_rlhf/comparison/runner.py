@@ -22,12 +22,12 @@ from types import FrameType
 from pe_rlhf.comparison.plan import PlannedRun
 from pe_rlhf.comparison.run_result import Status
 from pe_rlhf.config.load import changes_since, refuse_other_recipe, save_recipe
+from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.system.failures import Stopped
 from pe_rlhf.system.files import write_json
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
-FAILURE = "failure.json"
 # Of `pe-rlhf run`: what came from outside and says nothing of the run itself.
 IN_USE = "is in use by another run"
 SECONDS_BETWEEN_LOOKS = 15.0
@@ -62,10 +62,10 @@ class Share:
 
 def state_of(run: PlannedRun) -> tuple[Status, str]:
     """Whether a run has finished or failed, and why it failed."""
-    if all((run.folder / stage / "summary.json").is_file() for stage in run.recipe.stages):
+    if all(RunFiles(run.folder).stage(stage).summary.is_file() for stage in run.recipe.stages):
         return "finished", ""
     with suppress(OSError, ValueError):
-        return "failed", json.loads((run.folder / FAILURE).read_text(encoding="utf-8"))["message"]
+        return "failed", json.loads(RunFiles(run.folder).failure.read_text(encoding="utf-8"))["message"]
     return "unfinished", ""
 
 
@@ -99,11 +99,11 @@ def run_to_end(run: PlannedRun, *, retry: bool) -> None:
 def _run(run: PlannedRun) -> None:
     """One run, to its end; why it failed, where it did, goes into its folder."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / FAILURE).unlink(missing_ok=True)
+    RunFiles(run.folder).failure.unlink(missing_ok=True)
     recipe = run.folder.with_name(f"{run.folder.name}.yaml")
     save_recipe(run.recipe, recipe)
     command = [sys.executable, "-m", "pe_rlhf", "run", str(recipe), "--run-dir", str(run.folder), "--resume"]
-    log = run.folder / "log.txt"
+    log = RunFiles(run.folder).log
     start = log.stat().st_size if log.exists() else 0
     code, asked = _call(command, log)
     if code == 0 and not asked:
@@ -118,7 +118,7 @@ def _run(run: PlannedRun) -> None:
     if IN_USE in message:
         say(f"{run.name}: left to the other process: {message}")
         return
-    write_json(run.folder / FAILURE, {"message": message, "exit_code": code})
+    write_json(RunFiles(run.folder).failure, {"message": message, "exit_code": code})
 
 
 def _call(command: list[str], log: Path) -> tuple[int, int]:
@@ -169,7 +169,7 @@ def _die_with(parent: int) -> Callable[[], None] | None:
 def refuse_changed(runs: Sequence[PlannedRun]) -> None:
     """Raise `InputError` where one of the runs was started with another recipe, before any of them goes on."""
     for run in runs:
-        if (path := run.folder / "recipe.yaml").is_file():
+        if (path := RunFiles(run.folder).recipe).is_file():
             refuse_other_recipe(run.recipe, path)
 
 
@@ -179,8 +179,8 @@ def located(run: PlannedRun, places: Sequence[Path], root: Path, may_change: Seq
     Raises `InputError` for one that was run with another recipe. What is of the machine alone may differ.
     """
     folders = [place / run.folder.relative_to(root) for place in (root, *places)]
-    there = [replace(run, folder=folder) for folder in folders if (folder / "recipe.yaml").is_file()]
+    there = [replace(run, folder=folder) for folder in folders if RunFiles(folder).recipe.is_file()]
     for found in there:
-        if changed := changes_since(run.recipe, found.folder / "recipe.yaml", (*OF_THE_MACHINE, *may_change)):
+        if changed := changes_since(run.recipe, RunFiles(found.folder).recipe, (*OF_THE_MACHINE, *may_change)):
             raise InputError(f"{found.folder} was run with another recipe than this comparison's: {changed}")
     return max(there, key=lambda found: state_of(found)[0] == "finished", default=run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pe_rlhf.comparison.plan import Plan, PlannedRun
 from pe_rlhf.comparison.runner import Share, refuse_changed, run_all, run_to_end, state_of
 from pe_rlhf.comparison.trials import choose
+from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
@@ -59,6 +60,6 @@ def run_arms(plan: Plan, share: Share, *, retry: bool) -> None:
 
 def _ending(run: PlannedRun) -> str:
     """How a run ended, in a few words."""
-    ppo, final = read_summary(run.folder / "ppo"), read_summary(run.folder / "evaluate")
+    ppo, final = (read_summary(RunFiles(run.folder).stage(stage)) for stage in ("ppo", "evaluate"))
     words = f"reward {ppo['reward_first']:.3f} → {ppo['reward_last']:.3f}, KL {ppo['kl_last']:.1f}" if ppo else ""
     return f"{words}, win-rate {final['win_rate']:.3f}" if final else words

@@ -14,6 +14,7 @@ from pe_rlhf.comparison.plan import Arm, Plan
 from pe_rlhf.comparison.run_result import Row, Status
 from pe_rlhf.comparison.runner import located, state_of
 from pe_rlhf.config import KLConfig
+from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.system.files import read_jsonl
 
 
@@ -57,7 +58,7 @@ def choose(plan: Plan, arm: Arm, places: Sequence[Path] = ()) -> Choice:
 
 def objective(run: Path, kl: KLConfig) -> float:
     """What PPO maximises, (1−β)·r − β·KL or r − β·KL, over the last quarter of the steps; NaN where it is unknown."""
-    lines = read_jsonl(run / "ppo" / "metrics.jsonl")
+    lines = read_jsonl(RunFiles(run).stage("ppo").metrics)
     last = lines[-max(1, len(lines) // 4) :]
     weight = 1 - kl.beta if kl.form == "convex" else 1.0
     values = [

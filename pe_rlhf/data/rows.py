@@ -107,12 +107,11 @@ def hold_out(
     return train, [record for record in records if group(record) in chosen]
 
 
-def note_bad_rows(folder: Path, key: str, bad: list[BadRecord]) -> int:
-    """Say which rows were left out, the first few, and list all in the stage's folder. Returns how many there are."""
+def note_bad_rows(path: Path, key: str, bad: list[BadRecord]) -> int:
+    """Say which rows were left out, the first few, and list all of them in a file. Returns how many there are."""
     for record in bad[:5]:
         say(f"{key}: left out row {record.row}: {record.reason}")
-    if bad and is_main() and folder.is_dir():  # that of `inspect` is not there
-        path = folder / f"left_out_{key.rpartition('.')[-1]}.jsonl"
+    if bad and is_main() and path.parent.is_dir():  # `inspect` has no folder
         write_whole(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in bad))
         say(f"{key}: left out {len(bad)} unusable rows in all, see {path}")
     return len(bad)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.evaluation.sources import Policy
+from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.scoring.model_judges import ask_judge
 from pe_rlhf.system.files import append_jsonl, write_json, write_whole
 from pe_rlhf.system.progress import progress
@@ -75,10 +76,10 @@ def evaluate_pairs(
     level: float = 0.95,
 ) -> Summary:
     """Have all pairs judged, with progress, and write `verdicts.jsonl` and `summary.json`. Raises as `judge_pairs`."""
-    verdicts, names = folder / "verdicts.jsonl", (candidate, baseline)
+    verdicts, names = EvaluationFiles(folder).verdicts, (candidate, baseline)
     outcomes = ask_judge(judge, pairs, verdicts, title="judging", names=names, max_invalid=max_invalid_share)
     summary = {**summarise(candidate, outcomes, level=level), "baseline": baseline, "judge": judge.identity}
-    write_json(folder / "summary.json", summary)
+    write_json(EvaluationFiles(folder).summary, summary)
     return summary
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pe_rlhf.config import DataSource
 from pe_rlhf.data.rows import load_rows
 from pe_rlhf.report.evaluation_page import write_reward_report
+from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.scoring.model_judges import RewardScores, reward_scores
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.files import write_json, write_whole
@@ -54,8 +55,8 @@ def evaluate_reward_model(
         kappa = None if math.isnan(both.kappa) else both.kappa  # of two that are always of the same opinion
         summary |= {"second": summaries[1], "agreement": both.accuracy, "agreement_kappa": kappa}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "summary.json", summary)
-    write_whole(folder / "report.html", write_reward_report(summary))
+    write_json(EvaluationFiles(folder).summary, summary)
+    write_whole(EvaluationFiles(folder).report, write_reward_report(summary))
     return summary
 
 

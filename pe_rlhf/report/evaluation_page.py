@@ -12,6 +12,7 @@ from typing import Any
 from pe_rlhf.report.charts import draw_reliability
 from pe_rlhf.report.format import conversation, number, percent
 from pe_rlhf.report.run_page import Tile, page_template
+from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.system.files import read_jsonl, write_whole
 from reward.asking import Pair
 from reward.errors import InputError
@@ -28,10 +29,10 @@ ORDERS = {FIRST: "Candidate shown first", SECOND: "Baseline shown first", None: 
 def write_evaluation_report(folder: Path, pairs: Sequence[Pair]) -> Path:
     """Write `folder/report.html` from `summary.json` and the verdicts on `pairs` there and return its path."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads(EvaluationFiles(folder).summary.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'summary.json'} cannot be read: {error}") from error
-    judged = _judged(read_jsonl(folder / "verdicts.jsonl"), summary["judge"], pairs)
+        raise InputError(f"{EvaluationFiles(folder).summary} cannot be read: {error}") from error
+    judged = _judged(read_jsonl(EvaluationFiles(folder).verdicts), summary["judge"], pairs)
     counts = Counter(pair["kind"] for pair in judged)
     html = page_template("evaluation.html.j2").render(
         candidate=summary["candidate"],
@@ -41,7 +42,7 @@ def write_evaluation_report(folder: Path, pairs: Sequence[Pair]) -> Path:
         counts={"all": len(judged)} | {kind: counts[kind] for kind in KINDS if counts[kind]},
         pairs=judged[:PAIRS_SHOWN],
     )
-    path = folder / "report.html"
+    path = EvaluationFiles(folder).report
     write_whole(path, html)
     return path
 

@@ -16,11 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from pe_rlhf.report.charts import Curves, Panel, Plot, draw_curves, draw_reliability, draw_stacked
 from pe_rlhf.report.format import conversation, duration, number, percent, preferred
+from pe_rlhf.runs.layout import STAGE_INFO, RunFiles, StageFiles
 from pe_rlhf.runs.over_optimisation import Row, judge_turned_down
 from pe_rlhf.system.files import write_whole
 from reward.errors import InputError
 
-STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
 SAMPLES_SHOWN = 10
 PPO_STEPS_SHOWN, PPO_SAMPLES_PER_STEP = 5, 2
 
@@ -88,8 +88,10 @@ def write_report(run_dir: Path) -> Path:
 
     Raises `InputError` where the recipe is missing or a file cannot be parsed, with its name and line.
     """
-    recipe_text, recipe = _read_recipe(run_dir / "recipe.yaml")
-    stages = {name: _read_stage(run_dir / name) for name in STAGES if (run_dir / name).is_dir()}
+    files = RunFiles(run_dir)
+    recipe_text, recipe = _read_recipe(files.recipe)
+    there = {name: files.stage(name) for name in STAGE_INFO}
+    stages = {name: _read_stage(stage) for name, stage in there.items() if stage.folder.is_dir()}
     html = page_template("report.html.j2").render(
         name=recipe.get("name") or run_dir.resolve().name,
         model=recipe.get("model"),
@@ -102,7 +104,7 @@ def write_report(run_dir: Path) -> Path:
         stages=[_stage_row(name, stage.summary) for name, stage in stages.items()],
         recipe=recipe_text,
     )
-    path = run_dir / "report.html"
+    path = files.report
     write_whole(path, html)
     return path
 
@@ -134,12 +136,12 @@ def _read_recipe(path: Path) -> tuple[str, Row]:
     return text, recipe
 
 
-def _read_stage(directory: Path) -> Stage:
-    summary = directory / "summary.json"
+def _read_stage(files: StageFiles) -> Stage:
+    summary = files.summary
     return Stage(
         summary=_parse(summary.read_bytes(), str(summary)) if summary.exists() else {},
-        metrics=_read_jsonl(directory / "metrics.jsonl"),
-        samples=_read_jsonl(directory / "samples.jsonl"),
+        metrics=_read_jsonl(files.metrics),
+        samples=_read_jsonl(files.samples),
     )
 
 

@@ -24,13 +24,15 @@ def make_rollout(
     settings: BackboneConfig,
     *,
     folder: Path,
+    log: Path,
     longest_prompt: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> RolloutEngine:
     """The engine that a recipe asks for, sampling from `role`; it has to be closed.
 
     Args:
-        folder: the stage's; an engine keeps its log there, and what it hands to servers.
+        folder: the stage's; what is handed to servers goes there.
+        log: where an embedded engine writes its log.
         longest_prompt: in tokens.
         on_progress: is told how many responses were finished.
     """
@@ -44,7 +46,7 @@ def make_rollout(
     common = {"longest_prompt": longest_prompt, "on_progress": on_progress}
     if config.mode == "server":
         return ServerVLLM(backbone, role, config, folder=folder, **common)  # type: ignore[arg-type]
-    return EmbeddedVLLM(backbone, role, config, settings, log=folder / "vllm.log", **common)  # type: ignore[arg-type]
+    return EmbeddedVLLM(backbone, role, config, settings, log=log, **common)  # type: ignore[arg-type]
 
 
 def check_installed(config: SamplerConfig) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config import TrackingConfig
+from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.system.files import append_jsonl, truncate_jsonl
 from pe_rlhf.system.processes import is_main
 from reward.errors import InputError
@@ -21,12 +22,12 @@ from reward.errors import InputError
 class MetricsWriter:
     """Appends to `<stage>/metrics.jsonl`; a resumed stage first drops the lines after the step it resumes from."""
 
-    def __init__(self, folder: Path, tracking: TrackingConfig, run_name: str, resume_step: int = 0) -> None:
-        self._path = folder / "metrics.jsonl"
+    def __init__(self, files: StageFiles, tracking: TrackingConfig, run_name: str, resume_step: int = 0) -> None:
+        self._path = files.metrics
         truncate_jsonl(self._path, resume_step)
         check_tracking(tracking)
-        self._tensorboard = _tensorboard(folder) if tracking.tensorboard and is_main() else None
-        self._wandb = _wandb(tracking, run_name, folder) if tracking.wandb and is_main() else None
+        self._tensorboard = _tensorboard(files.tensorboard) if tracking.tensorboard and is_main() else None
+        self._wandb = _wandb(tracking, run_name, files.folder) if tracking.wandb and is_main() else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line; a value that is not finite is written as null, since JSON has no NaN."""
@@ -51,9 +52,9 @@ def check_tracking(tracking: TrackingConfig) -> None:
             raise InputError(f"tracking.{name} needs: pip install 'pe-rlhf[{name}]'")
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
+def read_summary(files: StageFiles) -> dict[str, Any] | None:
     """A stage's summary, or None where the stage has not finished."""
-    path = folder / "summary.json"
+    path = files.summary
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
@@ -69,7 +70,7 @@ def _rounded(value: float) -> float | int | None:
 def _tensorboard(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder))
 
 
 def _wandb(tracking: TrackingConfig, run_name: str, folder: Path) -> Any:

@@ -9,6 +9,7 @@ from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import AdapterConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.checkpoint import load_checkpoint, without_prefix
+from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import from_main, is_sharded, world_size
@@ -42,7 +43,7 @@ def add_critic(
     ppo = context.recipe.ppo
     assert ppo is not None
     if ppo.value_init == "reward" and "reward" not in backbone.roles:  # it is there, though something else scores
-        load_role(backbone, "reward", context.run_dir / "reward" / "adapter")
+        load_role(backbone, "reward", RunFiles(context.run_dir).role("reward").folder)
     if ppo.value_init == "fresh" or "reward" not in backbone.roles:
         add_role(context, backbone, role, adapter, statistics)
     elif context.recipe.tuning == "full":

@@ -17,6 +17,7 @@ from pe_rlhf.optim.zero import shard_base
 from pe_rlhf.rollout.data_parallel import split
 from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.make import make_rollout
+from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import load_base, starting_model
 from pe_rlhf.system.distributed import world_size
@@ -37,6 +38,11 @@ class StageContext:
     @property
     def folder(self) -> Path:
         return self.run_dir / self.stage
+
+    @property
+    def files(self) -> StageFiles:
+        """The paths of this stage's files."""
+        return StageFiles(self.folder)
 
     def backbone(self) -> Backbone:
         """The model that the stages start from, loaded fresh: they hand over through folders, never through memory."""
@@ -79,6 +85,7 @@ class StageContext:
             sampling,
             self.recipe.backbone,
             folder=self.folder,
+            log=self.files.vllm_log,
             longest_prompt=max(map(len, prompts)),
             on_progress=on_progress,
         )
@@ -86,7 +93,7 @@ class StageContext:
         return split(engine)
 
     def metrics(self, resume_step: int = 0) -> MetricsWriter:
-        return MetricsWriter(self.folder, self.recipe.tracking, self.recipe.name, resume_step)
+        return MetricsWriter(self.files, self.recipe.tracking, self.recipe.name, resume_step)
 
     def prompts(
         self,

@@ -12,6 +12,7 @@ from pe_rlhf.config import PPOConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.report.format import conversation
 from pe_rlhf.rollout.mismatch_limit import agreement
+from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.model_judges import ask_judge, build_judge
 from pe_rlhf.scoring.scorers import make_scorer
@@ -39,7 +40,7 @@ def run(context: StageContext) -> dict[str, Any]:
     judge = build_judge(config.judge) if is_main() else None
     backbone = context.backbone()
     codec = context.codec(backbone)
-    load_role(backbone, "policy", context.run_dir / "ppo" / "adapter")
+    load_role(backbone, "policy", RunFiles(context.run_dir).role("policy").folder)
     prompts, prompt_ids = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
     clusters = [i for i in range(len(prompts)) for _ in range(config.samples_per_prompt)]
     repeated, repeated_ids = [prompts[i] for i in clusters], [prompt_ids[i] for i in clusters]
@@ -57,7 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "names": ("policy", "anchor"),
         "max_invalid": config.max_invalid_share,
     }
-    outcomes = on_main(lambda: ask_judge(judge, pairs, context.folder / "verdicts.jsonl", **options))
+    outcomes = on_main(lambda: ask_judge(judge, pairs, context.files.verdicts, **options))
     result = summarise("policy", outcomes)
 
     # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
@@ -78,7 +79,7 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics.write(ppo.steps, {name: value for name, value in summary.items() if value is not None})
     metrics.close()
     on_main(lambda: _write_samples(context, pairs, outcomes, config.table_rows))
-    write_json(context.folder / "summary.json", summary)
+    write_json(context.files.summary, summary)
     return summary
 
 
@@ -111,7 +112,7 @@ def _mean(scores: list[float | None]) -> float | None:
 
 def _write_samples(context: StageContext, pairs: list[Pair], outcomes: list[Outcome], table_rows: int) -> None:
     """All comparisons to `samples.jsonl`; the first of them side by side to `samples.md`."""
-    path = context.folder / "samples.jsonl"
+    path = context.files.samples
     path.unlink(missing_ok=True)
     table = ["| prompt | policy | anchor | policy wins |", "|---|---|---|---|"]
     outcome_of = {(outcome.row.position, outcome.row.sample): outcome for outcome in outcomes}
@@ -129,4 +130,4 @@ def _write_samples(context: StageContext, pairs: list[Pair], outcomes: list[Outc
         append_jsonl(path, row)
         cells = (conversation(pair.prompt), pair.candidate, pair.baseline, preference)
         table.append("| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |")
-    (context.folder / "samples.md").write_text("\n".join(table[: table_rows + 2]) + "\n", encoding="utf-8")
+    context.files.samples_table.write_text("\n".join(table[: table_rows + 2]) + "\n", encoding="utf-8")

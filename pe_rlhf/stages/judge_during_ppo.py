@@ -52,7 +52,7 @@ class JudgeEvaluation:
         start = time.monotonic()
         self._anchor = self._anchor or self._sample(ANCHOR)
         pairs = make_pairs(self._prompts, self._sample(self._role), self._anchor)
-        path = self._context.folder / "judge" / f"step-{step:06d}.jsonl"
+        path = self._context.files.judged(step)
         result = summarise("policy", on_main(lambda: self._judged(pairs, path)))
         kept = {f"judge_{key}": result[key] for key in ("win_rate", "ci_low", "ci_high", "n")}
         return kept | {"seconds_judge": time.monotonic() - start}

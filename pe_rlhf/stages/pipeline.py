@@ -18,6 +18,7 @@ from pe_rlhf.model.names import check_model_name, resolve_model
 from pe_rlhf.optim.zero import init_processes
 from pe_rlhf.report.run_page import write_report
 from pe_rlhf.rollout.make import check_installed
+from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import check_tracking, read_summary
 from pe_rlhf.scoring.model_judges import check_judge
 from pe_rlhf.scoring.scorers import check_reward_adapter
@@ -65,9 +66,10 @@ def run_recipe(
         torch.set_num_threads(recipe.threads)
     init_processes(recipe.deepspeed is not None)
     anew = restart and not resume
+    files = RunFiles(run_dir)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(_own_folder(run_dir)) if run_dir.is_dir() else None)
-        finished = [] if anew else [stage for stage in stages if read_summary(run_dir / stage) is not None]
+        finished = [] if anew else [stage for stage in stages if read_summary(files.stage(stage)) is not None]
         on_main(lambda: check_inputs(recipe, stages, finished, run_dir))
         if launched() and recipe.sft is None:
             # A model that is made here is made once: transformers saves nothing on other ranks.
@@ -75,19 +77,19 @@ def run_recipe(
         on_main(lambda: _prepare(held, recipe, run_dir, stages, resume, restart, may_change))
         # No report before a stage has run: an unfinished one may have a line that a kill left half written.
         for stage in stages:
-            if read_summary(run_dir / stage) is not None:
+            if read_summary(files.stage(stage)) is not None:
                 say(f"{stage}: finished before, left as it is")
                 continue
             _run_stage(StageContext(recipe, run_dir, stage))
             on_main(lambda: write_report(run_dir))
         on_main(lambda: write_report(run_dir))
-    return {stage: summary for stage in recipe.stages if (summary := read_summary(run_dir / stage)) is not None}
+    return {stage: summary for stage in recipe.stages if (summary := read_summary(files.stage(stage))) is not None}
 
 
 @contextmanager
 def _own_folder(run_dir: Path) -> Iterator[None]:
     """Hold a run directory for this process, and leave `failure.json` there where the run fails."""
-    with locked(run_dir), failure_noted(run_dir):
+    with locked(run_dir), failure_noted(RunFiles(run_dir).failure):
         yield
 
 
@@ -104,12 +106,12 @@ def _prepare(
     if not run_dir.is_dir():
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(_own_folder(run_dir))
-    if resume and (run_dir / "recipe.yaml").is_file():
-        refuse_other_recipe(recipe, run_dir / "recipe.yaml", may_change)
+    if resume and (saved := RunFiles(run_dir).recipe).is_file():
+        refuse_other_recipe(recipe, saved, may_change)
     _refuse_overwriting(recipe, run_dir, stages, resume, restart)
     if restart and not resume:
         _put_aside(run_dir, stages[0])
-    save_recipe(recipe, run_dir / "recipe.yaml")
+    save_recipe(recipe, RunFiles(run_dir).recipe)
 
 
 def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = (), run_dir: Path | None = None) -> None:
@@ -176,7 +178,7 @@ def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[s
 
 def _run_stage(context: StageContext) -> None:
     context.folder.mkdir(exist_ok=True)
-    save_recipe(context.recipe, context.folder / "recipe.yaml")
+    save_recipe(context.recipe, context.files.recipe)
     reset_peak_memory()
     try:
         with context.resources:
@@ -192,7 +194,7 @@ def _run_stage(context: StageContext) -> None:
 def _refuse_overwriting(recipe: Recipe, run_dir: Path, stages: list[str], resume: bool, restart: bool) -> None:
     """Raise `InputError` where running these stages would mix runs or run over one. Nothing is touched before."""
     for stage in recipe.stages[: recipe.stages.index(stages[0])]:
-        if read_summary(run_dir / stage) is None:
+        if read_summary(RunFiles(run_dir).stage(stage)) is None:
             raise InputError(f"{run_dir} holds no finished {stage} stage, which {stages[0]} needs")
     for stage in stages:
         if (run_dir / stage).exists() and not (resume or restart):

@@ -57,7 +57,7 @@ def run(context: StageContext) -> dict[str, Any]:
     first_step, beta = _resume(context, backbone, engine, config)
     rollout_engine.sync(first_step)
     metrics = context.metrics(first_step)
-    truncate_jsonl(context.folder / "samples.jsonl", first_step)
+    truncate_jsonl(context.files.samples, first_step)
 
     with progress("ppo", config.steps - first_step, "steps") as advance, stop_requests() as stop:
         for step in range(first_step, config.steps):
@@ -96,10 +96,10 @@ def run(context: StageContext) -> dict[str, Any]:
             advance(1)
     metrics.close()
 
-    save_role(backbone, POLICY, context.folder / "adapter")
-    save_role(backbone, VALUE, context.folder / "value")
+    save_role(backbone, POLICY, context.files.role(POLICY).folder)
+    save_role(backbone, VALUE, context.files.role(VALUE).folder)
     summary = on_main(lambda: _summary(context, backbone))
-    write_json(context.folder / "summary.json", summary)
+    write_json(context.files.summary, summary)
     return summary
 
 
@@ -167,7 +167,7 @@ def _write_samples(
     for i in range(min(4, len(prompts))):
         row = {"step": step, "prompt": prompts[i], "response": codec.decode(rollout.responses[i])}
         score, kl = float(experience.scores_B[i]), float(kl_B[i])
-        append_jsonl(context.folder / "samples.jsonl", row | {"score": round(score, 4), "kl": round(kl, 4)})
+        append_jsonl(context.files.samples, row | {"score": round(score, 4), "kl": round(kl, 4)})
 
 
 def _resume(context: StageContext, backbone: Backbone, engine: RoleOptimizer, config: PPOConfig) -> tuple[int, float]:
@@ -197,7 +197,7 @@ def _save(
 
 
 def _summary(context: StageContext, backbone: Backbone) -> dict[str, Any]:
-    lines = read_jsonl(context.folder / "metrics.jsonl")
+    lines = read_jsonl(context.files.metrics)
     seconds = sum(line[f"seconds_{phase}"] for line in lines for phase in ("rollout", "score", "update"))
     return {
         "steps": len(lines),

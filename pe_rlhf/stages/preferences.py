@@ -23,8 +23,6 @@ from reward.asking import Pair, make_pairs
 from reward.errors import InputError
 from reward.summary import Outcome
 
-FILE = "preferences.jsonl"
-
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `preferences.jsonl` in TRL's explicit-prompt format. Raises `InputError` where every pair is a tie."""
@@ -53,7 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "names": ("first", "second"),
         "max_invalid": config.max_invalid_share,
     }
-    outcomes = on_main(lambda: ask_judge(judge, pairs, context.folder / "verdicts.jsonl", **options))
+    outcomes = on_main(lambda: ask_judge(judge, pairs, context.files.verdicts, **options))
 
     # 3. pairs with a winner go into the file
     cut = rollout.truncated_B.tolist()
@@ -63,7 +61,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if not rows:
         name = config.judge if isinstance(config.judge, str) else config.judge.kind
         raise InputError(f"preferences.judge: {name} found no difference in any of {len(pairs)} pairs")
-    write_whole(context.folder / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(context.files.preferences, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     summary = {
         "prompts": len(prompts) // config.pairs_per_prompt,
@@ -78,7 +76,7 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics = context.metrics()
     metrics.write(1, summary)
     metrics.close()
-    write_json(context.folder / "summary.json", summary)
+    write_json(context.files.summary, summary)
     return summary
 
 

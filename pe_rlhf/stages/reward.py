@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from pe_rlhf.data.rows import hold_out, load_preferences, note_bad_rows
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint, with_prefix, without_prefix
+from pe_rlhf.runs.layout import RunFiles, StageFiles
 from pe_rlhf.runs.saved_roles import save_role
-from pe_rlhf.stages import preferences
 from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import reward_statistics
@@ -42,7 +41,6 @@ from reward.losses import pairwise_loss
 from reward.records import PreferenceRecord
 
 ROLE = "reward"
-RELIABILITY = "reliability.jsonl"  # the reliability table of each evaluation
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def run(context: StageContext) -> dict[str, Any]:
     first_step, seconds_before = _resume(context, backbone, engine)
     train, held_out = _with_trunks(backbone, config, train, held_out)
     metrics = context.metrics(first_step)
-    truncate_jsonl(context.folder / RELIABILITY, first_step)
+    truncate_jsonl(context.files.reliability, first_step)
     result: RewardEvaluation | None = None
     held_out_loss: float | None = None  # of the weights as they are
 
@@ -87,7 +85,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 result = evaluate(backbone, held_out, config)
                 line |= result.figures()
                 held_out_loss = result.loss
-                append_jsonl(context.folder / RELIABILITY, {"step": done, "bins": reliability_table(result.margins)})
+                append_jsonl(context.files.reliability, {"step": done, "bins": reliability_table(result.margins)})
                 say(_line(done, total_steps, line))
             metrics.write(done, line)
             if (stopped := stop.received()) or done == total_steps:
@@ -101,7 +99,7 @@ def run(context: StageContext) -> dict[str, Any]:
     result = result or evaluate(backbone, held_out, config)
     with progress("reward: centring", len(train), "pairs") as advance:
         backbone.head(ROLE).shift(-evaluate(backbone, train, config, advance).mean_score)
-    save_role(backbone, ROLE, context.folder / "adapter")
+    save_role(backbone, ROLE, context.files.role(ROLE).folder)
     summary = _summary(result, len(train)) | {
         "steps": total_steps,
         "seconds_per_step": on_main(lambda: _seconds_per_step(context)),
@@ -109,7 +107,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "seconds": round(seconds_before + time.monotonic() - start, 2),
         **peak_memory(),
     }
-    write_json(context.folder / "summary.json", summary)
+    write_json(context.files.summary, summary)
     return summary
 
 
@@ -219,10 +217,10 @@ def _with_trunks(backbone: Backbone, config: RewardConfig, *sets: Pairs) -> list
 
 def load_pairs(context: StageContext, config: RewardConfig, codec: TextCodec, limit: int) -> tuple[Pairs, Pairs]:
     """Training and held-out pairs, tokenised. Raises `InputError` where one of them is left without pairs."""
-    source = config.data or DataSource(path=str(context.run_dir / "preferences" / preferences.FILE))
-    records = _records(context.folder, source, "reward.data", config)
+    source = config.data or DataSource(path=str(RunFiles(context.run_dir).stage("preferences").preferences))
+    records = _records(context.files, source, "reward.data", config)
     if config.eval_data is not None:
-        train, held_out = records, _records(context.folder, config.eval_data, "reward.eval_data", config)
+        train, held_out = records, _records(context.files, config.eval_data, "reward.eval_data", config)
     else:
         share, seed = config.eval_share, context.recipe.seed
         train, held_out = hold_out(records, lambda record: repr(record.prompt), share, seed, "reward held out")
@@ -231,9 +229,9 @@ def load_pairs(context: StageContext, config: RewardConfig, codec: TextCodec, li
     return encode_pairs(train, codec, limit), encode_pairs(held_out, codec, limit)
 
 
-def _records(folder: Path, source: DataSource, key: str, config: RewardConfig) -> list[PreferenceRecord]:
+def _records(files: StageFiles, source: DataSource, key: str, config: RewardConfig) -> list[PreferenceRecord]:
     records, bad = load_preferences(source, key, config.max_bad_share)
-    note_bad_rows(folder, key, bad)
+    note_bad_rows(files.left_out(key), key, bad)
     return records
 
 
@@ -283,7 +281,7 @@ def _summary(held_out: RewardEvaluation, train_pairs: int) -> dict[str, Any]:
 
 
 def _seconds_per_step(context: StageContext) -> float:
-    lines = read_jsonl(context.folder / "metrics.jsonl")
+    lines = read_jsonl(context.files.metrics)
     return round(sum(line["seconds_step"] for line in lines) / len(lines), 3)
 
 

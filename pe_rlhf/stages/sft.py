@@ -10,7 +10,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +25,9 @@ from pe_rlhf.data.codec import TextCodec, cut_pair
 from pe_rlhf.data.examples import Example
 from pe_rlhf.data.rows import hold_out, load_examples, note_bad_rows
 from pe_rlhf.runs.export import write_merged
+from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
-from pe_rlhf.runs.saved_roles import SFT_MODEL, load_base, save_role
+from pe_rlhf.runs.saved_roles import load_base, save_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.failures import Stopped
 from pe_rlhf.system.files import read_jsonl, write_json
@@ -53,7 +53,7 @@ def run(context: StageContext) -> dict[str, Any]:
     factors, figures, seconds_before = _train(context, config, start)
     gc.collect()  # the trainer and its model, which hold each other
     _write_model(context, factors)
-    lines = read_jsonl(context.folder / "metrics.jsonl")
+    lines = read_jsonl(context.files.metrics)
     summary = {
         **figures,
         "eval_loss": lines[-1]["eval_loss"],
@@ -62,7 +62,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "seconds": round(seconds_before + time.monotonic() - start, 2),
         **peak_memory(),
     }
-    write_json(context.folder / "summary.json", summary)
+    write_json(context.files.summary, summary)
     return summary
 
 
@@ -70,7 +70,7 @@ def _train(context: StageContext, config: SFTConfig, start: float) -> tuple[dict
     """The trained A and B by PEFT's names; figures for the summary; seconds spent before this process."""
     from pe_rlhf.stages.sft_trainer import StepCallback, make_trainer, newest_checkpoint, one_process
 
-    recipe, checkpoints = context.recipe, context.folder / "checkpoints"
+    recipe, checkpoints = context.recipe, context.files.checkpoints
     backbone = load_base(recipe, recipe.model)
     limit = min(config.max_length, backbone.max_positions or config.max_length)
     train, held_out = load_rows(context, config, context.codec(backbone), limit)
@@ -143,11 +143,11 @@ def _write_model(context: StageContext, factors: dict[str, Tensor]) -> None:
     spec = AdapterSpec("lora", adapter.rank, adapter.alpha, adapter.scaling, adapter.dropout, modules)
     named = {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor.cpu() for name, tensor in factors.items()}
     backbone.load_role(ROLE, spec, named)
-    target = context.run_dir / SFT_MODEL
+    target = context.files.model
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        save_role(backbone, ROLE, context.folder / "adapter")
+        save_role(backbone, ROLE, context.files.role(ROLE).folder)
         write_merged(backbone, ROLE, recipe.backbone, scratch, context.codec(backbone).template)
     except SafetensorError as error:
         raise OSError(f"{target}: {error}") from error
@@ -157,9 +157,9 @@ def _write_model(context: StageContext, factors: dict[str, Tensor]) -> None:
 
 def load_rows(context: StageContext, config: SFTConfig, codec: TextCodec, limit: int) -> tuple[Dataset, Dataset]:
     """Tokenised rows to train on and held-out ones. Raises `InputError` where one of them is left without rows."""
-    examples = _examples(context.folder, config.data, "sft.data", config)
+    examples = _examples(context.files, config.data, "sft.data", config)
     if config.eval_data is not None:
-        train, held_out = examples, _examples(context.folder, config.eval_data, "sft.eval_data", config)
+        train, held_out = examples, _examples(context.files, config.eval_data, "sft.eval_data", config)
     else:
         share, seed = config.eval_share, context.recipe.seed
         train, held_out = hold_out(examples, lambda e: repr(e.prompt or e.response), share, seed, "sft held out")
@@ -173,9 +173,9 @@ def load_rows(context: StageContext, config: SFTConfig, codec: TextCodec, limit:
         )
 
 
-def _examples(folder: Path, source: DataSource, key: str, config: SFTConfig) -> list[Example]:
+def _examples(files: StageFiles, source: DataSource, key: str, config: SFTConfig) -> list[Example]:
     examples, bad = load_examples(source, key, config.max_bad_share)
-    note_bad_rows(folder, key, bad)
+    note_bad_rows(files.left_out(key), key, bad)
     return examples
 
 

@@ -15,7 +15,6 @@ from reward.errors import Failure, InputError, JudgeError
 
 __all__ = ["ElsewhereError", "Failure", "InputError", "JudgeError", "Stopped", "TrainingError", "failure_noted"]
 
-FAILURE = "failure.json"
 IN_USE = 75  # exit code of a command whose folder another process has
 
 
@@ -48,14 +47,14 @@ def failure_fields(error: BaseException) -> dict[str, Any]:
 
 
 @contextmanager
-def failure_noted(folder: Path) -> Iterator[None]:
-    """Leave `failure.json` in a run's folder where the run fails; the one of an earlier try goes."""
-    (folder / FAILURE).unlink(missing_ok=True)
+def failure_noted(path: Path) -> Iterator[None]:
+    """Where the block fails, write the failure's fields to a file; the one of an earlier try goes."""
+    path.unlink(missing_ok=True)
     try:
         yield
     except (Stopped, ElsewhereError):
         raise
     except Exception as error:
         with suppress(OSError):  # a full disk must not hide the error
-            write_json(folder / FAILURE, failure_fields(error))
+            write_json(path, failure_fields(error))
         raise

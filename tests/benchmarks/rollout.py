@@ -83,7 +83,8 @@ def _engine(
     settings = {"engine": engine, "sync": sync, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPTS}
     config = RolloutConfig.model_validate(settings)
     longest = max(map(len, prompts))
-    return make_rollout(backbone, role, config, BackboneConfig(), folder=folder, longest_prompt=longest)
+    base, log = BackboneConfig(), folder / "vllm.log"
+    return make_rollout(backbone, role, config, base, folder=folder, log=log, longest_prompt=longest)
 
 
 def _print(rates: dict[str, list[float]], syncs: dict[str, list[float]]) -> None:

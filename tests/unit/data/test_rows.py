@@ -133,14 +133,14 @@ def test_chat_messages_keep_role_and_content_alone(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = [BadRecord(row, f"reason {row}") for row in (2, 3, 5, 7, 11, 13)]
-    assert note_bad_rows(tmp_path, "reward.eval_data", bad) == 6
     listed = tmp_path / "left_out_eval_data.jsonl"
+    bad = [BadRecord(row, f"reason {row}") for row in (2, 3, 5, 7, 11, 13)]
+    assert note_bad_rows(listed, "reward.eval_data", bad) == 6
     assert read_jsonl(listed) == [{"row": row, "reason": f"reason {row}"} for row in (2, 3, 5, 7, 11, 13)]
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "reward.eval_data: left out row 2: reason 2"
     assert said[5:] == [f"reward.eval_data: left out 6 unusable rows in all, see {listed}"]
-    assert note_bad_rows(tmp_path / "nowhere", "reward.data", bad) == 6
+    assert note_bad_rows(tmp_path / "nowhere" / "a.jsonl", "reward.data", bad) == 6
     assert not (tmp_path / "nowhere").exists()
 
 

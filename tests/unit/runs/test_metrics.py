@@ -8,6 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pe_rlhf.config import TrackingConfig
+from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from reward.errors import InputError
@@ -25,7 +26,7 @@ def strict(line: str) -> dict[str, float | None]:
 
 
 def test_one_line_per_step(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, OFF, "run")
+    writer = MetricsWriter(StageFiles(tmp_path), OFF, "run")
     writer.write(1, {"loss": 0.123456789, "episodes": 16})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.1234568, "episodes": 16}\n'
     writer.write(2, {"loss": 1e-9, "episodes": 123456789})
@@ -35,22 +36,22 @@ def test_one_line_per_step(tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, OFF, "run")
+    writer = MetricsWriter(StageFiles(tmp_path), OFF, "run")
     writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert strict(line) == {"step": 1, "a": None, "b": None, "c": None, "d": 0.0}
 
 
 def test_a_resumed_stage_drops_the_lines_after_its_step(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, OFF, "run")
+    writer = MetricsWriter(StageFiles(tmp_path), OFF, "run")
     for step in (1, 2, 3, 4):
         writer.write(step, {"loss": float(step)})
     writer.close()
-    resumed = MetricsWriter(tmp_path, OFF, "run", resume_step=2)
+    resumed = MetricsWriter(StageFiles(tmp_path), OFF, "run", resume_step=2)
     resumed.write(3, {"loss": 30.0})
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
-    MetricsWriter(tmp_path, OFF, "run")  # a stage that starts anew keeps none
+    MetricsWriter(StageFiles(tmp_path), OFF, "run")  # a stage that starts anew keeps none
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
@@ -112,7 +113,7 @@ def test_a_summary_replaces_the_old_one_whole(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, TrackingConfig(tensorboard=True), "run")
+    writer = MetricsWriter(StageFiles(tmp_path), TrackingConfig(tensorboard=True), "run")
     for step in (1, 2, 3):
         writer.write(step, {"reward": step / 2, "kl": 10.0 * step})
     writer.close()
@@ -125,4 +126,4 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
 
 def test_what_tracking_needs_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tracking\.wandb needs: pip install 'pe-rlhf\[wandb\]'"):
-        MetricsWriter(tmp_path, TrackingConfig(wandb=True), "run")
+        MetricsWriter(StageFiles(tmp_path), TrackingConfig(wandb=True), "run")

@@ -29,7 +29,7 @@ def noted(folder: Path) -> dict[str, object]:
     ],
 )
 def test_a_failure_is_noted_with_its_fields(error: Exception, fields: dict[str, object], tmp_path: Path) -> None:
-    with pytest.raises(type(error)), failure_noted(tmp_path):
+    with pytest.raises(type(error)), failure_noted(tmp_path / "failure.json"):
         raise error
     assert {key: value for key, value in noted(tmp_path).items() if key != "message"} == fields
 
@@ -41,8 +41,8 @@ def test_what_to_do_ends_the_sentence_and_stays_when_the_place_is_added() -> Non
 
 def test_a_run_that_was_stopped_or_succeeds_leaves_no_failure(tmp_path: Path) -> None:
     (tmp_path / "failure.json").write_text("{}", encoding="utf-8")
-    with failure_noted(tmp_path):
+    with failure_noted(tmp_path / "failure.json"):
         pass
-    with pytest.raises(Stopped), failure_noted(tmp_path):
+    with pytest.raises(Stopped), failure_noted(tmp_path / "failure.json"):
         raise Stopped("stopped", 15)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,174 @@
+"""What a run leaves behind and where: every path below a run's directory, and the table of the stages.
+
+No other file spells one of these names. A new stage is a section of the recipe, a loop in `stages/`, and a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# ---- the stages ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One stage: its section in the recipe and its folder in the run have its name too.
+
+    `roles` are the roles that it trains, each with the folder below the stage's that it is written to.
+    """
+
+    name: str
+    sentence: str
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+
+# In the order they run.
+STAGE_INFO: Mapping[str, StageInfo] = {
+    info.name: info
+    for info in (
+        StageInfo("sft", "fine-tunes the model, which later stages then start from", {"sft": "adapter"}),
+        StageInfo("preferences", "samples two responses for each prompt and has a judge choose"),
+        StageInfo("reward", "trains the reward model on preference pairs", {"reward": "adapter"}),
+        StageInfo("ppo", "trains the policy and its critic on the reward", {"policy": "adapter", "value": "value"}),
+        StageInfo("evaluate", "has a judge compare the policy with the model it started from"),
+    )
+}
+# The roles that stages train, those of later stages first: what a run is about comes before what led to it.
+ROLES: Mapping[str, StageInfo] = {role: info for info in reversed(STAGE_INFO.values()) for role in info.roles}
+
+# ---- the files -------------------------------------------------------------------------------------------------------
+
+
+class _Below:
+    """A path with a fixed name below an object's `folder`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: _Files, kind: type[_Files] | None = None) -> Path:
+        return owner.folder / self._name
+
+
+@dataclass(frozen=True)
+class _Files:
+    folder: Path
+
+
+class RunFiles(_Files):
+    """A run's directory."""
+
+    recipe = _Below("recipe.yaml")  # as it was resolved, with every default
+    report = _Below("report.html")
+    failure = _Below("failure.json")  # why the last command on it failed; not there where it did not
+    log = _Below("log.txt")  # what the run printed, where `compare` started it
+
+    def stage(self, name: str) -> StageFiles:
+        return StageFiles(self.folder / STAGE_INFO[name].name)
+
+    def role(self, role: str) -> RoleFiles:
+        """Where the stage that trains a role leaves it."""
+        return self.stage(ROLES[role].name).role(role)
+
+    @property
+    def sft_model(self) -> Path:
+        """The merged checkpoint of the sft stage, which later stages load as the base model."""
+        return self.stage("sft").model
+
+    def export(self, role: str, form: str, step: int | None = None) -> Path:
+        """Where `pe-rlhf export` writes to unless another place is named; `step` is that of a checkpoint."""
+        name = role if step is None else f"{role}-step-{step}"
+        return self.folder / "export" / f"{name}-{form}"
+
+
+class StageFiles(_Files):
+    """The folder of one stage in a run's directory. Which of these files it has depends on the stage."""
+
+    recipe = _Below("recipe.yaml")
+    metrics = _Below("metrics.jsonl")  # one line per step
+    summary = _Below("summary.json")  # written last: a stage that has one has finished
+    checkpoints = _Below("checkpoints")
+    model = _Below("model")  # sft: the merged checkpoint
+    preferences = _Below("preferences.jsonl")
+    reliability = _Below("reliability.jsonl")  # reward: the reliability table of each evaluation
+    verdicts = _Below("verdicts.jsonl")
+    samples = _Below("samples.jsonl")
+    samples_table = _Below("samples.md")
+    drift = _Below("drift.json")  # ppo: how `compare` found the weights changed
+    tensorboard = _Below("tensorboard")
+    vllm_log = _Below("vllm.log")
+
+    @property
+    def run(self) -> RunFiles:
+        return RunFiles(self.folder.absolute().parent)
+
+    def role(self, role: str) -> RoleFiles:
+        return RoleFiles(self.folder / ROLES[role].roles[role])
+
+    def left_out(self, key: str) -> Path:
+        """The unusable rows of a data set, which the recipe names under `key`."""
+        return self.folder / f"left_out_{key.rpartition('.')[-1]}.jsonl"
+
+    def judged(self, step: int) -> Path:
+        """The verdicts of the judge evaluation after a PPO step."""
+        return self.folder / "judge" / f"step-{step:06d}.jsonl"
+
+    def checkpoint(self, step: int) -> CheckpointFiles:
+        return CheckpointFiles(self.checkpoints / f"step-{step:06d}")
+
+    def checkpoints_there(self) -> list[tuple[int, CheckpointFiles]]:
+        """The checkpoints by step, the newest last. What else is in their folder is nobody's business here."""
+        found = ((path.name.removeprefix("step-"), path) for path in self.checkpoints.glob("step-*"))
+        return sorted(
+            ((int(step), CheckpointFiles(path)) for step, path in found if step.isdecimal()), key=lambda pair: pair[0]
+        )
+
+
+class CheckpointFiles(_Files):
+    """One checkpoint of a stage."""
+
+    state = _Below("state.json")  # step, score, how the roles are made; the checksum of both files
+    tensors = _Below("state.safetensors")
+
+
+class RoleFiles(_Files):
+    """A role as a stage writes it: for the next stage, and for PEFT."""
+
+    description = _Below("role.json")  # the role, its base model, how its adapter is made
+    tensors = _Below("role.safetensors")
+    adapter_config = _Below("adapter_config.json")  # PEFT's
+    adapter_tensors = _Below("adapter_model.safetensors")  # PEFT's
+    head = _Below("head.safetensors")
+
+    @property
+    def stage(self) -> StageFiles:
+        return StageFiles(self.folder.absolute().parent)
+
+    def for_peft(self) -> Iterator[Path]:
+        """The files that PEFT and vLLM load, those that are there."""
+        return (path for path in (self.adapter_config, self.adapter_tensors, self.head) if path.is_file())
+
+
+class EvaluationFiles(_Files):
+    """The folder of `pe-rlhf evaluate` or `evaluate-reward`."""
+
+    summary = _Below("summary.json")
+    report = _Below("report.html")
+    verdicts = _Below("verdicts.jsonl")
+
+    def responses(self, side: str) -> Path:
+        """The responses of one side, `candidate` or `baseline`."""
+        return self.folder / f"{side}.jsonl"
+
+
+class ComparisonFiles(_Files):
+    """The directory of `pe-rlhf compare`; each run below it has a directory of its own."""
+
+    recipe = _Below("comparison.yaml")
+    summary = _Below("summary.json")
+    report = _Below("report.html")
+    results = _Below("results.csv")
+    shared = _Below("shared")
+    runs = _Below("runs")
+    trials = _Below("trials")
