@@ -28,7 +28,7 @@ class ScoredPair:
         return self.chosen - self.rejected
 
 
-def accuracy_figures(pairs: Sequence[ScoredPair]) -> dict[str, float]:
+def accuracy_metrics(pairs: Sequence[ScoredPair]) -> dict[str, float]:
     """`accuracy` with its Wilson interval, `n` and the mean margin; a tie counts half."""
     correct = sum((math.copysign(1, p.margin) if p.margin else 0) / 2 + 0.5 for p in pairs)
     low, high = accuracy_interval(correct, len(pairs))
@@ -36,15 +36,15 @@ def accuracy_figures(pairs: Sequence[ScoredPair]) -> dict[str, float]:
     return {"accuracy": correct / len(pairs), "ci_low": low, "ci_high": high, "n": len(pairs), "margin": mean}
 
 
-def reward_figures(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
+def reward_metrics(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
     """The whole summary of a reward model on pairs. Raises `InputError` where there are none."""
     if not pairs:
         raise InputError("there are no pairs to evaluate the reward model on")
     subsets = sorted({pair.subset for pair in pairs})
     margins = [pair.margin for pair in pairs]
     return {
-        **accuracy_figures(pairs),
-        "subsets": {name: accuracy_figures([p for p in pairs if p.subset == name]) for name in subsets},
+        **accuracy_metrics(pairs),
+        "subsets": {name: accuracy_metrics([p for p in pairs if p.subset == name]) for name in subsets},
         "calibration_error": expected_calibration_error(margins),
         "reliability": reliability_table(margins),
         "length": length_bias(pairs),

@@ -95,7 +95,7 @@ def summarise(
         "bootstrap_high": high,
         "sign_test_p": sign_test(_cluster_means(preferences - 0.5, clusters)),
     }
-    line |= _order_figures(valid) | _length_controlled(outcomes, difficulty, level) | _human_figures(valid)
+    line |= _order_metrics(valid) | _length_controlled(outcomes, difficulty, level) | _human_metrics(valid)
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
 
 
@@ -107,7 +107,7 @@ def group_by_candidate(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
     return groups
 
 
-def _order_figures(valid: Sequence[Outcome]) -> dict[str, Any]:
+def _order_metrics(valid: Sequence[Outcome]) -> dict[str, Any]:
     """Flips, and by how much the response shown first wins more often than half the time."""
     asked_twice = [outcome for outcome in valid if outcome.first_wins is not None]
     if not asked_twice:
@@ -153,7 +153,7 @@ def _difficulties(outcomes: Sequence[Outcome], table: Sequence[float] | None) ->
     return found
 
 
-def _human_figures(valid: Sequence[Outcome]) -> dict[str, Any]:
+def _human_metrics(valid: Sequence[Outcome]) -> dict[str, Any]:
     labelled = [(o.preference, o.row.human) for o in valid if o.row.human is not None]
     if not labelled:
         return {}

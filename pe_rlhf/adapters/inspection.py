@@ -27,7 +27,7 @@ from pe_rlhf.adapters.specs import AdapterSpec
 
 
 @dataclass(frozen=True)
-class LayerFigures:
+class LayerMetrics:
     """One init on one layer.
 
     Attributes:
@@ -48,12 +48,12 @@ class LayerFigures:
 
 
 @dataclass
-class InitFigures:
+class InitMetrics:
     """One init: a row per layer, and what the layers add up to."""
 
     init: str
     scale: float
-    layers: list[LayerFigures] = field(default_factory=list)
+    layers: list[LayerMetrics] = field(default_factory=list)
     kernel: Tensor = field(default_factory=lambda: torch.zeros(()))
     inner: float = 0.0
     update_square: float = 0.0
@@ -78,7 +78,7 @@ class InitFigures:
 class Inspection:
     """All inits on one batch. `kernel` is the full model's, one row per sample."""
 
-    inits: list[InitFigures]
+    inits: list[InitMetrics]
     kernel: Tensor
     gradient_square: float
     best_square: float
@@ -102,7 +102,7 @@ def inspect_inits(
     seed: Callable[[str], int],
     done: Callable[[int], None] = lambda count: None,
 ) -> Inspection:
-    """Run one pass over a batch and work out every init's figures on every layer as its gradient comes by.
+    """Run one pass over a batch and work out every init's metrics on every layer as its gradient comes by.
 
     Args:
         layers: the frozen modules by name.
@@ -113,8 +113,8 @@ def inspect_inits(
     """
     samples_B = probe.sample_B if probe.sample_B is not None else torch.arange(len(probe.batch_B))
     count = int(samples_B.max()) + 1
-    figures = [InitFigures(spec.init, spec.scale, kernel=torch.zeros(count, count)) for spec in specs]
-    result = Inspection(figures, torch.zeros(count, count), 0.0, 0.0)
+    metrics = [InitMetrics(spec.init, spec.scale, kernel=torch.zeros(count, count)) for spec in specs]
+    result = Inspection(metrics, torch.zeros(count, count), 0.0, 0.0)
 
     def see(name: str, x: Tensor, dy: Tensor) -> None:
         weight_OI = weight_out_in(layers[name]).float()
@@ -128,7 +128,7 @@ def inspect_inits(
         result.gradient_square += float(G_OI.square().sum())
         best = float(of_G.S_K[: 2 * specs[0].rank].square().sum())
         result.best_square += best
-        for spec, init in zip(specs, figures, strict=True):
+        for spec, init in zip(specs, metrics, strict=True):
             registered = get_init(spec.init)
             given = {"two gradients": halves, "gradient": (G_OI,)}.get(registered.needs or "", ())
             statistics = LayerStatistics(given, moments if registered.needs == "inputs" else None)
@@ -144,7 +144,7 @@ def inspect_inits(
     with watched(layers, see), torch.enable_grad():
         probe.loss().backward()
     order = list(layers)
-    for init in figures:  # the backward pass met the last layer first
+    for init in metrics:  # the backward pass met the last layer first
         init.layers.sort(key=lambda row: order.index(row.layer))
     return result
 
@@ -171,7 +171,7 @@ class Tokens:
 
 
 def _add_layer(
-    init: InitFigures,
+    init: InitMetrics,
     name: str,
     A_RI: Tensor,
     B_OR: Tensor,
@@ -187,7 +187,7 @@ def _add_layer(
     init.inner += inner
     init.update_square += update_square
     init.layers.append(
-        LayerFigures(
+        LayerMetrics(
             name,
             norm_A=float(A_RI.norm()),
             norm_B=float(B_OR.norm()),

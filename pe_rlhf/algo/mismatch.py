@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Figures over response tokens; with w = π_trainer / π_sampler of a token.
+    """Metrics over response tokens; with w = π_trainer / π_sampler of a token.
 
     Attributes:
         mean: mean of |log w|, nats per token.
@@ -23,7 +23,7 @@ class Mismatch:
 
 
 def mismatch(log_ratio_N: Tensor) -> Mismatch:
-    """Figures of log w = log π_trainer − log π_sampler of tokens that the sampler drew, at least one."""
+    """Metrics of log w = log π_trainer − log π_sampler of tokens that the sampler drew, at least one."""
     log_ratio_N = log_ratio_N.double()
     # The share is the same for any multiple of w: the largest becomes 1, so that nothing overflows.
     w_N = (log_ratio_N - log_ratio_N.max()).exp()

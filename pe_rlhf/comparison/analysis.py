@@ -28,7 +28,7 @@ from pe_rlhf.comparison.run_statistics import (
 from pe_rlhf.comparison.trajectory import at_kl, highest_kl, known, last_quarter, to_target
 from pe_rlhf.config.compare import CollapseConfig, CompareConfig
 
-Figures = Iterable[float | None]
+Values = Iterable[float | None]
 
 LEAST_KL = 0.1  # nats per response: a policy that has not moved so far has not been trained
 LEAST_KL_SHARE = 0.1  # of what the median arm reaches
@@ -152,11 +152,11 @@ def _peaks(runs: list[RunResult], stage: str) -> list[float]:
     return _known(stage.get("peak_cuda_mib", stage.get("peak_rss_mib")) for stage in stages)
 
 
-def _known(values: Figures) -> list[float]:
+def _known(values: Values) -> list[float]:
     return [value for value in values if value is not None and known(value)]
 
 
-def _over_seeds(values: Figures, within: Range = UNBOUNDED) -> Estimate | None:
+def _over_seeds(values: Values, within: Range = UNBOUNDED) -> Estimate | None:
     present = _known(values)
     return seeds_estimate(present, within) if present else None
 
@@ -165,7 +165,7 @@ def _each(values: list[float], summary: Callable[[list[float]], float]) -> float
     return summary(values) if values else None
 
 
-def _mean_of_all(values: Figures) -> float | None:
+def _mean_of_all(values: Values) -> float | None:
     listed = list(values)
     present = _known(listed)
     return fmean(present) if present and len(present) == len(listed) else None

@@ -19,7 +19,7 @@ from pe_rlhf.system.progress import progress, say
 from reward.agreement import agreement
 from reward.errors import InputError
 from reward.judges import score_responses
-from reward.pair_metrics import ScoredPair, reward_figures
+from reward.pair_metrics import ScoredPair, reward_metrics
 from reward.records import PreferenceRecord, parse_record
 
 MAX_BAD_SHARE = 0.05
@@ -46,7 +46,7 @@ def evaluate_reward_model(
             ScoredPair(chosen, rejected, len(record.chosen), len(record.rejected), subset)
             for (chosen, rejected), record, subset in zip(scores, records, subsets, strict=True)
         ]
-        summaries.append({"model": name, **reward_figures(scored)})
+        summaries.append({"model": name, **reward_metrics(scored)})
         margins.append([pair.margin for pair in scored])
     summary = summaries[0] | {"pairs": pairs}
     if second is not None:

@@ -70,12 +70,12 @@ def is_wide(parameter: nn.Parameter) -> bool:
     return parameter.dtype == torch.float32
 
 
-def flat(tensors: list[Tensor] | list[nn.Parameter]) -> Tensor:
+def flatten(tensors: list[Tensor] | list[nn.Parameter]) -> Tensor:
     """All elements, one tensor after the other."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def split(flat_P: Tensor, like: list[nn.Parameter]) -> Iterator[Tensor]:
-    """What `flat` gave, cut up again: views of it in the shapes of the parameters."""
+def unflatten(flat_P: Tensor, like: list[nn.Parameter]) -> Iterator[Tensor]:
+    """What `flatten` gave, cut up again: views of it in the shapes of the parameters."""
     parts = flat_P.split([parameter.numel() for parameter in like])
     return (part.view_as(parameter) for part, parameter in zip(parts, like, strict=True))

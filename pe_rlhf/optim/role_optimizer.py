@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pe_rlhf.adapters.lora.lora_plus import learning_rate_groups
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.optim.adamw import PlainAdamW, flat, split
+from pe_rlhf.optim.adamw import PlainAdamW, flatten, unflatten
 from pe_rlhf.optim.zero import ZeRO
 from pe_rlhf.system.distributed import sum_over_ranks, world_size
 from pe_rlhf.system.failures import TrainingError
@@ -143,8 +143,8 @@ def _sum_gradients(group: RoleGroup) -> None:
             parameter.grad = torch.zeros_like(parameter)
     if world_size() == 1:
         return
-    total = sum_over_ranks(flat([p.grad for p in parameters if p.grad is not None]))
-    for parameter, gradient in zip(parameters, split(total, parameters), strict=True):
+    total = sum_over_ranks(flatten([p.grad for p in parameters if p.grad is not None]))
+    for parameter, gradient in zip(parameters, unflatten(total, parameters), strict=True):
         parameter.grad = gradient.to(parameter.dtype)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.optim.adamw import MASTER, MOMENTS, adamw, flat, is_wide, split
+from pe_rlhf.optim.adamw import MASTER, MOMENTS, adamw, flatten, is_wide, unflatten
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import accelerator_environment, launched
 
@@ -35,7 +35,7 @@ class ZeRO:
 
     @cached_property
     def _copy(self) -> nn.Parameter:
-        return nn.Parameter(flat(self._parameters).float())
+        return nn.Parameter(flatten(self._parameters).float())
 
     @cached_property
     def _engine(self) -> Any:
@@ -47,14 +47,14 @@ class ZeRO:
         return engine
 
     def step(self, rate: float) -> None:
-        self._step(rate, flat([p.grad for p in self._parameters if p.grad is not None]).float())
-        for parameter, value in zip(self._parameters, split(self._copy.detach(), self._parameters), strict=True):
+        self._step(rate, flatten([p.grad for p in self._parameters if p.grad is not None]).float())
+        for parameter, value in zip(self._parameters, unflatten(self._copy.detach(), self._parameters), strict=True):
             parameter.data.copy_(value)
 
     def state(self, copy: bool) -> dict[str, Tensor]:
         tensors = {}
         for kind in (*MOMENTS, MASTER):
-            parts = split(self._copy if kind == MASTER else self._moment(kind), self._parameters)
+            parts = unflatten(self._copy if kind == MASTER else self._moment(kind), self._parameters)
             for name, parameter, part in zip(self._names, self._parameters, parts, strict=True):
                 if kind != MASTER or not is_wide(parameter):
                     tensors[f"{name}/{kind}"] = part.detach().to("cpu", copy=copy).contiguous()
@@ -62,13 +62,13 @@ class ZeRO:
 
     def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
         # Before the engine is made, which may keep a copy of its own: what the parameters were rounded from.
-        for name, own in zip(self._names, split(self._copy.data, self._parameters), strict=True):
+        for name, own in zip(self._names, unflatten(self._copy.data, self._parameters), strict=True):
             if (master := tensors.get(f"{name}/{MASTER}")) is not None:
                 own.copy_(master)
         # The state exists from the first step on: one with rate 0 and gradient 0 makes it and changes no weight.
         self._step(0.0, torch.zeros_like(self._copy))
         for moment in MOMENTS:
-            self._set_moment(moment, flat([tensors[f"{name}/{moment}"] for name in self._names]))
+            self._set_moment(moment, flatten([tensors[f"{name}/{moment}"] for name in self._names]))
         for state in self._adamw.state.values():
             state["step"].fill_(steps)
 

@@ -10,7 +10,7 @@ from pe_rlhf.system.distributed import all_rows, own_rows, world_size
 from pe_rlhf.types import Rollout
 
 
-def split(engine: RolloutEngine) -> RolloutEngine:
+def over_ranks(engine: RolloutEngine) -> RolloutEngine:
     """The engine itself where there is one rank, else one that shares the work."""
     return SplitRollout(engine) if world_size() > 1 else engine
 

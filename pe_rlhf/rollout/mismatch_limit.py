@@ -1,4 +1,4 @@
-"""Whether the sampler held the trainer's policy: told in every step's figures, and a reason to stop."""
+"""Whether the sampler held the trainer's policy: told in every step's metrics, and a reason to stop."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pe_rlhf.system.failures import TrainingError
 LIMIT_FP32, LIMIT_NARROW = 0.01, 0.1
 
 
-def agreement(log_ratio_N: Tensor, config: SamplingConfig, dtype: torch.dtype) -> dict[str, float]:
-    """The mismatch as figures by name, from log π_trainer − log π_sampler of sampled tokens.
+def mismatch_metrics(log_ratio_N: Tensor, config: SamplingConfig, dtype: torch.dtype) -> dict[str, float]:
+    """The mismatch as metrics by name, from log π_trainer − log π_sampler of sampled tokens.
 
     Raises `TrainingError` where its mean is over the limit, or is not a number. Truncated sampling is from another
     distribution on purpose and has no limit unless the recipe sets one.

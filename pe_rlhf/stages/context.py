@@ -14,7 +14,7 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.rows import load_prompts
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.optim.zero import shard_base
-from pe_rlhf.rollout.data_parallel import split
+from pe_rlhf.rollout.data_parallel import over_ranks
 from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.runs.layout import StageFiles
@@ -90,7 +90,7 @@ class StageContext:
             on_progress=on_progress,
         )
         self.resources.callback(engine.close)
-        return split(engine)
+        return over_ranks(engine)
 
     def metrics(self, resume_step: int = 0) -> MetricsWriter:
         return MetricsWriter(self.files, self.recipe.tracking, self.recipe.name, resume_step)

@@ -11,13 +11,13 @@ import torch
 from pe_rlhf.config import PPOConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.report.format import conversation
-from pe_rlhf.rollout.mismatch_limit import agreement
+from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.model_judges import ask_judge, build_judge
 from pe_rlhf.scoring.scorers import make_scorer
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.system.distributed import concat_over_ranks, on_main, sum_figures
+from pe_rlhf.system.distributed import concat_over_ranks, on_main, sum_metrics
 from pe_rlhf.system.files import append_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.processes import is_main
@@ -67,7 +67,7 @@ def run(context: StageContext) -> dict[str, Any]:
     rewards = {role: scorer.score(repeated, texts[role], sequences[role]).mean().item() for role in rollouts}
     summary = {
         **{key: result[key] for key in RESULTS if key in result},
-        **_policy_figures(backbone, rollouts["policy"], sequences["policy"], config.sampling, ppo),
+        **_policy_metrics(backbone, rollouts["policy"], sequences["policy"], config.sampling, ppo),
         **{f"mean_length_{role}": rollout.tokens() / len(rollout.responses) for role, rollout in rollouts.items()},
         "gold_policy": _mean([outcome.row.score_candidate for outcome in outcomes]),
         "gold_anchor": _mean([outcome.row.score_baseline for outcome in outcomes]),
@@ -75,16 +75,16 @@ def run(context: StageContext) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
     }
-    metrics = context.metrics()
-    metrics.write(ppo.steps, {name: value for name, value in summary.items() if value is not None})
-    metrics.close()
+    writer = context.metrics()
+    writer.write(ppo.steps, {name: value for name, value in summary.items() if value is not None})
+    writer.close()
     on_main(lambda: _write_samples(context, pairs, outcomes, config.table_rows))
     write_json(context.files.summary, summary)
     return summary
 
 
 @torch.no_grad()
-def _policy_figures(
+def _policy_metrics(
     backbone: Backbone, rollout: Rollout, sequences: Sequences, sampling: SamplingConfig, ppo: PPOConfig
 ) -> dict[str, float]:
     """KL(policy ‖ anchor) in nats per response from the policy's own samples, and whether they were the policy's."""
@@ -101,8 +101,8 @@ def _policy_figures(
         sampler_N = torch.tensor([value for i in index.tolist() for value in rollout.logprobs[i]])
         log_ratios.append(policy_N.float().cpu() - sampler_N)
     all_N = concat_over_ranks(torch.cat(log_ratios))
-    kl = sum_figures({"kl": kl})["kl"] / len(sequences)
-    return {"kl": kl, **agreement(all_N, sampling, backbone.precision)}
+    kl = sum_metrics({"kl": kl})["kl"] / len(sequences)
+    return {"kl": kl, **mismatch_metrics(all_N, sampling, backbone.precision)}
 
 
 def _mean(scores: list[float | None]) -> float | None:

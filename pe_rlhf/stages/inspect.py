@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from pe_rlhf.adapters.gradients import Probe
-from pe_rlhf.adapters.inspection import InitFigures, Inspection, inspect_inits
+from pe_rlhf.adapters.inspection import InitMetrics, Inspection, inspect_inits
 from pe_rlhf.adapters.lora.init_registry import get_init, init_names
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.adapters.targets import find_targets
@@ -33,7 +33,7 @@ ROLES = {"reward": "reward", "ppo": "policy"}
 
 
 def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) -> Inspection:
-    """Figures of the inits under the loss of a stage (`reward`, or `ppo`: the policy's). Trains nothing.
+    """Metrics of the inits under the loss of a stage (`reward`, or `ppo`: the policy's). Trains nothing.
 
     Raises `InputError` for a stage the recipe has not, and for an init that is unknown or cannot be used.
     """
@@ -113,7 +113,7 @@ def _probe(context: StageContext, backbone: Backbone, adapter: AdapterConfig) ->
     return probe
 
 
-def _cosine_plot(init: InitFigures) -> Plot:
+def _cosine_plot(init: InitMetrics) -> Plot:
     """How well the first step follows the gradient, layer by layer, beside the best that rank 2r allows."""
     places = range(len(init.layers))
     cosines, best = [row.cosine for row in init.layers], [row.best for row in init.layers]

@@ -14,7 +14,7 @@ from pe_rlhf.config import EvaluateConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
-from pe_rlhf.rollout.data_parallel import split
+from pe_rlhf.rollout.data_parallel import over_ranks
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.model_judges import build_judge
 from pe_rlhf.stages.context import StageContext
@@ -28,7 +28,7 @@ from reward.summary import Outcome, summarise
 
 
 class JudgeEvaluation:
-    """Called after every step; asks the judge where the step is due, else gives no figures."""
+    """Called after every step; asks the judge where the step is due, else gives no metrics."""
 
     def __init__(self, context: StageContext, backbone: Backbone, codec: TextCodec, role: str) -> None:
         ppo, evaluate = context.recipe.ppo, context.recipe.evaluate
@@ -64,6 +64,6 @@ class JudgeEvaluation:
 
     def _sample(self, role: str) -> list[str]:
         """The same random numbers at every step, so that what changes is the policy."""
-        rollout = split(HFRollout(self._backbone, role, self._config.sampling))
+        rollout = over_ranks(HFRollout(self._backbone, role, self._config.sampling))
         seed = derive_seed(self._context.recipe.seed, "evaluate", role)
         return [self._codec.decode(ids) for ids in rollout.generate(self._ids, seed).responses]

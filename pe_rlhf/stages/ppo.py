@@ -24,7 +24,7 @@ from pe_rlhf.stages.add_roles import add_critic, add_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts
 from pe_rlhf.stages.judge_during_ppo import JudgeEvaluation
-from pe_rlhf.stages.ppo_collect import collect
+from pe_rlhf.stages.ppo_collect import collect_experience
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import Stopped, TrainingError
@@ -51,12 +51,12 @@ def run(context: StageContext) -> dict[str, Any]:
     scorer = make_scorer(config.reward, backbone, context.run_dir, config.micro_batch_tokens)
     adapter = context.recipe.adapter_for("ppo").model_copy(update={"dropout": 0.0})
     anchor = AnchorRollouts(backbone, scorer, codec, (texts, ids), config, adapter, context.recipe.seed)
-    engine = _add_roles(context, backbone, config, adapter, anchor)
+    optimizer = _add_roles(context, backbone, config, adapter, anchor)
     rollout_engine = context.rollout(backbone, POLICY, config.rollout, ids)
     judge = JudgeEvaluation(context, backbone, codec, POLICY)
-    first_step, beta = _resume(context, backbone, engine, config)
+    first_step, beta = _resume(context, backbone, optimizer, config)
     rollout_engine.sync(first_step)
-    metrics = context.metrics(first_step)
+    writer = context.metrics(first_step)
     truncate_jsonl(context.files.samples, first_step)
 
     with progress("ppo", config.steps - first_step, "steps") as advance, stop_requests() as stop:
@@ -68,33 +68,33 @@ def run(context: StageContext) -> dict[str, Any]:
             _refuse_other_version(rollout, step)
             sampled = time.monotonic()
             # 2.-4. anchor log-probs, values, scores; rewards shaped with the KL; GAE
-            experience, figures = collect(backbone, scorer, codec, batch.prompts, rollout, beta, config)
-            _refuse_high_kl(figures["kl"], config, step + 1)
+            experience, metrics = collect_experience(backbone, scorer, codec, batch.prompts, rollout, beta, config)
+            _refuse_high_kl(metrics["kl"], config, step + 1)
             scored = time.monotonic()
             # Only weights that have been sampled from and scored are kept: a run that fails goes on from sound ones.
             if step > first_step and step % config.checkpoint_every == 0:
-                _save(context, backbone, engine, step, beta, figures)
+                _save(context, backbone, optimizer, step, beta, metrics)
             saved = time.monotonic()
             # 5. epochs of minibatches with the clipped losses
             # Where collect knows the mismatch of sampler and trainer, update has seen the trainer's log-probs alone.
-            figures = update(backbone, engine, experience, beta, config, context.recipe.seed, step) | figures
+            metrics = update(backbone, optimizer, experience, beta, config, context.recipe.seed, step) | metrics
             # 6. the sampler gets the new adapter; metrics; the last checkpoint
             rollout_engine.sync(step + 1)
             seconds = {"rollout": sampled - start, "score": scored - sampled, "update": time.monotonic() - saved}
-            figures |= _timing(seconds, rollout.tokens(), config.epochs)
-            figures |= judge(step + 1)
+            metrics |= _timing(seconds, rollout.tokens(), config.epochs)
+            metrics |= judge(step + 1)
             episodes = (step + 1) * len(rollout.responses)
-            metrics.write(step + 1, {"episodes": episodes, "beta": beta, **figures})
-            say(_line(step + 1, config.steps, figures))
+            writer.write(step + 1, {"episodes": episodes, "beta": beta, **metrics})
+            say(_line(step + 1, config.steps, metrics))
             _write_samples(context, config, step + 1, batch.prompts, rollout, experience, codec)
             if config.kl.controller == "adaptive":
-                beta = _next_beta(beta, figures["kl"], len(rollout.responses), config.kl)
+                beta = _next_beta(beta, metrics["kl"], len(rollout.responses), config.kl)
             if (stopped := stop.received()) or step + 1 == config.steps:
-                _save(context, backbone, engine, step + 1, beta, figures)
+                _save(context, backbone, optimizer, step + 1, beta, metrics)
             if stopped:
                 raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
             advance(1)
-    metrics.close()
+    writer.close()
 
     save_role(backbone, POLICY, context.files.role(POLICY).folder)
     save_role(backbone, VALUE, context.files.role(VALUE).folder)
@@ -106,7 +106,7 @@ def run(context: StageContext) -> dict[str, Any]:
 def _add_roles(
     context: StageContext, backbone: Backbone, config: PPOConfig, adapter: AdapterConfig, anchor: AnchorRollouts
 ) -> RoleOptimizer:
-    """The policy, fresh; the critic from the reward role where there is one; the engine that trains both."""
+    """The policy, fresh; the critic from the reward role where there is one; the optimizer that trains both."""
     add_role(context, backbone, POLICY, adapter, anchor.policy_statistics())
     add_critic(context, backbone, VALUE, adapter, anchor.value_statistics())
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
@@ -170,7 +170,9 @@ def _write_samples(
         append_jsonl(context.files.samples, row | {"score": round(score, 4), "kl": round(kl, 4)})
 
 
-def _resume(context: StageContext, backbone: Backbone, engine: RoleOptimizer, config: PPOConfig) -> tuple[int, float]:
+def _resume(
+    context: StageContext, backbone: Backbone, optimizer: RoleOptimizer, config: PPOConfig
+) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: the next step and β, which is the recipe's where it is fixed."""
     beta, adapts = config.kl.beta, config.kl.controller == "adaptive"
     loaded = load_checkpoint(context.folder)
@@ -179,20 +181,25 @@ def _resume(context: StageContext, backbone: Backbone, engine: RoleOptimizer, co
     step, tensors, state = loaded
     for role in (POLICY, VALUE):
         backbone.set_role_state(role, without_prefix(role, tensors))
-    engine.load_state(without_prefix("engine", tensors))
+    optimizer.load_state(without_prefix("engine", tensors))
     say(f"ppo: continuing after step {step}")
     return step, state["beta"] if adapts else beta
 
 
 def _save(
-    context: StageContext, backbone: Backbone, engine: RoleOptimizer, step: int, beta: float, figures: dict[str, float]
+    context: StageContext,
+    backbone: Backbone,
+    optimizer: RoleOptimizer,
+    step: int,
+    beta: float,
+    metrics: dict[str, float],
 ) -> None:
-    """`figures` are of the newest rollout: sampled from these weights, or before the update that they end with."""
+    """`metrics` are of the newest rollout: sampled from these weights, or before the update that they end with."""
     config = context.recipe.ppo
     assert config is not None
-    score = figures["reward"] - config.kl.beta * figures["kl"]
+    score = metrics["reward"] - config.kl.beta * metrics["kl"]
     tensors, specs = roles_in(backbone, POLICY, VALUE)
-    tensors |= with_prefix("engine", engine.state(copy=False))
+    tensors |= with_prefix("engine", optimizer.state(copy=False))
     save_checkpoint(context.folder, step, tensors, {"beta": beta} | specs, keep=config.keep_checkpoints, score=score)
 
 

@@ -15,7 +15,7 @@ from pe_rlhf.algo.rewards import adjust_scores, shape_rewards
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.rollout.mismatch_limit import agreement
+from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.scoring.scorers import Scorer
 from pe_rlhf.system.distributed import sum_over_ranks
 from pe_rlhf.system.failures import TrainingError
@@ -24,7 +24,7 @@ from reward.records import Prompt
 
 
 @torch.no_grad()
-def collect(
+def collect_experience(
     backbone: Backbone,
     scorer: Scorer,
     codec: TextCodec,
@@ -33,7 +33,7 @@ def collect(
     beta: float,
     config: PPOConfig,
 ) -> tuple[Experience, dict[str, float]]:
-    """Score a rollout and turn the scores into advantages. Returns the experience and the step's figures about it."""
+    """Score a rollout and turn the scores into advantages. Returns the experience and the step's metrics about it."""
     packed = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
     sequences = backbone.with_trunk(packed, config.micro_batch_tokens)
     mask_BR = sequences.mask_BR
@@ -62,7 +62,7 @@ def collect(
 
     # 4. advantages and returns
     advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, gamma=config.gamma, lam=config.lam)
-    figures = {
+    metrics = {
         "reward": scores_B.mean().item(),
         "reward_std": scores_B.std(correction=0).item(),
         "kl": torch.where(mask_BR, old_BR - anchor_BR, 0.0).sum(dim=1).mean().item(),
@@ -73,7 +73,7 @@ def collect(
         "truncated": rollout.truncated_B.float().mean().item(),
         **mismatch,
     }
-    if not math.isfinite(figures["explained_variance"]):
+    if not math.isfinite(metrics["explained_variance"]):
         raise TrainingError(
             "the critic has diverged: its values are not finite or too large; lower its learning rate",
             kind="not_finite",
@@ -83,7 +83,7 @@ def collect(
     experience = Experience(
         sequences, mask_BR, old_BR, anchor_BR, values_BR, advantages_BR, returns_BR, weights_BR, scores_B
     )
-    return experience, figures
+    return experience, metrics
 
 
 def response_logprobs(backbone: Backbone, role: str, sequences: Sequences, config: PPOConfig) -> Tensor:
@@ -131,7 +131,11 @@ def _old_logprobs(
     trainer_BR = response_logprobs(backbone, "policy", sequences, config)
     if config.rollout.correction == "truncated_is":
         weights_BR = (trainer_BR - sampler_BR).exp().clamp(max=config.rollout.correction_cap)
-    return trainer_BR, weights_BR, agreement((trainer_BR - sampler_BR)[mask_BR], config.rollout, backbone.precision)
+    return (
+        trainer_BR,
+        weights_BR,
+        mismatch_metrics((trainer_BR - sampler_BR)[mask_BR], config.rollout, backbone.precision),
+    )
 
 
 def recomputes_old_logprobs(backbone: Backbone, config: PPOConfig) -> bool:

@@ -12,8 +12,8 @@ from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.optim.role_optimizer import RoleOptimizer
-from pe_rlhf.rollout.mismatch_limit import agreement
-from pe_rlhf.system.distributed import concat_over_ranks, sum_figures
+from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
+from pe_rlhf.system.distributed import concat_over_ranks, sum_metrics
 from pe_rlhf.system.seeding import permutation
 from pe_rlhf.types import Experience
 
@@ -22,7 +22,7 @@ TOTALS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "
 
 def update(
     backbone: Backbone,
-    engine: RoleOptimizer,
+    optimizer: RoleOptimizer,
     experience: Experience,
     beta: float,
     config: PPOConfig,
@@ -31,28 +31,28 @@ def update(
 ) -> dict[str, float]:
     """Train policy and value on one rollout. Returns the means of losses and statistics over all minibatches."""
     means: dict[str, list[float]] = defaultdict(list)
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     lengths_B = backbone.budget_lengths(experience.sequences)
     for epoch in range(config.epochs):
         order = torch.tensor(permutation(len(experience.sequences), seed, "minibatches", step, epoch))
         for rows in order.tensor_split(config.minibatches):
-            sums, log_ratio_N = _accumulate(backbone, engine, experience, rows, lengths_B[rows], beta, config)
+            sums, log_ratio_N = _accumulate(backbone, optimizer, experience, rows, lengths_B[rows], beta, config)
             if not means:
                 # No step was taken yet: what differs from π_old now is the sampler against the trainer.
-                figures = agreement(log_ratio_N, config.rollout, backbone.precision)
-            rates = engine.learning_rates()
-            norms = engine.step()
+                metrics = mismatch_metrics(log_ratio_N, config.rollout, backbone.precision)
+            rates = optimizer.learning_rates()
+            norms = optimizer.step()
             for name, value in sums.items():
                 means[name].append(value)
             for role in norms:
                 means[f"{role}_grad_norm"].append(norms[role])
                 means[f"lr_{role}"].append(rates[role])
-    return figures | {name: sum(values) / len(values) for name, values in means.items()}
+    return metrics | {name: sum(values) / len(values) for name, values in means.items()}
 
 
 def _accumulate(
     backbone: Backbone,
-    engine: RoleOptimizer,
+    optimizer: RoleOptimizer,
     experience: Experience,
     rows: Tensor,
     lengths_B: Tensor,
@@ -88,7 +88,7 @@ def _accumulate(
         loss = policy.loss
         if config.kl.place == "loss":
             loss = loss + beta * kl_estimate(logprobs_N, anchor_N, config.kl.estimator).sum() / tokens
-        engine.backward(share * loss)
+        optimizer.backward(share * loss)
 
         with backbone.role("value"):
             values_N = backbone.response_values(sequences)
@@ -99,7 +99,7 @@ def _accumulate(
             clip_range=config.value_clip_range,
             tokens=tokens,
         )
-        engine.backward(share * config.value_coefficient * value.loss)
+        optimizer.backward(share * config.value_coefficient * value.loss)
         if not counts:
             continue
 
@@ -110,4 +110,4 @@ def _accumulate(
         totals["approx_kl"] += policy.approx_kl.item() / tokens
         totals["entropy"] += entropies_N.sum().item() / tokens
         log_ratios.append((logprobs_N.detach() - old_N).cpu())
-    return sum_figures(totals), concat_over_ranks(torch.cat(log_ratios))
+    return sum_metrics(totals), concat_over_ranks(torch.cat(log_ratios))

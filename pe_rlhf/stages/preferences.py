@@ -73,9 +73,9 @@ def run(context: StageContext) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
     }
-    metrics = context.metrics()
-    metrics.write(1, summary)
-    metrics.close()
+    writer = context.metrics()
+    writer.write(1, summary)
+    writer.close()
     write_json(context.files.summary, summary)
     return summary
 

@@ -27,7 +27,7 @@ from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import reward_statistics
-from pe_rlhf.system.distributed import on_main, rank, sum_figures, sum_over_ranks
+from pe_rlhf.system.distributed import on_main, rank, sum_metrics, sum_over_ranks
 from pe_rlhf.system.failures import Stopped, TrainingError
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
@@ -57,10 +57,10 @@ def run(context: StageContext) -> dict[str, Any]:
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     group = RoleGroup(ROLE, backbone.role_parameters(ROLE), config.learning_rate)
-    engine = RoleOptimizer([group], config.optimizer, total_steps, context.deepspeed)
-    first_step, seconds_before = _resume(context, backbone, engine)
+    optimizer = RoleOptimizer([group], config.optimizer, total_steps, context.deepspeed)
+    first_step, seconds_before = _resume(context, backbone, optimizer)
     train, held_out = _with_trunks(backbone, config, train, held_out)
-    metrics = context.metrics(first_step)
+    writer = context.metrics(first_step)
     truncate_jsonl(context.files.reliability, first_step)
     result: RewardEvaluation | None = None
     held_out_loss: float | None = None  # of the weights as they are
@@ -72,33 +72,33 @@ def run(context: StageContext) -> dict[str, Any]:
             rows = order[batch * config.batch_size : (batch + 1) * config.batch_size]
             step_start = time.monotonic()
             with seeded(context.recipe.seed, "reward dropout", step, rank()):
-                line = {"epoch": epoch, **accumulate(backbone, engine, train, rows, config)}
+                line = {"epoch": epoch, **accumulate(backbone, optimizer, train, rows, config)}
             spent = time.monotonic() - step_start
             # Only weights whose loss on the next pairs is finite are kept: a run that fails goes on from sound ones.
             if step > first_step and step % config.checkpoint_every == 0:
-                _save(context, backbone, engine, step, seconds_before + step_start - start, held_out_loss)
+                _save(context, backbone, optimizer, step, seconds_before + step_start - start, held_out_loss)
             step_start = time.monotonic() - spent  # without the saving
-            line |= {"lr": engine.learning_rates()[ROLE], "grad_norm": engine.step()[ROLE]}
+            line |= {"lr": optimizer.learning_rates()[ROLE], "grad_norm": optimizer.step()[ROLE]}
             line["seconds_step"] = time.monotonic() - step_start
             done, held_out_loss = step + 1, None
             if done % config.eval_every == 0 or done == total_steps:
-                result = evaluate(backbone, held_out, config)
-                line |= result.figures()
+                result = evaluate_pairs(backbone, held_out, config)
+                line |= result.metrics()
                 held_out_loss = result.loss
                 append_jsonl(context.files.reliability, {"step": done, "bins": reliability_table(result.margins)})
                 say(_line(done, total_steps, line))
-            metrics.write(done, line)
+            writer.write(done, line)
             if (stopped := stop.received()) or done == total_steps:
-                _save(context, backbone, engine, done, seconds_before + time.monotonic() - start, held_out_loss)
+                _save(context, backbone, optimizer, done, seconds_before + time.monotonic() - start, held_out_loss)
             if stopped:
                 raise Stopped(f"reward: stopped after step {done}", stopped)
             advance(1)
-    metrics.close()
+    writer.close()
 
     # The pairwise loss leaves the mean score free. PPO's value clipping and its penalties want it at zero.
-    result = result or evaluate(backbone, held_out, config)
+    result = result or evaluate_pairs(backbone, held_out, config)
     with progress("reward: centring", len(train), "pairs") as advance:
-        backbone.head(ROLE).shift(-evaluate(backbone, train, config, advance).mean_score)
+        backbone.head(ROLE).shift(-evaluate_pairs(backbone, train, config, advance).mean_score)
     save_role(backbone, ROLE, context.files.role(ROLE).folder)
     summary = _summary(result, len(train)) | {
         "steps": total_steps,
@@ -112,7 +112,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def accumulate(
-    backbone: Backbone, engine: RoleOptimizer, pairs: Pairs, rows: list[int], config: RewardConfig
+    backbone: Backbone, optimizer: RoleOptimizer, pairs: Pairs, rows: list[int], config: RewardConfig
 ) -> dict[str, float]:
     """Gradients of the pairs of those rows; how they are cut into micro-batches changes rounding only."""
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
@@ -125,12 +125,12 @@ def accumulate(
             label_smoothing=config.label_smoothing,
             centering=config.centering,
         )
-        engine.backward(scored.counts * part.loss_B.sum() / len(rows))
+        optimizer.backward(scored.counts * part.loss_B.sum() / len(rows))
         share = scored.counts * len(scored.index) / len(rows)
         for name in sums:
             sums[name] += share * getattr(part, name).item()
     backbone.eval()
-    return sum_figures(sums)
+    return sum_metrics(sums)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class RewardEvaluation:
     margins: list[float]
     mean_score: float
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         calibration_error = expected_calibration_error(self.margins)
         return {
             "eval_loss": self.loss,
@@ -154,7 +154,7 @@ class RewardEvaluation:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_pairs(
     backbone: Backbone, pairs: Pairs, config: RewardConfig, on_progress: Callable[[int], None] | None = None
 ) -> RewardEvaluation:
     """Score all pairs; the plain loss, without margin, smoothing or centering. `on_progress` is told of pairs scored.
@@ -173,8 +173,8 @@ def evaluate(
         raise TrainingError(
             f"the loss over {len(pairs)} pairs is {result.loss.item()}; lower reward.learning_rate", kind="not_finite"
         )
-    figures = (result.loss.item(), result.accuracy.item(), result.margin.item())
-    return RewardEvaluation(*figures, (chosen_B - rejected_B).tolist(), torch.cat([chosen_B, rejected_B]).mean().item())
+    metrics = (result.loss.item(), result.accuracy.item(), result.margin.item())
+    return RewardEvaluation(*metrics, (chosen_B - rejected_B).tolist(), torch.cat([chosen_B, rejected_B]).mean().item())
 
 
 @dataclass(frozen=True)
@@ -235,14 +235,14 @@ def _records(files: StageFiles, source: DataSource, key: str, config: RewardConf
     return records
 
 
-def _resume(context: StageContext, backbone: Backbone, engine: RoleOptimizer) -> tuple[int, float]:
+def _resume(context: StageContext, backbone: Backbone, optimizer: RoleOptimizer) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: the next step, and the seconds spent so far."""
     loaded = load_checkpoint(context.folder)
     if loaded is None:
         return 0, 0.0
     step, tensors, state = loaded
     backbone.set_role_state(ROLE, without_prefix(ROLE, tensors))
-    engine.load_state(without_prefix("engine", tensors))
+    optimizer.load_state(without_prefix("engine", tensors))
     say(f"reward: continuing after step {step}")
     return step, state["seconds"]
 
@@ -250,7 +250,7 @@ def _resume(context: StageContext, backbone: Backbone, engine: RoleOptimizer) ->
 def _save(
     context: StageContext,
     backbone: Backbone,
-    engine: RoleOptimizer,
+    optimizer: RoleOptimizer,
     step: int,
     seconds: float,
     held_out_loss: float | None,
@@ -259,7 +259,7 @@ def _save(
     assert config is not None
     score = None if held_out_loss is None else -held_out_loss
     tensors, specs = roles_in(backbone, ROLE)
-    tensors |= with_prefix("engine", engine.state(copy=False))
+    tensors |= with_prefix("engine", optimizer.state(copy=False))
     state = {"seconds": seconds} | specs
     save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
 

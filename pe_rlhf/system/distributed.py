@@ -58,10 +58,10 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
-def sum_figures(figures: dict[str, float]) -> dict[str, float]:
+def sum_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Each figure summed over all ranks, which have the same names in the same order."""
-    totals = sum_over_ranks(torch.tensor(list(figures.values()), dtype=torch.float64))
-    return dict(zip(figures, totals.tolist(), strict=True))
+    totals = sum_over_ranks(torch.tensor(list(metrics.values()), dtype=torch.float64))
+    return dict(zip(metrics, totals.tolist(), strict=True))
 
 
 def concat_over_ranks(tensor_N: Tensor) -> Tensor:

@@ -36,13 +36,13 @@ def adapters_with_moments(backbone: Backbone) -> dict[str, Tensor]:
     """What a PPO checkpoint holds, after one optimizer step."""
     for role in ROLES:
         backbone.add_adapter(role, rank=16, alpha=32)
-    engine = RoleOptimizer(
+    optimizer = RoleOptimizer(
         [RoleGroup(role, backbone.role_parameters(role), 1e-4) for role in ROLES], OptimizerConfig(), 2
     )
     for role in ROLES:
-        engine.backward(torch.stack([p.square().sum() for p in backbone.role_parameters(role).values()]).sum())
-    engine.step()
-    tensors = with_prefix("engine", engine.state())
+        optimizer.backward(torch.stack([p.square().sum() for p in backbone.role_parameters(role).values()]).sum())
+    optimizer.step()
+    tensors = with_prefix("engine", optimizer.state())
     for role in ROLES:
         tensors |= with_prefix(role, backbone.role_state(role))
     return tensors

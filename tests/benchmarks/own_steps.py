@@ -27,7 +27,7 @@ from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.scorers import AdapterScorer
-from pe_rlhf.stages.ppo_collect import collect
+from pe_rlhf.stages.ppo_collect import collect_experience
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.stages.reward import accumulate
 from reward.records import load_records
@@ -53,7 +53,7 @@ def ppo_steps(
     for role in ("policy", "value", "reward"):
         add(backbone, role)
     groups = [RoleGroup(role, backbone.role_parameters(role), 1e-4) for role in ("policy", "value")]
-    engine = RoleOptimizer(groups, config.optimizer, total_steps=4 * steps)
+    optimizer = RoleOptimizer(groups, config.optimizer, total_steps=4 * steps)
     scorer = AdapterScorer(backbone, "reward", config.micro_batch_tokens)
     sampler = HFRollout(backbone, "policy", config.rollout)
     prompts = load_prompts(source, "--data")
@@ -62,8 +62,8 @@ def ppo_steps(
         start = time.perf_counter()
         batch = prompts[step * PROMPTS : (step + 1) * PROMPTS]
         rollout = sampler.generate([codec.encode_prompt(prompt) for prompt in batch], seed=step)
-        experience, _ = collect(backbone, scorer, codec, batch, rollout, config.kl.beta, config)
-        update(backbone, engine, experience, config.kl.beta, config, seed=0, step=step)
+        experience, _ = collect_experience(backbone, scorer, codec, batch, rollout, config.kl.beta, config)
+        update(backbone, optimizer, experience, config.kl.beta, config, seed=0, step=step)
         seconds.append(time.perf_counter() - start)
         tokens.append(int(experience.sequences.lengths_B.sum()))
     return seconds, tokens
@@ -76,14 +76,14 @@ def reward_steps(
     config = RewardConfig(micro_batch_tokens=micro_batch_tokens)
     records, _ = load_records(load_rows(DataSource(path=str(data)), "--data"), str(data))
     add(backbone, "reward")
-    engine = RoleOptimizer([RoleGroup("reward", backbone.role_parameters("reward"), 1e-4)], config.optimizer, steps)
+    optimizer = RoleOptimizer([RoleGroup("reward", backbone.role_parameters("reward"), 1e-4)], config.optimizer, steps)
     pairs = _short(encode_pairs(records, TextCodec(backbone.tokenizer, "none"), limit=10**6))
     seconds, tokens = [], []
     for step in range(steps):
         rows = list(range(step * PAIRS, (step + 1) * PAIRS))
         start = time.perf_counter()
-        accumulate(backbone, engine, pairs, rows, config)
-        engine.step()
+        accumulate(backbone, optimizer, pairs, rows, config)
+        optimizer.step()
         seconds.append(time.perf_counter() - start)
         tokens.append(sum(len(p) + len(r) for row in rows for p, r in (pairs.chosen[row], pairs.rejected[row])))
     return seconds, tokens

@@ -24,7 +24,7 @@ NEVER = 2**40  # a column that no token comes up to
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """Packed tokens as rows, padded on the right.
 
     Attributes:
@@ -40,7 +40,7 @@ class Rows:
     index_L: Tensor
 
     @classmethod
-    def of(cls, starts_B: Tensor, lengths_B: Tensor) -> Rows:
+    def of(cls, starts_B: Tensor, lengths_B: Tensor) -> PackedRows:
         """Rows of those lengths whose first tokens have those positions."""
         step_Q = torch.arange(int(lengths_B.max()))
         real_BQ = step_Q < lengths_B[:, None]
@@ -63,15 +63,15 @@ class Rows:
         """Values _LHD of the packed tokens."""
         return _Pack.apply(values_BQHD, self)
 
-    def to(self, device: torch.device) -> Rows:
-        return Rows(*(tensor.to(device) for tensor in vars(self).values()))
+    def to(self, device: torch.device) -> PackedRows:
+        return PackedRows(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 class _Unpack(torch.autograd.Function):
     """Indexing whose gradient is indexing, too, since each token has one place; autograd would add up, one by one."""
 
     @staticmethod
-    def forward(ctx: Any, values_LHD: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx: Any, values_LHD: Tensor, rows: PackedRows) -> Tensor:
         ctx.rows = rows
         return _rows_of(values_LHD, rows)
 
@@ -84,7 +84,7 @@ class _Pack(torch.autograd.Function):
     """As `_Unpack`, the other way round; padding gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, values_BQHD: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx: Any, values_BQHD: Tensor, rows: PackedRows) -> Tensor:
         ctx.rows = rows
         return values_BQHD.flatten(0, 1).index_select(0, rows.index_L)
 
@@ -94,7 +94,7 @@ class _Pack(torch.autograd.Function):
         return found_BQHD.masked_fill_(~ctx.rows.real_BQ[..., None, None], 0), None
 
 
-def _rows_of(values_LHD: Tensor, rows: Rows) -> Tensor:
+def _rows_of(values_LHD: Tensor, rows: PackedRows) -> Tensor:
     """_BQHD; whole tokens are copied, which is faster than to pick out each head's part."""
     return values_LHD.index_select(0, rows.place_BQ.flatten()).unflatten(0, rows.place_BQ.shape)
 
@@ -112,9 +112,9 @@ class Packing:
 
     row_L: Tensor
     column_L: Tensor
-    prefixes: Rows | None
+    prefixes: PackedRows | None
     prefix_B: Tensor
-    rest: Rows
+    rest: PackedRows
     _masks: dict[tuple[str, int | None], Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -122,10 +122,10 @@ class Packing:
         """The packing that computes the fewest tokens."""
         prefix_B, lengths_U = find_prefixes(sequences)
         starts_B, prefixes = lengths_U[prefix_B], None
-        rest = Rows.of(starts_B, sequences.lengths_B - starts_B)
+        rest = PackedRows.of(starts_B, sequences.lengths_B - starts_B)
         parts = [rest.places(torch.arange(len(sequences)))]
         if lengths_U.any():
-            prefixes = Rows.of(torch.zeros_like(lengths_U), lengths_U)
+            prefixes = PackedRows.of(torch.zeros_like(lengths_U), lengths_U)
             first_U = torch.stack([(prefix_B == u).nonzero()[0, 0] for u in range(len(lengths_U))])
             parts.insert(0, prefixes.places(first_U))
             prefixes = prefixes.to(device)

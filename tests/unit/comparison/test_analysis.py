@@ -85,7 +85,7 @@ def test_what_is_null_in_the_last_quarter_is_left_out() -> None:
     assert only_arm(run("a", 1, lines([1, 1, 1, None]))).reward is None
 
 
-def test_figures_of_the_stages() -> None:
+def test_metrics_of_the_stages() -> None:
     ppo = {"peak_rss_mib": 900.0, "seconds_per_step": 7.0, "trainable_parameters": 5000}
     reward = {"eval_accuracy": 0.7, "peak_rss_mib": 800.0, "seconds_per_step": 3.0}
     changed = ({"peak_rss_mib": 950.0}, {"seconds_per_step": 20.0}, {"seconds_per_step": 8.0, "peak_rss_mib": 10.0})
@@ -207,7 +207,7 @@ def test_equal_kl(highest: dict[str, list[float]], expected: float | None) -> No
     assert peaks(**highest) == expected
 
 
-def test_figures_at_equal_kl() -> None:
+def test_metrics_at_equal_kl() -> None:
     # a: 2 is reached halfway between steps 2 (KL 1) and 3 (KL 3), before the KL falls and rises again.
     a = run("a", 1, lines([0.0, 0.4, 0.6, 0.9, 5.0], [0.0, 1.0, 3.0, 1.5, 3.0]))
     # b: 2 is its highest.

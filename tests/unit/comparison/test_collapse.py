@@ -113,16 +113,16 @@ def test_the_messages_are_those_of_the_machinery() -> None:
     from reward.judges.functions import score_responses
 
     weight = nn.Parameter(torch.ones(2))
-    engine = RoleOptimizer([RoleGroup("policy", {"w": weight}, 0.1)], OptimizerConfig(), total_steps=4)
+    optimizer = RoleOptimizer([RoleGroup("policy", {"w": weight}, 0.1)], OptimizerConfig(), total_steps=4)
     limit: Any = SimpleNamespace(kl=SimpleNamespace(limit=10.0))
 
     def step_with_infinite_gradient() -> None:
         weight.grad = torch.tensor([1.0, math.inf])
-        engine.step()
+        optimizer.step()
 
     failures = {
         "not finite": [
-            lambda: engine.backward((weight * math.nan).sum()),
+            lambda: optimizer.backward((weight * math.nan).sum()),
             step_with_infinite_gradient,
             lambda: check_response([5], [math.nan], eos_token_ids=[], max_new_tokens=1),
             lambda: score_responses(lambda prompts, responses: [math.nan], ["p"], ["r"]),

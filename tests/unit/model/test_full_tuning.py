@@ -1,4 +1,4 @@
-"""Roles with weights of their own: full tuning, the baseline, in the same backbone, engine and files as adapters."""
+"""Roles with weights of their own: full tuning, the baseline, in the same backbone, optimizer and files as adapters."""
 
 from __future__ import annotations
 
@@ -186,13 +186,13 @@ class TestMasters:
 
             init_processes(wants_deepspeed=True)
         config, own = OptimizerConfig(max_grad_norm=1e9), self.parameters()
-        engine = RoleOptimizer([RoleGroup("policy", own, 1e-5)], config, 40, deepspeed)
+        optimizer = RoleOptimizer([RoleGroup("policy", own, 1e-5)], config, 40, deepspeed)
         masters = {name: parameter.detach().float().requires_grad_(True) for name, parameter in own.items()}
         adamw = torch.optim.AdamW(masters.values(), lr=1e-5, betas=config.betas, eps=config.eps, weight_decay=0.0)
         expected = self.parameters()
         for step in range(40):
-            engine.backward(self.loss(own, step))
-            engine.step()
+            optimizer.backward(self.loss(own, step))
+            optimizer.step()
             self.loss(expected, step).backward()
             for name, master in masters.items():
                 gradient = expected[name].grad
@@ -204,31 +204,31 @@ class TestMasters:
                     expected[name].copy_(master)
         for name, parameter in own.items():
             assert torch.equal(parameter, expected[name]), name
-        assert (engine.state()["policy/w/master"] != own["w"]).any()  # forty steps of 1e-5 are below bf16's
-        torch.testing.assert_close(engine.state()["policy/w/master"], masters["w"].detach(), rtol=0, atol=1e-7)
+        assert (optimizer.state()["policy/w/master"] != own["w"]).any()  # forty steps of 1e-5 are below bf16's
+        torch.testing.assert_close(optimizer.state()["policy/w/master"], masters["w"].detach(), rtol=0, atol=1e-7)
 
     def test_a_resumed_run_goes_on_from_the_masters(self) -> None:
         def run(stop: int | None) -> Tensor:
             own = self.parameters()
-            engine = RoleOptimizer([RoleGroup("policy", own, 1e-4)], OptimizerConfig(), 20)
+            optimizer = RoleOptimizer([RoleGroup("policy", own, 1e-4)], OptimizerConfig(), 20)
             for step in range(20):
                 if step == stop:
-                    state, weights = engine.state(), {name: p.detach().clone() for name, p in own.items()}
+                    state, weights = optimizer.state(), {name: p.detach().clone() for name, p in own.items()}
                     own = {name: nn.Parameter(weight) for name, weight in weights.items()}
-                    engine = RoleOptimizer([RoleGroup("policy", own, 1e-4)], OptimizerConfig(), 20)
-                    engine.load_state(state)
-                engine.backward(self.loss(own, step))
-                engine.step()
-            return engine.state()["policy/w/master"]
+                    optimizer = RoleOptimizer([RoleGroup("policy", own, 1e-4)], OptimizerConfig(), 20)
+                    optimizer.load_state(state)
+                optimizer.backward(self.loss(own, step))
+                optimizer.step()
+            return optimizer.state()["policy/w/master"]
 
         assert torch.equal(run(stop=7), run(stop=None))
 
     def test_a_gradient_that_is_not_finite_changes_nothing(self) -> None:
         own = self.parameters()
-        engine = RoleOptimizer([RoleGroup("policy", own, 1e-2)], OptimizerConfig(), 2)
+        optimizer = RoleOptimizer([RoleGroup("policy", own, 1e-2)], OptimizerConfig(), 2)
         own["w"].grad = torch.full_like(own["w"], float("inf"))
         with pytest.raises(TrainingError, match="the gradient of policy is not finite"):
-            engine.step()
+            optimizer.step()
         assert torch.equal(own["w"], self.parameters()["w"])
 
 

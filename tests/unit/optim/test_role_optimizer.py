@@ -1,4 +1,4 @@
-"""The engine against AdamW written out in numpy: schedule, clipping per role, exact resumption, refusal of NaN."""
+"""The optimizer against AdamW written out in numpy: schedule, clipping per role, exact resumption, refusal of NaN."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ def fresh(seed: int = 0) -> dict[str, dict[str, nn.Parameter]]:
     }
 
 
-def engine_on(parameters: dict[str, dict[str, nn.Parameter]], **changes: Any) -> RoleOptimizer:
+def optimizer_on(parameters: dict[str, dict[str, nn.Parameter]], **changes: Any) -> RoleOptimizer:
     groups = [RoleGroup(role, parameters[role], RATES[role]) for role in parameters]
     return RoleOptimizer(groups, CONFIG.model_copy(update=changes), TOTAL)
 
@@ -52,14 +52,14 @@ def loss_of(parameters: dict[str, dict[str, nn.Parameter]], role: str, step: int
 
 
 def train(
-    engine: RoleOptimizer, parameters: dict[str, dict[str, nn.Parameter]], steps: range
+    optimizer: RoleOptimizer, parameters: dict[str, dict[str, nn.Parameter]], steps: range
 ) -> list[dict[str, float]]:
     """Real steps, each role's loss in a backward pass of its own."""
     norms = []
     for step in steps:
         for role in parameters:
-            engine.backward(loss_of(parameters, role, step))
-        norms.append(engine.step())
+            optimizer.backward(loss_of(parameters, role, step))
+        norms.append(optimizer.step())
     return norms
 
 
@@ -95,7 +95,7 @@ def as_numpy(parameters: dict[str, dict[str, nn.Parameter]]) -> Arrays:
 def test_steps_are_those_of_adamw_written_out() -> None:
     parameters = fresh()
     expected, expected_norms = numpy_adamw(as_numpy(parameters), TOTAL)
-    norms = train(engine_on(parameters), parameters, range(TOTAL))
+    norms = train(optimizer_on(parameters), parameters, range(TOTAL))
     clipped = [norm["policy"] > 0.7 for norm in expected_norms], [norm["value"] > 0.7 for norm in expected_norms]
     assert all(clipped[0])  # the premise: one role is clipped and the other is not, so that a joint norm would show
     assert not any(clipped[1])
@@ -125,51 +125,51 @@ def test_the_schedule_by_hand(schedule: Any, warmup_ratio: float, total: int, ex
 
 def test_learning_rates_are_those_of_the_next_step() -> None:
     parameters = fresh()
-    engine = engine_on(parameters)
+    optimizer = optimizer_on(parameters)
     seen = []
     for step in range(3):
-        seen.append(engine.learning_rates())
-        train(engine, parameters, range(step, step + 1))
+        seen.append(optimizer.learning_rates())
+        train(optimizer, parameters, range(step, step + 1))
     assert seen == [
         {"policy": pytest.approx(0.05 * factor), "value": pytest.approx(0.3 * factor)} for factor in (0.5, 1.0, 1.0)
     ]
-    assert engine.steps == 3
+    assert optimizer.steps == 3
 
 
 def test_gradients_of_several_losses_add_up_and_are_cleared() -> None:
     parameters = fresh()
-    engine = engine_on(parameters)
+    optimizer = optimizer_on(parameters)
     whole = loss_of(parameters, "policy", 0)
     for share in (0.25, 0.75):
-        engine.backward(share * loss_of(parameters, "policy", 0))
-    engine.backward(loss_of(parameters, "value", 0))
+        optimizer.backward(share * loss_of(parameters, "policy", 0))
+    optimizer.backward(loss_of(parameters, "value", 0))
     (expected,) = torch.autograd.grad(whole, [parameters["policy"]["b"]])
     torch.testing.assert_close(parameters["policy"]["b"].grad, expected)
-    engine.step()
+    optimizer.step()
     assert all(p.grad is None for named in parameters.values() for p in named.values())
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5])
 def test_from_its_state_it_goes_on_to_the_last_bit(stop: int) -> None:
     parameters = fresh()
-    engine = engine_on(parameters)
-    train(engine, parameters, range(stop))
-    state = engine.state()
+    optimizer = optimizer_on(parameters)
+    train(optimizer, parameters, range(stop))
+    state = optimizer.state()
     weights = as_numpy(parameters)
-    norms = train(engine, parameters, range(stop, TOTAL))
+    norms = train(optimizer, parameters, range(stop, TOTAL))
 
     resumed_parameters = fresh(seed=1)
     for role, named in resumed_parameters.items():
         for name, parameter in named.items():
             parameter.data = torch.tensor(weights[role][name])
-    resumed = engine_on(resumed_parameters)
+    resumed = optimizer_on(resumed_parameters)
     resumed.load_state(state)
     assert resumed.steps == stop
     assert train(resumed, resumed_parameters, range(stop, TOTAL)) == norms
     for role, named in parameters.items():
         assert all(torch.equal(parameter, resumed_parameters[role][name]) for name, parameter in named.items())
     # The state that was handed out is a copy: training on changed neither it nor what is loaded from it.
-    again = engine_on(fresh())
+    again = optimizer_on(fresh())
     again.load_state(state)
     assert all(torch.equal(tensor, again.state()[name]) for name, tensor in state.items())
 
@@ -188,37 +188,37 @@ def test_what_is_loaded_lies_where_the_parameters_do() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_reaches_no_weight(value: float) -> None:
     parameters = fresh()
-    engine = engine_on(parameters)
-    train(engine, parameters, range(2))
-    before, state = as_numpy(parameters), engine.state()
+    optimizer = optimizer_on(parameters)
+    train(optimizer, parameters, range(2))
+    before, state = as_numpy(parameters), optimizer.state()
     with pytest.raises(TrainingError, match=f"^the loss is {value} before optimizer step 3$"):
-        engine.backward(loss_of(parameters, "policy", 0) * value)
+        optimizer.backward(loss_of(parameters, "policy", 0) * value)
     assert all(p.grad is None for p in parameters["policy"].values())
-    assert_untouched(engine, parameters, before, state)
+    assert_untouched(optimizer, parameters, before, state)
 
 
 @pytest.mark.parametrize("role", ["policy", "value"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_reaches_no_weight(role: str, value: float) -> None:
     parameters = fresh()
-    engine = engine_on(parameters)
-    train(engine, parameters, range(2))
-    before, state = as_numpy(parameters), engine.state()
-    engine.backward(loss_of(parameters, "policy", 0) + loss_of(parameters, "value", 0))
+    optimizer = optimizer_on(parameters)
+    train(optimizer, parameters, range(2))
+    before, state = as_numpy(parameters), optimizer.state()
+    optimizer.backward(loss_of(parameters, "policy", 0) + loss_of(parameters, "value", 0))
     gradient = parameters[role]["a"].grad
     assert gradient is not None
     gradient[0, 0] = value
     with pytest.raises(TrainingError, match=f"^the gradient of {role} is not finite at optimizer step 3$"):
-        engine.step()
-    assert_untouched(engine, parameters, before, state)
+        optimizer.step()
+    assert_untouched(optimizer, parameters, before, state)
 
 
 def assert_untouched(
-    engine: RoleOptimizer,
+    optimizer: RoleOptimizer,
     parameters: dict[str, dict[str, nn.Parameter]],
     before: Arrays,
     state: dict[str, torch.Tensor],
 ) -> None:
     for role, named in as_numpy(parameters).items():
         assert all(np.array_equal(weight, before[role][name]) for name, weight in named.items())
-    assert all(torch.equal(tensor, engine.state()[name]) for name, tensor in state.items())
+    assert all(torch.equal(tensor, optimizer.state()[name]) for name, tensor in state.items())

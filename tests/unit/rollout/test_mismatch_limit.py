@@ -12,16 +12,16 @@ from pydantic import ValidationError
 from pe_rlhf.config import RolloutConfig
 from pe_rlhf.rollout.interface import check_response
 from pe_rlhf.rollout.make import check_installed
-from pe_rlhf.rollout.mismatch_limit import agreement
+from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.system.failures import TrainingError
 from reward.errors import InputError
 
 
-def test_figures_within_the_limit() -> None:
-    figures = agreement(torch.tensor([0.01, -0.002, 0.0]), RolloutConfig(), torch.float32)
-    assert figures["logprob_mismatch"] == pytest.approx(0.004)
-    assert figures["logprob_mismatch_max"] == pytest.approx(0.01)
-    assert figures["effective_sample_size"] == pytest.approx(1, abs=1e-3)
+def test_metrics_within_the_limit() -> None:
+    metrics = mismatch_metrics(torch.tensor([0.01, -0.002, 0.0]), RolloutConfig(), torch.float32)
+    assert metrics["logprob_mismatch"] == pytest.approx(0.004)
+    assert metrics["logprob_mismatch_max"] == pytest.approx(0.01)
+    assert metrics["effective_sample_size"] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def test_the_limit(size: float, dtype: torch.dtype, settings: dict[str, Any], st
     config = RolloutConfig.model_validate(settings)
     if stops:
         with pytest.raises(TrainingError, match=r"the sampler's log-probs are .* away from the trainer's"):
-            agreement(torch.full((5,), size), config, dtype)
+            mismatch_metrics(torch.full((5,), size), config, dtype)
     else:
-        assert agreement(torch.full((5,), size), config, dtype)["logprob_mismatch"] == pytest.approx(size)
+        assert mismatch_metrics(torch.full((5,), size), config, dtype)["logprob_mismatch"] == pytest.approx(size)
 
 
 @pytest.mark.parametrize(

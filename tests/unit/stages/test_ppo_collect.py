@@ -17,7 +17,7 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.scorers import AdapterScorer
-from pe_rlhf.stages.ppo_collect import collect
+from pe_rlhf.stages.ppo_collect import collect_experience
 from pe_rlhf.types import Experience, Rollout
 from tests.stage_support import plain_role
 from tests.tiny import PAD, perturb, tiny_model
@@ -55,7 +55,7 @@ def collected(
 ) -> tuple[Experience, dict[str, float]]:
     scorer = AdapterScorer(backbone, "reward", config.micro_batch_tokens)
     prompts = [tokenizer.decode(ids) for ids in rollout.prompts]
-    return collect(backbone, scorer, TextCodec(tokenizer), prompts, rollout, BETA, config)  # type: ignore[arg-type]
+    return collect_experience(backbone, scorer, TextCodec(tokenizer), prompts, rollout, BETA, config)  # type: ignore[arg-type]
 
 
 # ---- the naive implementation ---------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_collect_agrees_with_loops(backbone: Backbone, tiny_tokenizer: PreTraine
         off = [[v + 0.2 * float(torch.randn((), generator=noise)) for v in row] for row in rollout.logprobs]
         rollout = dataclasses.replace(rollout, logprobs=off)
     expected = naive(backbone, rollout, config)
-    experience, figures = collected(backbone, tiny_tokenizer, rollout, config)
+    experience, metrics = collected(backbone, tiny_tokenizer, rollout, config)
 
     assert experience.mask_BR.sum(dim=1).tolist() == [len(response) for response in rollout.responses]
     assert_same(experience.anchor_logprobs_BR, expected.anchor, rollout)
@@ -200,23 +200,23 @@ def test_collect_agrees_with_loops(backbone: Backbone, tiny_tokenizer: PreTraine
 
     old, anchor = ([x for row in rows for x in row] for rows in (expected.old, expected.anchor))
     flat_kl = [p - q for p, q in zip(old, anchor, strict=True)]
-    assert figures["kl"] == pytest.approx(sum(flat_kl) / len(PROMPTS), abs=1e-3)
-    assert figures["kl_per_token"] == pytest.approx(sum(flat_kl) / len(flat_kl), abs=1e-3)
-    assert figures["reward"] == pytest.approx(sum(expected.scores) / len(PROMPTS), abs=1e-3)
-    assert figures["reward_std"] == pytest.approx(math.sqrt(variance(expected.scores)), abs=1e-3)
-    assert figures["response_length"] == pytest.approx(sum(map(len, rollout.responses)) / len(PROMPTS))
-    assert figures["truncated"] == pytest.approx(rollout.finish.count("length") / len(PROMPTS))
+    assert metrics["kl"] == pytest.approx(sum(flat_kl) / len(PROMPTS), abs=1e-3)
+    assert metrics["kl_per_token"] == pytest.approx(sum(flat_kl) / len(flat_kl), abs=1e-3)
+    assert metrics["reward"] == pytest.approx(sum(expected.scores) / len(PROMPTS), abs=1e-3)
+    assert metrics["reward_std"] == pytest.approx(math.sqrt(variance(expected.scores)), abs=1e-3)
+    assert metrics["response_length"] == pytest.approx(sum(map(len, rollout.responses)) / len(PROMPTS))
+    assert metrics["truncated"] == pytest.approx(rollout.finish.count("length") / len(PROMPTS))
     values, returns = ([x for row in rows for x in row] for rows in (expected.values, expected.returns))
-    assert figures["value"] == pytest.approx(sum(values) / len(values), abs=1e-3)
+    assert metrics["value"] == pytest.approx(sum(values) / len(values), abs=1e-3)
     residuals = [r - v for r, v in zip(returns, values, strict=True)]
-    assert figures["explained_variance"] == pytest.approx(1 - variance(residuals) / variance(returns), rel=1e-2)
+    assert metrics["explained_variance"] == pytest.approx(1 - variance(residuals) / variance(returns), rel=1e-2)
     if name in ("trainer", "correction"):
         sampler = [x for row in rollout.logprobs for x in row]
         mismatch = sum(abs(a - b) for a, b in zip(old, sampler, strict=True)) / len(old)
-        assert figures["logprob_mismatch"] == pytest.approx(mismatch, abs=1e-3)
+        assert metrics["logprob_mismatch"] == pytest.approx(mismatch, abs=1e-3)
         assert mismatch > 0.1
     else:
-        assert "logprob_mismatch" not in figures
+        assert "logprob_mismatch" not in metrics
 
 
 def test_old_logprobs_are_computed_again_where_the_sampler_s_are_not_those_of_the_policy(
@@ -226,6 +226,6 @@ def test_old_logprobs_are_computed_again_where_the_sampler_s_are_not_those_of_th
     settings = {"top_k": 8, "allow_truncated_sampling": True, "old_logprobs": "sampler"}
     config = config_of(rollout=settings)
     rollout = sampled(backbone, config)
-    experience, figures = collected(backbone, tiny_tokenizer, rollout, config)
+    experience, metrics = collected(backbone, tiny_tokenizer, rollout, config)
     assert_same(experience.old_logprobs_BR, naive(backbone, rollout, config).policy, rollout)
-    assert figures["logprob_mismatch"] > 0.05
+    assert metrics["logprob_mismatch"] > 0.05

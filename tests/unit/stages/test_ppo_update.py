@@ -23,7 +23,7 @@ ROLES = ("policy", "value")
 
 
 class RecordingEngine(RoleOptimizer):
-    """An engine that keeps the gradients of every step, as they were before clipping."""
+    """An optimizer that keeps the gradients of every step, as they were before clipping."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -50,14 +50,14 @@ def trained() -> Backbone:
     return backbone
 
 
-def engine_of(backbone: Backbone, config: PPOConfig) -> RecordingEngine:
+def optimizer_of(backbone: Backbone, config: PPOConfig) -> RecordingEngine:
     rates = (config.learning_rate, config.value_learning_rate or config.learning_rate)
     groups = [RoleGroup(role, backbone.role_parameters(role), rate) for role, rate in zip(ROLES, rates, strict=True)]
     return RecordingEngine(groups, config.optimizer, 100)
 
 
 def experience_of(backbone: Backbone, temperature: float = 1.0) -> Experience:
-    """Random figures around those of the backbone, so far off that all the clips bite."""
+    """Random metrics around those of the backbone, so far off that all the clips bite."""
     sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 1, 0]))
     mask_BR = sequences.mask_BR
     generator = torch.Generator().manual_seed(8)
@@ -150,11 +150,11 @@ def test_gradients_are_those_of_the_whole_batch(name: str) -> None:
     policy_loss, value_loss, expected = naive_losses(policy, value, experience, list(range(5)), config)
     (policy_loss + value_loss).backward()
 
-    engine = engine_of(backbone, config)
+    optimizer = optimizer_of(backbone, config)
     base = backbone.base_fingerprint()
-    figures = update(backbone, engine, experience, BETA, config, SEED, STEP)
+    metrics = update(backbone, optimizer, experience, BETA, config, SEED, STEP)
     wanted = trainable(policy, backbone, "policy") | trainable(value, backbone, "value")
-    (gradients,) = engine.gradients
+    (gradients,) = optimizer.gradients
     assert gradients.keys() == wanted.keys()
     for key, leaf in wanted.items():
         assert leaf.grad is not None
@@ -165,38 +165,38 @@ def test_gradients_are_those_of_the_whole_batch(name: str) -> None:
     assert 0 < expected["clip_fraction"] < 1
     assert 0 < expected["value_clip_fraction"] < 1
     for statistic, mean in expected.items():
-        assert figures[statistic] == pytest.approx(mean, abs=1e-4)
-    assert figures["value_loss"] == pytest.approx(value_loss.item() / config.value_coefficient, abs=1e-4)
+        assert metrics[statistic] == pytest.approx(mean, abs=1e-4)
+    assert metrics["value_loss"] == pytest.approx(value_loss.item() / config.value_coefficient, abs=1e-4)
     if config.kl.place == "reward":
-        assert figures["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-4)
+        assert metrics["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-4)
     norms = {
         role: torch.cat([leaf.grad.flatten() for key, leaf in wanted.items() if key.startswith(role)]).norm().item()  # type: ignore[union-attr]
         for role in ROLES
     }
     for role, norm in norms.items():
-        assert figures[f"{role}_grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert metrics[f"{role}_grad_norm"] == pytest.approx(norm, rel=1e-3)
     mask_BR = experience.mask_BR
     with torch.no_grad():
         fresh = trained()
         with fresh.role("policy"):
             now_N, _ = fresh.response_logprobs(experience.sequences, config.rollout.temperature)
     mismatch = (now_N - experience.old_logprobs_BR[mask_BR]).abs().mean().item()
-    assert figures["logprob_mismatch"] == pytest.approx(mismatch, rel=1e-3)
+    assert metrics["logprob_mismatch"] == pytest.approx(mismatch, rel=1e-3)
     weights_N = (now_N - experience.old_logprobs_BR[mask_BR]).double().exp()
-    assert figures["logprob_mismatch_max"] == pytest.approx(weights_N.log().abs().max().item(), rel=1e-3)
+    assert metrics["logprob_mismatch_max"] == pytest.approx(weights_N.log().abs().max().item(), rel=1e-3)
     share = weights_N.sum().item() ** 2 / (len(weights_N) * weights_N.square().sum().item())
-    assert figures["effective_sample_size"] == pytest.approx(share, rel=1e-3)
+    assert metrics["effective_sample_size"] == pytest.approx(share, rel=1e-3)
 
 
 def test_nothing_is_trained_on_a_batch_of_another_policy() -> None:
     config = config_of(rollout={"mismatch_limit": 0.01})
     backbone = trained()
-    engine = engine_of(backbone, config)
+    optimizer = optimizer_of(backbone, config)
     before = backbone.role_state("policy")
     with pytest.raises(TrainingError, match=r"over mismatch_limit 0.01: it sampled from other weights"):
-        update(backbone, engine, experience_of(backbone), BETA, config, SEED, STEP)
+        update(backbone, optimizer, experience_of(backbone), BETA, config, SEED, STEP)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.role_state("policy").items())
-    assert engine.gradients == []
+    assert optimizer.gradients == []
 
 
 def test_a_whole_update_is_adamw_on_those_losses() -> None:
@@ -221,10 +221,10 @@ def test_a_whole_update_is_adamw_on_those_losses() -> None:
                 torch.nn.utils.clip_grad_norm_(leaves[role].values(), 0.5)
                 optimizers[role].step()
 
-    engine = engine_of(backbone, config)
-    figures = update(backbone, engine, experience, BETA, config, SEED, STEP)
-    assert engine.steps == 4
-    assert (figures["lr_policy"], figures["lr_value"]) == pytest.approx((1e-2, 3e-2))
+    optimizer = optimizer_of(backbone, config)
+    metrics = update(backbone, optimizer, experience, BETA, config, SEED, STEP)
+    assert optimizer.steps == 4
+    assert (metrics["lr_policy"], metrics["lr_value"]) == pytest.approx((1e-2, 3e-2))
     for role in ROLES:
         for name, parameter in backbone.role_parameters(role).items():
             wanted = leaves[role][f"{role}/{name}"]
@@ -234,7 +234,7 @@ def test_a_whole_update_is_adamw_on_those_losses() -> None:
 def parameters_after(config: PPOConfig, seed: int = SEED) -> dict[str, Tensor]:
     backbone = trained()
     experience = experience_of(backbone)
-    update(backbone, engine_of(backbone, config), experience, BETA, config, seed, STEP)
+    update(backbone, optimizer_of(backbone, config), experience, BETA, config, seed, STEP)
     return {f"{role} {name}": p.detach() for role in ROLES for name, p in backbone.role_parameters(role).items()}
 
 
@@ -263,8 +263,8 @@ def test_every_pass_takes_every_response_once() -> None:
         experience = experience_of(backbone)
         experience.advantages_BR.zero_()
         experience.advantages_BR[row] = experience.mask_BR[row].float()
-        engine = engine_of(backbone, config)
-        update(backbone, engine, experience, BETA, config, SEED, STEP)
-        moved = [any(g.any() for key, g in step.items() if key.startswith("policy")) for step in engine.gradients]
+        optimizer = optimizer_of(backbone, config)
+        update(backbone, optimizer, experience, BETA, config, SEED, STEP)
+        moved = [any(g.any() for key, g in step.items() if key.startswith("policy")) for step in optimizer.gradients]
         assert len(moved) == 6
         assert (sum(moved[:3]), sum(moved[3:])) == (1, 1)
