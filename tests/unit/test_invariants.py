@@ -1,6 +1,7 @@
 """What must hold whatever the architecture and the init: invariants 1, 2 and 6 of the design."""
 
 import copy
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from pe_rlhf.adapters.lora.anchored import Scaling
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.micro_batches import micro_batches
 from pe_rlhf.types import Sequences
+from tests.pairwise import every_pair, pairwise
 from tests.tiny import (
     ALL_INITS,
+    FAMILIES,
     PAD,
     add_role,
     padded,
@@ -27,6 +30,9 @@ from tests.tiny import (
     train_role,
 )
 
+DTYPES = (torch.float32, torch.bfloat16)
+SIZES = ((1, 3.0, "standard"), (4, 32.0, "rslora"), (16, 10.0, "standard"))  # rank, alpha, scaling
+CASES = pairwise(("tokens", "values"), FAMILIES, ALL_INITS)
 WHOLE_ROWS = [prompt + response for prompt, response in rows_of(ragged_sequences())]
 TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -55,14 +61,11 @@ def greedy(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("init", ALL_INITS)
-@pytest.mark.parametrize(
-    ("rank", "alpha", "scaling"), [(1, 3.0, "standard"), (4, 32.0, "rslora"), (16, 10.0, "standard")]
-)
+@every_pair(family=FAMILIES, init=ALL_INITS, dtype=DTYPES, size=SIZES)
 def test_step_zero_is_the_original_model_bit_for_bit(
-    family: str, init: str, dtype: torch.dtype, rank: int, alpha: float, scaling: Scaling
+    family: str, init: str, dtype: torch.dtype, size: tuple[int, float, Scaling]
 ) -> None:
+    rank, alpha, scaling = size
     model = tiny_model(family, dtype)
     original = copy.deepcopy(model)
     backbone = load_backbone(model)
@@ -70,7 +73,7 @@ def test_step_zero_is_the_original_model_bit_for_bit(
     assert_step_zero(backbone, original, "policy", WHOLE_ROWS)
 
 
-@pytest.mark.parametrize("init", ALL_INITS)
+@pytest.mark.parametrize(("family", "init"), [case[1:] for case in CASES if case[0] == "tokens"])
 def test_step_zero_generates_the_tokens_of_the_original(family: str, init: str) -> None:
     model = tiny_model(family)
     original = copy.deepcopy(model)
@@ -84,7 +87,7 @@ def test_step_zero_generates_the_tokens_of_the_original(family: str, init: str) 
         assert not torch.equal(greedy(backbone.model, WHOLE_ROWS), expected)
 
 
-@pytest.mark.parametrize("init", ALL_INITS)
+@pytest.mark.parametrize(("family", "init"), [case[1:] for case in CASES if case[0] == "values"])
 def test_a_new_critic_is_its_head_on_the_hidden_states_of_the_original(family: str, init: str) -> None:
     model = tiny_model(family)
     original = copy.deepcopy(model)
@@ -109,8 +112,7 @@ def bytes_of(model: PreTrainedModel) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("init", ALL_INITS)
+@every_pair(family=FAMILIES, init=ALL_INITS, dtype=DTYPES)
 def test_training_every_role_leaves_the_base_byte_identical(family: str, init: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype)
     original = copy.deepcopy(model)
@@ -247,8 +249,7 @@ def test_anchor_logprobs_and_entropies_equal_the_plain_model(family: str, temper
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("name", ["stories260K", "tinychat3m"])
-@pytest.mark.parametrize("init", ALL_INITS)
+@pytest.mark.parametrize(("name", "init"), zip(cycle(["stories260K", "tinychat3m"]), ALL_INITS, strict=False))
 def test_real_models(shared_data: Path, name: str, init: str) -> None:
     path = shared_data / name / "hf"
     original = AutoModelForCausalLM.from_pretrained(path).eval()

@@ -11,6 +11,7 @@ from pe_rlhf.adapters.layer import RoleState, WrappedLayer, count_trainable, mer
 from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics
 from pe_rlhf.adapters.lora.anchored import AnchoredLoRA, lora_scale
 from pe_rlhf.adapters.specs import AdapterSpec, new_adapter, saved_adapter
+from tests.pairwise import every_pair
 from tests.tiny import ALL_INITS
 
 IN, OUT, RANK, SCALE = 12, 20, 3, 1.5
@@ -251,9 +252,7 @@ def test_the_wrapper_adds_the_active_role_alone(kind: str) -> None:
     assert not torch.allclose(layer(x), y, atol=0.1)
 
 
-@pytest.mark.parametrize("init", ALL_INITS)
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_pair(dtype=(torch.float32, torch.bfloat16), kind=("linear", "conv1d"), init=ALL_INITS)
 def test_a_merged_weight_is_a_fresh_one_in_the_layout_of_the_base(dtype: torch.dtype, kind: str, init: str) -> None:
     base = base_layer(kind, dtype)
     weight = base.weight

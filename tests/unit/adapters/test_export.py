@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from pe_rlhf.adapters.layer import WrappedLayer, merged_weight
 from pe_rlhf.adapters.targets import Targets
 from pe_rlhf.model.backbone import Backbone, load_backbone
+from tests.pairwise import pairwise
 from tests.tiny import (
     ALL_INITS,
     EOS,
+    FAMILIES,
     PAD,
     add_role,
     padded,
@@ -38,6 +40,14 @@ IDS_BT = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [20, 30, 40, 50, 60, 3, 2, 4
 
 # Inits whose B starts at zero have nothing to subtract, and export at their own rank.
 B_ZERO = ("lora", "gaussian", "rlpo", "rlmo", "eva")
+
+
+# Every init with every architecture, and both with every form, but not all three together.
+CASES = pairwise(("policy", "merged", "value", "reward"), FAMILIES, ALL_INITS)
+
+
+def cases(form: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("family", "init"), [case[1:] for case in CASES if case[0] == form])
 
 
 def trained(
@@ -62,7 +72,7 @@ def assert_has_moved(backbone: Backbone, role: str) -> None:
     assert (role_logits(backbone, role, IDS_BT) - role_logits(backbone, "anchor", IDS_BT)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("init", ALL_INITS)
+@cases("policy")
 def test_policy_loads_in_peft_as_it_is(family: str, init: str, tmp_path: Path) -> None:
     backbone, original = trained(family, init)
     assert_has_moved(backbone, "policy")
@@ -76,7 +86,7 @@ def test_policy_loads_in_peft_as_it_is(family: str, init: str, tmp_path: Path) -
         assert torch.equal(plain_logits(peft_model, input_ids=IDS_BT), role_logits(backbone, "anchor", IDS_BT))
 
 
-@pytest.mark.parametrize("init", ALL_INITS)
+@cases("merged")
 def test_merged_weights_in_a_plain_model_compute_the_role(family: str, init: str) -> None:
     backbone, original = trained(family, init)
     merged = copy.deepcopy(original)
@@ -90,7 +100,7 @@ def test_merged_weights_in_a_plain_model_compute_the_role(family: str, init: str
     torch.testing.assert_close(found, role_logits(backbone, "policy", IDS_BT), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("init", ALL_INITS)
+@cases("value")
 def test_value_is_the_adapter_in_peft_and_the_head_of_its_file(family: str, init: str, tmp_path: Path) -> None:
     backbone, original = trained(family, init, role="value")
     perturb(backbone, "value")  # where training leaves the bias, an init may by chance leave it near 0
@@ -105,7 +115,7 @@ def test_value_is_the_adapter_in_peft_and_the_head_of_its_file(family: str, init
     torch.testing.assert_close(role_logits(backbone, "value", IDS_BT), expected_BT1, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("init", ALL_INITS)
+@cases("reward")
 def test_reward_is_a_sequence_classifier_in_peft(
     family: str, init: str, tmp_path: Path, saved_model: Callable[[PreTrainedModel], Path]
 ) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_rlhf.algo.logprobs import CHUNK, pieces_of, token_logprobs
+from tests.pairwise import every_pair
 
 N, H, V = 37, 16, 101
 
@@ -25,9 +26,7 @@ def plain(hidden_NH: Tensor, head: Callable[[Tensor], Tensor], tokens_N: Tensor,
     return torch.log_softmax(head(hidden_NH).float() / temperature, -1)[torch.arange(len(tokens_N)), tokens_N]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-@pytest.mark.parametrize("pieces", [None, 1, 5, N, N + 3])
-@pytest.mark.parametrize("train_head", [False, True])
+@every_pair(temperature=(1.0, 0.7, 2.5), pieces=(None, 1, 5, N, N + 3), train_head=(False, True))
 def test_values_and_gradients_equal_log_softmax_over_complete_logits(
     temperature: float, pieces: int | None, train_head: bool
 ) -> None:

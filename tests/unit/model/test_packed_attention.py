@@ -15,6 +15,7 @@ from transformers import DogeConfig, DogeForCausalLM, Qwen3NextConfig, Qwen3Next
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.micro_batches import micro_batches
 from pe_rlhf.types import Sequences
+from tests.pairwise import every_pair
 from tests.runs import read_jsonl
 from tests.stage_support import run
 from tests.tiny import (
@@ -102,9 +103,7 @@ def alone(backbone: Backbone, role: str, sequences: Sequences) -> Tensor:
 # ---- passes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("batch", BATCHES)
+@every_pair(name=("llama", "gpt2", "mistral"), role=ROLES, batch=BATCHES)
 def test_numbers_and_gradients_are_those_of_padded_rows(name: str, role: str, batch: str) -> None:
     backbone, (make, computed) = trained(name), BATCHES[batch]
     sequences = make()
@@ -132,9 +131,7 @@ def test_blocks_can_be_recomputed(role: str, batch: str) -> None:
     assert_same_gradients(found_gradients, gradients)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("batch", BATCHES)
+@every_pair(name=("llama", "gpt2"), role=ROLES, batch=BATCHES)
 def test_with_a_frozen_trunk_below(name: str, role: str, batch: str) -> None:
     backbone, plain = trained(name, last_layers=1), BATCHES[batch][0]()
     given_trunk = backbone.with_trunk(plain, micro_batch_tokens=16)

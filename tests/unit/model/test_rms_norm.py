@@ -12,6 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.model.fast.rms_norm import shorten_norms
+from tests.pairwise import every_pair
 from tests.tiny import IDS_BT, tiny_model, with_gradient
 
 SIZE = 24
@@ -35,9 +36,11 @@ def is_short(norm: nn.Module) -> bool:
     return "forward" in vars(norm)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, SIZE), (2, 3, 5, SIZE)], ids=["hidden states", "heads"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", [LlamaRMSNorm, MistralRMSNorm, Qwen3RMSNorm])
+@every_pair(
+    kind=(LlamaRMSNorm, MistralRMSNorm, Qwen3RMSNorm),
+    dtype=(torch.float32, torch.bfloat16, torch.float16),
+    shape=((2, 5, SIZE), (2, 3, 5, SIZE)),  # hidden states, heads
+)
 def test_numbers_are_those_of_transformers_to_the_bit_and_gradients_autograds(
     kind: type[nn.Module], dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
