@@ -32,12 +32,13 @@ def reliability_table(margins: Sequence[float], bins: int = 10) -> list[Reliabil
     finite, and where bins < 1. Source: arXiv 1706.04599 §2.
     """
     if bins < 1:
-        raise InputError(f"bins must be at least 1, not {bins}")
+        raise InputError(f"bins must be at least 1, not {bins}", kind="invalid", key="bins")
     margin_N = np.asarray(margins, dtype=np.float64)
     if margin_N.size == 0:
-        raise InputError("there are no margins to calibrate on")
+        raise InputError("there are no margins to calibrate on", kind="empty", key="margins")
     if not np.isfinite(margin_N).all():
-        raise InputError(f"margin {int(np.argmin(np.isfinite(margin_N)))} is not finite")
+        first = int(np.argmin(np.isfinite(margin_N)))
+        raise InputError(f"margin {first} is not finite", kind="not_finite", key="margins", row=first + 1)
 
     confidence_N = 1 / (1 + np.exp(-np.abs(margin_N)))
     correct_N = (np.sign(margin_N) + 1) / 2
@@ -78,5 +79,5 @@ def accuracy_interval(correct: float, n: int, level: float = 0.95) -> tuple[floa
     Raises `InputError` where n < 1 or `correct` is not in [0, n].
     """
     if n < 1 or not 0 <= correct <= n:
-        raise InputError(f"{correct} correct of {n} is not an accuracy")
+        raise InputError(f"{correct} correct of {n} is not an accuracy", kind="invalid", key="correct")
     return wilson_interval(correct / n, n, level)

@@ -67,10 +67,13 @@ class Failure(Exception):
         self.kind, self.key, self.row, self.step, self.fix = kind, key, row, step, fix
         self.file = None if file is None else str(file)
 
-    def at(self, place: str) -> Self:
-        """The same failure with the place where it happened, a stage for example, in front of its sentence."""
+    def at(self, place: str, **known: Any) -> Self:
+        """The same failure with the place where it happened, a stage for example, in front of its sentence.
+
+        `known` are fields that the place adds: the function that parses a row does not know its file and number.
+        """
         fields: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "key", "file", "row", "step")}
-        moved = type(self)(f"{place}: {self}", **fields)
+        moved = type(self)(f"{place}: {self}", **fields | known)
         moved.fix = self.fix
         return moved
 

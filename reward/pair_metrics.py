@@ -39,7 +39,7 @@ def accuracy_metrics(pairs: Sequence[ScoredPair]) -> dict[str, float]:
 def reward_metrics(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
     """The whole summary of a reward model on pairs. Raises `InputError` where there are none."""
     if not pairs:
-        raise InputError("there are no pairs to evaluate the reward model on")
+        raise InputError("there are no pairs to evaluate the reward model on", kind="empty")
     subsets = sorted({pair.subset for pair in pairs})
     margins = [pair.margin for pair in pairs]
     return {

@@ -54,22 +54,28 @@ class BadRecord:
 
 
 def load_records(
-    rows: Iterable[Mapping[str, object]], source: str, max_bad_share: float = 0.05
+    rows: Iterable[Mapping[str, object]], file: str, max_bad_share: float = 0.05, key: str | None = None
 ) -> tuple[list[PreferenceRecord], list[BadRecord]]:
     """Parse all rows as preferences; see `parse_rows`."""
-    return parse_rows(rows, parse_record, source, max_bad_share)
+    return parse_rows(rows, parse_record, file, max_bad_share, key)
 
 
 def parse_rows(
     rows: Iterable[Mapping[str, object]],
     parse: Callable[[Mapping[str, object]], Record],
-    source: str,
+    file: str,
     max_bad_share: float = 0.05,
+    key: str | None = None,
 ) -> tuple[list[Record], list[BadRecord]]:
-    """Parse all rows; return the records and, apart from them, the rows that are none.
+    """Parse all rows; return the records, and separately the rows that could not be parsed.
 
-    `parse` raises `InputError` for a row that is none. Raises `InputError`, naming `source` and the row, when there are
-    no rows, when no row can be used, and when more than `max_bad_share` of them cannot.
+    Args:
+        parse: raises `InputError` for a row that it cannot read.
+        file, key: the data set and the recipe key that names it, for errors.
+        max_bad_share: the share of rows that may be unusable.
+
+    Raises `InputError` where there are no rows, where no row can be used, and where more than `max_bad_share` cannot;
+    its `row` is the first of those.
     """
     records: list[Record] = []
     bad: list[BadRecord] = []
@@ -79,16 +85,19 @@ def parse_rows(
         except InputError as error:
             bad.append(BadRecord(number, str(error)))
 
+    place = file if key is None else f"{key}: {file}"
     total = len(records) + len(bad)
     if total == 0:
-        raise InputError(f"{source}: there are no rows")
+        raise InputError(f"{place}: there are no rows", kind="empty", key=key, file=file)
     if bad:
         first = f"the first is row {bad[0].row}: {bad[0].reason}"
         if not records:
-            raise InputError(f"{source}: none of the {total} rows can be used; {first}")
+            message = f"{place}: none of the {total} rows can be used; {first}"
+            raise InputError(message, kind="invalid", key=key, file=file, row=bad[0].row)
         if len(bad) / total > max_bad_share:
             share = f"{len(bad)} of {total} rows ({len(bad) / total:.1%})"
-            raise InputError(f"{source}: {share} cannot be used, more than the {max_bad_share:.1%} allowed; {first}")
+            message = f"{place}: {share} cannot be used, more than the {max_bad_share:.1%} allowed; {first}"
+            raise InputError(message, kind="invalid", key=key, file=file, row=bad[0].row)
     return records, bad
 
 
@@ -96,17 +105,17 @@ def parse_record(row: Mapping[str, object]) -> PreferenceRecord:
     """Read one row in any of the formats in this module's table.
 
     Optional columns: `margin` (a number), `chosen_truncated` and `rejected_truncated` (true or false).
-    Raises `InputError` with the reason, and no place: the caller knows the file and the row.
+    Raises `InputError` with the reason and the column as its `key`; the caller knows the file and the row.
     """
     if not isinstance(row, Mapping):
-        raise InputError("the row is not an object with named columns")
+        raise InputError("the row is not an object with named columns", kind="invalid")
     prompt, chosen, rejected = _split_row(row)
     parse_prompt(prompt)
     for column, response in (("chosen", chosen), ("rejected", rejected)):
         if not response.strip():
-            raise InputError(f"the {column} response is empty")
+            raise InputError(f"the {column} response is empty", kind="empty", key=column)
     if chosen.strip() == rejected.strip():
-        raise InputError("the chosen and the rejected response are equal")
+        raise InputError("the chosen and the rejected response are equal", kind="conflict", key="rejected")
     return PreferenceRecord(
         prompt,
         chosen,
@@ -118,16 +127,16 @@ def parse_record(row: Mapping[str, object]) -> PreferenceRecord:
 
 
 def parse_prompt(value: object) -> Prompt:
-    """A prompt, checked: text, or chat messages with role and content each. Raises `InputError` with the reason alone.
+    """A prompt, checked: text, or chat messages with role and content each. Raises `InputError` with the reason.
 
-    The messages keep nothing else: a data set's loader may have filled in keys that others of its rows have.
+    Other keys of a message are dropped: the loader fills in every key that any row of the data set has.
     """
     if not isinstance(value, str | list):
-        raise InputError("the prompt must be text or a list of messages")
+        raise InputError("the prompt must be text or a list of messages", kind="invalid", key="prompt")
     prompt = value if isinstance(value, str) else parse_messages(value, "prompt")
     contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     if not any(content.strip() for content in contents):
-        raise InputError("the prompt is empty")
+        raise InputError("the prompt is empty", kind="empty", key="prompt")
     return prompt
 
 
@@ -136,9 +145,9 @@ def _split_row(row: Mapping[str, object]) -> tuple[Prompt, str, str]:
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     for column, value in (("chosen", chosen), ("rejected", rejected)):
         if value is None:
-            raise InputError(f"column {column!r} is missing")
+            raise InputError(f"column {column!r} is missing", kind="missing", key=column)
     if prompt is not None and not isinstance(prompt, str | list):
-        raise InputError("column 'prompt' must be text or a list of messages")
+        raise InputError("column 'prompt' must be text or a list of messages", kind="invalid", key="prompt")
 
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, str):
@@ -154,20 +163,23 @@ def _split_row(row: Mapping[str, object]) -> tuple[Prompt, str, str]:
         if not isinstance(prompt, list):
             return _split_dialogues(chosen_messages, rejected_messages)
         if len(chosen_messages) != 1 or len(rejected_messages) != 1:
-            raise InputError("beside a prompt of messages, each response must be a single assistant message")
+            message = "beside a prompt of messages, each response must be a single assistant message"
+            raise InputError(message, kind="invalid", key="chosen" if len(chosen_messages) != 1 else "rejected")
         prompt_messages = parse_messages(prompt, "prompt")
         better, worse = assistant_text(chosen_messages[0], "chosen"), assistant_text(rejected_messages[0], "rejected")
         return prompt_messages, better, worse
 
-    raise InputError("columns 'chosen' and 'rejected' must both be text or both be lists of messages")
+    message = "columns 'chosen' and 'rejected' must both be text or both be lists of messages"
+    raise InputError(message, kind="conflict", key="rejected")
 
 
 def _split_dialogues(chosen: list[Message], rejected: list[Message]) -> tuple[Prompt, str, str]:
     """Split whole dialogues: the last message is the response, all before it the prompt, which they must share."""
     if chosen[:-1] != rejected[:-1]:
-        raise InputError("the dialogues must be the same up to one final assistant message each")
+        message = "the dialogues must be the same up to one final assistant message each"
+        raise InputError(message, kind="conflict", key="rejected")
     if len(chosen) == 1:
-        raise InputError("the dialogues hold no prompt before the response")
+        raise InputError("the dialogues hold no prompt before the response", kind="missing", key="prompt")
     return chosen[:-1], assistant_text(chosen[-1], "chosen"), assistant_text(rejected[-1], "rejected")
 
 
@@ -187,7 +199,8 @@ def _split_texts(chosen: str, rejected: str) -> tuple[Prompt, str, str]:
     if end > 0 and chosen[end - 1] == " ":
         end -= 1
     if end == 0:
-        raise InputError("the texts start with no common prompt, and there is no column 'prompt'")
+        message = "the texts start with no common prompt, and there is no column 'prompt'"
+        raise InputError(message, kind="missing", key="prompt")
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -214,21 +227,23 @@ def _transcript_messages(text: str) -> list[Message]:
 def parse_messages(value: list[object], column: str) -> list[Message]:
     """Check a list of chat messages; keep role and content of each."""
     if not value:
-        raise InputError(f"column {column!r} holds no messages")
+        raise InputError(f"column {column!r} holds no messages", kind="empty", key=column)
     messages: list[Message] = []
     for item in value:
         role = item.get("role") if isinstance(item, Mapping) else None
         content = item.get("content") if isinstance(item, Mapping) else None
         if not isinstance(role, str) or not isinstance(content, str):
-            raise InputError(f"column {column!r} holds a message without a text 'role' and a text 'content'")
+            message = f"column {column!r} holds a message without a text 'role' and a text 'content'"
+            raise InputError(message, kind="invalid", key=column)
         messages.append({"role": role, "content": content})
     return messages
 
 
 def assistant_text(message: Message, column: str) -> str:
-    """The text of an assistant's message; `column` is where it stands, for the reason. Raises `InputError` with it."""
+    """The text of an assistant's message in a column. Raises `InputError` for another role's."""
     if message["role"] != "assistant":
-        raise InputError(f"the last message of {column!r} has the role {message['role']!r}, not 'assistant'")
+        reason = f"the last message of {column!r} has the role {message['role']!r}, not 'assistant'"
+        raise InputError(reason, kind="invalid", key=column)
     return message["content"]
 
 
@@ -237,7 +252,7 @@ def _optional_number(row: Mapping[str, object], column: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InputError(f"column {column!r} must be a finite number")
+        raise InputError(f"column {column!r} must be a finite number", kind="invalid", key=column)
     return float(value)
 
 
@@ -246,5 +261,5 @@ def _optional_flag(row: Mapping[str, object], column: str) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise InputError(f"column {column!r} must be true or false")
+        raise InputError(f"column {column!r} must be true or false", kind="invalid", key=column)
     return value

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from pe_rlhf.cli.main import main
 from pe_rlhf.model.backbone import Backbone, load_backbone
-from reward.errors import InputError
+from reward.errors import Failure, InputError
 from tests.paths import SHARED_DATA
 from tests.runs import Outcome, contents
 from tests.tiny import EOS, FAMILIES, VOCABULARY, tiny_model
@@ -123,13 +123,14 @@ def cli(
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["pe-rlhf", *map(str, arguments)])
         code: str | int | None = 0
+        error = None
         try:
             main()
         except SystemExit as end:
-            code = end.code
+            code, error = end.code, end.__context__
         assert isinstance(code, int)
         said = capsys.readouterr()
-        return Outcome(code, said.out, said.err)
+        return Outcome(code, said.out, said.err, error)
 
     yield call
     torch.set_num_threads(threads)
@@ -138,6 +139,27 @@ def cli(
         file = getattr(sys.modules[name], "__file__", None)
         if file and Path(file).is_relative_to(tmp_path):
             del sys.modules[name]
+
+
+@pytest.fixture
+def fails(cli: Callable[..., Outcome], tmp_path: Path) -> Callable[..., Failure]:
+    """Call the command line with something that is wrong, and return the failure that it reports in one line.
+
+    Nothing that was in the test's folder before may have changed.
+    """
+
+    def call(*arguments: str | Path, code: int = 2) -> Failure:
+        before = contents(tmp_path)
+        outcome = cli(*arguments)
+        assert outcome.code == code, outcome
+        assert "Traceback" not in outcome.out + outcome.err
+        assert isinstance(outcome.error, Failure), outcome
+        assert outcome.errors == [" ".join(str(outcome.error).split())]
+        after = contents(tmp_path)
+        assert {name: after.get(name) for name in before} == before
+        return outcome.error
+
+    return call
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ class Outcome:
     code: int
     out: str
     err: str
+    error: BaseException | None = None  # what was raised, where the command failed
 
     @property
     def errors(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,67 +17,60 @@ from typing import Annotated
 import psutil
 import typer
 
-VALUED = ("--run-dir", "--from", "--to", "--may-change")  # options of `pe-rlhf run` whose value may hold a "="
+from pe_rlhf.cli.run_command import plan, run
+from reward.errors import InputError
+
+HOST = re.compile(r"\S+\s+slots=[1-9]\d*(\s+#.*)?")  # a line of a hostfile
 
 
 def launch(
-    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that comes along.")],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(help="What `pe-rlhf run` takes after the recipe; put its options behind `--`: -- --resume"),
+        typer.Argument(
+            metavar="RECIPE [KEY=VALUE]... [OPTIONS OF RUN]",
+            help="What `pe-rlhf run` takes: a recipe, overrides, and --run-dir, --resume, --from, --to, --may-change.",
+        ),
     ] = None,
     num_procs: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes on each node, one per GPU; if left out, the hostfile's slots, or 1."),
+        typer.Option(min=1, help="Processes on each node, one per GPU; default: the hostfile's slots, or 1."),
     ] = None,
     hostfile: Annotated[
         Path | None,
         typer.Option(help="`HOST slots=N` a line; the nodes are reached by ssh unless --node-rank is given."),
     ] = None,
-    num_nodes: Annotated[int, typer.Option(min=1, help="Nodes, where there is no hostfile.")] = 1,
+    num_nodes: Annotated[int, typer.Option(min=1, help="Nodes, without a hostfile.")] = 1,
     node_rank: Annotated[
         int | None, typer.Option(min=0, help="This node's number: run the same command on every node, without ssh.")
     ] = None,
-    master_addr: Annotated[str | None, typer.Option(help="Where node 0 is reached by the others.")] = None,
-    master_port: Annotated[int, typer.Option(help="A free port on node 0.")] = 29500,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do nothing.")] = False,
+    master_addr: Annotated[str | None, typer.Option(help="Address at which the other nodes reach node 0.")] = None,
+    master_port: Annotated[int, typer.Option(min=1, max=65535, help="A free port on node 0.")] = 29500,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the command, start nothing.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run a recipe on several processes; batch sizes in it are of all processes together.
 
-    `deepspeed=zero2` among the overrides chooses how states are split: zero0 … zero3, zero3_offload, or a JSON file.
+    All options of `pe-rlhf run` can be given, too. `deepspeed=zero2` among the overrides chooses how states are split:
+    zero0 … zero3, zero3_offload, or a JSON file.
     """
-    from pe_rlhf.config.load import find_recipe, load_deepspeed_config, load_recipe
-    from reward.errors import InputError
-
     passed = arguments or []
-    overrides = [
-        argument
-        for before, argument in zip(["", *passed], passed, strict=False)
-        if not argument.startswith("-") and "=" in argument and before not in VALUED
-    ]
-    # A mistake is told once, before any process is started.
-    loaded = load_recipe(find_recipe(recipe), overrides)
-    if loaded.deepspeed is not None:
-        load_deepspeed_config(loaded.deepspeed)
-    several = num_nodes > 1 or hostfile is not None
-    if node_rank is not None and not several:
-        raise InputError("--node-rank needs --num-nodes or --hostfile")
-    if num_nodes > 1 and hostfile is None and (node_rank is None or master_addr is None):
-        raise InputError("--num-nodes needs --node-rank and --master-addr, or a --hostfile with nodes that ssh reaches")
-    if node_rank is not None and node_rank >= num_nodes and hostfile is None:
-        raise InputError(f"--node-rank {node_rank} is not below --num-nodes {num_nodes}: the first node is 0")
+    _check_run(passed)
+    nodes = num_nodes if hostfile is None else _count_hosts(hostfile)
+    _check_nodes(nodes, num_nodes, hostfile, node_rank, master_addr)
 
     command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--master_port={master_port}"]
     if master_addr is not None:
         command.append(f"--master_addr={master_addr}")
+    several = num_nodes > 1 or hostfile is not None
     if several:
         command.append(f"--hostfile={hostfile or _numbered_hosts(num_nodes, num_procs or 1)}")
     if num_procs is not None or not several:
         command.append(f"--num_accelerators={num_procs or 1}")
     if node_rank is not None:
         command += ["--no_ssh", f"--node_rank={node_rank}"]
-    command += ["--no_local_rank", "--module", "pe_rlhf", "run", recipe, *(arguments or [])]
+    command += ["--no_local_rank", "--module", "pe_rlhf", "run", *passed]
     if debug:
         command.append("--debug")
     if dry_run:
@@ -85,10 +79,60 @@ def launch(
     raise typer.Exit(_run(command))
 
 
+def _check_run(arguments: list[str]) -> None:
+    """Refuse what `pe-rlhf run` would refuse: once, and before any process is started."""
+    app = typer.Typer(add_completion=False)
+    app.command()(run)
+    given = typer.main.get_command(app).make_context("pe-rlhf launch", list(arguments)).params
+    run_dir = None if given["run_dir"] is None else Path(given["run_dir"])
+    loaded, target, stages = plan(
+        given["recipe"], list(given["overrides"] or ()), run_dir, given["first"], given["last"]
+    )
+
+    from pe_rlhf.stages.pipeline import check_inputs
+
+    check_inputs(loaded, stages, run_dir=target)
+
+
+def _check_nodes(
+    nodes: int, num_nodes: int, hostfile: Path | None, node_rank: int | None, master_addr: str | None
+) -> None:
+    """Raise `InputError` for options that do not say which nodes there are and how they reach each other."""
+    if hostfile is not None and num_nodes > 1:
+        raise InputError("--num-nodes is for runs without a --hostfile", kind="conflict", key="--num-nodes")
+    if num_nodes > 1 and (node_rank is None or master_addr is None):
+        message = "--num-nodes needs --node-rank and --master-addr"
+        fix = "or name a --hostfile with nodes that ssh reaches"
+        raise InputError(message, kind="missing", key="--node-rank" if node_rank is None else "--master-addr", fix=fix)
+    if node_rank is not None and num_nodes == 1 and hostfile is None:
+        raise InputError("--node-rank needs --num-nodes or --hostfile", kind="missing", key="--num-nodes")
+    if node_rank is not None and node_rank >= nodes:
+        message = f"--node-rank {node_rank} is not one of {nodes} nodes, which are counted from 0"
+        raise InputError(message, kind="invalid", key="--node-rank")
+
+
+def _count_hosts(hostfile: Path) -> int:
+    """Nodes in a hostfile. DeepSpeed would train on one process where the file is missing or has no nodes."""
+    try:
+        lines = hostfile.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        message = f"--hostfile: {hostfile} cannot be read: {error}"
+        raise InputError(message, kind=kind, key="--hostfile", file=hostfile) from error
+    hosts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip() and line.strip()[0] != "#"]
+    for number, line in hosts:
+        if not HOST.fullmatch(line):
+            message = f"--hostfile: {hostfile} line {number}: {line!r} is not of the form `HOST slots=N`"
+            raise InputError(message, kind="invalid", key="--hostfile", file=hostfile, row=number)
+    if not hosts:
+        raise InputError(f"--hostfile: {hostfile} names no node", kind="empty", key="--hostfile", file=hostfile)
+    return len(hosts)
+
+
 def _run(command: list[str]) -> int:
     """Run the launcher and return its exit code. SIGTERM and SIGINT go to the training processes themselves.
 
-    DeepSpeed's launcher would end them: at once where it is told by a signal, and after 30 seconds where they were.
+    DeepSpeed's launcher, if it got the signal, would end them at once, before they have saved.
     """
     from pe_rlhf.system.processes import accelerator_environment
 
@@ -99,7 +143,7 @@ def _run(command: list[str]) -> int:
         for process in ranks:
             with suppress(psutil.Error):  # it may have ended by now
                 process.send_signal(number)
-        if not ranks:  # not there yet, or on other nodes
+        if not ranks:  # not started yet, or on other nodes
             launcher.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -112,7 +156,7 @@ def _run(command: list[str]) -> int:
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:
-    """The training processes that a launcher has started here: what they have and it has not is a rank."""
+    """The training processes that a launcher has started here: the only ones with a RANK in their environment."""
     ranks = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(launcher).children(recursive=True):
@@ -123,7 +167,7 @@ def _ranks(launcher: int) -> list[psutil.Process]:
 
 
 def _numbered_hosts(nodes: int, slots: int) -> str:
-    """A hostfile for nodes that are started by hand: the launcher counts its lines and looks no name up."""
+    """A hostfile for nodes that are started by hand: with --no_ssh the launcher only counts its lines."""
     path = Path(tempfile.gettempdir()) / f"pe-rlhf-{os.getuid()}-{nodes}x{slots}.hosts"
     path.write_text("".join(f"node-{number} slots={slots}\n" for number in range(nodes)), encoding="utf-8")
     return str(path)

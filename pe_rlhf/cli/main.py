@@ -1,4 +1,4 @@
-"""The command line: its commands (one file each in `commands/`), and how they end.
+"""The command line: its commands, one file each, and how they end.
 
 Errors are one sentence and a non-zero exit code; `--debug` shows where they came from.
 """
@@ -11,11 +11,13 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from pe_rlhf import __version__
 from pe_rlhf.cli.compare_command import compare
+from pe_rlhf.cli.doctor_command import doctor
 from pe_rlhf.cli.evaluate_command import evaluate
 from pe_rlhf.cli.evaluate_reward_command import evaluate_reward
 from pe_rlhf.cli.export_command import export
@@ -42,28 +44,42 @@ GOES_ON = {
 SECONDS_FOR_MAIN = 120.0
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pe-rlhf {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
     """Without arguments, the help."""
 
 
 app.command("run")(run)
-app.command("launch")(launch)
+# Options that it does not know are `run`'s, which checks them.
+app.command("launch", context_settings={"ignore_unknown_options": True})(launch)
 app.command("compare")(compare)
 app.command("evaluate")(evaluate)
 app.command("evaluate-reward")(evaluate_reward)
 app.command("winrate")(winrate)
 app.command("inspect")(inspect)
 app.command("export")(export)
+app.command("doctor")(doctor)
 
 
 def main() -> None:
     """Entry point of `pe-rlhf` and `python -m pe_rlhf`."""
     for name, value in {"TOKENIZERS_PARALLELISM": "false", **openmp_environment()}.items():
         os.environ.setdefault(name, value)
-    # Where transformers load DeepSpeed along, it says on stdout, among our results, that there is no GPU.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries: in a log each of their updates is a line
+    # When transformers imports DeepSpeed, it says on stdout, among our results, that there is no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    # DeepSpeed's launcher tells each process its local rank, which is in LOCAL_RANK, too.
+    # DeepSpeed's launcher passes each process its local rank, which LOCAL_RANK says already.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:
         status = app(args=arguments or ["--help"], standalone_mode=False)
@@ -82,10 +98,10 @@ def main() -> None:
         if not _is_another_ranks(error):
             raise
         if is_main() and not isinstance(error, ElsewhereError):
-            print("another process has ended; if it says nothing of it, it was killed from outside", file=sys.stderr)
+            print("another process has ended; if it printed no error, it was killed from outside", file=sys.stderr)
         _leave_after_main(TRAINING_STOPPED)
     else:
-        if status == INTERRUPTED:  # what typer makes of Ctrl-C
+        if status == INTERRUPTED:  # typer returns it for Ctrl-C
             print("; ".join(["interrupted", *GOES_ON.get(arguments[0], ())]), file=sys.stderr)
         if launched():
             from pe_rlhf.system.distributed import leave_group
@@ -95,17 +111,17 @@ def main() -> None:
 
 
 def _is_another_ranks(error: RuntimeError) -> bool:
-    """Whether this rank fails only because another one has, which tells of it."""
+    """Whether this rank fails only because another one has, which reports the error."""
     lost = "closed by peer" in str(error) or "reset by peer" in str(error)
     return launched() and (lost or isinstance(error, ElsewhereError))
 
 
 def _leave_after_main(code: int) -> NoReturn:
-    """End this rank once rank 0 has: the launcher ends them all when one is gone, and rank 0 may have more to do."""
+    """End this rank after rank 0: the launcher kills all ranks when one is gone, and rank 0 may still be saving."""
     from pe_rlhf.system.distributed import from_main
 
     def wait() -> None:
-        with suppress(Exception):  # what ends it is that the connection is closed
+        with suppress(Exception):  # it ends when rank 0 closes the connection
             from_main(None)
 
     waiting = threading.Thread(target=wait, daemon=True)
@@ -124,7 +140,7 @@ def _fail(error: Exception, code: int) -> NoReturn:
 def _end(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     if launched():
-        os._exit(code)  # without waiting for the others in torch's own clean-up; the launcher ends them
+        os._exit(code)  # torch's clean-up would wait for the other ranks, which the launcher ends
     sys.exit(code)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reward.errors import InputError
+
+if TYPE_CHECKING:
+    from pe_rlhf.config import Recipe
 
 
 def run(
@@ -41,21 +44,14 @@ def run(
     Each stage writes a folder in the run directory (recipe.yaml, metrics.jsonl, summary.json, its adapter) and the next
     one reads it from there. The run ends with a table and report.html.
     """
-    from pe_rlhf.config.load import find_recipe, load_recipe
+    loaded, target, stages = plan(recipe, overrides, run_dir, first, last)
 
-    loaded = load_recipe(find_recipe(recipe), overrides)
-    if loaded.compare is not None:
-        raise InputError(f"{recipe} is a comparison: run it by `pe-rlhf compare {recipe}`")
-    target = run_dir or Path("runs") / loaded.name
-
-    # Imported here: torch and transformers take seconds, and a mistake in the recipe should be told at once.
     from pe_rlhf.runs.layout import RunFiles
     from pe_rlhf.stages.outcome_table import outcome_table
-    from pe_rlhf.stages.pipeline import check_inputs, run_recipe, select_stages
+    from pe_rlhf.stages.pipeline import check_inputs, run_recipe
     from pe_rlhf.system.processes import is_main
     from pe_rlhf.system.progress import console
 
-    stages = select_stages(loaded, first, last)
     if dry_run:
         check_inputs(loaded, stages, run_dir=target)
         typer.echo(f"{loaded.name}: {' → '.join(stages)} with {loaded.model}, into {target}; the recipe is valid")
@@ -66,3 +62,20 @@ def run(
         return
     console.print(outcome_table(loaded.name, summaries))
     typer.echo(f"report: {RunFiles(target).report.resolve()}")
+
+
+def plan(
+    recipe: str, overrides: list[str] | None, run_dir: Path | None, first: str | None, last: str | None
+) -> tuple[Recipe, Path, list[str]]:
+    """The recipe, the run's directory and the stages to run. Raises `InputError` for a recipe that cannot be run."""
+    from pe_rlhf.config.load import find_recipe, load_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    if loaded.compare is not None:
+        fix = f"run it with `pe-rlhf compare {recipe}`"
+        raise InputError(f"{recipe} is a comparison", kind="conflict", key="compare", file=recipe, fix=fix)
+
+    # Imported here: torch and transformers take seconds, and a mistake in the recipe should be told at once.
+    from pe_rlhf.stages.pipeline import select_stages
+
+    return loaded, run_dir or Path("runs") / loaded.name, select_stages(loaded, first, last)

@@ -7,35 +7,50 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pe_rlhf.config import Recipe
+from reward.errors import Kind
 
 UNION_BRANCHES = ("str", "list[str]")
 
 
-def explain_validation_error(error: ValidationError) -> tuple[str, str]:
-    """The key of the first mistake, and the mistake in one sentence, with how many more there are."""
-    # A key that is not known comes first: where it is a slip of the pen, another one is missing because of it.
+class Mistake(NamedTuple):
+    """The first mistake in a recipe: its key, its kind, and one sentence, which says how many more there are."""
+
+    key: str
+    kind: Kind
+    text: str
+
+
+def explain_validation_error(error: ValidationError) -> Mistake:
+    """The mistake that is told of those that pydantic found."""
+    # An unknown key comes first: where it is a typo, another key is missing because of it.
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] not in ("extra_forbidden", "invalid_key"))
-    # Of a section that could also be a name alone, what is wrong inside it, not that it is no name.
+    # For `str | Section` fields pydantic reports both branches; keep the error inside the section.
     places = [_location(mistake) for mistake in mistakes]
     mistakes = [m for m, place in zip(mistakes, places, strict=True) if not _is_other_branch(m, place, places)]
     first = mistakes[0]
     location = _location(first)
     key = ".".join(location)
-    if first["type"] == "extra_forbidden":
+    kind: Kind = "invalid"
+    if first["type"] == "refusal":
+        ours = first.get("ctx", {})
+        key, kind = ".".join(filter(None, [key, ours["key"]])), ours["kind"]
+        text = f"{key}: {ours['message']}" if key else ours["message"]
+    elif first["type"] == "extra_forbidden":
+        kind = "unknown"
         known = _fields_at(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         text = f"unknown key {key!r}; {hint}"
     elif first["type"] == "missing":
-        text = f"{key} is missing"
+        kind, text = "missing", f"{key} is missing"
     else:
-        # The branches of a union like `str | list[str]` each have a reason of their own.
+        # Each branch of a union like `str | list[str]` has a reason of its own.
         reasons = [
             mistake["msg"].removeprefix("Value error, ") for mistake in mistakes if _location(mistake) == location
         ]
@@ -44,7 +59,7 @@ def explain_validation_error(error: ValidationError) -> tuple[str, str]:
         if key and first["type"] != "value_error":
             text += f" (got {reprlib.repr(first['input'])})"
     more = len({tuple(_location(mistake)) for mistake in mistakes}) - 1
-    return key, text + (f" (and {more} more mistake{'s' if more > 1 else ''})" if more else "")
+    return Mistake(key, kind, text + (f" (and {more} more mistake{'s' if more > 1 else ''})" if more else ""))
 
 
 def _is_other_branch(mistake: ErrorDetails, place: list[str], places: list[list[str]]) -> bool:

@@ -36,10 +36,9 @@ def find_recipe(name: str) -> Path:
         return named
     known = sorted(p.stem for p in bundled("recipes").glob("*.yaml"))
     hint = difflib.get_close_matches(name, known, n=1)
-    raise InputError(
-        f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}"
-        + (f" (did you mean {hint[0]!r}?)" if hint else "")
-    )
+    message = f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}"
+    fix = f"did you mean {hint[0]!r}?" if hint else None
+    raise InputError(message, kind="missing", key="RECIPE", file=name, fix=fix)
 
 
 def load_deepspeed_config(name: str) -> dict[str, Any]:
@@ -51,14 +50,17 @@ def load_deepspeed_config(name: str) -> dict[str, Any]:
     if path.suffix != ".json":
         known = sorted(p.stem for p in bundled("launch").glob("zero*.json"))
         if name not in known:
-            raise InputError(f"deepspeed: there is no {name!r}; there are {', '.join(known)}, or name a JSON file")
+            message = f"deepspeed: there is no {name!r}; there are {', '.join(known)}"
+            raise InputError(message, kind="unknown", key="deepspeed", fix="choose one of them, or name a JSON file")
         path = bundled("launch") / f"{name}.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"deepspeed: {path} cannot be read: {error}") from error
+        kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        message = f"deepspeed: {path} cannot be read: {error}"
+        raise InputError(message, kind=kind, key="deepspeed", file=path) from error
     if not isinstance(config, dict):
-        raise InputError(f"deepspeed: {path} is not a JSON object")
+        raise InputError(f"deepspeed: {path} is not a JSON object", kind="unreadable", key="deepspeed", file=path)
     return {key: value for key, value in config.items() if key != "comment"}
 
 
@@ -76,12 +78,15 @@ def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        line = mark.line + 1 if mark else None
+        where = f" line {line}" if mark else ""
+        message = f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}"
+        raise InputError(message, kind="unreadable", file=path, row=line) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        raise InputError(f"{path}: cannot be read: {error}", kind="unreadable", file=path) from error
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys, this file holds {_describe(tree)}")
+        message = f"{path}: a recipe is a mapping of keys, this file holds {_describe(tree)}"
+        raise InputError(message, kind="empty" if tree is None else "invalid", file=path)
     tree.setdefault("name", path.stem)
     for override in overrides or []:
         _apply(tree, override)
@@ -96,10 +101,10 @@ def make_recipe(tree: dict[str, Any], path: Path, overrides: Sequence[str] = ())
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        key, text = explain_validation_error(error)
-        wrong = (override for override in overrides if _is_at_or_below(key, override.partition("=")[0]))
+        mistake = explain_validation_error(error)
+        wrong = (override for override in overrides if _is_at_or_below(mistake.key, override.partition("=")[0]))
         where = next((f"override {override!r}" for override in wrong), str(path))
-        raise InputError(f"{where}: {text}") from error
+        raise InputError(f"{where}: {mistake.text}", kind=mistake.kind, key=mistake.key or None, file=path) from error
     _resolve_paths(recipe, path.parent)
     return recipe
 
@@ -110,16 +115,17 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def refuse_other_recipe(recipe: Recipe, path: Path, may_change: Sequence[str] = ()) -> None:
-    """Raise `InputError` where a run that is to go on was started with another recipe, the one at `path`."""
+    """Raise `InputError` where the run to be resumed was started with another recipe, the one at `path`."""
     if changed := changes_since(recipe, path, may_change):
-        raise InputError(
+        message = (
             f"{path.parent} was started with another recipe and cannot be resumed (--may-change KEY lets one differ):"
             f" {changed}"
         )
+        raise InputError(message, kind="changed", key=changed.partition(":")[0], file=path)
 
 
 def changes_since(recipe: Recipe, path: Path, may_change: Sequence[str] = ()) -> str:
-    """What a recipe has otherwise than the one at `path`, but for what may differ; "" where that is nothing."""
+    """The keys in which a recipe differs from the one at `path`, except those that may; "" where there are none."""
     old, new = _flat(load_recipe(path).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     allowed = (*FREE_TO_CHANGE, *may_change)
     changed = [
@@ -140,11 +146,12 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise InputError(f"override {override!r} is not of the form key.sub=value")
+        raise InputError(f"override {override!r} is not of the form key.sub=value", kind="invalid", key=override)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: the value is not valid YAML") from error
+        message = f"override {override!r}: the value is not valid YAML"
+        raise InputError(message, kind="unreadable", key=key) from error
     set_key(tree, key, value, f"override {override!r}")
 
 
@@ -160,15 +167,16 @@ def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
         node = node[part]
         if not isinstance(node, dict):
             above = ".".join(parents[: i + 1])
-            raise InputError(f"{where}: {above} is {node!r} and has no {parts[i + 1]!r} below it")
+            message = f"{where}: {above} is {node!r} and has no {parts[i + 1]!r} below it"
+            raise InputError(message, kind="unknown", key=key)
     node[last] = value
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML as it is specified: a key that stands twice in a mapping is a mistake, not a way to hide the first."""
+    """YAML as it is specified: a key that a mapping has twice is an error; PyYAML lets the last one win."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The mapping as it is written, before `<<` puts keys into it that its own may stand in front of."""
+        """The mapping as it is written, before `<<` merges keys into it, which its own keys may override."""
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:

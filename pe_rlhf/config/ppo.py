@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pe_rlhf.config.model import AdapterConfig
 from pe_rlhf.config.optimizer import OptimizerConfig
 from pe_rlhf.config.sampling import RolloutConfig
-from pe_rlhf.config.section import Data, Positive, Rate, Section, Share
+from pe_rlhf.config.section import Data, Positive, Rate, Section, Share, refusal
 
 
 class KLConfig(Section):
@@ -48,19 +48,19 @@ class KLConfig(Section):
     @model_validator(mode="after")
     def _no_k1_in_the_loss(self) -> KLConfig:
         if self.place == "loss" and self.estimator == "k1":
-            raise ValueError("k1 in the loss has a gradient that the anchor is no part of; use k2 or k3 there")
+            raise refusal("estimator", "with place: loss, the gradient of k1 ignores the anchor; use k2 or k3")
         return self
 
     @model_validator(mode="after")
     def _convex_ends_at_one(self) -> KLConfig:
         if self.form == "convex" and self.beta > 1:
-            raise ValueError(f"beta: {self.beta:g} is over 1, where form: convex ends; use form: penalty")
+            raise refusal("beta", f"{self.beta:g} is over 1, where form: convex ends; use form: penalty")
         return self
 
     @model_validator(mode="after")
     def _adaptive_from_something(self) -> KLConfig:
         if self.controller == "adaptive" and self.beta == 0:
-            raise ValueError("controller: adaptive multiplies beta, which stays 0; start from a beta above 0")
+            raise refusal("controller", "adaptive multiplies beta, and 0 stays 0; start from a beta above 0")
         return self
 
 
@@ -79,7 +79,7 @@ class RewardSource(Section):
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardSource:
         if sum(source is not None for source in (self.adapter, self.model, self.function)) != 1:
-            raise ValueError("name exactly one of adapter, model and function")
+            raise refusal("", "name exactly one of adapter, model and function")
         return self
 
 
@@ -155,7 +155,7 @@ class PPOConfig(Section):
     def _cross_checks(self) -> PPOConfig:
         episodes = self.batch_size * self.rollout.samples_per_prompt
         if self.minibatches > episodes:
-            raise ValueError(f"minibatches: {self.minibatches} is more than the {episodes} responses of a rollout")
+            raise refusal("minibatches", f"{self.minibatches} is more than the {episodes} responses of a rollout")
         if self.missing_eos_replaces and self.missing_eos_penalty is None:
-            raise ValueError("missing_eos_replaces needs a missing_eos_penalty")
+            raise refusal("missing_eos_replaces", "it needs a missing_eos_penalty", "missing")
         return self

@@ -12,7 +12,7 @@ from pe_rlhf.config.model import AdapterConfig, BackboneConfig
 from pe_rlhf.config.ppo import PPOConfig
 from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.reward import RewardConfig
-from pe_rlhf.config.section import Positive, Section
+from pe_rlhf.config.section import Positive, Section, refusal
 from pe_rlhf.config.sft import SFTConfig
 
 STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
@@ -86,19 +86,23 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         if not self.stages:
-            raise ValueError(f"a recipe needs a section for at least one stage: {', '.join(STAGES)}")
+            raise refusal("", f"a recipe needs a section for at least one stage: {', '.join(STAGES)}", "missing")
         if self.reward and self.reward.data is None and not self.preferences:
-            raise ValueError("reward.data is missing, and there is no preferences stage to take it from")
+            raise refusal("reward.data", "it is missing, and there is no preferences stage to take it from", "missing")
         uses_own = self.ppo is not None and any(source.adapter == "stage" for source in self.ppo.reward)
         if uses_own and not self.reward:
-            raise ValueError("ppo.reward is this run's reward stage by default, but the recipe has no reward section")
+            raise refusal(
+                "ppo.reward", "it is the reward stage by default, but the recipe has no reward section", "missing"
+            )
         has_reward = self.reward or (self.ppo and any(source.adapter for source in self.ppo.reward))
         if self.ppo and self.ppo.value_init == "reward" and not has_reward:
-            raise ValueError("ppo.value_init: there is no reward adapter to start the critic from; use fresh")
+            raise refusal("ppo.value_init", "there is no reward adapter to start the critic from; use fresh", "missing")
         if self.ppo and self.ppo.eval_every and not self.evaluate:
-            raise ValueError("ppo.eval_every asks the judge of the evaluate section: add one")
+            raise refusal("ppo.eval_every", "it needs the judge of an evaluate section; add one", "missing")
         if self.evaluate and not self.ppo:
-            raise ValueError("evaluate compares the policy of the ppo stage with the anchor: add a ppo section")
+            raise refusal(
+                "evaluate", "it compares the policy of the ppo stage with the anchor; add a ppo section", "missing"
+            )
         return self
 
     @model_validator(mode="after")
@@ -107,16 +111,15 @@ class Recipe(Section):
         if self.backbone.quantization == "none":
             return self
         if self.tuning == "full" or self.sft is not None:
-            raise ValueError("backbone.quantization: a quantised base is for adapters; not with tuning: full or sft")
+            raise refusal("backbone.quantization", "a quantised base cannot be trained; leave out tuning: full and sft")
         for stage in self.stages:
             section = getattr(self, stage)
             engine = getattr(section, "rollout", None) or getattr(section, "sampling", None)
             if engine is not None and engine.engine == "vllm":
-                raise ValueError(
-                    f"backbone.quantization: {stage} samples with vLLM, which would hold another base; use hf"
-                )
+                reason = f"{stage} samples with vLLM, which would hold another base; use engine: hf"
+                raise refusal("backbone.quantization", reason)
             if engine is not None and engine.sync == "merged":
-                raise ValueError(f"backbone.quantization: {stage} cannot sample with sync: merged; use adapter")
+                raise refusal("backbone.quantization", f"{stage} cannot sample with sync: merged; use adapter")
         return self
 
     def adapter_for(self, stage: str) -> AdapterConfig:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from reward.errors import Kind
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def refusal(key: str, message: str, kind: Kind = "conflict") -> PydanticCustomError:
+    """What a validator of a section raises for one of its keys; `explain.py` reads key and kind."""
+    return PydanticCustomError("refusal", "{message}", {"key": key, "message": message, "kind": kind})
 
 
 class Section(BaseModel):

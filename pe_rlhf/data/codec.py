@@ -42,7 +42,8 @@ class TextCodec:
             )
         except Exception as error:  # a template is a program: it can fail in any way
             start = repr(messages[0]["content"])[:60]
-            raise InputError(f"chat_template: it fails on the prompt that starts with {start}: {error}") from error
+            message = f"chat_template: it fails on the prompt that starts with {start}: {error}"
+            raise InputError(message, kind="user_code", key="chat_template") from error
         assert isinstance(text, str)
         return text
 
@@ -89,29 +90,30 @@ def transcript(messages: list[Message]) -> str:
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | None:
-    """The Jinja template that a recipe's `chat_template` stands for; None for plain text."""
+    """The Jinja template that a recipe's `chat_template` names; None for plain text."""
     if setting == "none":
         return None
     if setting == "auto":
         template: Any = tokenizer.chat_template
         if isinstance(template, dict):  # several by name
             if "default" not in template:
-                raise InputError(
-                    f"chat_template: auto: the tokenizer has {', '.join(template)}, and none is the default"
-                )
+                message = f"chat_template: auto: the tokenizer has {', '.join(template)}, and none is the default"
+                raise InputError(message, kind="conflict", key="chat_template", fix="give the template's file instead")
             template = template["default"]
         return template if isinstance(template, str) else None
     return read_template(setting)
 
 
 def read_template(setting: str) -> str:
-    """A template that is given as itself or as its file. Raises `InputError` where it is neither."""
+    """A Jinja template, or the text of the file that holds one. Raises `InputError` for anything else."""
     if "{" in setting:
         return setting
     path = Path(setting)
     if not path.is_file():
-        raise InputError(f"chat_template: {setting!r} is neither auto, none, a Jinja template nor the path of one")
+        message = f"chat_template: {setting!r} is neither auto, none, a Jinja template nor the path of one"
+        raise InputError(message, kind="missing", key="chat_template", file=path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"chat_template: {path} cannot be read: {error}") from error
+        message = f"chat_template: {path} cannot be read: {error}"
+        raise InputError(message, kind="unreadable", key="chat_template", file=path) from error

@@ -38,7 +38,7 @@ def has_format(columns: Collection[str]) -> bool:
 def parse_example(row: Mapping[str, object]) -> Example:
     """Read one row in any of the formats in this module's table.
 
-    Raises `InputError` with the reason, and no place: the caller knows the file and the row.
+    Raises `InputError` with the reason and the column as its `key`; the caller knows the file and the row.
     """
     completion = next((name for name in COMPLETIONS if row.get(name) is not None), None)
     if completion is not None and row.get("prompt") is not None:
@@ -48,9 +48,11 @@ def parse_example(row: Mapping[str, object]) -> Example:
     elif isinstance(text := row.get("text"), str):
         example = Example(None, text)
     else:
-        raise InputError("the row holds neither a prompt and a completion (or response), nor messages, nor text")
+        message = "the row holds neither a prompt and a completion (or response), nor messages, nor text"
+        raise InputError(message, kind="missing")
     if not example.response.strip():
-        raise InputError("the text is empty" if example.prompt is None else "the response is empty")
+        what, column = ("text", "text") if example.prompt is None else ("response", completion or "messages")
+        raise InputError(f"the {what} is empty", kind="empty", key=column)
     return example
 
 
@@ -58,7 +60,8 @@ def _completion(value: object, column: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or len(value) != 1:
-        raise InputError(f"column {column!r} must be text or a list of one assistant message")
+        message = f"column {column!r} must be text or a list of one assistant message"
+        raise InputError(message, kind="invalid", key=column)
     return assistant_text(parse_messages(value, column)[0], column)
 
 
@@ -66,5 +69,5 @@ def _dialogue(value: list[object]) -> Example:
     messages = parse_messages(value, "messages")
     response = assistant_text(messages[-1], "messages")
     if len(messages) == 1:
-        raise InputError("the messages hold no prompt before the response")
+        raise InputError("the messages hold no prompt before the response", kind="missing", key="messages")
     return Example(parse_prompt(messages[:-1]), response)

@@ -25,40 +25,51 @@ Record = TypeVar("Record")
 
 # The builder of `datasets` for each ending of a local file.
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+LARGE = 50 * 2**20  # bytes: reading this takes seconds
 
 
 def load_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
     """All rows of a data set, columns renamed to ours.
 
-    `key` is where the recipe names it, for messages. Raises `InputError` for a file that is missing, empty or
-    malformed, an ending that is not known, a split or a mapped column that is not there.
+    `key` is where the recipe names it, for errors. Raises `InputError` for a file that is missing, empty or malformed,
+    an unknown ending, and a split or a mapped column that does not exist.
     """
-    path = Path(source.path)
-    local = _looks_local(source.path)
-    # A download may take long enough to be watched; reading a file is not worth a bar.
-    (datasets.enable_progress_bars if console.is_terminal and not local else datasets.disable_progress_bars)()
-    if local:
-        builder = BUILDERS.get(_ending(path))
-        if builder is None:
-            raise InputError(f"{key}: {source.path} is none of {', '.join(BUILDERS)} (or .gz of one)")
-        if not path.is_file():
-            raise InputError(f"{key}: there is no file {source.path}")
-        if path.stat().st_size == 0:
-            raise InputError(f"{key}: {source.path} is empty")
-        arguments: dict[str, Any] = {"path": builder, "data_files": str(path)}
-    else:
-        arguments = {"path": source.path, "name": source.name}
+    arguments: dict[str, Any] = (
+        _local_file(source, key) if _looks_local(source.path) else {"path": source.path, "name": source.name}
+    )
+    local = "data_files" in arguments
+    # A download or a large file takes long enough to be watched: by the library's bar, or one line without a terminal.
+    slow = not local or Path(source.path).stat().st_size > LARGE
+    (datasets.enable_progress_bars if slow and console.is_terminal else datasets.disable_progress_bars)()
+    if slow and not console.is_terminal:
+        say(f"{key}: reading {source.path}")
     try:
         table = datasets.load_dataset(**arguments, split=source.split)
-    except Exception as error:  # the library raises a dozen kinds, from its own to pyarrow's
-        raise InputError(f"{key}: {_why(path, source, error)}") from error
+    except Exception as error:  # the library raises a dozen classes, its own and pyarrow's
+        raise _explained(source, key, error) from error
     rows = [dict(row) for row in table]
     if not rows:
-        raise InputError(f"{key}: {source.path} has no rows")
+        raise InputError(f"{key}: {source.path} has no rows", kind="empty", key=key, file=source.path)
     for theirs in source.columns.values():
         if theirs not in rows[0]:
-            raise InputError(f"{key}: {source.path} has no column {theirs!r}; it has {', '.join(rows[0])}")
+            message = f"{key}: {source.path} has no column {theirs!r}; it has {', '.join(rows[0])}"
+            raise InputError(message, kind="missing", key=f"{key}.columns", file=source.path)
     return [_renamed(row, source.columns) for row in rows]
+
+
+def _local_file(source: DataSource, key: str) -> dict[str, str]:
+    """What `load_dataset` is given for a local file, after the checks that it would explain badly."""
+    path = Path(source.path)
+    where: dict[str, Any] = {"key": key, "file": source.path}
+    builder = BUILDERS.get(_ending(path))
+    if builder is None:
+        endings = ", ".join(BUILDERS)
+        raise InputError(f"{key}: {source.path} is none of {endings} (or .gz of one)", kind="unknown", **where)
+    if not path.is_file():
+        raise InputError(f"{key}: there is no file {source.path}", kind="missing", **where)
+    if path.stat().st_size == 0:
+        raise InputError(f"{key}: {source.path} is empty", kind="empty", **where)
+    return {"path": builder, "data_files": str(path)}
 
 
 def load_prompts(source: DataSource, key: str) -> list[Prompt]:
@@ -71,29 +82,33 @@ def load_prompts(source: DataSource, key: str) -> list[Prompt]:
         try:
             prompts.append(parse_prompt(row[column]))
         except InputError as error:
-            raise InputError(f"{key}: {source.path} row {number}: {error}") from error
+            raise error.at(f"{key}: {source.path} row {number}", key=key, file=source.path, row=number) from error
     return prompts
 
 
 def load_preferences(
     source: DataSource, key: str, max_bad_share: float
 ) -> tuple[list[PreferenceRecord], list[BadRecord]]:
-    """The preference pairs of a data set, and apart from them the rows that are none; see `reward.records`."""
+    """The preference pairs of a data set, and separately its unusable rows; see `reward.records`."""
     rows = load_rows(source, key)
     for column in ("chosen", "rejected"):
         _refuse_without(column, rows, source, key)
-    return load_records(rows, f"{key}: {source.path}", max_bad_share)
+    return load_records(rows, source.path, max_bad_share, key)
 
 
 def load_examples(source: DataSource, key: str, max_bad_share: float) -> tuple[list[Example], list[BadRecord]]:
-    """The rows of a data set to fine-tune on, and apart from them those that are none; see `examples.py`."""
+    """The rows of a data set to fine-tune on, and separately its unusable rows; see `examples.py`."""
     rows = load_rows(source, key)
     if not has_format(rows[0]):
         raise InputError(
             f"{key}: {source.path} has neither the columns prompt and completion (or response), nor messages, nor text;"
-            f" it has {', '.join(rows[0])}; map them with columns: {{completion: …}}"
+            f" it has {', '.join(rows[0])}",
+            kind="missing",
+            key=key,
+            file=source.path,
+            fix="map them with columns: {completion: …}",
         )
-    return parse_rows(rows, parse_example, f"{key}: {source.path}", max_bad_share)
+    return parse_rows(rows, parse_example, source.path, max_bad_share, key)
 
 
 def hold_out(
@@ -125,10 +140,9 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 
 def _refuse_without(column: str, rows: list[dict[str, Any]], source: DataSource, key: str) -> None:
     if column not in rows[0]:
-        raise InputError(
-            f"{key}: {source.path} has no column {column!r}; it has {', '.join(rows[0])};"
-            f" map it with columns: {{{column}: …}}"
-        )
+        message = f"{key}: {source.path} has no column {column!r}; it has {', '.join(rows[0])}"
+        fix = f"map it with columns: {{{column}: …}}"
+        raise InputError(message, kind="missing", key=key, file=source.path, fix=fix)
 
 
 def _looks_local(path: str) -> bool:
@@ -139,8 +153,10 @@ def _ending(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def _why(path: Path, source: DataSource, error: Exception) -> str:
-    """What is wrong with a data set that could not be loaded, with the line where that can be found out."""
+def _explained(source: DataSource, key: str, error: Exception) -> InputError:
+    """What is wrong with a data set that could not be loaded, with the line in a JSONL file."""
+    path = Path(source.path)
+    where: dict[str, Any] = {"key": key, "file": source.path}
     if _ending(path) == ".jsonl" and path.is_file():
         opener = gzip.open if path.suffix == ".gz" else open
         number = 0
@@ -150,10 +166,15 @@ def _why(path: Path, source: DataSource, error: Exception) -> str:
                     if line.strip():
                         json.loads(line)
         except json.JSONDecodeError as mistake:
-            return f"{source.path} line {number}: not valid JSON: {mistake.msg}"
+            message = f"{key}: {source.path} line {number}: not valid JSON: {mistake.msg}"
+            return InputError(message, kind="unreadable", row=number, **where)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as mistake:
-            return f"{source.path}: damaged or not text: {mistake}"
+            message = f"{key}: {source.path}: damaged or not text: {mistake}"
+            return InputError(message, kind="unreadable", **where)
     reason = " ".join(str(error.__cause__ or error).split())[:300]
     if "corresponds to no data" in reason:
-        return f"{source.path} has no rows in split {source.split!r}"
-    return f"could not load {source.path} (split {source.split!r}): {reason}"
+        message = f"{key}: {source.path} has no rows in split {source.split!r}"
+        return InputError(message, kind="empty", key=f"{key}.split", file=source.path)
+    kind = "unknown" if "Unknown split" in reason else "unreadable" if path.is_file() else "missing"
+    message = f"{key}: could not load {source.path} (split {source.split!r}): {reason}"
+    return InputError(message, kind=kind, **where)

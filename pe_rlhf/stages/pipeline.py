@@ -129,7 +129,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
     if launched() and "sft" in stages and "sft" not in finished:
         raise InputError(
             "sft: TRL's trainer is for one process; run it first with `pe-rlhf run RECIPE --to sft`, then launch the"
-            " other stages with `-- --resume`"
+            " other stages with --resume"
         )
     check_inits(recipe)
     for stage in stages:

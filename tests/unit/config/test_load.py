@@ -8,7 +8,8 @@ import yaml
 
 from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import bundled, find_recipe, load_recipe, read_tree, save_recipe
-from reward.errors import InputError
+from reward.errors import InputError, Kind
+from tests.failures import raises
 from tests.paths import ROOT
 from tests.runs import recipe, write_recipe
 
@@ -46,28 +47,27 @@ def test_the_kl_in_the_loss_has_an_estimator_whose_gradient_knows_the_anchor(tmp
     ppo = load(tmp_path, "ppo.kl.place=loss").ppo
     assert ppo is not None
     assert ppo.kl.estimator == "k2"
-    with pytest.raises(InputError, match=r"ppo\.kl: k1 in the loss .* use k2 or k3 there"):
+    with raises("conflict", key="ppo.kl.estimator"):
         load(tmp_path, "ppo.kl.place=loss", "ppo.kl.estimator=k1")
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "kind"),
     [
-        ("evaluate.judge.concurrency=x", r"evaluate\.judge\.concurrency: .*integer"),
-        ("evaluate.judge.verdict=prob", r"evaluate\.judge\.verdict: .*'probabilities'"),
-        ("evaluate.judge.verdikt=text", r"unknown key 'evaluate\.judge\.verdikt'; did you mean 'verdict'"),
+        ("evaluate.judge.concurrency=x", "invalid"),
+        ("evaluate.judge.verdict=prob", "invalid"),
+        ("evaluate.judge.verdikt=text", "unknown"),
     ],
 )
 def test_a_mistake_in_a_section_that_could_be_a_name_is_told_where_it_is(
-    tmp_path: Path, override: str, message: str
+    tmp_path: Path, override: str, kind: Kind
 ) -> None:
-    with pytest.raises(InputError, match=message) as raised:
+    with raises(kind, key=override.partition("=")[0]):
         load(tmp_path, "evaluate.judge={kind: llm, target: m}", override)
-    assert "more mistake" not in str(raised.value)
 
 
 def test_an_adaptive_beta_cannot_start_at_zero(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"ppo\.kl: controller: adaptive multiplies beta, which stays 0"):
+    with raises("conflict", key="ppo.kl.controller"):
         load(tmp_path, "ppo.kl.controller=adaptive", "ppo.kl.beta=0")
 
 
@@ -214,10 +214,9 @@ def test_the_options_of_an_init_are_checked(tmp_path: Path) -> None:
     loaded = load(tmp_path, "adapter.init=lora_ga", "adapter.init_options.gamma=4", "ppo.adapter={init: pissa}")
     assert loaded.adapter.init_options == {"gamma": 4}
     assert loaded.adapter_for("ppo").init_options == {}  # none of another init's
-    with pytest.raises(InputError, match=r"adapter\.init_options: .*no option 'gama'; did you mean 'gamma'\?"):
-        load(tmp_path, "adapter.init=lora_ga", "adapter.init_options.gama=4")
-    with pytest.raises(InputError, match=r"adapter\.init_options: niter of the init 'pissa'"):
-        load(tmp_path, "adapter.init=pissa", "adapter.init_options.niter=0")
+    for init, override in (("lora_ga", "gama=4"), ("pissa", "niter=0")):
+        with pytest.raises(InputError):
+            load(tmp_path, f"adapter.init={init}", f"adapter.init_options.{override}")
 
 
 def test_a_key_may_stand_in_front_of_a_merged_one(tmp_path: Path) -> None:

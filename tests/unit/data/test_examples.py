@@ -8,7 +8,8 @@ import pytest
 from pe_rlhf.config import DataSource
 from pe_rlhf.data.examples import Example, parse_example
 from pe_rlhf.data.rows import hold_out, load_examples
-from reward.errors import InputError
+from reward.errors import Kind
+from tests.failures import raises
 from tests.runs import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("data_cache")
@@ -40,26 +41,26 @@ def test_formats(row: dict[str, Any], expected: Example) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("row", "kind", "key"),
     [
-        ({"prompt": "p"}, "neither a prompt and a completion"),
-        ({"completion": "c"}, "neither a prompt and a completion"),
-        ({"messages": "text"}, "neither a prompt and a completion"),
-        ({"text": 3}, "neither a prompt and a completion"),
-        ({"prompt": " ", "completion": "c"}, "the prompt is empty"),
-        ({"prompt": "p", "completion": " \n"}, "the response is empty"),
-        ({"text": "\n"}, "the text is empty"),
-        ({"prompt": "p", "completion": [SAID, SAID]}, "'completion' must be text or a list of one assistant message"),
-        ({"prompt": "p", "completion": 3}, "'completion' must be text or a list of one assistant message"),
-        ({"prompt": "p", "response": ASKED[:1]}, "'response' has the role 'system', not 'assistant'"),
-        ({"messages": ASKED}, "'messages' has the role 'user', not 'assistant'"),
-        ({"messages": [SAID]}, "no prompt before the response"),
-        ({"messages": []}, "'messages' holds no messages"),
-        ({"messages": [{"role": "user"}, SAID]}, "without a text 'role' and a text 'content'"),
+        ({"prompt": "p"}, "missing", None),
+        ({"completion": "c"}, "missing", None),
+        ({"messages": "text"}, "missing", None),
+        ({"text": 3}, "missing", None),
+        ({"prompt": " ", "completion": "c"}, "empty", "prompt"),
+        ({"prompt": "p", "completion": " \n"}, "empty", "completion"),
+        ({"text": "\n"}, "empty", "text"),
+        ({"prompt": "p", "completion": [SAID, SAID]}, "invalid", "completion"),
+        ({"prompt": "p", "completion": 3}, "invalid", "completion"),
+        ({"prompt": "p", "response": ASKED[:1]}, "invalid", "response"),
+        ({"messages": ASKED}, "invalid", "messages"),
+        ({"messages": [SAID]}, "missing", "messages"),
+        ({"messages": []}, "empty", "messages"),
+        ({"messages": [{"role": "user"}, SAID]}, "invalid", "messages"),
     ],
 )
-def test_rows_that_are_none(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
+def test_rows_that_cannot_be_used(row: dict[str, Any], kind: Kind, key: str | None) -> None:
+    with raises(kind, key=key):
         parse_example(row)
 
 
@@ -70,13 +71,13 @@ def test_a_file_with_some_bad_rows(tmp_path: Path) -> None:
     examples, bad = load_examples(source, "sft.data", 0.2)
     assert examples == [Example(f"q{i}", f"a{i}") for i in range(8) if i != 3]
     assert [(record.row, record.reason) for record in bad] == [(4, "the response is empty")]
-    with pytest.raises(InputError, match=r"sft\.data: .*1 of 8 rows \(12\.5%\) cannot be used.* row 4: the response"):
+    with raises("invalid", key="sft.data", file=path, row=4):
         load_examples(source, "sft.data", 0.1)
 
 
 def test_a_file_without_the_columns(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
-    with pytest.raises(InputError, match=r"sft\.data: .* it has question, answer; map them with columns: \{completion"):
+    with raises("missing", key="sft.data", file=path):
         load_examples(DataSource(path=str(path)), "sft.data", 0.1)
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from pe_rlhf.config import DataSource
 from pe_rlhf.data.rows import load_preferences, load_prompts, load_rows, note_bad_rows
-from reward.errors import InputError
 from reward.records import BadRecord
+from tests.failures import raises
 from tests.runs import read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("data_cache")
@@ -155,7 +155,17 @@ def test_a_few_bad_pairs_are_handed_back_with_their_reasons(tmp_path: Path) -> N
 
 def test_a_name_without_an_ending_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"^key: could not load org/data"):
-        load_rows(DataSource(path="org/data"), "key")
-    with pytest.raises(InputError, match=r"^key: there is no file org/data\.jsonl$"):
-        load_rows(DataSource(path="org/data.jsonl"), "key")
+    for path in ("org/data", "org/data.jsonl"):  # both are missing: on the hub, and here
+        with raises("missing", key="key", file=path):
+            load_rows(DataSource(path=path), "key")
+
+
+@pytest.mark.parametrize(("size", "said"), [(50, []), (5, ["key: reading"])])
+def test_reading_a_large_file_shows_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], size: int, said: list[str]
+) -> None:
+    monkeypatch.setattr("pe_rlhf.data.rows.LARGE", size)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a prompt"}\n')
+    load_rows(DataSource(path=str(path)), "key")
+    assert [line[:12] for line in capfd.readouterr().err.splitlines()] == said

@@ -8,7 +8,8 @@ from scipy.special import expit
 from scipy.stats import binomtest, norm
 
 from reward.calibration import accuracy_interval, expected_calibration_error, reliability_table
-from reward.errors import InputError
+from reward.errors import Kind
+from tests.failures import raises
 
 
 def logit(p: float) -> float:
@@ -62,17 +63,25 @@ def test_empty_bins_stay_in_the_table_and_certainty_is_in_the_last() -> None:
     assert expected_calibration_error([1000.0, -1000.0]) == pytest.approx(0.5)
 
 
+def test_an_edge_belongs_to_the_bin_above_it() -> None:
+    margin = math.log(3)
+    assert 1 / (1 + np.exp(-margin)) == 0.75  # exactly, in binary floating point too
+    below = margin - 1e-9
+    for bins, expected in ((2, [1, 2]), (4, [0, 1, 2, 0])):
+        assert [row["count"] for row in reliability_table([below, margin, -margin], bins)] == expected
+
+
 @pytest.mark.parametrize(
-    ("margins", "bins", "message"),
+    ("margins", "bins", "kind", "key", "row"),
     [
-        ([], 10, "no margins"),
-        ([0.1, float("nan")], 10, "margin 1 is not finite"),
-        ([float("inf")], 10, "margin 0 is not finite"),
-        ([0.1], 0, "bins must be at least 1"),
+        ([], 10, "empty", "margins", None),
+        ([0.1, float("nan")], 10, "not_finite", "margins", 2),
+        ([float("inf")], 10, "not_finite", "margins", 1),
+        ([0.1], 0, "invalid", "bins", None),
     ],
 )
-def test_refusals(margins: list[float], bins: int, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_refusals(margins: list[float], bins: int, kind: Kind, key: str, row: int | None) -> None:
+    with raises(kind, key=key, row=row):
         expected_calibration_error(margins, bins)
 
 
@@ -92,5 +101,5 @@ def test_accuracy_interval_takes_half_points() -> None:
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 0), (6, 5), (-1, 5), (float("nan"), 5)])
 def test_accuracy_interval_refuses_what_is_no_accuracy(correct: float, n: int) -> None:
-    with pytest.raises(InputError, match="is not an accuracy"):
+    with raises("invalid", key="correct"):
         accuracy_interval(correct, n)
