@@ -35,25 +35,16 @@ def inspect(
     from rich.table import Table
 
     from pe_rlhf.report.format import number
+    from pe_rlhf.report.inspect_page import COLUMNS
     from pe_rlhf.stages.inspect import inits_named, inspect_recipe, write_page
     from pe_rlhf.system.progress import console
 
     folder = run_dir or Path("runs") / loaded.name
     result = inspect_recipe(loaded, chosen, inits_named(inits, loaded.adapter_for(chosen)), folder)
-    columns = {
-        "norm_A": "‖A‖",
-        "norm_B": "‖B‖",
-        "product": "‖s·B·A‖/‖W‖",
-        "position": "position",
-        "cosine": "cosine with G",
-        "best": "best, rank 2r",
-        "kernel_error": "kernel error",
-        "kernel_alignment": "alignment",
-    }
     table = Table(title=f"{loaded.name}: adapter inits under the loss of {chosen}")
-    for heading in ("init", *columns.values()):
+    for heading in ("init", *COLUMNS.values()):
         table.add_column(heading, justify="left" if heading == "init" else "right")
     for total in result.totals():
-        table.add_row(total["init"], *(number(total[key]) for key in columns))
+        table.add_row(total["init"], *(number(total[key]) for key in COLUMNS))
     console.print(table)
     typer.echo(write_page(result, loaded, chosen, to or folder / f"inspect-{chosen}.html").resolve())

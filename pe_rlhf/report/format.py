@@ -1,4 +1,4 @@
-"""How pages say numbers, durations, prompts and verdicts."""
+"""How pages write numbers, durations, prompts and verdicts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 def conversation(prompt: str | list[Row]) -> str:
-    """A prompt as text: a lone user message as it is, a longer conversation with its roles."""
+    """A prompt as text: a single message as it is, a longer conversation with its roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -18,7 +18,7 @@ def conversation(prompt: str | list[Row]) -> str:
 
 
 def preferred(preference: float | None) -> str:
-    """Whom the judge prefers; `preference` is the policy's share of the win."""
+    """Which side the judge prefers; `preference` is the policy's share of the win."""
     if preference is None:
         return "no verdict"
     if preference == 0.5:
@@ -37,6 +37,10 @@ def number(value: float | None) -> str:
     whole = isinstance(value, int) or abs(value) >= 1000
     text = f"{value:,.0f}" if whole else f"{value:#.3g}".rstrip(".")
     return text.replace("-", "−").replace(",", "\u202f")
+
+
+def gibibytes(mib: float) -> str:
+    return f"{mib / 1024:.2f} GiB"
 
 
 def duration(seconds: float | None) -> str:

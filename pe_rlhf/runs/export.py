@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -35,6 +34,7 @@ from pe_rlhf.model.names import resolve_model
 from pe_rlhf.runs.checkpoint import role_of_checkpoint
 from pe_rlhf.runs.saved_roles import base_of_role, load_base, load_role, save_role, starting_model
 from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.render import render
 from reward.errors import InputError
 
 Format = Literal["lora", "merged"]
@@ -162,15 +162,12 @@ def merged_state(backbone: Backbone, role: str) -> dict[str, Tensor]:
 
 def model_card(found: FinishedRole, form: Format) -> str:
     """The README.md of an export: what it is, how it was trained, how it is loaded."""
-    folder = Path(__file__).parents[1] / "report" / "templates"
-    page = Environment(
-        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).get_template("model_card.md.j2")
     summary = found.folder.parent / "summary.json"
     numbers = {k: v for k, v in _read_json(summary).items() if isinstance(v, int | float)} if summary.is_file() else {}
     spec = found.description["spec"]
     rank = None if found.is_full else _read_json(found.folder / "adapter_config.json")["r"]
-    return page.render(
+    return render(
+        Path(__file__).with_name("model_card.md.j2"),
         role=found.role,
         form=form,
         name=found.recipe.name,

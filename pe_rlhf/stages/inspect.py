@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from pe_rlhf.adapters.gradients import Probe
-from pe_rlhf.adapters.inspection import InitMetrics, Inspection, inspect_inits
+from pe_rlhf.adapters.inspection import Inspection, inspect_inits
 from pe_rlhf.adapters.lora.init_registry import get_init, init_names
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import AdapterConfig, Recipe
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.report.charts import MUTED, SERIES, Plot, plot_figure
+from pe_rlhf.report.inspect_page import inspect_page
 from pe_rlhf.scoring.scorers import make_scorer
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics
 from pe_rlhf.stages.reward import load_pairs
-from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.files import write_json, write_whole
 from pe_rlhf.system.progress import progress
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
@@ -61,29 +58,16 @@ def inits_named(text: str, adapter: AdapterConfig) -> list[str]:
 
 
 def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Path:
-    """Write the figures as a self-contained HTML page, and beside it as JSON."""
-    page = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "report" / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("inspect.html.j2")
-    adapter = recipe.adapter_for(stage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    html = page.render(
-        name=recipe.name,
-        model=recipe.model if recipe.sft is None else f"{recipe.model} after sft",
-        stage=stage,
-        adapter=adapter,
-        samples=len(result.kernel),
-        totals=result.totals(),
-        steps=[_cosine_plot(init) for init in result.inits],
-        kernels=[_kernel_plot("full model", result.kernel), *(_kernel_plot(i.init, i.kernel) for i in result.inits)],
-        inits=result.inits,
+    """Write the metrics as a self-contained HTML page, and beside it as JSON."""
+    adapter, metrics = recipe.adapter_for(stage), result.as_json()
+    model = recipe.model if recipe.sft is None else f"{recipe.model} after sft"
+    subtitle = (
+        f"{model}, rank {adapter.rank}, alpha {adapter.alpha:g} ({adapter.scaling}), targets {adapter.targets};"
+        f" the loss of {stage} on {len(result.kernel)} samples, before training"
     )
-    write_whole(path, html)
-    write_whole(path.with_suffix(".json"), json.dumps(result.as_json(), indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, inspect_page(metrics, recipe.name, subtitle))
+    write_json(path.with_suffix(".json"), metrics)
     return path
 
 
@@ -111,39 +95,3 @@ def _probe(context: StageContext, backbone: Backbone, adapter: AdapterConfig) ->
         statistics = anchor.policy_statistics()
     (probe,) = statistics.probes("two gradients")
     return probe
-
-
-def _cosine_plot(init: InitMetrics) -> Plot:
-    """How well the first step follows the gradient, layer by layer, beside the best that rank 2r allows."""
-    places = range(len(init.layers))
-    cosines, best = [row.cosine for row in init.layers], [row.best for row in init.layers]
-
-    def draw(figure: Figure) -> None:
-        axis = figure.subplots()
-        axis.plot(places, best, color=MUTED, label="best of rank 2r", linewidth=1)
-        axis.plot(places, cosines, color=SERIES[0], label=init.init)
-        axis.set_ylim(min(0.0, *cosines) - 0.02, 1.02)
-        axis.set_xlabel("layer")
-        axis.set_ylabel("cosine with G")
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, labelcolor=MUTED)
-
-    reached, possible = (f"between {min(row):.3f} and {max(row):.3f}" for row in (cosines, best))
-    told = f"{reached}; the best possible {possible}."
-    return plot_figure(f"First step: {init.init}", "", told, draw)
-
-
-def _kernel_plot(name: str, kernel: torch.Tensor) -> Plot:
-    """A kernel matrix, divided by its greatest entry."""
-    shown = (kernel / kernel.abs().max().clamp(min=1e-30)).tolist()
-
-    def draw(figure: Figure) -> None:
-        axis = figure.subplots()
-        mesh = axis.pcolormesh(shown, cmap="RdBu_r", vmin=-1, vmax=1)
-        axis.set_aspect("equal")
-        axis.invert_yaxis()
-        axis.grid(visible=False)
-        axis.set_xlabel("sample")
-        axis.set_ylabel("sample")
-        figure.colorbar(mesh, ax=axis, shrink=0.8)
-
-    return plot_figure(f"Kernel: {name}", "divided by its greatest entry", f"{len(shown)} samples.", draw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pe_rlhf.system.processes import is_main
 
-console = Console(stderr=True, highlight=False)
+# Outside a terminal no width is known, and rich would cut tables at 80 columns.
+console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 1000)
 
 SECONDS_BETWEEN_LINES = 15.0
 

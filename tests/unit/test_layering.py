@@ -20,13 +20,14 @@ ONLY_IN = {
     "vllm": ("pe_rlhf/rollout/vllm/worker.py",),
     "deepspeed": ("pe_rlhf/optim/zero.py",),
     "trl": ("pe_rlhf/stages/sft_trainer.py",),
-    "matplotlib": ("pe_rlhf/report/", "pe_rlhf/comparison/page/", "pe_rlhf/stages/inspect.py"),
+    "matplotlib": ("pe_rlhf/report/charts.py",),
     "pe_rlhf.stages": ("pe_rlhf/stages/", "pe_rlhf/cli/"),
 }
 WITHOUT_TORCH = (
     *("pe_rlhf", "pe_rlhf.cli", "pe_rlhf.config", "pe_rlhf.config.load"),
     *("pe_rlhf.system.processes", "pe_rlhf.system.files", "pe_rlhf.system.progress", "pe_rlhf.system.failures"),
-    *("pe_rlhf.report.run_page", "pe_rlhf.report.evaluation_page", "pe_rlhf.runs.metrics"),
+    *("pe_rlhf.report.run_page", "pe_rlhf.report.evaluation_page", "pe_rlhf.report.inspect_page"),
+    *("pe_rlhf.comparison.page.comparison_page", "pe_rlhf.runs.metrics"),
 )
 
 

@@ -1,18 +1,25 @@
-"""The page of a comparison: one self-contained HTML file, made from an `Analysis` alone."""
+"""The page of a comparison, made from its `Analysis` only."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pe_rlhf.comparison.page.bars import draw_cost, draw_drift, draw_win_rates
-from pe_rlhf.comparison.page.comparison_plots import CROWDED, draw_frontier, draw_metric, draw_spectra, looks
-from pe_rlhf.comparison.page.tables import arm_tables, gibibytes, pair_rows, seconds, settings_table
-from pe_rlhf.comparison.run_result import Analysis, Status
-from pe_rlhf.report.charts import Plot
-from pe_rlhf.report.run_page import page_template
+from pe_rlhf.comparison.page.comparison_plots import (
+    draw_cost,
+    draw_drift,
+    draw_frontier,
+    draw_metric,
+    draw_spectra,
+    draw_win_rates,
+)
+from pe_rlhf.comparison.page.tables import arm_tables, pair_table, seconds, settings_table
+from pe_rlhf.comparison.paired_runs import SIGNIFICANT
+from pe_rlhf.comparison.run_result import Analysis, PairResult
+from pe_rlhf.report.charts import legend
+from pe_rlhf.report.format import gibibytes
+from pe_rlhf.report.page import Page, Plot, Section, Table
 from pe_rlhf.system.files import write_whole
 
-FEW_RUNS = 3
 PAIRS_OPEN = 15  # of more pairs, those in which no difference was found are folded away
 # Title, field of `ArmResult`, how it is written.
 COSTS = (
@@ -21,79 +28,65 @@ COSTS = (
     ("Peak memory, reward stage", "reward_peak_mib", gibibytes),
     ("Time per step, reward stage", "reward_seconds_per_step", seconds),
 )
+MEASURES = {
+    "win_rate": "how often a judge prefers their answers to those of the anchor, the model before training",
+    "reward": "the reward they end with, since not every run was evaluated by a judge",
+}
 
 
 def write_comparison_report(analysis: Analysis, path: Path, *, recipe: str, facts: dict[str, str]) -> None:
-    """Write the page to `path`. `facts` (model, date, machine, command …) stand below the name as they are."""
-    names = [arm.arm for arm in analysis.arms]
-    html = page_template("comparison.html.j2").render(
-        name=analysis.name,
+    """Write the page to `path`. `facts` (model, date, machine, command …) are below the name as they are."""
+    keys = legend([arm.arm for arm in analysis.arms])
+    settings = settings_table(analysis)
+    page = Page(
+        title=analysis.name,
+        kind="comparison",
         facts=facts,
-        overview=overview(analysis),
-        keys=looks(names),
-        crowded=len(names) > CROWDED,
-        tables=arm_tables(analysis),
-        pairs=pair_rows(analysis),
-        pairs_open=PAIRS_OPEN,
-        measure=analysis.measure,
-        training=_training_plots(analysis),
-        outcomes=_outcome_plots(analysis),
-        drift=[plot for plot in (draw_drift(analysis), draw_spectra(analysis)) if plot],
-        missing=[run for run in analysis.runs if run.status != "finished"],
-        settings=settings_table(analysis),
-        recipe=recipe,
+        sections=[
+            Section("Arms", note=overview(analysis), tables=arm_tables(analysis)),
+            *_findings(analysis),
+            Section("Training", legend=keys, plots=_training_plots(analysis)),
+            Section("Win-rate and cost", plots=_outcome_plots(analysis)),
+            Section("What training did to the weights", legend=keys, plots=_weight_plots(analysis)),
+            Section("Failed and unfinished runs", tables=_missing(analysis)),
+            Section("Settings of the arms", tables=[settings] if settings else []),
+            Section("Recipe", code=recipe, folded=True),
+        ],
     )
-    write_whole(path, html)
-
-
-# --- what was run ----------------------------------------------------------------------------------------------------
+    write_whole(path, page.html())
 
 
 def overview(analysis: Analysis) -> str:
-    """How many runs of what there are, how they ended, and what is compared with what."""
-    arms, runs = len(analysis.arms), len(analysis.runs)
-    seeds = len({run.seed for run in analysis.runs})
-    size = f"{_count(arms, 'arm')} × {_count(seeds, 'seed')}"
-    size += f": {_count(runs, 'run')}" if runs == arms * seeds else f", {_count(runs, 'run')} so far"
-    words = [_told(analysis, "failed", "failed"), _told(analysis, "unfinished", "did not finish")]
-    rest = " and ".join(filter(None, words))
-    fate = f"Of these, {rest}." if rest else "All of them finished." if runs > 1 else "It finished."
-    return f"{size}. {fate if runs else ''} {_compared(analysis)}".replace("  ", " ")
+    """How many runs there are, how they ended, and what the arms are compared in."""
+    count = {status: sum(run.status == status for run in analysis.runs) for status in ("failed", "unfinished")}
+    ended = f"{len(analysis.runs)} runs, {count['failed']} failed, {count['unfinished']} unfinished."
+    arms = len({arm for pair in analysis.pairs for arm in (pair.a, pair.b)})
+    compared = f"{arms} arms are compared in {MEASURES[analysis.measure]}." if arms else "There is nothing to compare."
+    return f"{len(analysis.arms)} arms, {len({run.seed for run in analysis.runs})} seeds: {ended} {compared}"
 
 
-def _told(analysis: Analysis, status: Status, words: str) -> str:
-    """How many runs have that status, and which, where they are few."""
-    runs = [run for run in analysis.runs if run.status == status]
-    names = f" ({'; '.join(f'{run.arm}, seed {run.seed}' for run in runs)})" if len(runs) <= FEW_RUNS else ""
-    return f"{len(runs)} {words}{names}" if runs else ""
+def _findings(analysis: Analysis) -> list[Section]:
+    """The pairs in sentences and numbers; of many, those without a difference are folded away."""
+    found = [pair for pair in analysis.pairs if pair.p_holm < SIGNIFICANT]
+    others = [pair for pair in analysis.pairs if pair not in found]
+    if len(analysis.pairs) <= PAIRS_OPEN:
+        found, others = analysis.pairs, []
+    none = f"No difference was found in any of {len(others)} pairs." if others and not found else ""
+    return [
+        _pairs("What was found", found, analysis.measure, note=none),
+        _pairs(f"The other {len(others)} pairs", others, analysis.measure, folded=True),
+    ]
 
 
-def _compared(analysis: Analysis) -> str:
-    measures = {
-        "win_rate": "how often a judge prefers their answers to those of the anchor, the model before training",
-        "reward": "the reward they end with, since not every run was evaluated by a judge",
-    }
-    if not analysis.pairs:
-        return "There are no two arms with finished runs to be compared."
-    compared = {arm for pair in analysis.pairs for arm in (pair.a, pair.b)}
-    if len(compared) < len(analysis.arms):
-        who = f"The {len(compared)} arms that have a finished run are compared with each other"
-    else:
-        who = "The two arms are compared" if len(compared) == 2 else "Each arm is compared with each other"
-    return f"{who} in {measures[analysis.measure]}."
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-# --- plots -----------------------------------------------------------------------------------------------------------
+def _pairs(title: str, pairs: list[PairResult], measure: str, *, note: str = "", folded: bool = False) -> Section:
+    tables = [pair_table(pairs, measure)] if pairs else []
+    return Section(title, note, [pair.sentence for pair in pairs], tables, folded=folded)
 
 
 def _training_plots(analysis: Analysis) -> list[Plot]:
     plots = (
         draw_metric(analysis, "Reward", "reward", "mean score"),
-        draw_metric(analysis, "Win-rate by the judge", "judge_win_rate", "share of prompts", share=True),
+        draw_metric(analysis, "Win-rate by the judge", "judge_win_rate", "share of prompts", shares=True),
         draw_metric(analysis, "KL to the anchor", "kl", "nats per response"),
         draw_metric(analysis, "Entropy", "entropy", "nats per token"),
         draw_frontier(analysis),
@@ -102,11 +95,22 @@ def _training_plots(analysis: Analysis) -> list[Plot]:
 
 
 def _outcome_plots(analysis: Analysis) -> list[Plot]:
-    """Win-rates and costs. Bars that are the same for all arms, of a reward stage that they share, are left out."""
+    """Win-rates and costs. A reward stage that all arms share is left out."""
     costs = [cost for cost in COSTS if not (cost[1].startswith("reward_") and _shared(analysis, cost[1]))]
     plots = [draw_win_rates(analysis), *(draw_cost(analysis, *cost) for cost in costs)]
     return [plot for plot in plots if plot]
 
 
+def _weight_plots(analysis: Analysis) -> list[Plot]:
+    return [plot for plot in (draw_drift(analysis), draw_spectra(analysis)) if plot]
+
+
 def _shared(analysis: Analysis, key: str) -> bool:
     return len(analysis.arms) > 1 and len({getattr(arm, key) for arm in analysis.arms}) == 1
+
+
+def _missing(analysis: Analysis) -> list[Table]:
+    runs = [run for run in analysis.runs if run.status != "finished"]
+    columns = ("Arm", "Seed", "Status", "Message")
+    rows = [(run.arm, str(run.seed), run.status, run.message.strip() or "–") for run in runs]
+    return [Table(columns, rows, words=["Status", "Message"])] if rows else []

