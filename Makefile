@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart smoke test test-all lint docs clean
+.PHONY: quickstart smoke test test-all stats lint docs clean
 
 quickstart: .venv/demo
 	$(BIN)/pe-rlhf run quickstart --resume
@@ -11,14 +11,21 @@ quickstart: .venv/demo
 smoke: .venv/demo
 	$(BIN)/pe-rlhf run smoke --resume
 
-# Two processes, each with one thread: what takes long is the start of programs. A file's tests stay together, since they
-# share what is dear to set up.
-test: .venv/dev
-	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/integration/test_smoke.py
+# Two processes, each with one thread: most of the time goes into starting programs. The tests of a file stay in one
+# process, since they share expensive fixtures. `make stats` reads the times that are left in .reports.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-# With vLLM, several ranks, killed processes, servers, and the real 135M model.
+# The fast tier and one run of all stages.
+test: .venv/dev
+	$(PYTEST) --junitxml=.reports/test.xml tests/unit tests/integration/test_smoke.py
+
+# All tiers that need no GPU: also ranks, killed processes, vLLM, servers, a browser, and the real 135M model.
 test-all: .venv/vllm
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(PYTEST) --junitxml=.reports/test-all.xml
+
+# Needs no environment.
+stats:
+	$(PYTHON) tests/benchmarks/stats.py
 
 lint: .venv/dev
 	$(BIN)/ruff check
@@ -30,7 +37,7 @@ docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv .reports runs site
 
 # PyTorch comes first and pinned: an open range may bring a CUDA build of several GB. For a GPU, install the build you
 # want into .venv before.
