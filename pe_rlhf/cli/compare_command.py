@@ -1,4 +1,4 @@
-"""`pe-rlhf compare`: the arms of a comparison, run and set against each other."""
+"""`pe-rlhf compare`: run the arms of a comparison and compare them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = ("shared", "trials", "runs", "report")
 
 @dataclass(frozen=True)
 class Only:
-    """Which parts of a comparison are to be done, and which share of the trials and of the runs."""
+    """The parts of a comparison to do, and the share of the trials and of the runs."""
 
     parts: tuple[str, ...]
     share: Share
@@ -39,11 +39,8 @@ def compare(
         typer.Option(help="A part: shared, trials, runs, report; a share K/N of trials and runs; or both: runs:K/N."),
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try runs that failed once more.")] = False,
-    also: Annotated[
-        list[Path] | None, typer.Option(help="Another directory with runs of this comparison to report on; repeatable.")
-    ] = None,
     submit: Annotated[
-        str | None, typer.Option(help="slurm: submit everything as job arrays; print: show the commands.")
+        str | None, typer.Option(help="slurm: submit all parts as job arrays; print: show the commands for a shell.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe, data and functions; list the runs.")
@@ -52,8 +49,9 @@ def compare(
 ) -> None:
     """Run the arms of a comparison with every seed, and write report.html, summary.json and results.csv.
 
-    Every run is an ordinary run directory in a process of its own. The same command goes on where it was interrupted:
-    what has finished is not run again, and what failed is shown and left alone without --retry.
+    Every run is an ordinary run directory and a process of its own. After an interruption the same command goes on:
+    finished runs are not run again, and failed runs only with --retry. If several machines run a share each, with
+    --only, copy (rsync) their directories into one and make the report there with --only report.
     """
     from pe_rlhf.comparison.plan import load_plan
     from pe_rlhf.config.load import find_recipe, save_recipe
@@ -75,28 +73,32 @@ def compare(
         _check(plan)
         _run_parts(plan, chosen, retry)
     if "report" in chosen.parts:
-        _report(plan, also or [])
+        _report(plan)
 
 
 def _parse_only(text: str | None) -> Only:
-    """Raises `InputError` for what is neither a part nor a share."""
+    """Raises `InputError` for a text that is neither a part nor a share."""
     from pe_rlhf.comparison.runner import Share
 
     if text is None:
         return Only(PARTS, Share())
     match = re.fullmatch(r"(?:(shared|trials|runs|report)|(?:(trials|runs):)?(\d+)/(\d+))", text)
     if match is None:
-        raise InputError(f"--only {text}: it is shared, trials, runs, report, K/N, trials:K/N or runs:K/N")
+        raise InputError(
+            f"--only {text}: no such part",
+            key="--only",
+            fix="give shared, trials, runs, report, K/N, trials:K/N or runs:K/N",
+        )
     part, of_part, number, count = match.groups()
     if part:
         return Only((part,), Share())
     if not 1 <= int(number) <= int(count):
-        raise InputError(f"--only {text}: K lies between 1 and N")
+        raise InputError(f"--only {text}: K must be between 1 and N", key="--only")
     return Only((of_part,) if of_part else ("trials", "runs"), Share(int(number), int(count)))
 
 
 def _check(plan: Plan) -> None:
-    """What can be seen to be wrong before anything runs: a slip in the last arm is to be told at once."""
+    """Check all arms before anything runs, so that a mistake in the last arm is reported at once."""
     from pe_rlhf.stages.pipeline import check_inits, check_inputs
 
     check_inputs(plan.base, plan.base.stages)
@@ -117,23 +119,26 @@ def _run_parts(plan: Plan, chosen: Only, retry: bool) -> None:
         run_arms(plan, chosen.share, retry=retry)
 
 
-def _report(plan: Plan, also: list[Path]) -> None:
-    """Everything that is known so far, as a page, as JSON and as a table for other programs.
+def _report(plan: Plan) -> None:
+    """Write the results so far: a page, JSON, and a table.
 
-    Raises `TrainingError` where runs have failed, once all is written.
+    Raises `TrainingError` if runs have failed, after everything is written.
     """
     from pe_rlhf.comparison.results import write_results
     from pe_rlhf.system.failures import TrainingError
     from pe_rlhf.system.progress import console
 
-    result = write_results(plan, also)
+    result = write_results(plan)
     console.print(result.table)
     typer.echo(f"report: {plan.root / 'report.html'}")
     if result.unfinished:
         typer.echo(f"{len(result.unfinished)} runs have not finished: {'; '.join(result.unfinished)}", err=True)
     if result.failed:
         raise TrainingError(
-            f"compare: {len(result.failed)} runs failed (--retry tries again): {'; '.join(result.failed)}"
+            f"compare: {len(result.failed)} runs failed: {'; '.join(result.failed)}",
+            kind="unfinished",
+            file=plan.root,
+            fix="--retry runs them again",
         )
 
 
@@ -149,8 +154,9 @@ def _show(plan: Plan) -> None:
 
 
 def _submit(plan: Plan, how: str) -> None:
-    from pe_rlhf.comparison.submit import arguments_for, submit
+    from pe_rlhf.comparison.submit import slurm_script, submit
 
     if how not in ("slurm", "print"):
-        raise InputError(f"--submit {how}: it is slurm or print")
-    submit(plan, arguments_for(plan.path, plan.root, plan.overrides), print_only=how == "print", echo=typer.echo)
+        raise InputError(f"--submit {how}: no such way", key="--submit", fix="give slurm or print")
+    script = slurm_script(plan)
+    typer.echo(script if how == "print" else submit(script))

@@ -204,7 +204,7 @@ def to_rows(analysis: Analysis) -> list[Row]:
         for found in arm.collapses:
             collapses.setdefault((arm.arm, found.seed), []).append(f"{found.kind} at step {found.step}")
     return [
-        {"arm": run.arm, "seed": run.seed, "status": run.status, "message": run.message}
+        {"arm": run.arm, "seed": run.seed, "status": run.status, "message": run.message, "failure": run.failure}
         | {key: _cell(run.settings.get(key)) for key in keys}
         | {"collapses": "; ".join(collapses.get((run.arm, run.seed), []))}
         | {"reward": last_quarter(run, "reward"), "kl": last_quarter(run, "kl")}

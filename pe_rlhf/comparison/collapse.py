@@ -1,9 +1,8 @@
-"""What went wrong in a run: seen in its metrics, in the message it failed with, or in the judge's last word."""
+"""How a run collapsed: by its metrics, by the kind of its failure, or by the judge's win-rates."""
 
 from __future__ import annotations
 
 import math
-import re
 
 from pe_rlhf.comparison.run_result import Collapse, CollapseKind, RunResult
 from pe_rlhf.comparison.trajectory import known, last_quarter, last_step, rows_with
@@ -11,13 +10,8 @@ from pe_rlhf.config.compare import CollapseConfig
 from pe_rlhf.report.format import number, percent
 from pe_rlhf.report.run_page import over_optimisation
 from pe_rlhf.runs.over_optimisation import judge_turned_down
+from reward.errors import Kind
 
-# The messages of engine.py, stages/reward.py, rollout/ and reward/judges/functions.py; and that of stages/ppo.py.
-NOT_FINITE = re.compile(
-    r"\bthe (loss|gradient|logits)\b.*\b(is|are) (-?(nan|inf)\b|not finite)"
-    r"|\breturned \S*(nan|inf)\b.*not a finite number"
-)
-OVER_LIMIT = re.compile(r"\bover ppo\.kl\.limit\b")
 CLEAR = 2.0  # standard errors of the first step's mean reward that a change must exceed to be called one
 FALLEN = 0.5  # standard deviations of the first step's rewards
 
@@ -25,17 +19,17 @@ FALLEN = 0.5  # standard deviations of the first step's rewards
 def find_collapses(run: RunResult, config: CollapseConfig) -> list[Collapse]:
     """Each kind of collapse at most once, at the PPO step where it was seen first; in the order of the steps.
 
-    - not finite: reward, KL or policy loss in the metrics, or the run failed with a loss, gradient, logit or score that
-      was not. The step that failed is the one after the last that was written.
-    - KL blow-up: over `config.kl` nats per response, or the run failed at `ppo.kl.limit`.
-    - entropy collapse: below `config.entropy_share` of the first step's.
-    - reward hacking: the judge has turned down since its best step (which is the one that is told) while the reward
-      rose; or the judge finds the policy worse than the anchor at the end, though the reward has clearly risen.
-    - reward collapse: the mean reward of the last quarter of the steps lies clearly below the first step's, and by
-      more than half a standard deviation of single rewards (a medium effect by Cohen's convention). The step is the
-      first with a reward that low.
+    - not finite: reward, KL or policy loss in the metrics, or a failure of kind `not_finite`. A failed step has no line
+      in the metrics, so it is the one after the last line.
+    - KL blow-up: over `config.kl` nats per response, or a failure of kind `kl_limit`.
+    - entropy collapse: below `config.entropy_share` of the first step's entropy.
+    - reward hacking: the judge's win-rate fell after its best step (which is reported) while the reward rose; or the
+      judge prefers the anchor at the end, although the reward has clearly risen.
+    - reward collapse: the mean reward of the last quarter of the steps is clearly below the first step's, and by more
+      than half a standard deviation of single rewards (a medium effect by Cohen's convention). The step is the first
+      with a reward that low.
 
-    A change of reward is clear when it exceeds two standard errors of the first step's mean.
+    A change of reward is clear if it exceeds two standard errors of the first step's mean.
     """
     tests = (_not_finite(run), _kl(run, config.kl), _entropy(run, config.entropy_share), _hacked(run), _fallen(run))
     return sorted((collapse for collapse in tests if collapse), key=lambda collapse: collapse.step)
@@ -45,7 +39,7 @@ def _not_finite(run: RunResult) -> Collapse | None:
     for row in run.metrics:
         if lost := [key for key in ("reward", "kl", "policy_loss") if key in row and not known(row[key])]:
             return Collapse(run.seed, "not finite", row["step"], f"no finite {' and no finite '.join(lost)}")
-    return _failed(run, NOT_FINITE, "not finite")
+    return _failed(run, "not_finite", "not finite")
 
 
 def _kl(run: RunResult, limit: float) -> Collapse | None:
@@ -53,11 +47,11 @@ def _kl(run: RunResult, limit: float) -> Collapse | None:
         if row["kl"] > limit:
             detail = f"KL of {number(row['kl'])} nats per response, over {number(limit)}"
             return Collapse(run.seed, "KL blow-up", row["step"], detail)
-    return _failed(run, OVER_LIMIT, "KL blow-up")
+    return _failed(run, "kl_limit", "KL blow-up")
 
 
-def _failed(run: RunResult, pattern: re.Pattern[str], kind: CollapseKind) -> Collapse | None:
-    if run.status != "failed" or not pattern.search(run.message):
+def _failed(run: RunResult, failure: Kind, kind: CollapseKind) -> Collapse | None:
+    if run.status != "failed" or run.failure != failure:
         return None
     return Collapse(run.seed, kind, last_step(run) + 1, run.message)
 

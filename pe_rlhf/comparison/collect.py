@@ -1,4 +1,4 @@
-"""Reading what the runs of a comparison have left behind, wherever they lie."""
+"""Reading what the runs of a comparison have left behind."""
 
 from __future__ import annotations
 
@@ -10,59 +10,57 @@ from pathlib import Path
 from pe_rlhf.comparison.drift import drift_of_run
 from pe_rlhf.comparison.plan import Plan, PlannedRun
 from pe_rlhf.comparison.run_result import Row, RunResult
-from pe_rlhf.comparison.runner import located, state_of
+from pe_rlhf.comparison.runner import refuse_changed, state_of
 from pe_rlhf.comparison.trials import Choice
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.system.files import read_jsonl
 from reward.errors import InputError
 
-LEARNING_RATES = ("ppo.learning_rate", "ppo.value_learning_rate")
 
-
-def collect(plan: Plan, choices: Sequence[Choice], places: Sequence[Path] = ()) -> list[RunResult]:
-    """Every run of every arm. `places` are other directories of the same comparison, from other machines."""
-    shared = located(plan.shared, places, plan.root) if plan.shared else None
+def collect(plan: Plan, choices: Sequence[Choice]) -> list[RunResult]:
+    """Every run of every arm. Raises `InputError` for a run that was made with another recipe."""
     results: list[RunResult] = []
     for choice in choices:
         for seed, run in plan.runs(choice.arm, choice.factor or 1.0).items():
             settings = dict(choice.arm.changes)
-            if choice.trials and run.recipe.ppo is not None:
-                settings["ppo.learning_rate"] = run.recipe.ppo.learning_rate
-            # Where the trials are not there that have chosen its rate, a run may have been made at any.
-            found = located(run, places, plan.root, () if choice.factor else LEARNING_RATES)
-            if choice.factor is None and state_of(found)[0] == "unfinished":
+            if choice.factor is None:  # there is no learning rate to run it with
                 results.append(RunResult(choice.arm.name, seed, choice.status, choice.message, settings=settings))
                 continue
-            results.append(_read(found, choice.arm.name, seed, settings, shared))
+            if choice.trials and run.recipe.ppo is not None:
+                settings["ppo.learning_rate"] = run.recipe.ppo.learning_rate
+            refuse_changed([run])
+            results.append(_read(run, choice.arm.name, seed, settings, plan.shared))
     return results
 
 
 def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRun | None) -> RunResult:
-    status, message = state_of(run)
+    state = state_of(run)
+    is_finished = state.status == "finished"
     files = RunFiles(run.folder)
     reward = read_summary(files.stage("reward"))
     if reward is None and shared:
         reward = read_summary(RunFiles(shared.folder).stage("reward"))
-    adapter = run.recipe.adapter_for("ppo")
+    rank = run.recipe.adapter_for("ppo").rank
     return RunResult(
         arm,
         seed,
-        status,
-        message,
+        state.status,
+        state.message,
+        state.kind,
         folder=run.folder,
         settings=settings,
         reward=reward or {},
         ppo=read_summary(files.stage("ppo")) or {},
         evaluate=read_summary(files.stage("evaluate")) or {},
-        metrics=_metrics(files.stage("ppo").metrics, status == "finished"),
-        preferences=_preferences(files.stage("evaluate").samples) if status == "finished" else {},
-        drift=drift_of_run(run.folder, run.recipe, adapter.rank) if files.role("policy").folder.is_dir() else {},
+        metrics=_metrics(files.stage("ppo").metrics, is_finished),
+        preferences=_preferences(files.stage("evaluate").samples) if is_finished else {},
+        drift=drift_of_run(run.folder, run.recipe, rank) if files.role("policy").folder.is_dir() else {},
     )
 
 
 def _metrics(path: Path, is_finished: bool) -> list[Row]:
-    """The lines of a run; the last one of a run that failed or was killed, or that is still writing, may be cut."""
+    """The lines of a run. Unless it has finished, the last line may be cut."""
     try:
         return read_jsonl(path)
     except InputError:

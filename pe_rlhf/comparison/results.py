@@ -1,4 +1,4 @@
-"""What a comparison ends with: its page, its numbers as JSON and CSV, and a table for the terminal."""
+"""The results of a comparison: a page, the numbers as JSON and CSV, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Outcome:
     unfinished: list[str]
 
 
-def write_results(plan: Plan, places: list[Path]) -> Outcome:
+def write_results(plan: Plan) -> Outcome:
     """Collect the runs, analyse them, and write `report.html`, `summary.json` and `results.csv`."""
     files = ComparisonFiles(plan.root)
-    choices = [choose(plan, arm, places) for arm in plan.arms]
-    analysis = analyse(plan.base.name, plan.config, collect(plan, choices, places))
-    # As it was written: with its remarks, and without the paths of this machine.
+    choices = [choose(plan, arm) for arm in plan.arms]
+    analysis = analyse(plan.base.name, plan.config, collect(plan, choices))
+    # The recipe as it was written: with its comments, and without the paths of this machine.
     recipe = plan.path.read_text(encoding="utf-8")
     write_comparison_report(analysis, files.report, recipe=recipe, facts=facts(plan))
     write_json(files.summary, {**facts(plan), **to_json(analysis), "trials": _trials(choices)})
@@ -59,16 +59,16 @@ def facts(plan: Plan) -> dict[str, str]:
 
 
 def outcome_table(analysis: Analysis) -> Table:
-    """An arm per line: win-rate, reward, KL, cost, and what collapsed."""
+    """A line per arm: win-rate, reward, KL, cost, and collapses."""
     table = Table(title=f"pe-rlhf compare: {analysis.name}", title_justify="left")
     for heading in ("arm", "finished", "win-rate", "reward", "KL", "s/step", "peak MiB", "collapsed"):
         table.add_column(heading, justify="left" if heading in ("arm", "collapsed") else "right")
     for arm in analysis.arms:
         collapsed = "; ".join(f"seed {c.seed}: {c.kind} at step {c.step}" for c in arm.collapses)
         count = f"{len(arm.seeds)} of {sum(run.arm == arm.arm for run in analysis.runs)}"
-        estimates = (_estimate(arm.win_rate), _estimate(arm.reward), _estimate(arm.kl))
+        figures = (_estimate(arm.win_rate), _estimate(arm.reward), _estimate(arm.kl))
         costs = (_number(arm.seconds_per_step, ".2f"), _number(arm.peak_mib, ".0f"))
-        table.add_row(arm.arm, count, *estimates, *costs, collapsed or "–")
+        table.add_row(arm.arm, count, *figures, *costs, collapsed or "–")
     return table
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a comparison hand to each other: runs as they were found, and what was made of them."""
+"""What the parts of a comparison hand to each other: runs as they were found, and their analysis."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ CollapseKind = Literal["not finite", "KL blow-up", "entropy collapse", "reward h
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run of an arm with one seed, as it was found on disk. Empty where a stage has not got that far.
+    """One run of an arm with one seed, as it was found on disk. A stage that the run has not reached is empty.
 
+    message, failure: why a failed run failed, for people and as the `kind` of `reward.errors`; the kind is None where
+        an older version wrote `failure.json`.
     settings: what the arm changes in the base recipe, and the learning rate that was chosen for it, by recipe key.
     reward, ppo, evaluate: the stages' summaries; `reward` is the shared reward stage's where it was trained once.
     metrics: the lines of `ppo/metrics.jsonl`.
     preferences: the judge's preferences for the policy, by prompt.
-    drift: what the policy's update is like; see `drift.py`.
+    drift: size, rank and direction of the policy's update; see `drift.py`.
     """
 
     arm: str
     seed: int
     status: Status
     message: str = ""
+    failure: str | None = None
     folder: Path | None = None
     settings: Row = field(default_factory=dict)
     reward: Row = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The parts of a comparison in their order: what is shared, the trials of learning rates, the runs of the arms."""
+"""The parts of a comparison in their order: the shared stages, the trials of learning rates, the runs of the arms."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ def run_shared(plan: Plan) -> None:
 
 def need_shared(plan: Plan) -> None:
     """Raise `InputError` where the shared stages have not finished."""
-    if plan.shared is not None and (state := state_of(plan.shared))[0] != "finished":
-        why = state[1] or "run `--only shared` first"
-        raise InputError(f"{plan.shared.folder} has not finished, which all runs need: {why}")
+    if plan.shared is not None and (state := state_of(plan.shared)).status != "finished":
+        raise InputError(
+            f"the stages that all runs share have not finished in {plan.shared.folder}"
+            + (f": {state.message}" if state.message else ""),
+            kind="unfinished",
+            file=plan.shared.folder,
+            fix="run `--only shared` first",
+        )
 
 
 def run_trials(plan: Plan, share: Share, *, retry: bool) -> None:
-    """This share of the trials, each arm's after the reward model that they have in common, where they have their own.
+    """This share of the trials. If an arm has a reward model of its own, it is trained before the arm's trials.
 
-    Two shares may both come to such a reward model: the second one waits for it.
+    Two shares may need the same reward model: the second one waits for it.
     """
     own = {run.folder for run in share.of([run for arm in plan.arms for run in plan.trials(arm).values()])}
     for arm in plan.arms:
@@ -39,27 +44,27 @@ def run_trials(plan: Plan, share: Share, *, retry: bool) -> None:
         if base is not None:
             refuse_changed([base])
             run_to_end(base, retry=retry)
-        if base is None or state_of(base)[0] == "finished":
+        if base is None or state_of(base).status == "finished":
             refuse_changed(mine)
-            run_all(mine, retry=retry, told=_ending)
+            run_all(mine, retry=retry, ending=_ending)
 
 
 def run_arms(plan: Plan, share: Share, *, retry: bool) -> None:
-    """This share of the runs, at the learning rates that the trials have chosen; arms without one are left out."""
+    """This share of the runs, at the learning rates that the trials have chosen; an arm without one is left out."""
     choices = [choose(plan, arm) for arm in plan.arms]
     for choice in choices:
         if choice.factor is None:
             say(f"{choice.arm.name}: not run, {choice.message}")
-    # Shares are cut from all runs, so that they are the same whichever trials have finished.
+    # Shares are cut from all runs, so that they do not depend on which trials have finished.
     runs = [(c.factor, run) for c in choices for run in plan.runs(c.arm, c.factor or 1.0).values()]
     chosen = {run.folder for factor, run in runs if factor is not None}
     ready = [run for run in share.of([run for _, run in runs]) if run.folder in chosen]
     refuse_changed(ready)
-    run_all(ready, retry=retry, told=_ending)
+    run_all(ready, retry=retry, ending=_ending)
 
 
 def _ending(run: PlannedRun) -> str:
-    """How a run ended, in a few words."""
+    """Reward, KL and win-rate at the end of a run."""
     ppo, final = (read_summary(RunFiles(run.folder).stage(stage)) for stage in ("ppo", "evaluate"))
     words = f"reward {ppo['reward_first']:.3f} → {ppo['reward_last']:.3f}, KL {ppo['kl_last']:.1f}" if ppo else ""
     return f"{words}, win-rate {final['win_rate']:.3f}" if final else words

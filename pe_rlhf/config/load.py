@@ -124,9 +124,14 @@ def refuse_other_recipe(recipe: Recipe, path: Path, may_change: Sequence[str] = 
         raise InputError(message, kind="changed", key=changed.partition(":")[0], file=path)
 
 
-def changes_since(recipe: Recipe, path: Path, may_change: Sequence[str] = ()) -> str:
-    """The keys in which a recipe differs from the one at `path`, except those that may; "" where there are none."""
-    old, new = _flat(load_recipe(path).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+def changes_since(recipe: Recipe, path: Path, may_change: Sequence[str] = (), *, moved: bool = False) -> str:
+    """The keys in which a recipe differs from the one at `path`, except those that may; "" where there are none.
+
+    moved: the other one may come from another machine: of absolute paths only the last part counts.
+    """
+    old, new = (_flat(each.model_dump(mode="json")) for each in (load_recipe(path), recipe))
+    if moved:
+        old, new = _without_folders(old), _without_folders(new)
     allowed = (*FREE_TO_CHANGE, *may_change)
     changed = [
         f"{key}: {old.get(key)!r} → {new.get(key)!r}"
@@ -135,6 +140,14 @@ def changes_since(recipe: Recipe, path: Path, may_change: Sequence[str] = ()) ->
     ]
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     return "; ".join(changed[:5]) + more
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(below) for below in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
