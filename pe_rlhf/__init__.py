@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from pe_rlhf.adapters.lora import inits as _registers_the_inits  # noqa: F401
+
 if TYPE_CHECKING:
     from pe_rlhf.model.backbone import Backbone, load_backbone
     from pe_rlhf.model.names import resolve_model

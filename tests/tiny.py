@@ -22,7 +22,7 @@ from transformers import (
 
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.layer_statistics import Need
-from pe_rlhf.adapters.lora.inits import INITS as REGISTRY
+from pe_rlhf.adapters.lora.init_registry import INITS as REGISTRY
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.types import Sequences
 

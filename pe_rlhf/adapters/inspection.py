@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pe_rlhf.adapters.gradients import Probe, input_sums, watched, weight_gradient
 from pe_rlhf.adapters.layer import weight_out_in
 from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics
-from pe_rlhf.adapters.lora.init_registry import InitContext, get_init
+from pe_rlhf.adapters.lora.init_registry import InitContext, init_of
 from pe_rlhf.adapters.lora.inits.svd import Directions, full_svd
 from pe_rlhf.adapters.specs import AdapterSpec
 
@@ -111,9 +111,10 @@ def inspect_inits(
         seed: the seed of a layer, by its name.
         done: is told after each layer.
     """
+    chosen = [init_of(spec.settings) for spec in specs]
     samples_B = probe.sample_B if probe.sample_B is not None else torch.arange(len(probe.batch_B))
     count = int(samples_B.max()) + 1
-    metrics = [InitMetrics(spec.init, spec.scale, kernel=torch.zeros(count, count)) for spec in specs]
+    metrics = [InitMetrics(spec.settings.init, spec.scale, kernel=torch.zeros(count, count)) for spec in specs]
     result = Inspection(metrics, torch.zeros(count, count), 0.0, 0.0)
 
     def see(name: str, x: Tensor, dy: Tensor) -> None:
@@ -126,15 +127,14 @@ def inspect_inits(
         of_W, of_G = full_svd(weight_OI), full_svd(G_OI)
         result.kernel += tokens.kernel(tokens.x_NI, tokens.dy_NO)
         result.gradient_square += float(G_OI.square().sum())
-        best = float(of_G.S_K[: 2 * specs[0].rank].square().sum())
+        best = float(of_G.S_K[: 2 * specs[0].settings.rank].square().sum())
         result.best_square += best
-        for spec, init in zip(specs, metrics, strict=True):
-            registered = get_init(spec.init)
+        for spec, (registered, options), init in zip(specs, chosen, metrics, strict=True):
             given = {"two gradients": halves, "gradient": (G_OI,)}.get(registered.needs or "", ())
             statistics = LayerStatistics(given, moments if registered.needs == "inputs" else None)
             generator = torch.Generator().manual_seed(seed(name))
-            options = registered.parse(spec.init_options)
-            A_RI, B_OR = registered(InitContext(weight_OI, spec.rank, spec.scale, generator, options, statistics))
+            context = InitContext(weight_OI, spec.settings.rank, spec.scale, generator, options, statistics)
+            A_RI, B_OR = registered(context)
             _add_layer(init, name, A_RI.float(), B_OR.float(), weight_OI, of_W, G_OI, best)
             s2 = spec.scale**2
             init.kernel += s2 * tokens.kernel(tokens.x_NI, tokens.dy_NO @ B_OR)

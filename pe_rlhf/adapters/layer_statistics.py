@@ -1,14 +1,15 @@
-"""What an init may be told of a layer beyond its weight: gradients of a loss, moments of the layer's inputs."""
+"""What an init may read of a layer beyond its weight: gradients of a loss, moments of the layer's inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from reward.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What an init needs: the gradient of one batch, of two batches (or tasks), or moments of the layer's inputs.
 Need = Literal["gradient", "two gradients", "inputs"]
@@ -32,7 +33,7 @@ class LayerStatistics:
 
 
 class StatisticsSource(Protocol):
-    """Where statistics come from: it hands over each layer's as soon as it has them, so that one is held at a time."""
+    """A source of statistics. It hands over each layer's as soon as it has them, so that one is held at a time."""
 
     def visit(self, modules: Sequence[str], need: Need, take: Callable[[str, LayerStatistics], None]) -> None:
         """Call `take(module, statistics)` once for each of the modules, in any order."""
@@ -41,17 +42,17 @@ class StatisticsSource(Protocol):
 
 @dataclass(frozen=True)
 class GivenStatistics:
-    """Statistics that somebody has worked out already, by module name."""
+    """Statistics that are known already, by module name."""
 
     layers: Mapping[str, LayerStatistics]
 
     def visit(self, modules: Sequence[str], need: Need, take: Callable[[str, LayerStatistics], None]) -> None:
         for name in modules:
             if name not in self.layers:
-                raise InputError(f"statistics: there are none for the layer {name}")
+                raise InputError(f"statistics: there are none for the layer {name}", kind="missing", key="statistics")
             take(name, self.layers[name])
 
 
 def as_source(statistics: StatisticsSource | Mapping[str, LayerStatistics]) -> StatisticsSource:
-    """A source, whichever of the two forms was given."""
+    """A source of statistics, from a source or a mapping."""
     return GivenStatistics(statistics) if isinstance(statistics, Mapping) else statistics

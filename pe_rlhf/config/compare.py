@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from pe_rlhf.config.model import INIT_OPTIONS
 from pe_rlhf.config.section import Positive, Section, Share
 
 SHORT_KEYS = {
@@ -42,7 +43,8 @@ class CompareConfig(Section):
 
     grid: dict[str, list[Any]] = Field(
         default_factory=dict,
-        description="key → list of values; every combination is an arm (`seed` here is the same as seeds)",
+        description="key → list of values; every combination is an arm. `seed` here is the same as seeds; `init: all`"
+        " is every init, lora first",
     )
     arms: list[dict[str, Any]] = Field(
         default_factory=list, description="further arms, each a mapping of keys to values, with an optional name"
@@ -63,6 +65,14 @@ class CompareConfig(Section):
     )
     collapse: CollapseConfig = CollapseConfig()
     nodes: Positive = Field(default=8, description="--submit slurm: tasks of a job array that run at the same time")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_inits(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(grid := tree.get("grid"), dict) and grid.get("init") == "all":
+            every = ["lora", *sorted(INIT_OPTIONS.keys() - {"lora"})]
+            return {**tree, "grid": {key: every if key == "init" else values for key, values in grid.items()}}
+        return tree
 
     @model_validator(mode="before")
     @classmethod

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from pe_rlhf.config.init_options import INIT_OPTIONS, parse_options
 from pe_rlhf.config.section import Positive, Section
+from reward.errors import InputError
+
+# The options of each adapter init by its name. `pe_rlhf.adapters.lora.inits`, which the package imports first, fills
+# it: so an init has its options in its own file, and a recipe is checked before torch is imported.
+INIT_OPTIONS: dict[str, type[Section]] = {}
 
 
 class BackboneConfig(Section):
@@ -43,10 +48,8 @@ class BackboneConfig(Section):
 class AdapterConfig(Section):
     """The adapter of a role."""
 
-    init: str = Field(
-        default="lora", description=f"{', '.join(INIT_OPTIONS)}, one that you registered, or module:function"
-    )
-    init_options: dict[str, Any] = Field(default_factory=dict, description="options of the init; see docs/adapters.md")
+    init: str = Field(default="lora", description="{inits}, one that you registered, or module:function")
+    init_options: dict[str, Any] = Field(default_factory=dict, description="options of the init, see below")
     rank: Positive = Field(default=16, description="rank r of B·A; if the init has B0 ≠ 0, the export has rank 2r")
     alpha: float = Field(
         default=32.0, gt=0, description="B·A is scaled by alpha/rank (standard) or alpha/√rank (rslora)"
@@ -76,8 +79,31 @@ class AdapterConfig(Section):
     @field_validator("init_options")
     @classmethod
     def _options_of_the_init(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """Say what is wrong with them. Those of an init that is not ours are checked when it is loaded."""
+        """Options of an init that is not registered yet, such as module:function, are checked when it is loaded."""
         init = info.data.get("init", "")
         if init in INIT_OPTIONS:
             parse_options(init, INIT_OPTIONS[init], given)
         return given
+
+
+def parse_options(init: str, schema: type[Section], given: dict[str, Any]) -> Section:
+    """The options of an init, complete. Raises `InputError` that names the option and the nearest one that exists."""
+    known = list(schema.model_fields)
+    for option in given:
+        if option not in known:
+            close = difflib.get_close_matches(str(option), known, n=1, cutoff=0.5)
+            raise InputError(
+                f"the init {init!r} has no option {option!r}; it has {', '.join(known) or 'none'}",
+                kind="unknown",
+                key=f"adapter.init_options.{option}",
+                fix=f"did you mean {close[0]!r}?" if close else None,
+            )
+    try:
+        return schema.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{option} of the init {init!r}: {first['msg']} (got {first['input']!r})",
+            key=f"adapter.init_options.{option}",
+        ) from error

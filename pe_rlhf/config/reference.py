@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from pe_rlhf.config.judge import JudgeConfig
-from pe_rlhf.config.model import AdapterConfig
+from pe_rlhf.config.model import INIT_OPTIONS, AdapterConfig
 from pe_rlhf.config.recipe import Recipe
 from pe_rlhf.config.sampling import SamplingConfig
 from pe_rlhf.config.section import DataSource, Section
@@ -24,6 +24,7 @@ A key whose default is – has to be given. A recipe has a section for each stag
 This page is generated from the schema by `python -m pe_rlhf.config.reference > docs/recipe.md`.
 """
 
+TABLE = "| key | type | default | meaning |\n|---|---|---|---|\n"
 
 # A section that occurs in several places is documented once, under this key.
 TOLD_AT: dict[type[Section], str] = {
@@ -40,8 +41,17 @@ def recipe_page() -> str:
     for path, section in _sections("", Recipe):
         parts.append(f"## {f'`{path}`' if path else 'Top level'}\n\n{_first_line(section)}\n")
         rows = [_row(name, field) for name, field in section.model_fields.items()]
-        parts.append("| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
+        parts.append(TABLE + "\n".join(rows) + "\n")
+        parts += _init_options() if section is AdapterConfig else []
     return "\n".join(parts)
+
+
+def _init_options() -> Iterator[str]:
+    """A table of options for each init that has some."""
+    for name in sorted(INIT_OPTIONS):
+        if fields := INIT_OPTIONS[name].model_fields:
+            rows = [_row(option, field) for option, field in fields.items()]
+            yield f"### `adapter.init_options` of `{name}`\n\n{TABLE}" + "\n".join(rows) + "\n"
 
 
 def _sections(path: str, section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
@@ -57,6 +67,7 @@ def _sections(path: str, section: type[Section]) -> Iterator[tuple[str, type[Sec
 def _row(name: str, field: FieldInfo) -> str:
     below = _sections_in(field.annotation)
     meaning = field.description or (_first_line(below[0]) if below else "")
+    meaning = meaning.replace("{inits}", ", ".join(sorted(INIT_OPTIONS)))
     cells = [f"`{name}`", _type(field.annotation), _default(field, bool(below)), meaning]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "\\<") for cell in cells) + " |"
 

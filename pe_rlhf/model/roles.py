@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.layer import RoleState, WrappedLayer, like_out_in, merged_weight, unwrap, weight_out_in
 from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource
-from pe_rlhf.adapters.lora.anchored import Scaling
 from pe_rlhf.adapters.peft_export import export_peft
-from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, new_adapters, saved_adapter
-from pe_rlhf.adapters.targets import Targets, find_targets, linear_modules
+from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, adapter_settings, new_adapters, saved_adapter
+from pe_rlhf.adapters.targets import linear_modules
+from pe_rlhf.config import AdapterConfig
 from pe_rlhf.model.tensors import part_of, set_tensors, unique_tensors
 from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.seeding import derive_seed
@@ -100,25 +100,25 @@ class ModelWithRoles(nn.Module):
     def add_adapter(
         self,
         role: str,
-        init: str = "lora",
-        rank: int = 16,
-        alpha: float = 32.0,
-        targets: Targets = "all-linear",
-        last_layers: int | None = None,
-        scaling: Scaling = "standard",
-        dropout: float = 0.0,
+        settings: AdapterConfig | None = None,
+        *,
         seed: int = 0,
-        init_options: dict[str, Any] | None = None,
         statistics: StatisticsSource | Mapping[str, LayerStatistics] | None = None,
+        **named: Any,
     ) -> None:
         """Add a role: an anchored adapter on the target layers, and a scalar head for `value` and `reward`.
 
-        Whatever the init, the role starts as the anchor exactly. Raises `InputError` for a role that is there already,
-        an unknown init or option, targets that match nothing, or an init that needs `statistics` and has none.
+        Whatever the init, the role starts as the anchor exactly.
+
+        Args:
+            settings: the adapter section of a recipe. Its keys may be given by name instead: `init="pissa", rank=16`.
+            statistics: what the init needs beyond the weights.
+
+        Raises `InputError` for a role that is there already, an unknown init or option, targets that match nothing, or
+        an init that needs `statistics` and has none.
         """
         self._refuse_taken(role)
-        modules = tuple(find_targets(self.model, targets, last_layers))
-        spec = AdapterSpec(init, rank, alpha, scaling, dropout, modules, init_options or {})
+        spec = AdapterSpec.on(self.model, settings or adapter_settings(**named))
         adapters = new_adapters(spec, self.base_weight, lambda name: derive_seed(seed, role, name), statistics)
         self._install(role, spec, adapters, self._new_head(role))
 

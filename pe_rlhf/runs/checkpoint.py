@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def roles_in(backbone: Backbone, *roles: str) -> tuple[dict[str, Tensor], dict[s
     """
     states = {role: backbone.role_state(role, copy=False) for role in roles}
     tensors = {key: value for role in roles for key, value in with_prefix(role, states[role]).items()}
-    return tensors, {"specs": {role: asdict(backbone.specs[role]) for role in roles}}
+    return tensors, {"specs": {role: backbone.specs[role].as_json() for role in roles}}
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -79,7 +79,7 @@ def _write_role(backbone: Backbone, role: str, folder: Path) -> None:
         backbone.export_adapter(role, scratch)
     save_tensors(backbone.role_state(role, copy=False), scratch / "role.safetensors")
     description = {"role": role, "base_model": backbone.name, "base_sha256": backbone.base_fingerprint()}
-    write_json(scratch / "role.json", {**description, "spec": asdict(backbone.specs[role])})
+    write_json(scratch / "role.json", {**description, "spec": backbone.specs[role].as_json()})
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 

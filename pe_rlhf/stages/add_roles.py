@@ -5,7 +5,6 @@ from __future__ import annotations
 from pe_rlhf.adapters.layer_statistics import StatisticsSource
 from pe_rlhf.adapters.lora.init_registry import get_init
 from pe_rlhf.adapters.specs import AdapterSpec
-from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import AdapterConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.checkpoint import load_checkpoint, without_prefix
@@ -22,18 +21,17 @@ def add_role(
     """A role at its initialisation. Where a run goes on, one whose init looks at data comes from the checkpoint."""
     if context.recipe.tuning == "full":
         return backbone.add_own_weights(role)
-    settings = adapter.model_dump()
-    if get_init(adapter.init).needs is not None and is_sharded(backbone.model):
+    needs = get_init(adapter.init).needs
+    if needs is not None and is_sharded(backbone.model):
         raise InputError(
             f"adapter.init: {adapter.init} looks at data, for which the base has to be whole: not with zero3"
         )
-    if get_init(adapter.init).needs is None or (saved := load_checkpoint(context.folder)) is None:
-        backbone.add_adapter(role, seed=context.recipe.seed, statistics=statistics, **settings)
+    if needs is None or (saved := load_checkpoint(context.folder)) is None:
+        backbone.add_adapter(role, adapter, seed=context.recipe.seed, statistics=statistics)
         if world_size() > 1:  # an SVD may come out with other signs on another machine, and ranks must not differ
             backbone.set_role_state(role, from_main(backbone.role_state(role)))
         return None
-    modules = tuple(find_targets(backbone.model, settings.pop("targets"), settings.pop("last_layers")))
-    return backbone.load_role(role, AdapterSpec(**settings, modules=modules), without_prefix(role, saved[1]))
+    return backbone.load_role(role, AdapterSpec.on(backbone.model, adapter), without_prefix(role, saved[1]))
 
 
 def add_critic(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.layer_statistics import Need
-from pe_rlhf.adapters.lora.init_registry import get_init
+from pe_rlhf.adapters.lora.init_registry import init_of
 from pe_rlhf.algo.gae import gae
 from pe_rlhf.algo.logprobs import token_logprobs
 from pe_rlhf.algo.masked import masked_whiten
@@ -209,7 +209,7 @@ def _batch_rows(count: int, need: Need, adapter: AdapterConfig, seed: int, stage
 
     The same on every rank: it is a few sequences once, and every rank needs the whole gradient.
     """
-    options = get_init(adapter.init).parse(adapter.init_options)
+    _, options = init_of(adapter)
     size: int = getattr(options, "batch_size", 8)
     batches = 2 if need == "two gradients" else 1
     rows = permutation(count, seed, stage, "init")[: size * batches]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,7 +10,6 @@ from pe_rlhf.adapters.gradients import Probe
 from pe_rlhf.adapters.inspection import Inspection, inspect_inits
 from pe_rlhf.adapters.lora.init_registry import get_init, init_names
 from pe_rlhf.adapters.specs import AdapterSpec
-from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import AdapterConfig, Recipe
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.report.inspect_page import inspect_page
@@ -72,9 +70,8 @@ def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Pa
 
 
 def _spec(backbone: Backbone, adapter: AdapterConfig, init: str) -> AdapterSpec:
-    options: dict[str, Any] = adapter.init_options if init == adapter.init else {}
-    modules = tuple(find_targets(backbone.model, adapter.targets, adapter.last_layers))
-    return AdapterSpec(init, adapter.rank, adapter.alpha, adapter.scaling, 0.0, modules, options)
+    options = adapter.init_options if init == adapter.init else {}
+    return AdapterSpec.on(backbone.model, adapter.model_copy(update={"init": init, "init_options": options}))
 
 
 def _probe(context: StageContext, backbone: Backbone, adapter: AdapterConfig) -> Probe:

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from pe_rlhf.adapters.layer import RoleState, WrappedLayer, count_trainable, merged_weight, weight_out_in
 from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics
 from pe_rlhf.adapters.lora.anchored import AnchoredLoRA, lora_scale
-from pe_rlhf.adapters.specs import AdapterSpec, new_adapter, saved_adapter
+from pe_rlhf.adapters.specs import AdapterSpec, new_adapters, saved_adapter
+from pe_rlhf.config import AdapterConfig
 from tests.pairwise import every_pair
 from tests.tiny import ALL_INITS
 
@@ -36,13 +37,17 @@ def dense_base(base: nn.Module) -> tuple[Tensor, Tensor]:
     return (weight if weight.shape == (OUT, IN) else weight.T).float(), bias.float()
 
 
+def spec_for(init: str, dropout: float = 0.0) -> AdapterSpec:
+    return AdapterSpec(AdapterConfig(init=init, rank=RANK, alpha=SCALE * RANK, dropout=dropout), ("layer",))
+
+
 def adapter_for(base: nn.Module, init: str, dropout: float = 0.0) -> AnchoredLoRA:
-    spec = AdapterSpec(init, RANK, SCALE * RANK, "standard", dropout, ())
     generator = torch.Generator().manual_seed(9)
     gradients = torch.randn(OUT, IN, generator=generator), torch.randn(OUT, IN, generator=generator)
     x_NI = torch.randn(40, IN, generator=generator)
     moments = InputMoments(x_NI.T @ x_NI / len(x_NI), x_NI.mean(0), len(x_NI))
-    adapter = new_adapter(spec, dense_base(base)[0], seed=0, statistics=LayerStatistics(gradients, moments))
+    statistics = {"layer": LayerStatistics(gradients, moments)}
+    adapter = new_adapters(spec_for(init, dropout), lambda _: dense_base(base)[0], lambda _: 0, statistics)["layer"]
     assert isinstance(adapter, AnchoredLoRA)
     return adapter
 
@@ -216,7 +221,7 @@ def test_only_a_and_b_are_trained(init: str) -> None:
 @pytest.mark.parametrize("init", ALL_INITS)
 def test_a_saved_adapter_comes_back_exactly(init: str) -> None:
     base = base_layer("linear")
-    spec = AdapterSpec(init, RANK, SCALE * RANK, "standard", 0.0, ())
+    spec = spec_for(init)
     adapter = perturbed(adapter_for(base, init))
     state = copy.deepcopy(adapter.state_dict())
     loaded = saved_adapter(spec, dense_base(base)[0], state)
@@ -228,7 +233,7 @@ def test_a_saved_adapter_comes_back_exactly(init: str) -> None:
 
 
 def test_a_state_that_does_not_fit_or_lacks_a_factor_is_refused() -> None:
-    spec = AdapterSpec("lora", RANK, SCALE * RANK, "standard", 0.0, ())
+    spec = spec_for("lora")
     weight_OI = torch.zeros(OUT, IN)
     state = adapter_for(base_layer("linear"), "lora").state_dict()
     with pytest.raises(ValueError, match="do not fit a weight of shape"):

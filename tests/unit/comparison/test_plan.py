@@ -9,6 +9,7 @@ import pytest
 
 from pe_rlhf.comparison.plan import Plan, load_plan
 from reward.errors import InputError
+from tests.paths import ROOT
 from tests.runs import recipe, write_recipe
 
 ALL = ("preferences", "reward", "ppo", "evaluate")
@@ -179,3 +180,10 @@ def test_an_sft_model_is_made_once(tmp_path: Path) -> None:
     (run, *_) = plan.runs(plan.arms[0]).values()
     assert run.recipe.model == str(tmp_path / "out" / "shared" / "sft" / "model")
     assert run.recipe.stages == ["ppo"]
+
+
+def test_every_init_is_an_arm_and_plain_lora_is_the_first(tmp_path: Path) -> None:
+    names = [arm.name for arm in plan_of(tmp_path, {"grid": {"init": "all"}}).arms]
+    files = {path.stem for path in (ROOT / "pe_rlhf" / "adapters" / "lora" / "inits").glob("*.py")}
+    assert names[0] == "lora"
+    assert set(names) == files - {"__init__", "svd"} | {"rlmo"}

@@ -15,23 +15,33 @@ whose solution is M's first r eigenvectors, the i-th with squared length δ/(μ 
 
 from __future__ import annotations
 
-import torch
-from scipy.optimize import root_scalar
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
-from pe_rlhf.adapters.lora.init_registry import InitContext
+from pydantic import Field
+
+from pe_rlhf.adapters.lora.init_registry import InitContext, SampledOptions, refuse_rank, register_init
 from pe_rlhf.adapters.lora.inits.lora_ga import stable_factor
-from pe_rlhf.config.init_options import CrossTaskOptions
-from reward.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
+class CrossTaskOptions(SampledOptions):
+    diversity: float | None = Field(
+        default=None,
+        gt=0,
+        description="δ of the term δ·log det, which keeps the r directions apart; default: no bound on δ, so the"
+        " directions are orthonormal",
+    )
+    scale: Literal["stable", "unit"] = Field(default="stable", description="stable: m^¼/√gamma; unit: 1")
+    gamma: float = Field(default=16.0, gt=0, description="γ of the scale `stable`; a larger γ means a smaller start")
+
+
+@register_init("cross_task", options=CrossTaskOptions, needs="two gradients")
 def cross_task(context: InitContext) -> tuple[Tensor, Tensor]:
     """A from G1ᵀ·G2, B from G1·G2ᵀ, both times LoRA-GA's m^¼/√γ (`scale: unit` leaves that out)."""
     options: CrossTaskOptions = context.options
-    if context.rank > min(context.weight_OI.shape):
-        raise InputError(
-            f"adapter.rank: {context.rank} is more than the {min(context.weight_OI.shape)} directions of a target"
-        )
+    refuse_rank(context.rank, min(context.weight_OI.shape))
     first_OI, second_OI = (gradient / gradient.norm() for gradient in context.statistics.gradients_OI[:2])
     factor = stable_factor(context.weight_OI.shape[0], options.gamma) if options.scale == "stable" else 1.0
     A_RI = shared_directions(first_OI.T @ second_OI, context.rank, options.diversity).T
@@ -40,6 +50,8 @@ def cross_task(context: InitContext) -> tuple[Tensor, Tensor]:
 
 def shared_directions(product: Tensor, rank: int, diversity: float | None) -> Tensor:
     """The maximiser described above, one direction per column, for M the symmetric part of `product`."""
+    import torch
+
     eigenvalues, vectors = torch.linalg.eigh((product + product.T) / 2)
     strongest = vectors[:, -rank:].flip(1)
     if diversity is None:
@@ -50,6 +62,9 @@ def shared_directions(product: Tensor, rank: int, diversity: float | None) -> Te
 
 def squared_lengths(strengths: list[float], diversity: float) -> Tensor:
     """δ/(μ − λᵢ), with μ > λ₁ such that they add up to their number: from where the derivative is zero."""
+    import torch
+    from scipy.optimize import root_scalar
+
     count, highest = len(strengths), max(strengths)
 
     def excess(distance: float) -> float:

@@ -6,20 +6,28 @@ moving ranks from layer to layer by explained variance, is left out: every layer
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pe_rlhf.adapters.lora.init_registry import InitContext
-from pe_rlhf.config.init_options import EvaOptions
-from reward.errors import InputError
+from pydantic import Field
+
+from pe_rlhf.adapters.lora.init_registry import InitContext, SampledOptions, refuse_rank, register_init
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
+class EvaOptions(SampledOptions):
+    center: bool = Field(default=False, description="subtract the mean from the layer's inputs, as PEFT does")
+
+
+@register_init("eva", options=EvaOptions, needs="inputs")
 def eva(context: InitContext) -> tuple[Tensor, Tensor]:
     """A = V[:, :r]ᵀ of X = U·S·Vᵀ, X one input per row (section 3.1); B = 0. With `center` of X less its mean."""
+    import torch
+
     options: EvaOptions = context.options
     second_II = context.inputs.second_II
-    if context.rank > len(second_II):
-        raise InputError(f"adapter.rank: {context.rank} is more than the {len(second_II)} inputs of a target")
+    refuse_rank(context.rank, len(second_II))
     if options.center:
         second_II = second_II - torch.outer(context.inputs.mean_I, context.inputs.mean_I)
     _, vectors_IK = torch.linalg.eigh(second_II)

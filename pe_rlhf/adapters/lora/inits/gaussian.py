@@ -5,15 +5,28 @@ PEFT's init of that name takes 1/r as the standard deviation instead: `init_opti
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pe_rlhf.adapters.lora.init_registry import InitContext
-from pe_rlhf.config.init_options import GaussianOptions
+from pydantic import Field
+
+from pe_rlhf.adapters.lora.init_registry import InitContext, register_init
+from pe_rlhf.config.section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
+class GaussianOptions(Section):
+    std: float | None = Field(
+        default=None, gt=0, description="standard deviation of A's entries; default: r^-½ (PEFT uses 1/r)"
+    )
+
+
+@register_init("gaussian", options=GaussianOptions)
 def gaussian(context: InitContext) -> tuple[Tensor, Tensor]:
     """A ~ N(0, std²), std = 1/sqrt(r) unless given; B = 0."""
+    import torch
+
     options: GaussianOptions = context.options
     out_features, in_features = context.weight_OI.shape
     A_RI = torch.randn(context.rank, in_features, generator=context.generator)

@@ -9,16 +9,40 @@ PEFT's `lora_ga` (0.21) differs: it multiplies the singular values into B and sc
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
-from pe_rlhf.adapters.lora.init_registry import InitContext
-from pe_rlhf.adapters.lora.inits.svd import top_directions
-from pe_rlhf.config.init_options import LoraGAOptions
+from pydantic import Field
+
+from pe_rlhf.adapters.lora.init_registry import InitContext, SampledOptions, register_init
+from pe_rlhf.config.section import Positive
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
+class LoraGAOptions(SampledOptions):
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = Field(
+        default="ArB2r",
+        description="which singular vectors: ArB2r: the first r for A, the next r for B; A2rBr: the other way"
+        " round; ArBr: alternating; random: a random split of the first 2r",
+    )
+    scale: Literal["stable", "unit", "gd", "weightS"] = Field(
+        default="stable",
+        description="stable: m^¼/√gamma; unit: 1; gd: 1/s; weightS: mean of √(W's first r singular values / s)",
+    )
+    gamma: float = Field(default=16.0, gt=0, description="γ of the scale `stable`; a larger γ means a smaller start")
+    niter: Positive | None = Field(
+        default=None,
+        description="randomised SVD of the gradient with this number of power iterations; default: exact SVD",
+    )
+
+
+@register_init("lora_ga", options=LoraGAOptions, needs="gradient")
 def lora_ga(context: InitContext) -> tuple[Tensor, Tensor]:
     """A = c·Vh[:r], B = c·U[:, r:2r] of G = U·S·Vh; `direction` and `scale` give the authors' other choices."""
+    from pe_rlhf.adapters.lora.inits.svd import top_directions
+
     options: LoraGAOptions = context.options
     r = context.rank
     count = max(r, min(2 * r, *context.gradient_OI.shape))
@@ -39,6 +63,8 @@ def _split(count: int, rank: int, direction: str, generator: torch.Generator) ->
     if direction == "ArBr":
         order = order[1::2] + order[0::2]
     elif direction == "random":
+        import torch
+
         order = torch.randperm(count, generator=generator).tolist()
     first, last = order[:rank], order[-rank:]
     return (last, first) if direction == "A2rBr" else (first, last)
@@ -50,6 +76,8 @@ def _factor(context: InitContext, options: LoraGAOptions) -> float:
     if options.scale == "gd":
         return 1 / context.scale
     if options.scale == "weightS":
+        from pe_rlhf.adapters.lora.inits.svd import top_directions
+
         top = top_directions(context.weight_OI, context.rank, cache=True)
         return float((top.S_K / context.scale).sqrt().mean())
     return 1.0

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pe_rlhf.adapters.lora.init_registry import InitContext
-from pe_rlhf.adapters.lora.inits.svd import balanced_factors, bottom_directions
+from pe_rlhf.adapters.lora.init_registry import InitContext, register_init
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
+@register_init("milora")
 def milora(context: InitContext) -> tuple[Tensor, Tensor]:
     """A = sqrt(S[-r:]/s)·Vh[-r:], B = U[:, -r:]·sqrt(S[-r:]/s), from the exact SVD (section 3)."""
+    from pe_rlhf.adapters.lora.inits.svd import balanced_factors, bottom_directions
+
     return balanced_factors(bottom_directions(context.weight_OI, context.rank, cache=True), context.scale)

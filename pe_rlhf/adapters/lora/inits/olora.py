@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pe_rlhf.adapters.lora.init_registry import InitContext
-from reward.errors import InputError
+from pe_rlhf.adapters.lora.init_registry import InitContext, refuse_rank, register_init
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
+@register_init("olora")
 def olora(context: InitContext) -> tuple[Tensor, Tensor]:
     """A = R[:r], B = Q[:, :r] of W = Q·R (algorithm 1)."""
-    if context.rank > min(context.weight_OI.shape):
-        raise InputError(
-            f"adapter.rank: {context.rank} is more than the {min(context.weight_OI.shape)} directions of a target"
-        )
+    import torch
+
+    refuse_rank(context.rank, min(context.weight_OI.shape))
     Q_OK, R_KI = torch.linalg.qr(context.weight_OI)
     return R_KI[: context.rank], Q_OK[:, : context.rank]

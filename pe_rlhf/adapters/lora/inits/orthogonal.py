@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pe_rlhf.adapters.lora.init_registry import InitContext
-from reward.errors import InputError
+from pe_rlhf.adapters.lora.init_registry import InitContext, refuse_rank, register_init
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
+@register_init("orthogonal")
 def orthogonal(context: InitContext) -> tuple[Tensor, Tensor]:
     """A's rows and B's columns from the QR decomposition of normal matrices, signs as in arXiv math-ph/0609050."""
     out_features, in_features = context.weight_OI.shape
-    if context.rank > min(out_features, in_features):
-        raise InputError(
-            f"adapter.rank: {context.rank} is more than the {min(out_features, in_features)} directions of a target"
-        )
+    refuse_rank(context.rank, min(out_features, in_features))
     A_RI = _orthonormal_columns(in_features, context).T
     return A_RI.to(context.weight_OI.device), _orthonormal_columns(out_features, context).to(context.weight_OI.device)
 
 
 def _orthonormal_columns(rows: int, context: InitContext) -> Tensor:
+    import torch
+
     Q, R = torch.linalg.qr(torch.randn(rows, context.rank, generator=context.generator))
     # QR alone leaves the signs to the library; with R's diagonal made positive every Q is as likely as every other.
     return Q * R.diagonal().sign()

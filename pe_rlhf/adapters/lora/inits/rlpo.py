@@ -6,21 +6,29 @@ learnt anything, without PiSSA's and MiLoRA's singular values in the step size.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pe_rlhf.adapters.lora.init_registry import InitContext
-from pe_rlhf.adapters.lora.inits.svd import bottom_directions, top_directions
-from pe_rlhf.config.init_options import RlpoOptions
+from pe_rlhf.adapters.lora.init_registry import InitContext, register_init
+from pe_rlhf.adapters.lora.inits.pissa import PissaOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
+@register_init("rlpo", options=PissaOptions)
 def rlpo(context: InitContext) -> tuple[Tensor, Tensor]:
     """A = Vh[:r], B = 0."""
-    options: RlpoOptions = context.options
+    from pe_rlhf.adapters.lora.inits.svd import top_directions
+
+    options: PissaOptions = context.options
     top = top_directions(context.weight_OI, context.rank, options.niter, cache=True)
     return top.Vh_KI, context.weight_OI.new_zeros(context.weight_OI.shape[0], context.rank)
 
 
+@register_init("rlmo")
 def rlmo(context: InitContext) -> tuple[Tensor, Tensor]:
     """A = Vh[-r:], B = 0."""
+    from pe_rlhf.adapters.lora.inits.svd import bottom_directions
+
     bottom = bottom_directions(context.weight_OI, context.rank, cache=True)
     return bottom.Vh_KI, context.weight_OI.new_zeros(context.weight_OI.shape[0], context.rank)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.adapters import svd_cache
-from reward.errors import InputError
+from pe_rlhf.adapters.lora.init_registry import refuse_rank
 
 
 class Directions(NamedTuple):
@@ -35,7 +35,7 @@ def top_directions(matrix_OI: Tensor, count: int, niter: int | None = None, *, c
 
     Raises `InputError` where the matrix has fewer directions.
     """
-    _refuse_rank(matrix_OI, count)
+    refuse_rank(count, min(matrix_OI.shape))
     if niter is not None:
         return _randomised(matrix_OI, count, niter, cache)
     return Directions(*(part for part in _ends(matrix_OI, count, cache)[0]))
@@ -43,7 +43,7 @@ def top_directions(matrix_OI: Tensor, count: int, niter: int | None = None, *, c
 
 def bottom_directions(matrix_OI: Tensor, count: int, *, cache: bool = False) -> Directions:
     """The directions of the `count` least singular values, exactly. Arguments and errors as of `top_directions`."""
-    _refuse_rank(matrix_OI, count)
+    refuse_rank(count, min(matrix_OI.shape))
     return Directions(*(part for part in _ends(matrix_OI, count, cache)[1]))
 
 
@@ -99,8 +99,3 @@ def _randomised(matrix_OI: Tensor, count: int, niter: int, cache: bool) -> Direc
         if cache:
             svd_cache.write(matrix_OI, kind, kept)
     return Directions(kept["top_U"], kept["top_S"], kept["top_Vh"])
-
-
-def _refuse_rank(matrix_OI: Tensor, rank: int) -> None:
-    if rank > min(matrix_OI.shape):
-        raise InputError(f"adapter.rank: {rank} is more than the {min(matrix_OI.shape)} singular values of a target")
