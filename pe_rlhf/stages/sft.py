@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pe_rlhf.adapters.specs import AdapterSpec
-from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import DataSource, SFTConfig
 from pe_rlhf.data.codec import TextCodec, cut_pair
 from pe_rlhf.data.examples import Example
@@ -139,8 +138,7 @@ def _write_model(context: StageContext, factors: dict[str, Tensor]) -> None:
     """Write `adapter/`, and `model/`, the base with the adapter merged into it; each is whole or not there."""
     recipe, adapter = context.recipe, context.recipe.adapter_for("sft")
     backbone = load_base(recipe, recipe.model, "cpu")
-    modules = tuple(find_targets(backbone.model, adapter.targets, adapter.last_layers))
-    spec = AdapterSpec("lora", adapter.rank, adapter.alpha, adapter.scaling, adapter.dropout, modules)
+    spec = AdapterSpec.on(backbone.model, adapter)
     named = {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor.cpu() for name, tensor in factors.items()}
     backbone.load_role(ROLE, spec, named)
     target = context.files.model
