@@ -35,6 +35,7 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     whole = isinstance(value, int) or abs(value) >= 1000
+    value += 0.0  # −0.0 becomes 0.0
     text = f"{value:,.0f}" if whole else f"{value:#.3g}".rstrip(".")
     return text.replace("-", "−").replace(",", "\u202f")
 

@@ -169,6 +169,7 @@ class ComparisonFiles(_Files):
     summary = _Below("summary.json")
     report = _Below("report.html")
     results = _Below("results.csv")
+    win_rates = _Below("win_rates.svg")  # not there where no run was evaluated
     shared = _Below("shared")
     runs = _Below("runs")
     trials = _Below("trials")

@@ -55,6 +55,7 @@ def test_it_leaves_runs_a_page_and_numbers(whole: Path) -> None:
         assert arm["win_rate"]["value"] == pytest.approx(json.loads(file.read_text())["win_rate"])
     reward = json.loads((out / "shared" / "reward" / "summary.json").read_text())
     assert all(arm["reward_accuracy"] == pytest.approx(reward["eval_accuracy"]) for arm in summary["arms"])
+    assert (out / "win_rates.svg").read_text(encoding="utf-8").startswith("<svg")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "pissa" in page
     assert "http" not in page.replace("http://www.w3.org", "")
