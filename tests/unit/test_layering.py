@@ -1,7 +1,6 @@
 """The rooms of the package: one ordered list, from which every import that is allowed follows."""
 
 import ast
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,12 +22,6 @@ ONLY_IN = {
     "matplotlib": ("pe_rlhf/report/charts.py",),
     "pe_rlhf.stages": ("pe_rlhf/stages/", "pe_rlhf/cli/"),
 }
-WITHOUT_TORCH = (
-    *("pe_rlhf", "pe_rlhf.cli", "pe_rlhf.config", "pe_rlhf.config.load"),
-    *("pe_rlhf.system.processes", "pe_rlhf.system.files", "pe_rlhf.system.progress", "pe_rlhf.system.failures"),
-    *("pe_rlhf.report.run_page", "pe_rlhf.report.evaluation_page", "pe_rlhf.report.inspect_page"),
-    *("pe_rlhf.comparison.page.comparison_page", "pe_rlhf.runs.metrics"),
-)
 
 
 def imports(path: Path, root: Path = ROOT) -> Iterator[str]:
@@ -126,11 +119,10 @@ def test_a_heavy_library_is_imported_in_its_place_only(module: str, places: tupl
     assert {name for name in importing(module) if not name.startswith(places)} == set()
 
 
-def test_what_shows_help_imports_no_torch() -> None:
-    script = "import sys\n" + "\n".join(f"import {module}" for module in WITHOUT_TORCH)
-    script += "\nprint([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+def test_unit_tests_start_no_process() -> None:
+    starts = ("subprocess", "multiprocessing", "tests.forked", "tests.integration")
+    found = {(path.name, name) for path in files("tests/unit") for name in imports(path)}
+    assert {(file, name) for file, name in found if f"{name}.".startswith(tuple(f"{s}." for s in starts))} == set()
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,8 @@
 
 import gzip
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,20 +11,12 @@ from typing import Any
 import pytest
 
 from pe_rlhf.model.names import resolve_model
-from tests.paths import ROOT
 from tests.runs import PAIRS, PROMPTS, Outcome, Tree, contents, recipe, write_jsonl, write_recipe
 
 Cli = Callable[..., Outcome]
 Refused = Callable[..., str]
 ALL = ("preferences", "reward", "ppo", "evaluate")
 RECIPES = "compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke"
-
-
-def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
 
 
 # ---- help ------------------------------------------------------------------------------------------------------------
@@ -54,18 +43,6 @@ def test_help_names_what_there_is(cli: Cli, arguments: list[str], words: list[st
     assert [word for word in words if word not in said] == []
 
 
-def test_help_and_a_bad_recipe_do_not_wait_for_torch(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("modle: x")
-    heavy = "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
-    for arguments, code in ((["run", "--help"], 0), (["run", "bad.yaml"], 2)):
-        script = (
-            f"import sys; sys.argv = ['pe-rlhf', *{arguments}]\nfrom pe_rlhf.cli.main import main\n"
-            f"code = 0\ntry:\n    main()\nexcept SystemExit as end:\n    code = end.code\nprint(code); {heavy}"
-        )
-        done = python("-c", script, folder=tmp_path)
-        assert done.stdout.splitlines()[-2:] == [str(code), "[]"], done
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,19 +57,6 @@ def test_arguments_that_are_none(refused: Refused, arguments: list[str], message
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_real_command_says_one_sentence_and_debug_shows_the_rest(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, recipe("ppo", ppo__kl__betta=0.1))
-    before = contents(tmp_path)
-    done = python("-m", "pe_rlhf", "run", str(path), folder=tmp_path)
-    sentence = f"error: {path}: unknown key 'ppo.kl.betta'; did you mean 'beta'?\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
-    shown = python("-m", "pe_rlhf", "run", str(path), "--debug", folder=tmp_path)
-    assert shown.returncode == 2
-    assert shown.stderr.startswith("Traceback")
-    assert shown.stderr.endswith(sentence)
-    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(

