@@ -10,7 +10,7 @@ A package of its own: it imports nothing from `pe_rlhf`, and importing `reward` 
 | `calibration` | reliability table, expected calibration error, interval of an accuracy               |
 | `winrate`     | `win_rate`: a win rate with an interval that knows ties and repeated prompts; tests  |
 | `length_control` | the length-controlled win rate of AlpacaEval 2                                    |
-| `ranking`, `agreement` | Bradley–Terry; accuracy and kappa of a judge against people                 |
+| `agreement`   | accuracy and kappa of a judge against people                                         |
 | `verdicts`, `summary`  | files of verdicts, and from them the result of each candidate               |
 | `judges`      | a package: the protocol, and judges that are functions, rewards or chat models       |
 | `asking`      | many pairs through a judge: both orders, several at once, each answer on disk        |

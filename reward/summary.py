@@ -13,56 +13,83 @@ import numpy as np
 from reward.agreement import agreement
 from reward.errors import InputError
 from reward.length_control import length_controlled_win_rate
-from reward.verdicts import FIRST, SECOND, VerdictRow
+from reward.verdicts import FIRST, SECOND, Verdict
 from reward.winrate import bootstrap_interval, sign_test, win_rate
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One pair after all orders in which it was asked. preference: NaN where it is invalid; `row` has its columns.
+    """One pair after all orders in which the judge was asked: one verdict, or two with `candidate_first` in front."""
 
-    flipped: the verdict turned with the order. first_wins: how often what stood first won, None for one order.
-    """
+    verdicts: tuple[Verdict, ...]
 
-    preference: float
-    flipped: bool
-    first_wins: float | None
-    row: VerdictRow
+    @property
+    def verdict(self) -> Verdict:
+        """The first verdict: the columns of the pair, and scores, do not depend on the order."""
+        return self.verdicts[0]
+
+    @property
+    def preference(self) -> float:
+        """Probability that the candidate wins; NaN if any order is invalid."""
+        return combine_orders(*self._both)[0] if len(self.verdicts) == 2 else self.verdict.preference
+
+    @property
+    def is_valid(self) -> bool:
+        return not math.isnan(self.preference)
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the verdict turned with the order."""
+        return len(self.verdicts) == 2 and combine_orders(*self._both)[1]
+
+    @property
+    def first_wins(self) -> float | None:
+        """How often the response shown first won; None for a single order."""
+        if len(self.verdicts) == 1:
+            return None
+        candidate_first, baseline_first = self._both
+        return (candidate_first + 1 - baseline_first) / 2
+
+    @property
+    def _both(self) -> tuple[float, float]:
+        candidate_first, baseline_first = self.verdicts
+        return candidate_first.preference, baseline_first.preference
 
 
 def combine_orders(candidate_first: float, baseline_first: float) -> tuple[float, bool]:
     """One preference from both orders, and whether they contradict each other.
 
-    Both are the candidate's probability. Where one order says that it wins and the other that it loses, the pair counts
-    half; else the mean counts. An invalid (NaN) order makes the pair invalid.
+    Both are the candidate's probability. If it wins in one order and loses in the other, the pair counts half;
+    otherwise the mean counts. An invalid (NaN) order makes the pair invalid.
     """
     flipped = (candidate_first - 0.5) * (baseline_first - 0.5) < 0
     return (0.5 if flipped else (candidate_first + baseline_first) / 2), flipped
 
 
-def pair_up(rows: Iterable[VerdictRow]) -> list[Outcome]:
-    """One outcome per pair; rows without an order stand alone, and a pair that still lacks an order is left out.
+def pair_up(verdicts: Iterable[Verdict]) -> list[Outcome]:
+    """One outcome per pair. A verdict without an order is an outcome; a pair that still lacks an order is left out.
 
-    Raises `InputError` where a pair has two verdicts in one order, or rows with an order have no position.
+    Raises `InputError` where a pair has two verdicts in one order, or a verdict with an order has no position.
     """
     outcomes: list[Outcome] = []
-    pairs: dict[Hashable, dict[str, VerdictRow]] = defaultdict(dict)
-    for row in rows:
-        if row.order is None:
-            outcomes.append(Outcome(row.preference, False, None, row))
+    pairs: dict[Hashable, dict[str, Verdict]] = defaultdict(dict)
+    for verdict in verdicts:
+        if verdict.order is None:
+            outcomes.append(Outcome((verdict,)))
             continue
-        if row.position is None:
-            raise InputError("verdicts with an order need the position of their prompt, to find the other order by")
-        pair = pairs[row.candidate, row.baseline, row.position, row.sample]
-        if row.order in pair:
-            raise InputError(f"{row.candidate} has two verdicts on prompt {row.position} in the order {row.order}")
-        pair[row.order] = row
-    for pair in pairs.values():
-        if len(pair) == 2:
-            first, second = pair[FIRST].preference, pair[SECOND].preference
-            preference, flipped = combine_orders(first, second)
-            outcomes.append(Outcome(preference, flipped, (first + 1 - second) / 2, pair[FIRST]))
-    return outcomes
+        if verdict.position is None:
+            raise InputError(
+                "a verdict with an order has no position to find the other order by", kind="missing", key="position"
+            )
+        pair = pairs[verdict.candidate, verdict.baseline, verdict.position, verdict.sample]
+        if verdict.order in pair:
+            raise InputError(
+                f"{verdict.candidate} has two verdicts on prompt {verdict.position} in the order {verdict.order}",
+                key="order",
+            )
+        pair[verdict.order] = verdict
+    complete = (pair for pair in pairs.values() if len(pair) == 2)
+    return outcomes + [Outcome((pair[FIRST], pair[SECOND])) for pair in complete]
 
 
 def summarise(
@@ -73,9 +100,9 @@ def summarise(
     n counts the valid comparisons. Length control needs the lengths of every pair. Raises `InputError` where no
     comparison is valid.
     """
-    valid = [outcome for outcome in outcomes if not math.isnan(outcome.preference)]
+    valid = [outcome for outcome in outcomes if outcome.is_valid]
     if not valid:
-        raise InputError(f"none of the {len(outcomes)} verdicts on {candidate} is valid")
+        raise InputError(f"all {len(outcomes)} verdicts on {candidate} are invalid", kind="empty", key="preference")
     clusters = _clusters(valid)
     preferences = np.array([outcome.preference for outcome in valid])
     result = win_rate(preferences, clusters, level)
@@ -103,7 +130,7 @@ def group_by_candidate(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
     """Outcomes of each candidate, in order of appearance."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault(outcome.row.candidate, []).append(outcome)
+        groups.setdefault(outcome.verdict.candidate, []).append(outcome)
     return groups
 
 
@@ -118,7 +145,7 @@ def _order_metrics(valid: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _length_controlled(outcomes: Sequence[Outcome], difficulty: Sequence[float] | None, level: float) -> dict[str, Any]:
-    lengths = [(o.row.len_candidate, o.row.len_baseline) for o in outcomes]
+    lengths = [(o.verdict.len_candidate, o.verdict.len_baseline) for o in outcomes]
     if any(length is None for pair in lengths for length in pair):
         return {}
     len_candidate, len_baseline = zip(*lengths, strict=True)
@@ -139,22 +166,26 @@ def _length_controlled(outcomes: Sequence[Outcome], difficulty: Sequence[float] 
 
 
 def _difficulties(outcomes: Sequence[Outcome], table: Sequence[float] | None) -> list[float] | None:
-    own = [outcome.row.difficulty for outcome in outcomes]
+    own = [outcome.verdict.difficulty for outcome in outcomes]
     if all(value is not None for value in own):
         return [value for value in own if value is not None]
     if table is None:
         return None
     found: list[float] = []
     for outcome in outcomes:
-        position = outcome.row.position
+        position = outcome.verdict.position
         if position is None or position >= len(table):
-            raise InputError(f"there is a difficulty for positions 0 to {len(table) - 1}, but not for {position}")
+            raise InputError(
+                f"there is a difficulty for positions 0 to {len(table) - 1}, but not for {position}",
+                kind="missing",
+                key="difficulty",
+            )
         found.append(table[position])
     return found
 
 
 def _human_metrics(valid: Sequence[Outcome]) -> dict[str, Any]:
-    labelled = [(o.preference, o.row.human) for o in valid if o.row.human is not None]
+    labelled = [(o.preference, o.verdict.human) for o in valid if o.verdict.human is not None]
     if not labelled:
         return {}
     result = agreement([judge for judge, _ in labelled], [human for _, human in labelled if human is not None])
@@ -168,8 +199,8 @@ def _human_metrics(valid: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _clusters(outcomes: Sequence[Outcome]) -> list[Hashable]:
-    """Comparisons of one prompt go together; one without a position stands alone."""
-    return [i if o.row.position is None else ("position", o.row.position) for i, o in enumerate(outcomes)]
+    """Comparisons of one prompt are a cluster; one without a position is a cluster of its own."""
+    return [i if o.verdict.position is None else ("position", o.verdict.position) for i, o in enumerate(outcomes)]
 
 
 def _cluster_means(values: np.ndarray, clusters: Sequence[Hashable]) -> list[float]:

@@ -1,17 +1,14 @@
 """Win rates of a candidate against a baseline, and how far to trust them."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TypeVar
 
 import numpy as np
 from scipy.stats import binomtest
 
 from reward.errors import InputError
-
-Prompt = TypeVar("Prompt", bound=Hashable)  # what a prompt is known by
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def win_rate(
 
     preferences: for each comparison the probability that the candidate wins (0.5: a tie).
     clusters: for each comparison what it shares with others, e.g. its prompt, where one prompt has several samples or
-    is judged in both orders; by default every comparison stands alone.
+    is judged in both orders; by default each comparison is a cluster of its own.
     Raises `InputError` where there are no preferences, one is not in [0, 1], or the lengths differ.
 
     The interval is Wilson's for the mean p and an effective number of comparisons n_eff = p(1 − p) / V, where V is the
@@ -49,7 +46,7 @@ def win_rate(
       comparisons of one prompt go together, and that ties and soft preferences vary less than wins and losses.
     - V_max = p(1 − p)·Σ_g n_g²/n², the largest there can be: no ties, and each cluster decided as one.
 
-    V̂ alone must not be believed in small samples (three ties give 0), so V = (G·V̂ + z²·V_max) / (G + z²): z² is the
+    V̂ is not enough in small samples (three ties give 0), so V = (G·V̂ + z²·V_max) / (G + z²): z² is the
     number of observations that Wilson's interval adds, too. Where p is 0 or 1, V̂ says nothing and V = V_max, so that
     n_eff is the number of clusters (Kish's number where their sizes differ).
 
@@ -84,7 +81,7 @@ def wilson_interval(share: float, n: float, level: float = 0.95) -> tuple[float,
     z = normal_quantile(level)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half_width = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    # It lies in [0, 1] and holds the share; the bounds keep rounding from saying otherwise.
+    # In exact arithmetic it lies in [0, 1] and holds the share; rounding must not change that.
     return min(max(0.0, centre - half_width), share), max(min(1.0, centre + half_width), share)
 
 
@@ -98,7 +95,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of a mean: whole clusters are drawn with replacement (Efron and Tibshirani 1993, ch. 13).
 
-    Paired: give the differences of two policies on the same prompts. The same seed gives the same interval.
+    The same seed gives the same interval. For a paired interval give the differences of two policies on each prompt.
     """
     value_N = np.asarray(values, dtype=np.float64)
     code_N = cluster_codes(clusters, len(value_N))
@@ -123,37 +120,6 @@ def sign_test(differences: Sequence[float] | np.ndarray) -> float:
     return float(binomtest(positive, positive + negative).pvalue) if positive + negative else 1.0
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How much more often policy A wins against a baseline than policy B does, on the prompts that both have.
-
-    difference: of win rates, in [−1, 1]; the interval is a paired bootstrap, clustered by prompt. n: shared prompts.
-    """
-
-    difference: float
-    ci_low: float
-    ci_high: float
-    p_value: float
-    n: int
-
-
-def compare_policies(
-    preferences_a: Mapping[Prompt, Sequence[float]],
-    preferences_b: Mapping[Prompt, Sequence[float]],
-    level: float = 0.95,
-) -> Difference:
-    """Compare two policies prompt by prompt; both map a prompt to the preferences of its comparisons.
-
-    Raises `InputError` where they share no prompt.
-    """
-    shared = [prompt for prompt in preferences_a if prompt in preferences_b]
-    if not shared:
-        raise InputError("the two policies were not compared on any prompt in common")
-    difference_N = np.array([np.mean(preferences_a[p]) - np.mean(preferences_b[p]) for p in shared])
-    low, high = bootstrap_interval(difference_N, level=level)
-    return Difference(float(difference_N.mean()), low, high, sign_test(difference_N), len(shared))
-
-
 def _effective_n(mean: float, variance: float, concentration: float, n_clusters: int, z: float) -> float:
     bernoulli = mean * (1 - mean)
     if bernoulli == 0:
@@ -169,7 +135,7 @@ def normal_quantile(level: float) -> float:
 
 def _checked_level(level: float) -> float:
     if not 0 < level < 1:
-        raise InputError(f"the level of an interval must lie between 0 and 1, not {level}")
+        raise InputError(f"the level of an interval is {level}, not between 0 and 1", key="level")
     return level
 
 
@@ -177,11 +143,13 @@ def checked_preferences(preferences: Sequence[float] | np.ndarray) -> np.ndarray
     """As an array. Raises `InputError` where there are none or one is no probability."""
     value_N = np.asarray(preferences, dtype=np.float64)
     if value_N.size == 0:
-        raise InputError("there are no preferences to take a win rate of")
+        raise InputError("there are no preferences to take a win rate of", kind="empty")
     bad_N = ~((value_N >= 0) & (value_N <= 1))  # also true for NaN
     if bad_N.any():
         index = int(np.argmax(bad_N))
-        raise InputError(f"preference {index} is {value_N[index]}, not a probability in [0, 1]")
+        raise InputError(
+            f"preference {index} is {value_N[index]}, not a probability in [0, 1]", key="preference", row=index + 1
+        )
     return value_N
 
 

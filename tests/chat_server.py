@@ -23,13 +23,12 @@ Faults = Callable[[int], str | None]
 class ChatServer:
     """How it answers, and what it was asked.
 
-    logprobs: how many it gives at most. usage: whether it says what it read and wrote.
+    logprobs: how many it gives at most.
     answered: how often each question was answered whole. text: what it says where log-probs are not asked for.
     """
 
     faults: Faults = lambda number: None
     logprobs: int = 20
-    usage: bool = True
     text: str | None = None
     bias: float = 0.0
     url: str = ""
@@ -112,7 +111,7 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
             if body.get("logprobs"):
                 top = [{"token": t, "logprob": math.log(0.8 * q), "bytes": None} for t, q in (("A", p), (" B", 1 - p))]
                 choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-            usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101} if server.usage else None
+            usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
             head = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
             return {**head, "choices": [choice], "usage": usage}
 

@@ -6,7 +6,6 @@ wrong between keys is checked here too, before a model or a data set is touched.
 
 from pe_rlhf.config.compare import CollapseConfig, CompareConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
-from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.config.model import AdapterConfig, BackboneConfig
 from pe_rlhf.config.optimizer import OptimizerConfig, RewardOptimizerConfig
 from pe_rlhf.config.ppo import KLConfig, PPOConfig, RewardSource
@@ -25,7 +24,6 @@ __all__ = [
     "CompareConfig",
     "DataSource",
     "EvaluateConfig",
-    "JudgeConfig",
     "KLConfig",
     "OptimizerConfig",
     "PPOConfig",

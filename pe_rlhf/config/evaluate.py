@@ -1,19 +1,21 @@
-"""The evaluate stage."""
+"""The evaluate stage, and the settings of `pe-rlhf evaluate`."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
-from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.config.sampling import SamplingConfig
 from pe_rlhf.config.section import Data, Positive, Section, Share
+from reward.judges.judge_settings import NamedJudge, ServerSettings
 
 
 class EvaluateConfig(Section):
     """Compare the policy with the anchor on held-out prompts."""
 
     prompts: Data
-    judge: str | JudgeConfig = Field(
+    judge: NamedJudge = Field(
         description="length, llm:MODEL, reward_model:RUN, module:callable, or a section with settings"
     )
     max_invalid_share: Share = Field(
@@ -22,3 +24,35 @@ class EvaluateConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     samples_per_prompt: Positive = Field(default=1, description="pairs of responses judged for each prompt")
     table_rows: Positive = Field(default=20, description="rows of the side-by-side table samples.md")
+
+
+class ResponseSampling(Section):
+    """How a local candidate or baseline, or one behind a server, is sampled from."""
+
+    max_new_tokens: Positive = Field(default=256, description="longest response; it is cut there")
+    temperature: float = Field(default=1.0, gt=0, description="divides the logits")
+    batch_size: Positive = Field(default=32, description="responses of a local model sampled at the same time")
+
+
+class EvaluationSettings(Section):
+    """The settings of `pe-rlhf evaluate`, as `judge.max_requests=2000 sampling.temperature=0.7 seed=1`."""
+
+    judge: NamedJudge = Field(description="as --judge; its settings are judge.concurrency, judge.template, …")
+    sampling: ResponseSampling = ResponseSampling()
+    server: ServerSettings = Field(
+        default=ServerSettings(), description="how a candidate or baseline behind a server is asked"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the responses")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="dtype of a local candidate or baseline; a run is loaded as its recipe says"
+    )
+    device: str = Field(default="auto", description="device of a local candidate or baseline")
+    max_invalid_share: Share = Field(
+        default=0.05, description="fail if more than this share of the pairs has no valid verdict"
+    )
+    level: float = Field(default=0.95, gt=0, lt=1, description="level of the intervals")
+
+    @property
+    def sampler(self) -> SamplingConfig:
+        """The sampling of local models: by transformers, in this process."""
+        return SamplingConfig(**self.sampling.model_dump())

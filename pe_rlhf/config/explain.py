@@ -26,7 +26,7 @@ class Mistake(NamedTuple):
     text: str
 
 
-def explain_validation_error(error: ValidationError) -> Mistake:
+def explain_validation_error(error: ValidationError, schema: type[BaseModel] = Recipe) -> Mistake:
     """The mistake that is told of those that pydantic found."""
     # An unknown key comes first: where it is a typo, another key is missing because of it.
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] not in ("extra_forbidden", "invalid_key"))
@@ -43,7 +43,7 @@ def explain_validation_error(error: ValidationError) -> Mistake:
         text = f"{key}: {ours['message']}" if key else ours["message"]
     elif first["type"] == "extra_forbidden":
         kind = "unknown"
-        known = _fields_at(location[:-1])
+        known = _fields_at(schema, location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         text = f"unknown key {key!r}; {hint}"
@@ -76,8 +76,7 @@ def _location(mistake: ErrorDetails) -> list[str]:
     ]
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
     for part in location:
         if part.isdigit():
             continue

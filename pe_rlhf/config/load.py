@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,8 @@ from pe_rlhf.config import DataSource, Recipe
 from pe_rlhf.config.explain import explain_validation_error
 from pe_rlhf.system.files import write_whole
 from reward.errors import InputError
+
+S = TypeVar("S", bound=BaseModel)
 
 # Where and with how much memory a run computes; what it computes is the same.
 FREE_TO_CHANGE = ("deepspeed", "threads", "tracking", "backbone.device", "backbone.trunk_cache_mib")
@@ -88,9 +90,14 @@ def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
         message = f"{path}: a recipe is a mapping of keys, this file holds {_describe(tree)}"
         raise InputError(message, kind="empty" if tree is None else "invalid", file=path)
     tree.setdefault("name", path.stem)
-    for override in overrides or []:
-        _apply(tree, override)
+    apply_overrides(tree, overrides or ())
     return tree
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set every `key.sub=value` in a tree. Raises `InputError` naming the override."""
+    for override in overrides:
+        _apply(tree, override)
 
 
 def make_recipe(tree: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -98,15 +105,25 @@ def make_recipe(tree: dict[str, Any], path: Path, overrides: Sequence[str] = ())
 
     Raises `InputError` naming the file, or the one of the `overrides` applied that is wrong, and the key.
     """
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        mistake = explain_validation_error(error)
-        wrong = (override for override in overrides if _is_at_or_below(mistake.key, override.partition("=")[0]))
-        where = next((f"override {override!r}" for override in wrong), str(path))
-        raise InputError(f"{where}: {mistake.text}", kind=mistake.kind, key=mistake.key or None, file=path) from error
+    recipe = validated(Recipe, tree, str(path), overrides, path)
     _resolve_paths(recipe, path.parent)
     return recipe
+
+
+def validated(
+    schema: type[S], tree: dict[str, Any], origin: str, overrides: Sequence[str] = (), file: Path | None = None
+) -> S:
+    """A tree, to which the overrides were applied, as its schema.
+
+    Raises `InputError` naming the key, and the override that is wrong, or otherwise the `origin` of the tree.
+    """
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        mistake = explain_validation_error(error, schema)
+        wrong = (override for override in overrides if _is_at_or_below(mistake.key, override.partition("=")[0]))
+        where = next((f"override {override!r}" for override in wrong), origin)
+        raise InputError(f"{where}: {mistake.text}", kind=mistake.kind, key=mistake.key or None, file=file) from error
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -173,8 +190,9 @@ def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
     *parents, last = parts = key.split(".")
     node: Any = tree
     for i, part in enumerate(parents):
-        if isinstance(node.get(part), str) and parts[i + 1] in DataSource.model_fields:
-            node[part] = {"path": node[part]}
+        if isinstance(node.get(part), str):  # the short form of a section
+            short = "kind" if part == "judge" else "path" if parts[i + 1] in DataSource.model_fields else None
+            node[part] = node[part] if short is None else {short: node[part]}
         if node.get(part) is None:
             node[part] = {}
         node = node[part]

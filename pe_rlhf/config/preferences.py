@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pe_rlhf.config.judge import JudgeConfig
 from pe_rlhf.config.sampling import SamplingConfig
 from pe_rlhf.config.section import Data, Positive, Rate, Section, Share
+from reward.judges.judge_settings import NamedJudge
 
 
 class PreferencesConfig(Section):
     """Sample two responses for each prompt and have a judge label them."""
 
     prompts: Data
-    judge: str | JudgeConfig = Field(
+    judge: NamedJudge = Field(
         description="length, llm:MODEL, reward_model:RUN, module:callable, or a section with settings"
     )
     max_invalid_share: Share = Field(

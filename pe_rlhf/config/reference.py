@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from pe_rlhf.config.judge import JudgeConfig
+from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.config.model import INIT_OPTIONS, AdapterConfig
 from pe_rlhf.config.recipe import Recipe
 from pe_rlhf.config.sampling import SamplingConfig
 from pe_rlhf.config.section import DataSource, Section
+from reward.judges.judge_settings import JudgeSettings
 
 HEAD = """# Recipe keys
 
@@ -30,17 +31,21 @@ TABLE = "| key | type | default | meaning |\n|---|---|---|---|\n"
 TOLD_AT: dict[type[Section], str] = {
     AdapterConfig: "adapter",
     DataSource: "preferences.prompts",
-    JudgeConfig: "preferences.judge",
+    JudgeSettings: "preferences.judge",
     SamplingConfig: "preferences.sampling",
 }
 
 
+COMMAND = "pe-rlhf evaluate"
+
+
 def recipe_page() -> str:
-    """docs/recipe.md as it has to be: a table for the top level and for each section."""
+    """docs/recipe.md as it has to be: a table for the top level, for each section, and for `pe-rlhf evaluate`."""
     parts = [HEAD]
-    for path, section in _sections("", Recipe):
+    for path, section in [*_sections("", Recipe), *_sections(COMMAND, EvaluationSettings)]:
         parts.append(f"## {f'`{path}`' if path else 'Top level'}\n\n{_first_line(section)}\n")
-        rows = [_row(name, field) for name, field in section.model_fields.items()]
+        keys = sorted(section.model_fields.items(), key=lambda item: not item[1].is_required())
+        rows = [_row(name, field) for name, field in keys]
         parts.append(TABLE + "\n".join(rows) + "\n")
         parts += _init_options() if section is AdapterConfig else []
     return "\n".join(parts)
@@ -59,7 +64,7 @@ def _sections(path: str, section: type[Section]) -> Iterator[tuple[str, type[Sec
     yield path, section
     for name, field in section.model_fields.items():
         for below in _sections_in(field.annotation):
-            place = f"{path}.{name}".lstrip(".")
+            place = f"{path} {name}" if path == COMMAND else f"{path}.{name}".lstrip(".")
             if TOLD_AT.get(below, place) == place:
                 yield from _sections(place, below)
 

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field
 
-from reward.errors import Kind
+from reward.settings import Positive, Section, Share, refusal
 
-Positive = Annotated[int, Field(gt=0)]
+__all__ = ["Data", "DataSource", "Decay", "Positive", "Rate", "Section", "Share", "refusal"]
+
 Rate = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-def refusal(key: str, message: str, kind: Kind = "conflict") -> PydanticCustomError:
-    """What a validator of a section raises for one of its keys; `explain.py` reads key and kind."""
-    return PydanticCustomError("refusal", "{message}", {"key": key, "message": message, "kind": kind})
-
-
-class Section(BaseModel):
-    """A part of a recipe. Unknown keys, NaN and infinity are errors."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python, and pydantic with it, would take `steps: yes` for one step."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError(f"input should not be {str(value).lower()}")
-        return value
 
 
 class DataSource(Section):

@@ -1,8 +1,7 @@
-"""One evaluation: responses of two policies, a judge's verdicts on them, the result and its page.
+"""One evaluation: responses of a candidate and a baseline, a judge's verdicts on them, and the result.
 
-Everything lies in one folder and is written as it comes, so the same command goes on where it was interrupted:
-`candidate.jsonl`, `baseline.jsonl` (the responses), `verdicts.jsonl` (one line per question), `summary.json`,
-`report.html`.
+Everything is in one folder and written as it comes, so the same command goes on where it was interrupted:
+`candidate.jsonl`, `baseline.jsonl` (the responses), `verdicts.jsonl` (one line per question), `summary.json`.
 """
 
 from __future__ import annotations
@@ -11,11 +10,22 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pe_rlhf.evaluation.sources import Policy
+from pe_rlhf.config.evaluate import EvaluationSettings
+from pe_rlhf.evaluation.sources import (
+    ResponseSource,
+    base_of_adapter,
+    find_policy,
+    load_anchor,
+    load_source,
+    read_outputs,
+)
+from pe_rlhf.model.names import check_model_name
 from pe_rlhf.runs.layout import EvaluationFiles
+from pe_rlhf.runs.saved_roles import RoleFolder, is_endpoint, weights_of
 from pe_rlhf.scoring.model_judges import ask_judge
 from pe_rlhf.system.files import append_jsonl, write_json, write_whole
 from pe_rlhf.system.progress import progress
@@ -29,32 +39,70 @@ Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Source:
-    """Responses under a name: a policy that is loaded when it is needed, or finished `outputs`.
+class Side:
+    """The candidate or the baseline: a source that is loaded when it is needed, or finished `outputs`.
 
-    identity: what the responses depend on; a folder of other responses is refused.
+    identity: all that the responses depend on; a folder with responses of another identity is refused.
     """
 
     name: str
     identity: str
-    load: Callable[[], Policy] | None = None
+    load: Callable[[], ResponseSource] | None = None
     outputs: Sequence[str] | None = None
 
 
-def responses_of(source: Source, prompts: Sequence[Prompt], path: Path) -> list[str]:
-    """One response per prompt, from the file where they are there already.
+def side_of(
+    name: str, prompts: Sequence[Prompt], settings: EvaluationSettings, anchor_of: RoleFolder | None = None
+) -> Side:
+    """The side of that name; with `anchor_of` it is the anchor of that run.
 
-    The file's first line says what the rest was made from. Raises `InputError` where it holds other responses.
+    Raises `InputError` where there is nothing of that name, or a file lacks the output of a prompt.
     """
-    if source.outputs is not None:
-        return list(source.outputs)
-    head = {"identity": source.identity, "prompts": fingerprint(prompts)}
+    if anchor_of is None and Path(name).is_file():
+        return Side(name, name, outputs=_outputs_for(prompts, Path(name)))
+    parts = [name, settings.sampler.model_dump(), settings.seed, settings.dtype, weights_of(name, "ppo")]
+    if anchor_of is not None:
+        recipe = anchor_of.recipe
+        parts.append(None if recipe is None else [recipe.chat_template, recipe.backbone.dtype])
+        return Side(name, json.dumps(parts), load=partial(load_anchor, anchor_of, settings))
+    if not is_endpoint(name) and find_policy(name) is None and base_of_adapter(name) is None:
+        check_model_name(name)
+    return Side(name, json.dumps(parts), load=partial(load_source, name, settings))
+
+
+def _outputs_for(prompts: Sequence[Prompt], path: Path) -> list[str]:
+    """The output of each prompt in a file."""
+    by_prompt: dict[str, list[str]] = {}
+    for prompt, response in read_outputs(path):
+        by_prompt.setdefault(json.dumps(prompt), []).append(response)
+    outputs: list[str] = []
+    for number, prompt in enumerate(prompts):
+        if not (left := by_prompt.get(json.dumps(prompt))):
+            raise InputError(
+                f"{path} has no output for prompt {number}, {json.dumps(prompt)[:60]}",
+                kind="missing",
+                file=path,
+                row=number + 1,
+            )
+        # A prompt with several outputs gets them in their order, and the last one for all further samples.
+        outputs.append(left.pop(0) if len(left) > 1 else left[0])
+    return outputs
+
+
+def responses_of(side: Side, prompts: Sequence[Prompt], path: Path) -> list[str]:
+    """One response per prompt; those that are in the file already are not sampled again.
+
+    The first line of the file is the identity of the rest. Raises `InputError` where that is another one.
+    """
+    if side.outputs is not None:
+        return list(side.outputs)
+    head = {"identity": side.identity, "prompts": fingerprint(prompts)}
     done = _finished(path, head, prompts)
     _write_outputs(path, head, prompts, done)
     if len(done) < len(prompts):
-        assert source.load is not None
-        with progress(f"sampling {source.name}", len(prompts) - len(done), "responses") as advance:
-            for response in source.load().responses(prompts, len(done)):
+        assert side.load is not None
+        with progress(f"sampling {side.name}", len(prompts) - len(done), "responses") as advance:
+            for response in side.load().responses(prompts, len(done)):
                 append_jsonl(path, {"prompt": prompts[len(done)], "response": response})
                 done.append(response)
                 advance(1)
@@ -66,25 +114,25 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def evaluate_pairs(
-    judge: Judge,
-    pairs: Sequence[Pair],
-    folder: Path,
-    *,
-    candidate: str,
-    baseline: str,
-    max_invalid_share: float,
-    level: float = 0.95,
+    judge: Judge, pairs: Sequence[Pair], folder: Path, names: tuple[str, str], settings: EvaluationSettings
 ) -> Summary:
-    """Have all pairs judged, with progress, and write `verdicts.jsonl` and `summary.json`. Raises as `judge_pairs`."""
-    verdicts, names = EvaluationFiles(folder).verdicts, (candidate, baseline)
-    outcomes = ask_judge(judge, pairs, verdicts, title="judging", names=names, max_invalid=max_invalid_share)
-    summary = {**summarise(candidate, outcomes, level=level), "baseline": baseline, "judge": judge.identity}
-    write_json(EvaluationFiles(folder).summary, summary)
+    """Have all pairs judged and write `verdicts.jsonl` and `summary.json`; `names` of candidate and baseline.
+
+    Raises as `judge_pairs`.
+    """
+    candidate, baseline = names
+    files = EvaluationFiles(folder)
+    outcomes = ask_judge(
+        judge, pairs, files.verdicts, title="judging", names=names, max_invalid=settings.max_invalid_share
+    )
+    result = summarise(candidate, outcomes, level=settings.level)
+    summary = {**result, "baseline": baseline, "judge": judge.identity}
+    write_json(files.summary, summary)
     return summary
 
 
 def _finished(path: Path, head: dict[str, Any], prompts: Sequence[Prompt]) -> list[str]:
-    """The responses in the file, up to one that a kill left half written, or that is not the next prompt's."""
+    """The responses in the file, up to one that a kill left half written or that belongs to another prompt."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -92,14 +140,17 @@ def _finished(path: Path, head: dict[str, Any], prompts: Sequence[Prompt]) -> li
         found_head = json.loads(lines[0])
     except ValueError:
         if len(lines) > 1:
-            raise InputError(f"{path} line 1 is damaged") from None
+            raise InputError(f"{path} line 1 is damaged", kind="unreadable", file=path, row=1) from None
         return []
     if found_head != head:
         raise InputError(
-            f"{path} holds responses of other prompts, another policy or other settings; use another --out"
+            f"{path} holds responses to other prompts, of another policy, or with other settings",
+            kind="changed",
+            file=path,
+            fix="use another --out",
         )
     found: list[str] = []
-    for prompt, line in zip(prompts, lines[1:-1], strict=False):  # what stands after the last line feed is not whole
+    for prompt, line in zip(prompts, lines[1:-1], strict=False):  # a line without a line feed is not whole
         try:
             row = json.loads(line)
             if row["prompt"] != prompt:

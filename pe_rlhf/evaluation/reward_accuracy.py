@@ -12,7 +12,7 @@ from pe_rlhf.config import DataSource
 from pe_rlhf.data.rows import load_rows
 from pe_rlhf.report.evaluation_page import write_reward_report
 from pe_rlhf.runs.layout import EvaluationFiles
-from pe_rlhf.scoring.model_judges import RewardScores, reward_scores
+from pe_rlhf.scoring.reward_judge import RewardScores, reward_scores
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.files import write_json, write_whole
 from pe_rlhf.system.progress import progress, say

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from pe_rlhf.config import SamplingConfig
+from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.roles import ANCHOR
@@ -25,14 +25,15 @@ from pe_rlhf.runs.saved_roles import (
     load_role_backbone,
 )
 from pe_rlhf.system.seeding import derive_seed
-from reward.errors import InputError
+from reward.errors import InputError, JudgeError
+from reward.judges.templates import as_messages
 from reward.records import Prompt, parse_prompt
-from reward.verdicts import read_rows
+from reward.row_files import in_line, read_rows
 
 PROMPT_COLUMNS, RESPONSE_COLUMNS = ("prompt", "instruction"), ("response", "output")
 
 
-class Policy(Protocol):
+class ResponseSource(Protocol):
     """Answers prompts."""
 
     def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
@@ -40,15 +41,15 @@ class Policy(Protocol):
         ...
 
 
-class LocalPolicy:
-    """A role of a backbone, or a model that is its own anchor."""
+class LocalSource:
+    """A role of a backbone; a model without an adapter is the role `anchor`."""
 
-    def __init__(self, backbone: Backbone, role: str, codec: TextCodec, sampling: SamplingConfig, seed: int) -> None:
+    def __init__(self, backbone: Backbone, role: str, codec: TextCodec, settings: EvaluationSettings) -> None:
         self._backbone, self._role, self._codec = backbone, role, codec
-        self._sampling, self._seed = sampling, seed
+        self._sampling, self._seed = settings.sampler, settings.seed
 
     def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
-        """In batches; what is drawn for a response depends on the seed and its number alone."""
+        """In batches; what is drawn for a response depends on the seed and its number only."""
         rollout = HFRollout(self._backbone, self._role, self._sampling)
         for first in range(start, len(prompts), self._sampling.batch_size):
             batch = prompts[first : first + self._sampling.batch_size]
@@ -61,31 +62,34 @@ class LocalPolicy:
         ids = self._codec.encode_prompt(prompt)
         limit = (self._backbone.max_positions or 10**9) - self._sampling.max_new_tokens
         if not 0 < len(ids) <= limit:
-            raise InputError(f"prompt {number} has {len(ids)} tokens; the model takes 1 to {limit} and its response")
+            raise InputError(
+                f"prompt {number} has {len(ids)} tokens; with its response the model takes prompts of 1 to {limit}",
+                kind="too_long" if ids else "empty",
+                key="sampling.max_new_tokens",
+                row=number + 1,
+            )
         return ids
 
 
-class EndpointPolicy:
-    """A model behind an OpenAI-compatible server."""
+class ServerSource:
+    """A model behind an OpenAI-compatible server, named `http(s)://HOST/v1#MODEL`."""
 
-    def __init__(self, url: str, sampling: SamplingConfig, seed: int, server: dict[str, Any]) -> None:
-        from reward.judges.endpoint import Endpoint
-        from reward.judges.judge_registry import JudgeSettings
+    def __init__(self, url: str, settings: EvaluationSettings) -> None:
+        from reward.judges.endpoint import Endpoint  # the client library takes a second to import
 
         base_url, _, model = url.partition("#")
         if not model:
-            raise InputError(f"{url}: name the server's model after a #: {url}#MODEL")
-        settings = JudgeSettings("llm", model, base_url=base_url, **server)
-        self._endpoint, self._sampling, self._seed = Endpoint(model, settings), sampling, seed
+            raise InputError(f"{url} names no model of the server", kind="missing", fix=f"use {url}#MODEL")
+        self._endpoint = Endpoint(model, base_url, settings.server)
+        self._sampling, self._seed = settings.sampling, settings.seed
 
     def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
         def ask(number: int) -> str:
-            prompt = prompts[number]
-            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            options = (self._sampling.max_new_tokens, self._sampling.temperature, derive_seed(self._seed, number))
-            (said,) = self._endpoint.generate([chat], options[0], options[1], options[2] % 2**31)
+            seed = derive_seed(self._seed, number) % 2**31
+            chats = [as_messages(prompts[number])]
+            (said,) = self._endpoint.generate(chats, self._sampling.max_new_tokens, self._sampling.temperature, seed)
             if said.error:
-                raise InputError(f"prompt {number}: {said.error}")
+                raise JudgeError(f"prompt {number}: {said.error}", kind="too_long", row=number + 1)
             return said.text
 
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
@@ -93,7 +97,7 @@ class EndpointPolicy:
             try:
                 for number in range(start, len(prompts)):
                     waiting.append(pool.submit(ask, number))
-                    # Not far ahead of the answer that is next: what is not yielded would be lost with this process.
+                    # Not far ahead of the next answer: answers that were not yielded are lost if this process ends.
                     if len(waiting) > 2 * self._endpoint.concurrency:
                         yield waiting.popleft().result()
                 yield from (answer.result() for answer in waiting)
@@ -103,31 +107,28 @@ class EndpointPolicy:
                 raise
 
 
-def load_anchor(found: RoleFolder, sampling: SamplingConfig, seed: int, *, dtype: str, device: str) -> Policy:
-    """What a run's policy started from, asked as the policy is."""
-    backbone, codec = found.load_base(dtype=dtype, device=device)
-    return LocalPolicy(backbone, ANCHOR, codec, sampling, seed)
+def load_anchor(found: RoleFolder, settings: EvaluationSettings) -> ResponseSource:
+    """The anchor of a run's policy, with the prompts and in the dtype of the run."""
+    backbone, codec = found.load_base(dtype=settings.dtype, device=settings.device)
+    return LocalSource(backbone, ANCHOR, codec, settings)
 
 
-def load_policy(
-    name: str, sampling: SamplingConfig, seed: int, *, dtype: str, device: str, server: dict[str, Any]
-) -> Policy:
-    """What answers under that name: `http(s)://…#MODEL`, a run, an adapter, or a model.
-
-    `server` are the fields of `JudgeSettings` about a server, for the first of these.
+def load_source(name: str, settings: EvaluationSettings) -> ResponseSource:
+    """The source of that name: `http(s)://…#MODEL`, a run, an adapter, or a model.
 
     Raises `InputError` where there is nothing of that name.
     """
     if is_endpoint(name):
-        return EndpointPolicy(name, sampling, seed, server)
+        return ServerSource(name, settings)
+    dtype, device = settings.dtype, settings.device
     if (found := find_policy(name)) is not None:
         backbone, codec = load_role_backbone(found, "policy", dtype=dtype, device=device)
-        return LocalPolicy(backbone, "policy", codec, sampling, seed)
+        return LocalSource(backbone, "policy", codec, settings)
     if (base := base_of_adapter(name)) is not None:
         backbone = load_merged(name, base, dtype=dtype, device=device)
     else:
         backbone = load_backbone(name, dtype=dtype, device=device)
-    return LocalPolicy(backbone, ANCHOR, codec_of(backbone, "auto"), sampling, seed)
+    return LocalSource(backbone, ANCHOR, codec_of(backbone, "auto"), settings)
 
 
 def load_merged(adapter: str, base: str, *, dtype: str, device: str) -> Backbone:
@@ -136,28 +137,29 @@ def load_merged(adapter: str, base: str, *, dtype: str, device: str) -> Backbone
     merged = PeftModel.from_pretrained(backbone.model, adapter).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     result = Backbone(merged, backbone.tokenizer, adapter)
-    result.eos_token_ids = backbone.eos_token_ids  # it has emptied the generation config, which may name more of them
+    # The first backbone has emptied the generation config, which may name more ids that end a response.
+    result.eos_token_ids = backbone.eos_token_ids
     return result
 
 
 def find_policy(name: str) -> RoleFolder | None:
-    """The policy of a run of ours; None for a server, a file of outputs, an adapter of others, or a model."""
+    """The policy of a run of ours; None for a server, a file of outputs, another adapter, or a model."""
     return None if is_endpoint(name) or Path(name).is_file() else find_role(name, "ppo")
 
 
 def base_of_adapter(name: str) -> str | None:
-    """The base model that a PEFT adapter names, None for what is no adapter."""
+    """The base model that a PEFT adapter names; None if `name` is not an adapter."""
     path = Path(name) / "adapter_config.json"
     if not path.is_file():
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} is damaged: {error!r}", kind="unreadable", file=path) from error
 
 
 def read_outputs(path: Path) -> list[tuple[Prompt, str]]:
-    """Prompts and responses from a json, jsonl or csv file; `instruction` and `output` are AlpacaEval's names for them.
+    """Prompts and responses from a json, jsonl or csv file; AlpacaEval calls them `instruction` and `output`.
 
     Raises `InputError` naming file and line.
     """
@@ -166,11 +168,17 @@ def read_outputs(path: Path) -> list[tuple[Prompt, str]]:
         prompt = next((row[column] for column in PROMPT_COLUMNS if column in row), None)
         response = next((row[column] for column in RESPONSE_COLUMNS if column in row), None)
         if not isinstance(response, str):
-            raise InputError(f"{path} line {line}: there is no text under response or output")
+            raise InputError(
+                f"{path} line {line}: there is no text under response or output",
+                kind="missing",
+                key="response",
+                file=path,
+                row=line,
+            )
         try:
             found.append((parse_prompt(prompt), response))
         except InputError as error:
-            raise InputError(f"{path} line {line}: {error}") from error
+            raise in_line(path, line, error) from error
     if not found:
-        raise InputError(f"{path} has no outputs")
+        raise InputError(f"{path} has no outputs", kind="empty", file=path)
     return found

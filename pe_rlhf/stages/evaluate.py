@@ -14,7 +14,7 @@ from pe_rlhf.report.format import conversation
 from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import load_role
-from pe_rlhf.scoring.model_judges import ask_judge, build_judge
+from pe_rlhf.scoring.model_judges import ask_judge, make_judge
 from pe_rlhf.scoring.scorers import make_scorer
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import concat_over_ranks, on_main, sum_metrics
@@ -37,7 +37,7 @@ def run(context: StageContext) -> dict[str, Any]:
     assert config is not None
     assert ppo is not None
     start = time.monotonic()
-    judge = build_judge(config.judge) if is_main() else None
+    judge = make_judge(config.judge) if is_main() else None
     backbone = context.backbone()
     codec = context.codec(backbone)
     load_role(backbone, "policy", RunFiles(context.run_dir).role("policy").folder)
@@ -69,8 +69,8 @@ def run(context: StageContext) -> dict[str, Any]:
         **{key: result[key] for key in RESULTS if key in result},
         **_policy_metrics(backbone, rollouts["policy"], sequences["policy"], config.sampling, ppo),
         **{f"mean_length_{role}": rollout.tokens() / len(rollout.responses) for role, rollout in rollouts.items()},
-        "gold_policy": _mean([outcome.row.score_candidate for outcome in outcomes]),
-        "gold_anchor": _mean([outcome.row.score_baseline for outcome in outcomes]),
+        "gold_policy": _mean([outcome.verdict.score_a for outcome in outcomes]),
+        "gold_anchor": _mean([outcome.verdict.score_b for outcome in outcomes]),
         **{f"reward_{role}": value for role, value in rewards.items()},
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
@@ -115,7 +115,7 @@ def _write_samples(context: StageContext, pairs: list[Pair], outcomes: list[Outc
     path = context.files.samples
     path.unlink(missing_ok=True)
     table = ["| prompt | policy | anchor | policy wins |", "|---|---|---|---|"]
-    outcome_of = {(outcome.row.position, outcome.row.sample): outcome for outcome in outcomes}
+    outcome_of = {(outcome.verdict.position, outcome.verdict.sample): outcome for outcome in outcomes}
     for pair in pairs:
         outcome = outcome_of[pair.position, pair.sample]
         preference = None if math.isnan(outcome.preference) else outcome.preference
@@ -124,8 +124,8 @@ def _write_samples(context: StageContext, pairs: list[Pair], outcomes: list[Outc
             "response_policy": pair.candidate,
             "response_anchor": pair.baseline,
             "preference": preference,
-            "score_policy": outcome.row.score_candidate,
-            "score_anchor": outcome.row.score_baseline,
+            "score_policy": outcome.verdict.score_a,
+            "score_anchor": outcome.verdict.score_b,
         }
         append_jsonl(path, row)
         cells = (conversation(pair.prompt), pair.candidate, pair.baseline, preference)

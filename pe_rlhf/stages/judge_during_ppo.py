@@ -16,7 +16,7 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.rollout.data_parallel import over_ranks
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.scoring.model_judges import build_judge
+from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.processes import is_main
@@ -40,7 +40,7 @@ class JudgeEvaluation:
         if self._every is not None:
             assert evaluate is not None  # the recipe's own check
             self._config: EvaluateConfig = evaluate
-            self._judge: Judge | None = build_judge(evaluate.judge) if is_main() else None
+            self._judge: Judge | None = make_judge(evaluate.judge) if is_main() else None
             limit = evaluate.sampling.max_new_tokens
             prompts, ids = context.prompts(evaluate.prompts, codec, backbone, limit)
             self._prompts, self._ids = prompts[: ppo.eval_prompts], ids[: ppo.eval_prompts]

@@ -11,7 +11,7 @@ import math
 import time
 from typing import Any
 
-from pe_rlhf.scoring.model_judges import ask_judge, build_judge
+from pe_rlhf.scoring.model_judges import ask_judge, make_judge
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import write_json, write_whole
@@ -29,7 +29,7 @@ def run(context: StageContext) -> dict[str, Any]:
     config = context.recipe.preferences
     assert config is not None
     start = time.monotonic()
-    judge = build_judge(config.judge) if is_main() else None
+    judge = make_judge(config.judge) if is_main() else None
     backbone = context.backbone()
     codec = context.codec(backbone)
     prompts, prompt_ids = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
@@ -59,8 +59,7 @@ def run(context: StageContext) -> dict[str, Any]:
     labelled = (_row(pair, outcome, *ends) for pair, outcome, ends in zip(pairs, outcomes, cuts, strict=True))
     rows = [row for row in labelled if row is not None and _margin(row) > config.min_margin]
     if not rows:
-        name = config.judge if isinstance(config.judge, str) else config.judge.kind
-        raise InputError(f"preferences.judge: {name} found no difference in any of {len(pairs)} pairs")
+        raise InputError(f"preferences.judge: {config.judge.kind} found no difference in any of {len(pairs)} pairs")
     write_whole(context.files.preferences, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     summary = {
@@ -85,8 +84,8 @@ def _row(pair: Pair, outcome: Outcome, first_cut: bool, second_cut: bool) -> dic
     if math.isnan(outcome.preference) or outcome.preference == 0.5:
         return None
     sides = [
-        (pair.candidate, first_cut, outcome.row.score_candidate, outcome.preference),
-        (pair.baseline, second_cut, outcome.row.score_baseline, 1 - outcome.preference),
+        (pair.candidate, first_cut, outcome.verdict.score_a, outcome.preference),
+        (pair.baseline, second_cut, outcome.verdict.score_b, 1 - outcome.preference),
     ]
     winner, loser = sides if outcome.preference > 0.5 else reversed(sides)
     chosen, rejected = winner[0].strip(), loser[0].strip()

@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pe_rlhf.system.processes import is_main
+from reward.advance import Advance, no_progress
+
+__all__ = ["Advance", "console", "no_progress", "progress", "say"]
 
 # Outside a terminal no width is known, and rich would cut tables at 80 columns.
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 1000)
@@ -19,17 +21,11 @@ console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty(
 SECONDS_BETWEEN_LINES = 15.0
 
 
-class Advance(Protocol):
-    """Told how many more units are done, and what else there is to say of them so far."""
-
-    def __call__(self, n: int, note: str = "") -> None: ...
-
-
 @contextmanager
 def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
     """Yield a function that is told how many more units are done."""
     if not is_main():
-        yield lambda n, note="": None
+        yield no_progress
     elif console.is_terminal:
         with _bar(unit) as bar:
             task = bar.add_task(description, total=total, rate="")

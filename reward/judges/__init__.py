@@ -1,16 +1,18 @@
 """Judges: who compares two responses and says which one is better.
 
-| module      | what it holds                                                                              |
-|-------------|--------------------------------------------------------------------------------------------|
-| `base`      | `Comparison`, `Verdict`, and `Judge`, the protocol                                         |
-| `functions` | scores and comparisons in Python, and `load_judge` for `module:callable`                   |
-| `length`    | longer wins: the control for length bias                                                   |
-| `reward_model` | rewards: A wins with probability σ(r_A − r_B)                                           |
-| `llm`       | a chat model as a judge, over any `ChatBackend`                                            |
-| `chat_tokens` | chats and labels as token ids, for local models                                          |
-| `hf`        | the backend for a transformers model in this process                                       |
-| `endpoint`  | the backend for an OpenAI-compatible server                                                |
-| `registry`  | the kinds of judges by name                                                                |
+| module           | what it holds                                                                         |
+|------------------|---------------------------------------------------------------------------------------|
+| `base`           | `Comparison`, `Verdict`, and `Judge`, the protocol                                    |
+| `judge_settings` | `JudgeSettings` and `ServerSettings`: the settings, declared once                     |
+| `judge_registry` | the kinds of judges by name                                                           |
+| `functions`      | scores and comparisons in Python, and `load_judge` for `module:callable`              |
+| `length`         | longer wins: the control for length bias                                              |
+| `reward_model`   | rewards: A wins with probability σ(r_A − r_B)                                         |
+| `llm`            | a chat model as a judge, over any `ChatBackend`                                       |
+| `templates`      | the prompts of chat models                                                            |
+| `chat_tokens`    | chats and labels as token ids, for local models                                       |
+| `hf_chat`        | the backend for a transformers model in this process                                  |
+| `endpoint`       | the backend for an OpenAI-compatible server                                           |
 """
 
 from reward.judges.base import Comparison, Judge, Verdict

@@ -1,13 +1,15 @@
-"""What a judge is asked, what it answers, and what it must be able to do."""
+"""A question to a judge, and the protocol of judges."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from reward.records import Prompt
+from reward.verdicts import Verdict
+
+__all__ = ["Comparison", "Judge", "Verdict"]
 
 
 @dataclass(frozen=True)
@@ -23,57 +25,32 @@ class Comparison:
         return Comparison(self.prompt, self.response_b, self.response_a)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A judge's answer.
-
-    preference: probability that A wins, 0.5 a tie; NaN where the answer is invalid.
-    score_a, score_b: None for judges that give no scores. raw: what the judge said, as it said it. reason: its
-    explanation. invalid: why the answer could not be understood; such an answer is never a tie.
-    """
-
-    preference: float
-    score_a: float | None = None
-    score_b: float | None = None
-    raw: str | None = None
-    reason: str | None = None
-    invalid: str | None = None
-
-    def swap(self) -> Verdict:
-        """The same answer to the swapped question."""
-        return replace(self, preference=1 - self.preference, score_a=self.score_b, score_b=self.score_a)
-
-    @classmethod
-    def not_understood(cls, why: str, raw: str | None = None, reason: str | None = None) -> Verdict:
-        return cls(math.nan, raw=raw, reason=reason, invalid=why)
-
-
 class Judge(Protocol):
     """Anything that compares."""
 
     @property
     def identity(self) -> str:
-        """What tells this judge from others: kind, model, prompt. Verdicts of another identity are not reused."""
+        """Kind, model and prompt of this judge. Verdicts of a judge with another identity are not reused."""
         ...
 
     @property
     def sees_order(self) -> bool:
-        """Whether the answer can depend on which response comes first; it is then asked both ways."""
+        """True if the answer can depend on which response comes first; the judge is then asked in both orders."""
         ...
 
     @property
     def batch_size(self) -> int:
-        """How many comparisons it wants at once."""
+        """How many comparisons one call gets."""
         ...
 
     @property
     def concurrency(self) -> int:
-        """How many batches may be under way at once, each in a thread."""
+        """How many batches may be judged at the same time, each in a thread."""
         ...
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Return one verdict per comparison, in order.
 
-        Raises `InputError` for what the user has to mend and `JudgeError` where the judge cannot go on.
+        Raises `InputError` for a mistake of the user and `JudgeError` where the judge cannot go on.
         """
         ...

@@ -1,4 +1,4 @@
-"""Chats as a model reads them, and the tokens that read as a label: what all local chat models share."""
+"""Chats as token ids, and the tokens that read as a label: shared by all local chat models."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from reward.records import Message
 
 
 class ChatTokens:
-    """Encodes chats for a model; without a chat template it is shown a plain transcript.
+    """Encodes chats for a model; one without a chat template gets a plain transcript.
 
     Args:
         identity: of the model, for messages.
-        longest: the most tokens that it reads, answer included.
-        vocabulary: how many token ids it has.
+        longest: the most tokens that the model reads, answer included.
+        vocabulary: how many token ids the model has.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, identity: str, longest: int, vocabulary: int) -> None:
@@ -45,7 +45,12 @@ class ChatTokens:
             texts = self.tokenizer.batch_decode([[i] for i in range(count)])
             found = [i for i, text in enumerate(texts) if text.strip() == label]
             if not found:
-                raise InputError(f"judge: the vocabulary of {self._identity} has no token {label!r}; use verdict: text")
+                raise InputError(
+                    f"judge: the vocabulary of {self._identity} has no token {label!r}",
+                    kind="conflict",
+                    key="judge.verdict",
+                    fix="use verdict: text",
+                )
             self._label_ids[label] = found
         return self._label_ids[label]
 
@@ -56,5 +61,7 @@ class ChatTokens:
         try:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program: it can fail in any way
-            raise InputError(f"judge: the chat template of {self._identity} fails: {error}") from error
+            raise InputError(
+                f"judge: the chat template of {self._identity} fails: {error}", kind="user_code"
+            ) from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]

@@ -1,7 +1,7 @@
-"""A chat model behind an OpenAI-compatible server: retries with back-off, a budget, and no key anywhere but in memory.
+"""A chat model behind an OpenAI-compatible server, with retries, a limit of requests and an API key that no file gets.
 
-What passes (429, 5xx, a dropped connection, a time-out, a damaged body) is tried again after a growing pause; what does
-not (a wrong key, an unknown model) stops at once.
+A temporary failure (429, 5xx, a dropped connection, a time-out, a damaged body) is tried again after a growing pause;
+any other (a wrong key, an unknown model) stops at once.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import tenacity
 from openai.types.chat import ChatCompletion
 
 from reward.errors import InputError, JudgeError
-from reward.judges.judge_registry import JudgeSettings
+from reward.judges.judge_settings import ServerSettings
 from reward.judges.llm import Completion
 from reward.records import Message
 
 LONGEST_PAUSE = 60.0
-FEW_LOGPROBS = 5  # what every server allows that gives any
+FEW_LOGPROBS = 5  # every server that gives any allows this many
 TOO_LONG = ("context_length", "context length", "maximum context", "too long", "max_model_len")
 
 
@@ -36,59 +36,23 @@ class Passing(Exception):
         self.pause = pause
 
 
-class Budget:
-    """Counts requests and cost over all threads. Raises `JudgeError` before the request that would go over.
-
-    What a request costs is known when its answer is there: as many as run at once may go over a cost.
-    """
-
-    def __init__(self, settings: JudgeSettings) -> None:
-        if settings.max_cost is not None and (settings.price_in is None or settings.price_out is None):
-            raise InputError("judge: max_cost needs price_in and price_out, per million tokens")
-        self._settings, self._lock = settings, threading.Lock()
-        self.requests, self.tokens_in, self.tokens_out = 0, 0, 0
-
-    @property
-    def cost(self) -> float:
-        price_in, price_out = self._settings.price_in or 0.0, self._settings.price_out or 0.0
-        return (self.tokens_in * price_in + self.tokens_out * price_out) / 1e6
-
-    def take(self) -> None:
-        with self._lock:
-            most, cost = self._settings.max_requests, self._settings.max_cost
-            if most is not None and self.requests >= most:
-                raise JudgeError(f"stopped at --max-requests {most}")
-            if cost is not None and self.cost >= cost:
-                raise JudgeError(f"stopped at --max-cost {cost:g}, {self.requests} requests")
-            self.requests += 1
-
-    def spent(self, tokens_in: int, tokens_out: int) -> None:
-        with self._lock:
-            self.tokens_in += tokens_in
-            self.tokens_out += tokens_out
-
-
 class Endpoint:
-    """Chat with `model` at `base_url`. One request per chat; the judge's concurrency is how many run at once."""
+    """Chat with `model` at `base_url`. One request per chat; `concurrency` says how many run at the same time."""
 
     batch_size = 1
 
-    def __init__(self, model: str, settings: JudgeSettings) -> None:
-        if not settings.base_url:
-            raise InputError("judge: an endpoint needs its base_url")
-        self._key = _key(settings)
-        self._model, self._settings = model, settings
+    def __init__(self, model: str, base_url: str, settings: ServerSettings, top_logprobs: int = 20) -> None:
+        self._key = _key(base_url, settings.api_key_env)
+        self._model, self._base_url, self._settings = model, base_url, settings
         # Not its address: a server that comes back on another port is the same judge.
         self.identity = f"endpoint:{model}"
         self.concurrency = settings.concurrency
-        self.budget = Budget(settings)
-        self._top_logprobs, self._no_logprobs = settings.top_logprobs, False  # until the server refuses them
+        self._requests, self._lock = 0, threading.Lock()
+        self._top_logprobs, self._no_logprobs = top_logprobs, False  # until the server refuses them
         self._limit = "max_tokens"  # what the server calls the limit of its answer: OpenAI has renamed it
         self._stopped = threading.Event()
-        # Retries are ours alone: the client's own would not be counted in the budget.
-        self._client = openai.OpenAI(
-            api_key=self._key, base_url=settings.base_url, timeout=settings.timeout, max_retries=0
-        )
+        # The client's own retries would not be counted in max_requests.
+        self._client = openai.OpenAI(api_key=self._key, base_url=base_url, timeout=settings.timeout, max_retries=0)
 
     def label_logprobs(self, chats: Sequence[list[Message]], labels: Sequence[str]) -> list[Completion]:
         """The labels' log-probs among the most likely first tokens; None from a server that gives no log-probs."""
@@ -102,7 +66,7 @@ class Endpoint:
         return [self._completion(chat, max_tokens, options) for chat in chats]
 
     def stop(self) -> None:
-        """Break off the pauses between tries: another thread has failed."""
+        """End the pauses between tries, because another thread has failed."""
         self._stopped.set()
 
     def _labels_of(self, chat: list[Message], labels: Sequence[str]) -> Completion:
@@ -113,10 +77,10 @@ class Endpoint:
             answer = self._ask(chat, 1, options)
         except TooLong as error:
             return Completion("", error=str(error))
-        except InputError as error:
-            if "logprobs" not in str(error):
+        except Refused as refusal:
+            if not refusal.names("logprobs"):
                 raise
-            # It refuses so many, or the very question; then text will do.
+            # The server refuses this many log-probs, or any: ask for few, then for text.
             self._top_logprobs, self._no_logprobs = FEW_LOGPROBS, options["top_logprobs"] <= FEW_LOGPROBS
             return self._labels_of(chat, labels)
         text = answer.choices[0].message.content or ""
@@ -139,7 +103,7 @@ class Endpoint:
     def _ask(self, chat: list[Message], max_tokens: int, options: dict[str, Any]) -> ChatCompletion:
         """Ask until there is an answer.
 
-        Raises `InputError` for what trying again will not mend, `JudgeError` where all attempts have failed.
+        Raises `InputError` for a failure that another try will not mend, `JudgeError` after the last try.
         """
         limit = self._limit
         attempts = tenacity.Retrying(
@@ -151,19 +115,20 @@ class Endpoint:
         )
         try:
             return attempts(self._ask_once, chat, {limit: max_tokens, **options})
-        except InputError as error:
-            if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":
+        except Refused as refusal:
+            if not refusal.names("max_completion_tokens") or limit == "max_completion_tokens":
                 raise
             self._limit = "max_completion_tokens"
             return self._ask(chat, max_tokens, options)
         except Passing as error:
-            where = self._settings.base_url
             raise JudgeError(
-                f"the judge at {where} failed {self._settings.attempts} times, the last time: {self._clean(error)}"
+                f"{self._base_url} failed {self._settings.attempts} times, the last time: {self._clean(error)}",
+                kind="server",
+                fix="look at the server, or raise attempts and timeout",
             ) from None
 
     def _ask_once(self, chat: list[Message], options: dict[str, Any]) -> ChatCompletion:
-        self.budget.take()
+        self._count()
         try:
             sent = [{**message, "content": _whole(message["content"])} for message in chat]
             answer = self._client.chat.completions.create(model=self._model, messages=sent, **options)  # type: ignore[call-overload]
@@ -175,29 +140,34 @@ class Endpoint:
         except openai.APIConnectionError as error:
             raise Passing(f"the connection failed: {error.__cause__ or error}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError) as error:
-            raise Passing(f"the body is no answer: {error}") from None
-        if answer.usage is None and self._settings.max_cost is not None:
-            raise InputError(
-                f"judge: {self._settings.base_url} does not say how many tokens it read and wrote, so max_cost cannot"
-                " be kept; use max_requests"
-            )
-        if answer.usage:
-            self.budget.spent(answer.usage.prompt_tokens or 0, answer.usage.completion_tokens or 0)
+            raise Passing(f"the body is not an answer: {error}") from None
         return answer
+
+    def _count(self) -> None:
+        """Count a request, over all threads. Raises `JudgeError` before the one that would be too many."""
+        most = self._settings.max_requests
+        with self._lock:
+            if most is not None and self._requests >= most:
+                raise JudgeError(
+                    f"{most} requests to {self._base_url} are spent", kind="budget", fix="raise max_requests"
+                )
+            self._requests += 1
 
     def _of_status(self, error: openai.APIStatusError) -> Exception:
         status, said = error.status_code, self._clean(error.message)
-        where = self._settings.base_url
         if status in (401, 403):
-            return InputError(f"judge: {where} refuses the key in {self._settings.api_key_env} (status {status})")
+            name = self._settings.api_key_env
+            return InputError(
+                f"{self._base_url} refuses the key in {name} (status {status})", kind="server", key="api_key_env"
+            )
         if status in (408, 409, 425, 429) or status >= 500:
             return Passing(f"status {status}", _retry_after(error.response.headers))
         if status in (400, 413, 422) and any(sign in said.lower() for sign in TOO_LONG):
-            return TooLong(f"the question is too long for the judge: {said}")
-        return InputError(f"judge: {where} refuses the request (status {status}): {said}")
+            return TooLong(f"the question is too long for the judge: {said}", kind="too_long")
+        return Refused(f"{self._base_url} refuses the request (status {status}): {said}", kind="server")
 
     def _clean(self, said: object) -> str:
-        """What a server or library said, without the key, which some put into their messages."""
+        """A message of a server or library, without the key: some quote it."""
         text = str(said).replace(self._key, "***") if len(self._key) > 3 else str(said)
         return " ".join(text.split())[:300]
 
@@ -206,24 +176,38 @@ class TooLong(InputError):
     """One question does not fit into the judge's context; the others may."""
 
 
-def _key(settings: JudgeSettings) -> str:
-    key = os.environ.get(settings.api_key_env, "").strip()  # a file that a secret comes from often ends in a newline
+class Refused(InputError):
+    """The server does not take this request; with other parameters it may."""
+
+    def names(self, parameter: str) -> bool:
+        """Whether the server says that it is about this parameter; the protocol has no field for it."""
+        return parameter in str(self)
+
+
+def _key(base_url: str, variable: str) -> str:
+    key = os.environ.get(variable, "").strip()  # a file that a secret comes from often ends in a newline
     if not (key.isascii() and key.isprintable()):
-        raise InputError(f"judge: the key in {settings.api_key_env} has characters that no HTTP header can have")
-    host = urlsplit(settings.base_url or "").hostname or ""
+        raise InputError(
+            f"the key in {variable} has characters that no HTTP header can have", kind="invalid", key="api_key_env"
+        )
+    host = urlsplit(base_url).hostname or ""
     if not key and host not in ("localhost", "127.0.0.1", "::1"):
-        raise InputError(f"judge: the environment variable {settings.api_key_env} with the key is not set")
-    return key or "none"  # a server on this machine needs none, the client library insists on one
+        raise InputError(
+            f"the environment variable {variable} with the key for {base_url} is not set",
+            kind="missing",
+            key="api_key_env",
+        )
+    return key or "none"  # a server on this machine needs no key, but the client library insists on one
 
 
 def _check(answer: Any) -> None:
-    """The client library does not check what a server sends: any JSON may come out of it."""
+    """Raise `Passing` for another body: the client library does not check what a server sends."""
     choices = getattr(answer, "choices", None)
     if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
-        raise Passing(f"the body is no chat completion: {str(answer)[:80]!r}")
+        raise Passing(f"the body is not a chat completion: {str(answer)[:80]!r}")
     content = getattr(choices[0].message, "content", None)
     if content is not None and not isinstance(content, str):
-        raise Passing(f"the body is no chat completion: its content is {type(content).__name__}")
+        raise Passing(f"the body is not a chat completion: its content is {type(content).__name__}")
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -234,7 +218,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
-    """What the server asks for, else half a second doubling, with jitter so that threads do not come back as one."""
+    """The server's Retry-After, otherwise half a second, doubling; jitter keeps threads from coming back as one."""
     error = state.outcome.exception() if state.outcome else None
     asked = error.pause if isinstance(error, Passing) else None
     if asked is not None:

@@ -1,4 +1,4 @@
-"""Judges that are Python: a score of each response, a comparison, or an object of one's own, as `module:callable`."""
+"""Judges that are Python: a score of each response, a comparison, or an object with `compare`, as `module:callable`."""
 
 import hashlib
 import importlib
@@ -8,15 +8,17 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from reward.errors import InputError, JudgeError
+from reward.errors import Failure, InputError
 from reward.judges.base import Comparison, Judge, Verdict
+from reward.judges.judge_settings import JudgeSettings
 from reward.records import Prompt
 
 ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
@@ -31,7 +33,7 @@ def _sign_probability(difference: float) -> float:
 class FunctionJudge:
     """A judge that scores both responses: the higher score wins, equal scores tie.
 
-    probability: from the difference of scores to the probability that A wins, where the plain sign is not wanted.
+    probability: maps the difference of scores to the probability that A wins; default: its sign.
     version: see `load_judge`.
     """
 
@@ -66,23 +68,19 @@ class CompareJudge:
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Return one verdict per comparison, in order. Raises `InputError` for anything else that comes back."""
-        name = _name_of(self.function)
-        try:
-            returned: Any = self.function(
+        name = f"judge {_name_of(self.function)}"
+        with _users_code(name):
+            returned = self.function(
                 [c.prompt for c in comparisons],
                 [c.response_a for c in comparisons],
                 [c.response_b for c in comparisons],
             )
-        except InputError:
-            raise
-        except Exception as error:  # it is the user's: it can raise anything
-            raise InputError(f"judge {name} raised {_describe(error)}") from error
         return checked_verdicts(name, returned, len(comparisons))
 
 
 @dataclass(frozen=True)
 class ForeignJudge:
-    """A user's own object with `compare`; what it does not say of itself is assumed here."""
+    """A user's own object with `compare`, and defaults for the attributes of a judge that it lacks."""
 
     judge: Any
     identity: str
@@ -101,13 +99,9 @@ class ForeignJudge:
         return int(getattr(self.judge, "concurrency", 1))
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        name = repr(self.identity)
-        try:
-            returned: Any = self.judge.compare(comparisons)
-        except (InputError, JudgeError):
-            raise
-        except Exception as error:  # it is the user's: it can raise anything
-            raise InputError(f"judge {name} raised {_describe(error)}") from error
+        name = f"judge {self.identity!r}"
+        with _users_code(name):
+            returned = self.judge.compare(comparisons)
         return checked_verdicts(name, returned, len(comparisons))
 
 
@@ -115,16 +109,14 @@ def load_judge(path: str) -> Judge:
     """The judge that "module:callable" names.
 
     A function of (prompts, responses) scores, a function of (prompts, responses_a, responses_b) compares, and an object
-    or a class with `compare` is a judge itself. Its `version` is a hash of the file that it is written in: once that is
-    another, verdicts of before are not its own. Raises `InputError` for anything else, as `load_function` does.
+    or a class with `compare` is a judge itself. Its `version` is a hash of its source file: when the file changes,
+    earlier verdicts are not reused. Raises `InputError` for anything else, as `load_function` does.
     """
     named = load_function(path)
     version = _version_of(named)
     if hasattr(named, "compare"):
-        try:
+        with _users_code(f"judge {path!r}"):
             return ForeignJudge(named() if inspect.isclass(named) else named, path, version)
-        except Exception as error:
-            raise InputError(f"judge {path!r} raised {_describe(error)} when it was made") from error
     try:
         wanted = [
             p
@@ -136,6 +128,16 @@ def load_judge(path: str) -> Judge:
     if len(wanted) == 3:
         return CompareJudge(named, path, version)
     return FunctionJudge(named, path, version=version)
+
+
+class FunctionKind:
+    """Makes the judge that `module:callable` names."""
+
+    def __call__(self, settings: JudgeSettings) -> Judge:
+        return load_judge(settings.needed_target("name the function: module:callable"))
+
+    def check(self, settings: JudgeSettings, run_dir: Path | None) -> None:
+        self(settings)
 
 
 def _version_of(named: Any) -> str:
@@ -151,53 +153,49 @@ def checked_verdicts(name: str, returned: Any, n: int) -> list[Verdict]:
     answers = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(answers, Sequence) or isinstance(answers, str) or len(answers) != n:
         count = f"{len(answers)} answers" if isinstance(answers, Sequence) else type(returned).__name__
-        raise InputError(f"judge {name} returned {count} for {n} comparisons")
+        raise _wrong(f"{name} returned {count} for {n} comparisons")
     verdicts: list[Verdict] = []
     for index, answer in enumerate(answers):
         verdict = answer if isinstance(answer, Verdict) else None
         if verdict is None and isinstance(answer, Real) and not isinstance(answer, bool):
             verdict = Verdict(float(answer))
         if verdict is None or not (verdict.invalid or 0 <= verdict.preference <= 1):
-            raise InputError(f"judge {name} returned {answer!r} for comparison {index}, not a probability in [0, 1]")
+            raise _wrong(f"{name} returned {answer!r} for comparison {index}, not a probability in [0, 1]", index)
         verdicts.append(_plain(verdict, name, index))
     return verdicts
 
 
 def _plain(verdict: Verdict, name: str, index: int) -> Verdict:
-    """A user's verdict as numbers that can be written: one that is invalid has no preference, whatever it says."""
+    """A user's verdict in plain floats; the preference of an invalid one is NaN, whatever the user gave."""
     scores = {"score_a": verdict.score_a, "score_b": verdict.score_b}
     try:
         numbers = {side: None if score is None else float(score) for side, score in scores.items()}
     except (TypeError, ValueError):
         numbers = {"score_a": math.nan}
     if not all(number is None or math.isfinite(number) for number in numbers.values()):
-        raise InputError(f"judge {name} returned {verdict!r} for comparison {index}, whose scores are not numbers")
+        raise _wrong(f"{name} returned {verdict!r} for comparison {index}, whose scores are not numbers", index)
     return replace(verdict, preference=math.nan if verdict.invalid else float(verdict.preference), **numbers)
 
 
 def score_responses(function: ScoreFunction, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     """Call a score function and check what it returns: one finite number per response.
 
-    Arrays and tensors of one dimension are welcome. Raises `InputError` naming the function, also for what it raises.
+    One-dimensional arrays and tensors are accepted. Raises `InputError` naming the function, also for what it raises.
     """
     name = f"score function {_name_of(function)}"
-    try:
+    with _users_code(name):
         returned: Any = function(prompts, responses)
-    except InputError:
-        raise
-    except Exception as error:  # it is the user's: it can raise anything
-        raise InputError(f"{name} raised {_describe(error)}") from error
     scores = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(scores, Sequence) or isinstance(scores, str):
-        raise InputError(f"{name} returned {type(returned).__name__}, not a list of numbers")
+        raise _wrong(f"{name} returned {type(returned).__name__}, not a list of numbers")
     if len(scores) != len(responses):
-        raise InputError(f"{name} returned {len(scores)} scores for {len(responses)} responses")
+        raise _wrong(f"{name} returned {len(scores)} scores for {len(responses)} responses")
     for index, score in enumerate(scores):
-        if not isinstance(score, Real) or not math.isfinite(score):
-            raise InputError(
-                f"{name} returned {score!r} for response {index}, not a finite number",
-                kind="not_finite" if isinstance(score, Real) else "user_code",
-            )
+        if not isinstance(score, Real):
+            raise _wrong(f"{name} returned {score!r} for response {index}, not a number", index)
+        if not math.isfinite(score):
+            message = f"{name} returned {score!r} for response {index}, not a finite number"
+            raise InputError(message, kind="not_finite", row=index + 1)
     return [float(score) for score in scores]
 
 
@@ -218,19 +216,42 @@ def load_function(path: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if f"{module_name}.".startswith(f"{missing}."):
-            raise InputError(f"{path!r} names the module {missing!r}, {_no_module(missing)}") from error
-        raise InputError(f"{path!r} needs the package {missing!r}, which is not installed") from error
+            raise InputError(
+                f"{path!r} names the module {missing!r}, which is neither installed nor in the working directory",
+                kind="unknown",
+                fix=_nearest(missing, _modules_beside(missing)),
+            ) from error
+        raise InputError(
+            f"{path!r} needs the package {missing!r}, which is not installed", kind="not_installed"
+        ) from error
     except ImportError as error:
-        raise InputError(f"{path!r} cannot be imported: {error}") from error
+        raise InputError(f"{path!r} cannot be imported: {error}", kind="user_code") from error
     except Exception as error:  # the module is the user's: its top level can raise anything
-        raise InputError(f"{path!r} cannot be imported: it raised {_describe(error)}") from error
+        raise InputError(f"{path!r} cannot be imported: it raised {_describe(error)}", kind="user_code") from error
 
     if not hasattr(module, function_name):
-        raise InputError(f"module {module_name!r} has no {function_name!r}{_nearest(function_name, dir(module))}")
+        nearest = _nearest(function_name, dir(module))
+        raise InputError(f"module {module_name!r} has no {function_name!r}", kind="unknown", fix=nearest)
     function = getattr(module, function_name)
     if not callable(function):
         raise InputError(f"{path!r} is not callable but {type(function).__name__}")
     return function
+
+
+@contextmanager
+def _users_code(name: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into one `InputError`; our own failures pass as they are."""
+    try:
+        yield
+    except Failure:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} raised {_describe(error)}", kind="user_code") from error
+
+
+def _wrong(message: str, index: int | None = None) -> InputError:
+    """What the user's code returned cannot be used; `index` counts its answers from 0."""
+    return InputError(message, kind="user_code", row=None if index is None else index + 1)
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -244,15 +265,14 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}{f': {error}' if str(error) else ''}{place}"
 
 
-def _no_module(name: str) -> str:
-    """Say that a module does not exist, and which one has the nearest name."""
+def _modules_beside(name: str) -> list[str]:
+    """The modules that there are in the place where `name` is not."""
     parent = name.rpartition(".")[0]
     folders = getattr(sys.modules[parent], "__path__", []) if parent else None  # None: all of sys.path
     prefix = f"{parent}." if parent else ""
-    hint = _nearest(name, [prefix + module.name for module in pkgutil.iter_modules(folders)])
-    return f"which is neither installed nor in the working directory{hint}"
+    return [prefix + module.name for module in pkgutil.iter_modules(folders)]
 
 
-def _nearest(name: str, candidates: Sequence[str]) -> str:
+def _nearest(name: str, candidates: Sequence[str]) -> str | None:
     matches = get_close_matches(name, candidates, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return f"did you mean {matches[0]!r}?" if matches else None

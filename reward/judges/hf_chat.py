@@ -16,7 +16,7 @@ from reward.records import Message
 
 
 class HFChat:
-    """Chat with a model that is loaded already. A label's probability is that of all tokens that read as it."""
+    """Chat with a loaded model. The probability of a label is summed over all tokens that read as it."""
 
     concurrency = 1
 
@@ -90,6 +90,6 @@ class HFChat:
 
 
 def _batches(rows: dict[int, list[int]], size: int) -> list[list[int]]:
-    """Numbers of rows, those of like length together so that little padding is computed."""
+    """Batches of row numbers, rows of similar length together so that little padding is computed."""
     order = sorted(rows, key=lambda i: len(rows[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]

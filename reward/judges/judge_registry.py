@@ -1,64 +1,29 @@
-"""The kinds of judges by name, and how a recipe or the command line names one: `KIND` or `KIND:TARGET`."""
+"""The kinds of judges by name, and how a recipe or the command line names one: `KIND` or `KIND:TARGET`.
+
+A kind is a factory of `JudgeSettings`. A factory may also have a method `check(settings, run_dir)`, which raises
+`InputError` for a mistake that can be seen without loading a model or asking a server.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 from reward.errors import InputError
 from reward.judges.base import Judge
-from reward.judges.functions import load_judge
-from reward.judges.length import length_judge
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """All that a judge can be told; a kind takes what it needs.
-
-    kind: `length`, `function`, `llm`, `reward_model`, or one that was registered.
-    target: what the kind works with: `module:callable`, a model's name, a run's directory.
-    template: an `llm` judge's prompt: the name of one of `reward/prompts`, or a file.
-    reasoning: have it reason first, in `reasoning_tokens` at most. verdict: `probabilities` of the labels, parsed
-        `text`, or `auto`: probabilities where they can be had.
-    engine: what runs a local model, `hf` or `vllm`, the latter with `gpu_memory_share` of the card.
-    base_url: an OpenAI-compatible server; the key comes from the environment variable `api_key_env`.
-    attempts: how often a request is sent that fails for a passing reason; answer_attempts: how often the judge is asked
-        whose answer cannot be understood. timeout: seconds for one request.
-    max_requests, max_cost: stop there. price_in, price_out: per million tokens, in the currency of max_cost.
-    """
-
-    kind: str
-    target: str | None = None
-    template: str = "general"
-    reasoning: bool = False
-    reasoning_tokens: int = 256
-    verdict: str = "auto"
-    engine: str = "hf"
-    gpu_memory_share: float = 0.5
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    top_logprobs: int = 20
-    concurrency: int = 8
-    timeout: float = 60.0
-    attempts: int = 6
-    answer_attempts: int = 3
-    max_requests: int | None = None
-    max_cost: float | None = None
-    price_in: float | None = None
-    price_out: float | None = None
-    dtype: str = "float32"
-    device: str = "auto"
-
+from reward.judges.functions import FunctionKind
+from reward.judges.judge_settings import JudgeSettings
+from reward.judges.length import LengthKind
 
 JudgeFactory = Callable[[JudgeSettings], Judge]
-_KINDS: dict[str, JudgeFactory] = {}
+_KINDS: dict[str, JudgeFactory] = {"function": FunctionKind(), "length": LengthKind()}
 
 
 def register_judge(kind: str, factory: JudgeFactory) -> None:
     """Add a kind of judge. Raises `InputError` for a name that is taken."""
     if kind in _KINDS:
-        raise InputError(f"there is a judge {kind!r} already")
+        raise InputError(f"the judge {kind!r} is registered already", kind="exists", key="judge")
     _KINDS[kind] = factory
 
 
@@ -66,36 +31,44 @@ def judge_kinds() -> list[str]:
     return sorted(_KINDS)
 
 
-def make_judge(settings: JudgeSettings) -> Judge:
-    """The judge of those settings. Raises `InputError` for an unknown kind, with the nearest one."""
-    if settings.kind not in _KINDS:
-        close = difflib.get_close_matches(settings.kind, _KINDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+def judge_settings(judge: str | JudgeSettings) -> JudgeSettings:
+    """Settings with kind and target, where the kind is `KIND:TARGET`, or `module:callable` for a `function`."""
+    settings = JudgeSettings(kind=judge) if isinstance(judge, str) else judge
+    kind, colon, target = settings.kind.partition(":")
+    if not colon:
+        return settings
+    if settings.target is not None:
+        raise InputError(f"judge: kind {settings.kind!r} names a target, and target another one", key="judge.target")
+    found = (
+        {"kind": kind, "target": target or None} if kind in _KINDS else {"kind": "function", "target": settings.kind}
+    )
+    return settings.model_copy(update=found)
+
+
+def make_judge(judge: str | JudgeSettings) -> Judge:
+    """The judge that is named. Raises `InputError` for an unknown kind, with the nearest one, and for its settings."""
+    settings = judge_settings(judge)
+    return _factory(settings.kind)(settings)
+
+
+def check_judge(judge: str | JudgeSettings, run_dir: Path | None = None) -> None:
+    """Raise `InputError` for a mistake that can be seen without loading a model or asking a server.
+
+    run_dir: the run that asks; what one of its own stages will make does not have to be there yet.
+    """
+    settings = judge_settings(judge)
+    check = getattr(_factory(settings.kind), "check", None)
+    if check is not None:
+        check(settings, run_dir)
+
+
+def _factory(kind: str) -> JudgeFactory:
+    if kind not in _KINDS:
+        close = difflib.get_close_matches(kind, _KINDS, n=1)
         raise InputError(
-            f"judge: {settings.kind!r} is neither one of {', '.join(judge_kinds())} nor 'module:callable'{hint}"
+            f"judge: {kind!r} is neither one of {', '.join(judge_kinds())} nor module:callable",
+            kind="unknown",
+            key="judge",
+            fix=f"did you mean {close[0]!r}?" if close else None,
         )
-    return _KINDS[settings.kind](settings)
-
-
-def split_judge_name(name: str) -> tuple[str, str | None]:
-    """Kind and target of `KIND`, `KIND:TARGET` or `module:callable`, the last being a `function`."""
-    kind, colon, target = name.partition(":")
-    if kind in _KINDS or not colon:
-        return kind, target or None
-    return "function", name
-
-
-def _function(settings: JudgeSettings) -> Judge:
-    if not settings.target:
-        raise InputError("judge: function needs what it is: function:module:callable, or module:callable alone")
-    return load_judge(settings.target)
-
-
-def _length(settings: JudgeSettings) -> Judge:
-    if settings.target:
-        raise InputError(f"judge: length takes nothing more, not {settings.target!r}")
-    return length_judge()
-
-
-register_judge("function", _function)
-register_judge("length", _length)
+    return _KINDS[kind]

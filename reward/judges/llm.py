@@ -1,7 +1,7 @@
 """A chat model as a judge.
 
-It is shown both responses as A and B. Its verdict is p(A) / (p(A) + p(B)), from the probabilities that it gives to the
-two labels as its next token: one forward pass, no sampling. Where a server gives no log-probs, its text is parsed.
+It sees both responses as A and B. Its verdict is p(A) / (p(A) + p(B)), from the probabilities of the two labels as its
+next token: one forward pass, no sampling. If a server gives no log-probs, its text is parsed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from reward.errors import InputError
 from reward.judges.base import Comparison, Verdict
 from reward.judges.templates import JudgePrompt
 from reward.records import Message
@@ -22,7 +21,6 @@ LABELS = ("A", "B")
 ASK_AFTER_REASONING = "Now your verdict: which response is better? Answer with one letter, A or B, and nothing else."
 TEXT_TOKENS = 16
 RETRY_TEMPERATURE = 0.7
-VERDICT_MODES = ("auto", "probabilities", "text")
 
 _BRACKETS = re.compile(r"\[\[\s*([AB])\s*\]\]")
 _ALONE = re.compile(r"\W*(?:(?:response|answer|option|assistant|summary)\W+)?([AB])\b\W*", re.IGNORECASE)
@@ -36,8 +34,8 @@ _STATED = re.compile(
 class Completion:
     """What a chat model said.
 
-    label_logprobs: log-probs in nats of each label as the next token; None where they cannot be had. A label that is
-    missing from it was not among the tokens that the server reports. error: why this one chat got no answer.
+    label_logprobs: log-probs in nats of each label as the next token; None if the model gives none. A label that is
+    missing was not among the tokens that the server reports. error: why this chat got no answer.
     """
 
     text: str
@@ -46,7 +44,7 @@ class Completion:
 
 
 class ChatBackend(Protocol):
-    """A chat model that can be asked: local, embedded or behind a server."""
+    """A chat model: in this process, in a vLLM engine, or behind a server."""
 
     @property
     def identity(self) -> str: ...
@@ -80,11 +78,9 @@ class LLMJudge:
         *,
         reasoning: bool = False,
         reasoning_tokens: int = 256,
-        verdict: str = "auto",
+        verdict: Literal["auto", "probabilities", "text"] = "auto",
         attempts: int = 3,
     ) -> None:
-        if verdict not in VERDICT_MODES:
-            raise InputError(f"judge.verdict: {verdict!r} is none of {', '.join(VERDICT_MODES)}")
         self._backend, self._prompt, self._verdict = backend, prompt, verdict
         self._reasoning, self._reasoning_tokens, self._attempts = reasoning, reasoning_tokens, attempts
         self.batch_size, self.concurrency = backend.batch_size, backend.concurrency
@@ -92,7 +88,7 @@ class LLMJudge:
         self.identity = f"llm:{backend.identity}:{prompt.name} {prompt.fingerprint}:{verdict}:{how}"
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Return one verdict per comparison; one that cannot be understood after all attempts is marked invalid."""
+        """Return one verdict per comparison; an answer that no attempt could parse is marked invalid."""
         chats: list[list[Message]] = [
             [{"role": "user", "content": self._prompt.render(c, reasoning=self._reasoning)}] for c in comparisons
         ]
@@ -115,7 +111,7 @@ class LLMJudge:
         ]
 
     def stop(self) -> None:
-        """Break off what is being tried again: the evaluation has failed elsewhere."""
+        """End the tries that are under way, because the evaluation has failed elsewhere."""
         if callable(stop := getattr(self._backend, "stop", None)):
             stop()
 
@@ -134,7 +130,7 @@ class LLMJudge:
                 verdicts[i] = Verdict(float(label == "A"), raw=answer.text, reason=reasons[i])
 
     def _by_text(self, chats: list[list[Message]], verdicts: list[Verdict | None], reasons: list[str | None]) -> None:
-        """Ask for text, greedily first; an answer that names no label is asked for again at a temperature."""
+        """Ask for text, greedily at first; if the answer names no label, ask again at a temperature."""
         for attempt in range(self._attempts):
             open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
             if not open_rows:
@@ -152,7 +148,7 @@ class LLMJudge:
 
 
 def probability_of_a(logprobs: dict[str, float] | None) -> float | None:
-    """p(A) / (p(A) + p(B)); None where neither label is known. A label that is not reported has none of the mass."""
+    """p(A) / (p(A) + p(B)); None if neither label is known. A label that is not reported counts as probability 0."""
     if not logprobs or not any(math.isfinite(value) for value in logprobs.values()):
         return None
     a, b = (logprobs.get(label, -math.inf) for label in LABELS)
@@ -160,9 +156,9 @@ def probability_of_a(logprobs: dict[str, float] | None) -> float | None:
 
 
 def parse_label(text: str) -> str | None:
-    """The label that an answer states, or None where it states none, or both.
+    """The label that an answer states; None if it states none, or both.
 
-    `[[A]]`, a letter that stands alone ("A", "(b).", "Response A"), or a sentence that says so ("The better one is A").
+    `[[A]]`, a single letter ("A", "(b).", "Response A"), or a sentence that says so ("The better one is A").
     """
     if (alone := _ALONE.fullmatch(text.strip())) is not None:
         return alone[1].upper()

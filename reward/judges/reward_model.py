@@ -1,4 +1,4 @@
-"""A reward model as a judge: A wins with probability σ(r_A − r_B), as Bradley–Terry training means its rewards."""
+"""A reward model as a judge: A wins with probability σ(r_A − r_B), the Bradley–Terry model it is trained with."""
 
 import math
 

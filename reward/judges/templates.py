@@ -1,4 +1,4 @@
-"""The prompts of chat judges: jinja2 files in `reward/prompts`, or a file of one's own."""
+"""The prompts of chat judges: jinja2 files in `reward/prompts`, or a file of the user's."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FOLDER = Path(__file__).parents[1] / "prompts"
 class JudgePrompt:
     """A judge's prompt: `general`, `helpfulness`, `harmlessness`, `summarization`, or the path of a jinja2 file.
 
-    A file of one's own is given `messages`, `response_a`, `response_b` and `reasoning`, may extend `base.jinja2`, and
-    has to ask for the letter A or B. `fingerprint` changes with the text that is asked.
+    A file gets `messages`, `response_a`, `response_b` and `reasoning`, may extend `base.jinja2`, and has to ask for the
+    letter A or B. `fingerprint` changes with the text of the question.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,7 +41,9 @@ class JudgePrompt:
                 reasoning=reasoning,
             ).strip()
         except TemplateError as error:
-            raise InputError(f"judge.template: {self.name} fails: {error}") from error
+            raise InputError(
+                f"judge.template: {self.name} fails: {error}", kind="user_code", key="judge.template"
+            ) from error
 
 
 def as_messages(prompt: Prompt) -> list[Message]:
@@ -57,14 +59,27 @@ def _load(name: str) -> JinjaTemplate:
     path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.jinja2"
     if not path.is_file() or name == "base":
         close = difflib.get_close_matches(name, template_names(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"judge.template: {name!r} is neither one of {', '.join(template_names())} nor a file{hint}")
-    # The text goes to a model, not to a browser: nothing is escaped.
+        raise InputError(
+            f"judge.template: {name!r} is neither one of {', '.join(template_names())} nor a file",
+            kind="unknown",
+            key="judge.template",
+            fix=f"did you mean {close[0]!r}?" if close else None,
+        )
+    # The text goes to a model and not to a browser, so nothing is escaped.
     loader = FileSystemLoader([path.parent, FOLDER])
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False)
     try:
         return environment.get_template(path.name)
     except TemplateSyntaxError as error:
-        raise InputError(f"judge.template: {path} line {error.lineno}: {error.message}") from error
+        where = {"key": "judge.template", "file": path, "row": error.lineno}
+        raise InputError(
+            f"judge.template: {path} line {error.lineno}: {error.message}", kind="unreadable", **where
+        ) from error
     except TemplateError as error:
-        raise InputError(f"judge.template: {path}: {error}") from error
+        raise InputError(
+            f"judge.template: {path}: {error}", kind="unreadable", key="judge.template", file=path
+        ) from error
+
+
+def _broken(what: str, path: Path | None = None, line: int | None = None) -> InputError:
+    return InputError(f"judge.template: {what}", kind="user_code", key="judge.template", file=path, row=line)

@@ -10,7 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from pe_rlhf.scoring.model_judges import build_judge
+from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.system.progress import progress
 from reward.agreement import agreement
 from reward.asking import Pair, judge_pairs
@@ -26,9 +26,7 @@ def main() -> None:
     rows.sort(key=lambda row: len(row["input"] + row["output_1"] + row["output_2"]))
     pairs = [Pair(row["input"], row["output_1"], row["output_2"], i) for i, row in enumerate(rows[: args.limit])]
     with tempfile.TemporaryDirectory() as scratch, progress("judging", 2 * len(pairs), "verdicts") as advance:
-        outcomes = judge_pairs(
-            build_judge(args.judge), pairs, Path(scratch) / "verdicts.jsonl", on_progress=lambda done, _: advance(done)
-        )
+        outcomes = judge_pairs(make_judge(args.judge), pairs, Path(scratch) / "verdicts.jsonl", advance=advance)
     gold = [float(row["label"] == 1) for row in rows]
     print(agreement([outcome.preference for outcome in outcomes], gold[: len(pairs)]))
     print(f"flips: {sum(outcome.flipped for outcome in outcomes)} of {len(outcomes)}")

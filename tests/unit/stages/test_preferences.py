@@ -12,7 +12,7 @@ from pe_rlhf.config import Recipe, SamplingConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.scoring.model_judges import build_judge
+from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 from reward.judges import Comparison
@@ -102,7 +102,7 @@ def test_a_chat_model_labels_in_both_orders(tmp_path: Path) -> None:
     summary = run(recipe(tmp_path, f"llm:{judge_model}"), tmp_path / "run")["preferences"]
     responses = sampled(recipe(tmp_path))
     firsts, seconds = responses[: len(PROMPTS)], responses[len(PROMPTS) :]
-    judge = build_judge(f"llm:{judge_model}")
+    judge = make_judge(f"llm:{judge_model}")
     expected, flips = [], 0
     for (prompt, first, _), (_, second, _) in zip(firsts, seconds, strict=True):
         (forward,) = judge.compare([Comparison(prompt, first, second)])

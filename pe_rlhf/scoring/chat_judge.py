@@ -1,0 +1,57 @@
+"""The kind of judge `llm`: a chat model behind a server, in a vLLM engine, or in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pe_rlhf.model.loading import find_device, load_causal_lm
+from pe_rlhf.model.names import check_model_name
+from pe_rlhf.rollout.make import check_vllm
+from pe_rlhf.runs.saved_roles import files_of
+from reward.judges.judge_settings import JudgeSettings
+from reward.judges.llm import ChatBackend, LLMJudge
+from reward.judges.templates import JudgePrompt
+
+NAME_IT = "name the model: llm:MODEL"
+
+
+class ChatKind:
+    """Makes judges that are chat models."""
+
+    def __call__(self, settings: JudgeSettings) -> LLMJudge:
+        prompt = JudgePrompt(settings.template)  # first: a model takes minutes to load
+        return LLMJudge(
+            _backend(settings),
+            prompt,
+            reasoning=settings.reasoning,
+            reasoning_tokens=settings.reasoning_tokens,
+            verdict=settings.verdict,
+            attempts=settings.answer_attempts,
+        )
+
+    def check(self, settings: JudgeSettings, run_dir: Path | None) -> None:
+        target = settings.needed_target(NAME_IT)
+        if settings.base_url is None:
+            check_model_name(target, "judge: llm")
+        JudgePrompt(settings.template)
+        check_vllm(settings.engine == "vllm")
+
+
+def _backend(settings: JudgeSettings) -> ChatBackend:
+    target = settings.needed_target(NAME_IT)
+    if settings.base_url:
+        from reward.judges.endpoint import Endpoint  # the client library takes a second to import
+
+        return Endpoint(target, settings.base_url, settings, settings.top_logprobs)
+    device = find_device(settings.device)
+    identity = f"{target} {settings.dtype} {files_of(target)}".rstrip()
+    if settings.engine == "vllm":
+        from pe_rlhf.scoring.vllm_chat import VLLMChat
+
+        return VLLMChat(target, settings.dtype, device, identity, memory_share=settings.gpu_memory_share)
+    from reward.judges.hf_chat import HFChat
+
+    model, tokenizer = load_causal_lm(
+        target, dtype=settings.dtype, device=device, attention="sdpa", trust_remote_code=False
+    )
+    return HFChat(model, tokenizer, identity)

@@ -1,0 +1,82 @@
+"""The kind of judge `reward_model`, and the rewards of texts that it compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pe_rlhf.data.codec import cut_pair
+from pe_rlhf.model.loading import find_device
+from pe_rlhf.model.micro_batches import micro_batches
+from pe_rlhf.model.names import check_model_name
+from pe_rlhf.runs.saved_roles import find_role, load_role_backbone, weights_of
+from pe_rlhf.scoring.scorers import ModelScorer
+from pe_rlhf.types import Sequences
+from reward.judges import Judge
+from reward.judges.judge_settings import JudgeSettings
+from reward.judges.reward_model import reward_model_judge
+from reward.records import Prompt
+
+MICRO_BATCH_TOKENS = 4096
+NAME_IT = "name a run's directory or a model: reward_model:RUN"
+
+
+class RewardModelKind:
+    """Makes judges from the rewards of a run of ours, or of a model with one label."""
+
+    def __call__(self, settings: JudgeSettings) -> Judge:
+        target = settings.needed_target(NAME_IT)
+        score = reward_scores(target, settings.dtype, settings.device)
+        identity = f"{target} {settings.dtype} {weights_of(target, 'reward')}".rstrip()
+        return reward_model_judge(score, identity)
+
+    def check(self, settings: JudgeSettings, run_dir: Path | None) -> None:
+        target = settings.needed_target(NAME_IT)
+        # The reward model may be that of the run that asks, whose reward stage has not run yet.
+        awaited = run_dir is not None and Path(target).expanduser().resolve().is_relative_to(run_dir.resolve())
+        if not awaited and find_role(target, "reward") is None:
+            check_model_name(target, "judge: reward_model")
+
+
+class RewardScores(Protocol):
+    """Rewards of responses; `cut` says which responses did not end, by default none."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None
+    ) -> list[float]: ...
+
+
+def reward_scores(
+    target: str, dtype: str = "float32", device: str = "auto", *, as_trained: bool = False
+) -> RewardScores:
+    """Rewards from the directory of a reward run of ours, or from a model with one label.
+
+    as_trained: cut texts to the run's `reward.max_length`, as its stage does; otherwise to the model's limit.
+    """
+    found = find_role(target, "reward")
+    if found is None:
+        scorer = ModelScorer(target, find_device(device), dtype)
+        return lambda prompts, responses, cut=None: scorer.score_texts(prompts, responses, cut).tolist()
+    backbone, codec = load_role_backbone(found, "reward", dtype=dtype, device=device)
+    limit = backbone.max_positions or 10**9
+    if as_trained and found.recipe is not None and found.recipe.reward is not None:
+        limit = min(limit, found.recipe.reward.max_length)
+
+    @torch.no_grad()
+    def score(prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None) -> list[float]:
+        texts = zip(prompts, responses, cut or [False] * len(prompts), strict=True)
+        pairs = [cut_pair(*codec.encode_pair(*text), limit) for text in texts]
+        sequences = Sequences.pack([p for p, _ in pairs], [r for _, r in pairs], backbone.pad_token_id)
+        # `AdapterScorer` would share the rows out to all ranks, but a judge is asked on rank 0 only.
+        scores_B = torch.zeros(len(sequences))
+        with backbone.role("reward"):
+            for index in micro_batches(
+                backbone.budget_lengths(sequences), MICRO_BATCH_TOKENS, padded=not backbone.packs
+            ):
+                scores_B[index] = backbone.response_scores(sequences.take(index)).cpu()
+        return scores_B.tolist()
+
+    return score
