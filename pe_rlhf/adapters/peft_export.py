@@ -1,7 +1,7 @@
 """Export of a role as a plain PEFT LoRA for the original base.
 
-`[B, −B0]` and `[A; A0]` make one LoRA of rank 2r (r where B0 = 0) whose product is the whole change of the weight, so
-PEFT and vLLM load it as it is and the base needs no patch.
+`[B−B0, B0]` and `[A; A−A0]` make one LoRA of rank 2r (r where B0 = 0) whose product is the whole change of the weight.
+PEFT and vLLM load it as it is, in bf16 too, and the base needs no patch.
 """
 
 from __future__ import annotations

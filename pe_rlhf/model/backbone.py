@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ from pe_rlhf.model.loading import (
     load_causal_lm,
     logits_of,
     position_arguments,
+    use_sound_attention,
 )
 from pe_rlhf.model.micro_batches import micro_batches, own_micro_batches
 from pe_rlhf.model.roles import ModelWithRoles
@@ -100,9 +101,10 @@ class Backbone(ModelWithRoles):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
     ) -> None:
         super().__init__(model, name or model.config.name_or_path or "")
+        if self.device.type == "cuda":
+            use_sound_attention()
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._tokenizer = tokenizer
-        self._kept_fingerprint: str | None = None
         self._recomputes = False
         self._checkpointing: dict[PreTrainedModel, BlockCheckpointing] = {}
         self._trunk = FrozenTrunk(model)
@@ -147,8 +149,6 @@ class Backbone(ModelWithRoles):
 
     def base_fingerprint(self) -> str:
         """SHA-256 over the base weights, names and shapes included: the identity of the anchor, whatever its name."""
-        if self._kept_fingerprint is not None:
-            return self._kept_fingerprint
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             if ".adapters." in name:
@@ -157,9 +157,13 @@ class Backbone(ModelWithRoles):
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def keep_fingerprint(self) -> None:
-        """Compute it while the weights are whole, before ZeRO-3 splits them, and keep it."""
-        self._kept_fingerprint = self.base_fingerprint()
+    @cached_property
+    def anchor_sha256(self) -> str:
+        """`base_fingerprint`, taken once: the base is never written to, and a 7B model takes about 10 seconds.
+
+        Under ZeRO-3 it has to be asked for while the weights are whole.
+        """
+        return self.base_fingerprint()
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 

@@ -98,6 +98,16 @@ def find_device(name: str) -> torch.device:
         raise InputError(f"backbone.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def use_sound_attention() -> None:
+    """Keep `scaled_dot_product_attention` from cuDNN's kernels, in this process.
+
+    Since torch 2.11 they come first on Hopper and Blackwell cards. Their backward pass gives NaN for some masks
+    (pytorch issue 196678), on B200 they corrupt sampling with few key-value heads (193893), and they take tens of
+    milliseconds to plan every new shape: packed batches and the tokens of a rollout nearly always have a new one.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def freeze(model: PreTrainedModel) -> None:
     """No gradients and no dropout; the checkpoint's own sampling defaults (top-k, penalties) are dropped too."""
     model.requires_grad_(False)

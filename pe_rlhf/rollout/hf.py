@@ -207,7 +207,8 @@ def _uniform(seed: int, n: int) -> Tensor:
 def _find(cdf_BN: Tensor, fraction_B1: Tensor) -> tuple[Tensor, Tensor]:
     """Which step of a CDF a fraction of its total falls in, and how far into that step, in [0, 1)."""
     point_B1 = fraction_B1 * cdf_BN[:, -1:]
-    index_B1 = torch.searchsorted(cdf_BN, point_B1, right=True)
+    # A parallel cumulative sum on a GPU need not rise to the last bit: the search could end one past the last token.
+    index_B1 = torch.searchsorted(cdf_BN, point_B1, right=True).clamp_(max=cdf_BN.shape[1] - 1)
     upper_B1 = cdf_BN.gather(1, index_B1)
     lower_B1 = torch.where(index_B1 > 0, cdf_BN.gather(1, (index_B1 - 1).clamp(min=0)), 0.0)
     return index_B1, ((point_B1 - lower_B1) / (upper_B1 - lower_B1)).clamp(max=1 - 2**-53)

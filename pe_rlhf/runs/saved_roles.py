@@ -78,7 +78,7 @@ def _write_role(backbone: Backbone, role: str, folder: Path) -> None:
     else:
         backbone.export_adapter(role, scratch)
     save_tensors(backbone.role_state(role, copy=False), scratch / "role.safetensors")
-    description = {"role": role, "base_model": backbone.name, "base_sha256": backbone.base_fingerprint()}
+    description = {"role": role, "base_model": backbone.name, "base_sha256": backbone.anchor_sha256}
     write_json(scratch / "role.json", {**description, "spec": backbone.specs[role].as_json()})
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
@@ -95,7 +95,7 @@ def load_role(backbone: Backbone, role: str, folder: Path) -> None:
         spec = spec_from_json(description["spec"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: no role of a stage can be read here: {error}") from error
-    if description["base_sha256"] != backbone.base_fingerprint():
+    if description["base_sha256"] != backbone.anchor_sha256:
         raise InputError(
             f"{folder} was trained on another base ({description['base_model']}) than {backbone.name} in"
             f" {str(backbone.model.dtype).removeprefix('torch.')}"

@@ -55,7 +55,7 @@ class StageContext:
         if (deepspeed := self.deepspeed) is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:
             if settings.quantization != "none":
                 raise InputError("backbone.quantization: ZeRO-3 cannot split a quantised base; use zero2 or less")
-            backbone.keep_fingerprint()
+            _ = backbone.anchor_sha256  # while the weights are whole
             shard_base(backbone.model, deepspeed)
         return backbone
 

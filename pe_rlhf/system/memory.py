@@ -19,6 +19,7 @@ def reset_peak_memory() -> None:
     except OSError:
         pass  # not Linux, or not allowed: the peak is then that of the whole process
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what torch keeps for itself is missing to a vLLM engine on the same card
         torch.cuda.reset_peak_memory_stats()
 
 

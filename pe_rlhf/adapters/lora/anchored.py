@@ -1,11 +1,15 @@
 """Anchored LoRA: an adapter of any initialisation that leaves the base weight alone.
 
-    W_role = W0 + s · (B·A − B0·A0)
+    W_role = W0 + s · (B·A − B0·A0) = W0 + s · [B − B0, B0] · [A; A − A0]
 
-A0 and B0 are the frozen initial values, s = alpha/r or alpha/sqrt(r). The difference is taken first and added to the
-base output second; at step 0 both terms are the same numbers, so the role's output is bit-identical to the anchor's.
-PiSSA and its kin as published move s·B0·A0 out of the base weight instead: the same function and the same gradients,
-but then "adapter off" is no longer the model that the KL is measured against.
+A0 and B0 are the frozen initial values, s = alpha/r or alpha/sqrt(r). PiSSA and its kin as published move s·B0·A0 out
+of the base weight instead: the same function and the same gradients, but then "adapter off" is no longer the model that
+the KL is measured against.
+
+The right-hand form is what is computed, in the forward and the backward pass and in exports. Each of its terms has a
+factor that is exactly zero at step 0, so the role's output is bit-identical to the anchor's in every dtype and on every
+kernel. And each term is as small as the update itself, so bf16 products are precise enough. The left-hand form is a
+difference of two large products: after one step of PiSSA, bf16 rounds them by more than the whole update.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ class AnchoredLoRA(nn.Module):
     """LoRA with its initial product subtracted; A, B and the initial values are fp32 whatever the base's dtype.
 
     Args:
-        A_RI, B_OR: the initial factors, from an init in `adapters/inits/`.
+        A_RI, B_OR: the initial factors, from an init in `adapters/lora/inits/`.
         scale: s, the factor of the product.
         dropout: probability of zeroing an input of the adapter, in `train()` mode only.
     """
@@ -49,6 +53,7 @@ class AnchoredLoRA(nn.Module):
         self.register_buffer("initial_B_OR", None if starts_at_zero else _own(B_OR))
         self.scale = scale
         self.dropout = dropout
+        self._kept: tuple[object, object, tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], scale: float, dropout: float) -> AnchoredLoRA:
@@ -64,73 +69,77 @@ class AnchoredLoRA(nn.Module):
         return adapter
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """`y + s·(B(A x) − B0(A0 x))` in y's dtype, written into y where it can be; one dropped-out x in both terms."""
+        """`y + s·[B−B0, B0]([A; A−A0] x)` in y's dtype, written into y where it can be."""
+        x = x.to(y.dtype)
         if self.training and self.dropout:
-            x = F.dropout(x.to(self.lora_A.dtype), self.dropout)
+            x = F.dropout(x, self.dropout)
         if y._base is not None or not y.is_contiguous():  # Conv1D's is a view, which autograd would copy more often
             y = y.clone(memory_format=torch.contiguous_format)
-        return _AddDifference.apply(y, x, self.lora_A, self.lora_B, self.initial_A_RI, self.initial_B_OR, self.scale)
+        up, down = self._products(y.dtype)
+        return _AddLowRank.apply(y, x, self.lora_A, self.lora_B, up, down, self.scale)
 
     @torch.no_grad()
     def factors(self) -> LowRankFactors:
-        """Plain LoRA factors on the original base: `[A; A0]`, `[B, −B0]`, rank 2r (rank r where B0 = 0)."""
-        if self.initial_A_RI is None or self.initial_B_OR is None:
-            return LowRankFactors(self.lora_A.detach().clone(), self.lora_B.detach().clone(), self.scale)
-        A_RI = torch.cat([self.lora_A, self.initial_A_RI], dim=0)
-        B_OR = torch.cat([self.lora_B, -self.initial_B_OR], dim=1)
-        return LowRankFactors(A_RI, B_OR, self.scale)
+        """Plain LoRA factors on the original base: `[A; A−A0]`, `[B−B0, B0]`, rank 2r (rank r where B0 = 0)."""
+        return LowRankFactors(*(factor.clone() for factor in self._difference()), self.scale)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """ΔW_OI = s · (B·A − B0·A0)."""
-        delta = self.lora_B @ self.lora_A
-        if self.initial_A_RI is not None and self.initial_B_OR is not None:
-            delta = delta - self.initial_B_OR @ self.initial_A_RI
-        return self.scale * delta
+        """ΔW_OI = s · (B·A − B0·A0), fp32."""
+        up, down = self._difference()
+        return self.scale * (down @ up)
+
+    @torch.no_grad()
+    def _difference(self) -> tuple[Tensor, Tensor]:
+        """`[A; A−A0]` and `[B−B0, B0]`; A and B themselves where B0 = 0."""
+        A_RI, B_OR = self.lora_A.detach(), self.lora_B.detach()
+        if self.initial_A_RI is None or self.initial_B_OR is None:
+            return A_RI, B_OR
+        down = torch.cat([B_OR - self.initial_B_OR, self.initial_B_OR], dim=1)
+        return torch.cat([A_RI, A_RI - self.initial_A_RI]), down
+
+    def _products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`_difference` in the dtype of the base, kept until A or B has changed: an update has many micro-batches."""
+        now = (dtype, *((p.device, p.data_ptr(), p._version) for p in (self.lora_A, self.lora_B)))
+        if self._kept is None or self._kept[0] != now:
+            up, down = self._difference()
+            # The storages are held, so that no other tensor can come to their addresses.
+            held = self.lora_A.detach(), self.lora_B.detach()
+            self._kept = now, held, (up.to(dtype), down.to(dtype))
+        return self._kept[2]
 
 
-class _AddDifference(torch.autograd.Function):
-    """`y += s·(B(A x) − B0(A0 x))`, in place, since nothing else needs y; the adapter's part in its own dtype.
+class _AddLowRank(torch.autograd.Function):
+    """`y += s·down(up x)`, in place, since nothing else needs y; gradients go to x and to A and B.
 
-    Autograd would keep what is kept here and copies of x in fp32 besides, and go over the wide outputs more often.
+    `up` = [A; A−A0] and `down` = [B−B0, B0] are of the base's dtype, gradients of A and B are fp32. Autograd's own
+    graph would keep more of the wide tensors and go over them more often.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        A_RI: Tensor,
-        B_OR: Tensor,
-        initial_A_RI: Tensor | None,
-        initial_B_OR: Tensor | None,
-        scale: float,
+        ctx: Any, y: Tensor, x: Tensor, A_RI: Tensor, B_OR: Tensor, up: Tensor, down: Tensor, scale: float
     ) -> Tensor:
-        x_NI, y_NO = x.flatten(0, -2).to(A_RI.dtype), y.view(-1, y.shape[-1])
-        low_NR = F.linear(x_NI, A_RI)
-        if initial_A_RI is not None and initial_B_OR is not None:
-            difference_NO = F.linear(low_NR, B_OR).sub_(F.linear(F.linear(x_NI, initial_A_RI), initial_B_OR))
-            y_NO.add_(difference_NO, alpha=scale)
-        elif y.dtype == low_NR.dtype:
-            y_NO.addmm_(low_NR, B_OR.T, alpha=scale)  # exact at step 0, since B is zero there
-        else:
-            y_NO.add_(F.linear(low_NR, B_OR), alpha=scale)
+        low_NR = F.linear(x.flatten(0, -2), up)
+        y.view(-1, y.shape[-1]).addmm_(low_NR, down.T, alpha=scale)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, low_NR, A_RI, B_OR, initial_A_RI, initial_B_OR)
-        ctx.scale = scale
+        ctx.save_for_backward(x, low_NR, up, down)
+        ctx.scale, ctx.rank = scale, len(A_RI)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, low_NR, A_RI, B_OR, initial_A_RI, initial_B_OR = ctx.saved_tensors
-        x_NI, grad_NO = (tensor.flatten(0, -2).to(A_RI.dtype) for tensor in (x, gradients[0]))
-        down_OR, up_RI = B_OR, A_RI
-        if initial_A_RI is not None:
-            down_OR, up_RI = torch.cat([B_OR, -initial_B_OR], dim=1), torch.cat([A_RI, initial_A_RI])
-        grad_NR = ctx.scale * (grad_NO @ down_OR)
-        grad_x = (grad_NR @ up_RI).view_as(x).to(x.dtype) if ctx.needs_input_grad[1] else None
-        grad_A_RI = grad_NR[:, : len(A_RI)].T @ x_NI
-        grad_B_OR = (ctx.scale * (low_NR.T @ grad_NO)).T  # the other way round it takes twice the time
+        x, low_NR, up, down = ctx.saved_tensors
+        rank = ctx.rank
+        x_NI, grad_NO = x.flatten(0, -2), gradients[0].flatten(0, -2)
+        grad_NR = ctx.scale * (grad_NO @ down)
+        grad_x = (grad_NR @ up).view_as(x) if ctx.needs_input_grad[1] else None
+        # A is in both halves of `up`, B in the first half of `down` only: ∂L/∂A = s·Bᵀ∂y·xᵀ with B = (B−B0) + B0.
+        through_B_NR = grad_NR if len(up) == rank else grad_NR[:, :rank] + grad_NR[:, rank:]
+        grad_A_RI = (through_B_NR.T @ x_NI).float()
+        grad_B_OR = (
+            ctx.scale * (low_NR[:, :rank].T @ grad_NO).float()
+        ).T  # the other way round it takes twice the time
         return gradients[0], grad_x, grad_A_RI, grad_B_OR, None, None, None
 
 
