@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
 
-CHUNK = 128  # tokens whose logits exist at once
+CHUNK = 128  # tokens whose logits exist at once on a CPU, whose caches they leave soon
+GPU_LOGITS = 2**29  # bytes of fp32 logits at once on a GPU, where each chunk reads the whole head from memory again
 
 
 def token_logprobs(
@@ -49,9 +50,10 @@ def token_logprobs(
     return torch.cat(logprobs), torch.cat(entropies).detach()
 
 
-def pieces_of(tokens: int) -> int:
-    """The fewest chunks of at most `CHUNK` tokens; at least one."""
-    return max(1, -(-tokens // CHUNK))
+def pieces_of(tokens: int, vocabulary: int = 0, device: str = "cpu") -> int:
+    """The fewest chunks of at most `CHUNK` tokens, or on a GPU of at most `GPU_LOGITS` bytes; at least one."""
+    chunk = CHUNK if device == "cpu" or not vocabulary else max(CHUNK, GPU_LOGITS // (4 * vocabulary))
+    return max(1, -(-tokens // chunk))
 
 
 def _chunk(head: Head, hidden_NH: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

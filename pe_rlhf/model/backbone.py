@@ -194,7 +194,8 @@ class Backbone(ModelWithRoles):
         """Log-probs and entropies _N of the response tokens under the active role; logits exist for those alone."""
         targets_N = sequences.targets_N.to(self.device)
         hidden_NH, is_own = self._hidden_at(sequences, sequences.predicts_BT), self.active_role in self.own_models
-        pieces = pieces_of(len(targets_N))
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        pieces = pieces_of(len(targets_N), vocabulary, self.device.type)
         if is_sharded(self.model):  # each call gathers the head's weight, on all ranks together
             pieces = max_over_ranks(pieces)
         return token_logprobs(hidden_NH, self.logits_head, targets_N, temperature, pieces, train_head=is_own)

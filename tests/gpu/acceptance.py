@@ -70,6 +70,7 @@ def main() -> None:
     checks: dict[str, Callable[[Bench], None]] = {
         "environment": numerics.environment,
         "attention": numerics.attention,
+        "packed": numerics.packed,
         "step_zero": numerics.step_zero,
         "narrow_adapters": numerics.narrow_adapters,
         "determinism": numerics.determinism,

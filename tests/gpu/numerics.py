@@ -11,11 +11,13 @@ from contextlib import suppress
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from pe_rlhf.adapters.lora.anchored import AnchoredLoRA
 from pe_rlhf.adapters.lora.inits import INITS
 from pe_rlhf.adapters.lora.inits.svd import full_svd
-from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.fast.varlen import takes_segments
 from pe_rlhf.types import Sequences
 from tests.gpu.harness import Bench, move, relative_error, sequences
 from tests.tiny import add_role
@@ -39,7 +41,7 @@ def environment(bench: Bench) -> None:
 
         from torch.nn.attention import varlen
 
-        bench.note("0", "varlen_attn", str(inspect.signature(varlen.varlen_attn))[:160])
+        bench.note("0", "varlen_attn", str(inspect.signature(varlen.varlen_attn)))
 
 
 def _cudnn_attention() -> bool:
@@ -75,6 +77,45 @@ def attention(bench: Bench) -> None:
     gradients = [p.grad for p in backbone.role_parameters("policy").values() if p.grad is not None]
     finite = all(bool(g.isfinite().all()) for g in gradients)
     bench.expect("1", "gradients of a pair with 704 keys are finite", finite, "True", finite)
+
+
+def packed(bench: Bench) -> None:
+    """Packed passes in bf16 against fp32 ones over each row by itself: shared prompts, windows, rows of all lengths."""
+    if bench.cuda:
+        bench.note("14", "varlen kernel", takes_segments(*(torch.empty(1, 1, 64, device="cuda").bfloat16(),) * 2))
+    prompts = [list(range(3, 40)), list(range(3, 40)), list(range(60, 75)), [80, 81]]
+    rows = Sequences.pack(prompts, [list(range(90, 90 + n)) for n in (40, 25, 60, 3)], 0)
+    for name in ("qwen2", "mistral with a window of 24"):
+        narrow = bench.model("0.5B", **({} if bench.quick else {"num_hidden_layers": 3}))
+        if name.startswith("mistral"):
+            narrow = _mistral(bench)
+        wide = load_backbone(copy.deepcopy(narrow).float())
+        backbone = load_backbone(narrow)
+        found, expected = (_gradients(b, rows) for b in (backbone, wide))
+        for what, own, true in zip(("log-probs", "gradients"), found, expected, strict=True):
+            error = relative_error(own, true)
+            bench.expect("14", f"{name}, packed bf16 against fp32 row by row, {what}", error, "< 0.05", error < 0.05)
+
+
+def _gradients(backbone: Backbone, rows: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and all gradients of a policy that has moved; in fp32 row by row, so that nothing is packed."""
+    backbone.add_adapter("policy", rank=8, alpha=16)
+    move(backbone, "policy", 0.02)
+    alone = [rows.take(torch.tensor([i])) for i in range(len(rows))]
+    parts = [rows] if backbone.model.dtype == torch.bfloat16 else alone
+    with backbone.role("policy"):
+        logprobs = torch.cat([backbone.response_logprobs(part)[0] for part in parts])
+        logprobs.square().sum().backward()
+    gradients = [p.grad.flatten() for p in backbone.role_parameters("policy").values() if p.grad is not None]
+    return logprobs.detach().float(), torch.cat(gradients)
+
+
+def _mistral(bench: Bench) -> PreTrainedModel:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 24}
+    torch.manual_seed(0)
+    with bench.device:
+        return MistralForCausalLM(MistralConfig(**sizes, **heads)).eval().to(torch.bfloat16)  # type: ignore[arg-type]
 
 
 def _nan_gradients(*, masked: bool, length: int = 704, width: int = 64) -> int:

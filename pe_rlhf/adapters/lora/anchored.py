@@ -76,6 +76,9 @@ class AnchoredLoRA(nn.Module):
         if y._base is not None or not y.is_contiguous():  # Conv1D's is a view, which autograd would copy more often
             y = y.clone(memory_format=torch.contiguous_format)
         up, down = self._products(y.dtype)
+        if not torch.is_grad_enabled():  # a token that is sampled has no time for autograd's bookkeeping
+            _add_low_rank(y, x, up, down, self.scale)
+            return y
         return _AddLowRank.apply(y, x, self.lora_A, self.lora_B, up, down, self.scale)
 
     @torch.no_grad()
@@ -109,6 +112,13 @@ class AnchoredLoRA(nn.Module):
         return self._kept[2]
 
 
+def _add_low_rank(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """`y += s·down(up x)` in place; returns `up x` as _NR."""
+    low_NR = F.linear(x.flatten(0, -2), up)
+    y.view(-1, y.shape[-1]).addmm_(low_NR, down.T, alpha=scale)
+    return low_NR
+
+
 class _AddLowRank(torch.autograd.Function):
     """`y += s·down(up x)`, in place, since nothing else needs y; gradients go to x and to A and B.
 
@@ -120,8 +130,7 @@ class _AddLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, A_RI: Tensor, B_OR: Tensor, up: Tensor, down: Tensor, scale: float
     ) -> Tensor:
-        low_NR = F.linear(x.flatten(0, -2), up)
-        y.view(-1, y.shape[-1]).addmm_(low_NR, down.T, alpha=scale)
+        low_NR = _add_low_rank(y, x, up, down, scale)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, low_NR, up, down)
         ctx.scale, ctx.rank = scale, len(A_RI)

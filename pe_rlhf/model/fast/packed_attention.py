@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from pe_rlhf.model.fast.packing import Packing
+from pe_rlhf.model.fast.varlen import attend_segments, takes_segments
 from pe_rlhf.types import Sequences
 
 ATTENTION = "pe_rlhf_packed"
@@ -53,6 +54,10 @@ def attend(
         return _attend(query, key, value, attention_mask, scale), None
     if attention_mask is None or attention_mask.shape != UNUSED or has_bias:
         raise TypeError(f"{type(module).__name__} attends by more than which tokens are in reach")
+    packing.windows.add(window)
+    if takes_segments(query, value):
+        packed = (values.squeeze(0).transpose(0, 1) for values in (query, key, value))
+        return attend_segments(*packed, packing.segments, window, scale)[None], None
     rest, prefixes = packing.rest, packing.prefixes
     lengths = [len(rest)] if prefixes is None else [len(prefixes), len(rest)]
     split = (values.squeeze(0).transpose(0, 1).split(lengths) for values in (query, key, value))

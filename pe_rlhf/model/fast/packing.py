@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pe_rlhf.model.fast.varlen import Segments
 from pe_rlhf.types import Sequences
 
 WORTHWHILE = 0.9  # attending to a shared prefix has to leave at most this share of the tokens to compute
@@ -108,6 +109,8 @@ class Packing:
         prefixes: the shared prefixes, or None.
         prefix_B: which of them each row starts with.
         rest: what is left of the rows.
+        segments: the same for a kernel that needs no rows.
+        windows: the attention windows that layers have asked for.
     """
 
     row_L: Tensor
@@ -115,6 +118,8 @@ class Packing:
     prefixes: PackedRows | None
     prefix_B: Tensor
     rest: PackedRows
+    segments: Segments
+    windows: set[int | None] = field(default_factory=set)
     _masks: dict[tuple[str, int | None], Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -130,7 +135,8 @@ class Packing:
             parts.insert(0, prefixes.places(first_U))
             prefixes = prefixes.to(device)
         row_L, column_L = (torch.cat(part) for part in zip(*parts, strict=True))
-        return cls(row_L, column_L, prefixes, prefix_B.to(device), rest.to(device))
+        segments = Segments.of(prefix_B, lengths_U, sequences.lengths_B - starts_B).to(device)
+        return cls(row_L, column_L, prefixes, prefix_B.to(device), rest.to(device), segments)
 
     def take(self, values: Tensor) -> Tensor:
         """Values _L… of the packed tokens from those of a batch, _BT…."""
@@ -156,11 +162,6 @@ class Packing:
                 column_BK = torch.cat([column_UP[self.prefix_B], self.rest.column_BQ], dim=1)
                 self._masks[key] = _mask(self.rest.column_BQ, column_BK, window)
         return self._masks[key]
-
-    @property
-    def windows(self) -> set[int | None]:
-        """The attention windows that were asked for."""
-        return {window for _, window in self._masks}
 
 
 def _mask(column_BQ: Tensor, column_BK: Tensor, window: int | None) -> Tensor | None:
