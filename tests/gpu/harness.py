@@ -82,13 +82,13 @@ class Bench:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def model(self, shape: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> PreTrainedModel:
+    def model(self, shape: str, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> PreTrainedModel:
         """A Qwen2 of that shape with random weights, made on the device."""
-        hidden, inner, layers, heads, groups, vocabulary = SHAPES["tiny" if self.quick else shape]
+        hidden, inner, whole, heads, groups, vocabulary = SHAPES["tiny" if self.quick else shape]
         sizes: dict[str, Any] = {
             "hidden_size": hidden,
             "intermediate_size": inner,
-            "num_hidden_layers": layers,
+            "num_hidden_layers": min(whole, layers or whole),
             "num_attention_heads": heads,
             "num_key_value_heads": groups,
             "vocab_size": vocabulary,
@@ -100,12 +100,12 @@ class Bench:
         torch.set_default_dtype(dtype)
         try:
             with self.device:
-                return Qwen2ForCausalLM(Qwen2Config(**sizes | changes)).eval()
+                return Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
         finally:
             torch.set_default_dtype(before)
 
-    def backbone(self, shape: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Backbone:
-        return load_backbone(self.model(shape, dtype, **changes))
+    def backbone(self, shape: str, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> Backbone:
+        return load_backbone(self.model(shape, dtype, layers))
 
 
 def sequences(rows: int, prompt: int, response: int, vocabulary: int) -> Sequences:

@@ -56,7 +56,7 @@ def attention(bench: Bench) -> None:
         bench.note("1", "NaN in grad_q, causal 704, cuDNN on", _nan_gradients(masked=False))
         first, again = _first_calls(bench)
         bench.note("2", "new shape, cuDNN on: first and second call, ms", f"{first:.2f}, {again:.2f}")
-    backbone = bench.backbone("0.5B", **({"num_hidden_layers": 2} if bench.cuda else {}))
+    backbone = bench.backbone("0.5B", layers=2)
     if bench.cuda:
         bench.expect(
             "1", "a backbone switches cuDNN's attention off", not _cudnn_attention(), "True", not _cudnn_attention()
@@ -82,11 +82,11 @@ def attention(bench: Bench) -> None:
 def packed(bench: Bench) -> None:
     """Packed passes in bf16 against fp32 ones over each row by itself: shared prompts, windows, rows of all lengths."""
     if bench.cuda:
-        bench.note("14", "varlen kernel", takes_segments(*(torch.empty(1, 1, 64, device="cuda").bfloat16(),) * 2))
+        bench.note("14", "varlen kernel", takes_segments(*2 * (torch.empty(1, 1, 64, device="cuda").bfloat16(),)))
     prompts = [list(range(3, 40)), list(range(3, 40)), list(range(60, 75)), [80, 81]]
     rows = Sequences.pack(prompts, [list(range(90, 90 + n)) for n in (40, 25, 60, 3)], 0)
     for name in ("qwen2", "mistral with a window of 24"):
-        narrow = bench.model("0.5B", **({} if bench.quick else {"num_hidden_layers": 3}))
+        narrow = bench.model("0.5B", layers=3)
         if name.startswith("mistral"):
             narrow = _mistral(bench)
         wide = load_backbone(copy.deepcopy(narrow).float())
@@ -155,10 +155,9 @@ def step_zero(bench: Bench) -> None:
     settings = [("bf16", torch.bfloat16, False), ("fp32", torch.float32, False), ("fp16", torch.float16, False)]
     if bench.cuda:
         settings.append(("fp32 with TF32", torch.float32, True))
-    changes = {} if bench.quick else {"num_hidden_layers": 2, "vocab_size": 1024}
     for name, dtype, tf32 in settings:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        model = bench.model("0.5B", dtype, **changes)
+        model = bench.model("0.5B", dtype, layers=2)
         ids = [torch.randint(3, 500, (2, n), device=bench.device) for n in (1, 7, 300)]
         with torch.no_grad():
             original = [model(rows).logits for rows in ids]
@@ -222,7 +221,7 @@ def narrow_adapters(bench: Bench) -> None:
 
 def determinism(bench: Bench) -> None:
     """The same update twice from one state: to the bit, or to rounding?"""
-    backbone = bench.backbone("0.5B", **({} if bench.quick else {"num_hidden_layers": 4}))
+    backbone = bench.backbone("0.5B", layers=4)
     backbone.add_adapter("policy", rank=8, alpha=16)
     move(backbone, "policy")
     rows = sequences(4, 100, 150, 500)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -107,7 +108,9 @@ def sampling(bench: Bench, backbone: Backbone) -> None:
     new, count = (32, 64) if bench.cuda else (4, 2)
     prompts = [list(range(3 + i, 67 + i)) if bench.cuda else [3 + i, 4, 5] for i in range(count)]
     backbone.eos_token_ids = []
-    for role, sync in (("anchor", "adapter"), ("lora", "adapter"), ("lora", "merged"), ("lora", "auto")):
+    ways: list[tuple[str, Literal["adapter", "merged", "auto"]]]
+    ways = [("anchor", "adapter"), ("lora", "adapter"), ("lora", "merged"), ("lora", "auto")]
+    for role, sync in ways:
         config = SamplingConfig(max_new_tokens=new, batch_size=count, sync=sync)
         rollout = HFRollout(backbone, role, config)
         taken = bench.milliseconds(partial(rollout.generate, prompts, 0), 1)

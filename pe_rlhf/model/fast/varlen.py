@@ -71,25 +71,21 @@ def attend_segments(
     """Attention _LHD of the packed tokens; keys and values may have fewer heads. `window` counts the token itself."""
     if segments.key_L is not None:
         key_LHD, value_LHD = key_LHD.index_select(0, segments.key_L), value_LHD.index_select(0, segments.key_L)
-    kernel = _kernel()
+    kernel, takes_groups = _kernel() or (None, False)
     assert kernel is not None
-    return kernel(
-        query_LHD,
-        key_LHD,
-        value_LHD,
-        segments.query_ends,
-        segments.key_ends,
-        segments.longest_query,
-        segments.longest_key,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query_LHD.shape[1] != key_LHD.shape[1],
-    )
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if (groups := query_LHD.shape[1] // key_LHD.shape[1]) > 1:
+        if takes_groups:
+            options["enable_gqa"] = True
+        else:
+            key_LHD, value_LHD = (part.repeat_interleave(groups, dim=1) for part in (key_LHD, value_LHD))
+    ends, longest = (segments.query_ends, segments.key_ends), (segments.longest_query, segments.longest_key)
+    return kernel(query_LHD, key_LHD, value_LHD, *ends, *longest, **options)
 
 
 @cache
-def _kernel() -> Any:
-    """torch's `varlen_attn` where it is there with all that is needed of it, which is from torch 2.11 or 2.12 on."""
+def _kernel() -> tuple[Any, bool] | None:
+    """torch's `varlen_attn` where it has windows (torch 2.11), and whether it takes grouped heads (2.12)."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return None
     try:
@@ -97,4 +93,4 @@ def _kernel() -> Any:
     except ImportError:
         return None
     has = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"window_size", "enable_gqa", "scale"} <= set(has) else None
+    return (varlen_attn, "enable_gqa" in has) if "window_size" in has else None
