@@ -56,8 +56,8 @@ def attend(
         raise TypeError(f"{type(module).__name__} attends by more than which tokens are in reach")
     packing.windows.add(window)
     if takes_segments(query, value):
-        packed = (values.squeeze(0).transpose(0, 1) for values in (query, key, value))
-        return attend_segments(*packed, packing.segments, window, scale)[None], None
+        query, key, value = (values.squeeze(0).transpose(0, 1) for values in (query, key, value))
+        return attend_segments(query, key, value, packing.segments, window, scale)[None], None
     rest, prefixes = packing.rest, packing.prefixes
     lengths = [len(rest)] if prefixes is None else [len(prefixes), len(rest)]
     split = (values.squeeze(0).transpose(0, 1).split(lengths) for values in (query, key, value))
