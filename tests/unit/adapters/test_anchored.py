@@ -117,7 +117,7 @@ def test_a_new_adapter_changes_not_one_bit(dtype: torch.dtype, init: str) -> Non
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    return float((found.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -169,8 +169,9 @@ def test_after_one_step_of_adam_a_bf16_server_has_the_update_to_one_percent(init
     W0 = left * decay @ right.T
     moments = InputMoments(torch.eye(narrow), torch.zeros(narrow), 100)
     gradients = torch.randn(wide, narrow, generator=generator), torch.randn(wide, narrow, generator=generator)
-    spec = AdapterSpec(init, rank, 2.0 * rank, "standard", 0.0, ())
-    adapter = new_adapter(spec, W0, seed=0, statistics=LayerStatistics(gradients, moments))
+    spec = AdapterSpec(AdapterConfig(init=init, rank=rank, alpha=2.0 * rank), ("layer",))
+    statistics = {"layer": LayerStatistics(gradients, moments)}
+    adapter = new_adapters(spec, lambda _: W0, lambda _: 0, statistics)["layer"]
     assert isinstance(adapter, AnchoredLoRA)
     A0, B0 = initial(adapter)
     with torch.no_grad():  # Adam's first step is the learning rate times the sign
