@@ -62,7 +62,7 @@ def _cosines(init: Row) -> Plot | None:
     """How well the first step follows the gradient, layer by layer, beside the best that rank 2r allows."""
     places = range(len(init["layers"]))
     lines = [
-        Line(init["init"], places, [row["cosine"] for row in init["layers"]]),
         Line("best of rank 2r", places, [row["best"] for row in init["layers"]]),
+        Line(init["init"], places, [row["cosine"] for row in init["layers"]]),
     ]
     return draw_lines(f"First step: {init['init']}", "cosine with G", lines, x_label="layer")

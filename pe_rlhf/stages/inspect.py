@@ -30,10 +30,13 @@ ROLES = {"reward": "reward", "ppo": "policy"}
 def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) -> Inspection:
     """Metrics of the inits under the loss of a stage (`reward`, or `ppo`: the policy's). Trains nothing.
 
-    Raises `InputError` for a stage the recipe has not, and for an init that is unknown or cannot be used.
+    Raises `InputError` for a stage that the recipe has not, and for an init that is unknown or cannot be used.
     """
-    if stage not in ROLES or getattr(recipe, stage) is None:
-        raise InputError(f"there is no stage {stage!r} to inspect; the recipe has {', '.join(recipe.stages)}")
+    there = [name for name in recipe.stages if name in ROLES]
+    if stage not in there:
+        message = f"--stage {stage}: the recipe has no such stage that can be inspected"
+        fix = f"name one of {', '.join(there)}" if there else "add a section reward or ppo"
+        raise InputError(message, kind="unknown", key="stage", fix=fix)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     context = StageContext(recipe, run_dir, stage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pe_rlhf.scoring.scorers import check_reward_adapter
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
-from pe_rlhf.system.failures import TrainingError, failure_noted
+from pe_rlhf.system.failures import ElsewhereError, Stopped, TrainingError, failure_noted
 from pe_rlhf.system.files import locked
 from pe_rlhf.system.memory import reset_peak_memory
 from pe_rlhf.system.processes import launched
@@ -88,9 +88,17 @@ def run_recipe(
 
 @contextmanager
 def _own_folder(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for this process, and leave `failure.json` there where the run fails."""
-    with locked(run_dir), failure_noted(RunFiles(run_dir).failure):
-        yield
+    """Hold a run directory for this process; where the run fails, leave `failure.json` and a page that says so."""
+    with locked(run_dir):
+        try:
+            with failure_noted(RunFiles(run_dir).failure):
+                yield
+        except (Stopped, ElsewhereError):
+            raise
+        except Exception:
+            with suppress(Exception):  # what is wrong with the page must not hide the error
+                write_report(run_dir)
+            raise
 
 
 def _prepare(

@@ -12,11 +12,13 @@ import torch
 
 from pe_rlhf.adapters.inspection import inspect_inits, spectrum_position
 from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.report.format import number
 from pe_rlhf.system.seeding import derive_seed
 from tests.runs import Outcome, recipe, write_recipe
 from tests.tiny import ALL_INITS, add_role, statistics_for, tiny_model
 from tests.unit.adapters.first_steps import best_cosine, cosine, first_update
 from tests.unit.adapters.test_gradients import brute_force
+from tests.unit.report.parsed import assert_fetches_nothing, parse, plots, section, table
 
 
 @pytest.mark.parametrize("init", ["lora", "lora_ga", "pissa"])
@@ -68,12 +70,16 @@ def test_the_command_shows_every_init_on_a_page(cli: Callable[..., Outcome], tmp
     page = tmp_path / "out" / "page.html"
     done = cli("inspect", path, "--inits", "all", "--stage", stage, "--to", page, "seed=1")
     assert done.code == 0, done
-    figures = json.loads(page.with_suffix(".json").read_text())
-    assert [row["init"] for row in figures["inits"]] == ALL_INITS
-    best = max(figures["inits"], key=lambda row: row["cosine"])
+    metrics = json.loads(page.with_suffix(".json").read_text())
+    assert [row["init"] for row in metrics["inits"]] == ALL_INITS
+    best = max(metrics["inits"], key=lambda row: row["cosine"])
     assert best["init"] == "lora_ga"
     for row in best["layers"]:  # the theorem, on the gradients of the stage's own loss
         assert row["cosine"] == pytest.approx(row["best"], abs=1e-3)
-    html = page.read_text(encoding="utf-8")
-    assert "http" not in html.replace("http-equiv", "")
-    assert html.count("<svg") == 2 * len(ALL_INITS) + 1
+    tree = parse(page)
+    assert_fetches_nothing(tree, page.read_text(encoding="utf-8"))
+    assert len(plots(tree)) == 2 * len(ALL_INITS) + 1
+    shown = table(section(tree, "All layers"))
+    assert {name: row["cosine with G"] for name, row in shown.items()} == {
+        row["init"]: number(row["cosine"]) for row in metrics["inits"]
+    }

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pe_rlhf.report.format import duration, number
 from pe_rlhf.report.run_page import over_optimisation, write_report
 from reward.errors import InputError, Kind
+from tests.runs import Outcome, recipe, write_recipe
 from tests.unit.report.parsed import assert_fetches_nothing, parse, plots, section, table, text
 
 Row = dict[str, Any]
@@ -153,6 +155,16 @@ def test_a_stage_that_has_not_finished_says_so(tmp_path: Path, failure: Row | No
     assert "Reward" in plots(section(page, "PPO"))
     alerts = [text(element) for element in page.iter("p") if element.get("role") == "alert"]
     assert ["ppo: NaN <b>" in alert for alert in alerts] == ([] if failure is None else [True])
+
+
+def test_a_run_that_fails_leaves_a_page_that_says_so(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def score(prompts, responses):\n    raise ValueError('no score today')\n")
+    path = write_recipe(tmp_path, recipe("ppo", ppo__reward=[{"function": "bad:score"}]))
+    assert cli("run", path, "--run-dir", "run").code != 0
+    page = parse(tmp_path / "run" / "report.html")
+    assert table(section(page, "Stages"))["ppo"]["What it did"] == "failed"
+    (alert,) = (text(element) for element in page.iter("p") if element.get("role") == "alert")
+    assert "no score today" in alert
 
 
 def test_what_a_model_wrote_is_text(tmp_path: Path) -> None:
