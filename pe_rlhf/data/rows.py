@@ -174,7 +174,8 @@ def _explained(source: DataSource, key: str, error: Exception) -> InputError:
     reason = " ".join(str(error.__cause__ or error).split())[:300]
     if "corresponds to no data" in reason:
         message = f"{key}: {source.path} has no rows in split {source.split!r}"
-        return InputError(message, kind="empty", key=f"{key}.split", file=source.path)
+        asked = f"{key}.split" if "[" in source.split else key  # otherwise the file has no rows at all
+        return InputError(message, kind="empty", key=asked, file=source.path)
     kind = "unknown" if "Unknown split" in reason else "unreadable" if path.is_file() else "missing"
     message = f"{key}: could not load {source.path} (split {source.split!r}): {reason}"
     return InputError(message, kind=kind, **where)

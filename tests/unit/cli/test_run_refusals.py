@@ -1,0 +1,145 @@
+"""What `pe-rlhf run` refuses in data, functions, names and models, before it writes anything or trains.
+
+Where the failure is the user's own text, that text is looked for: it names the culprit.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pe_rlhf.model.names import resolve_model
+from reward.errors import Failure
+from tests.pairwise import every_pair
+from tests.runs import PAIRS, Tree, recipe, write_jsonl, write_recipe
+
+Fails = Callable[..., Failure]
+
+
+def test_prompts_that_are_missing(fails: Fails, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", ppo__prompts="absent.jsonl"))
+    failure = fails("run", path, "--run-dir", "out")
+    assert (failure.kind, failure.key, failure.file) == ("missing", "ppo.prompts", "absent.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "row"),
+    [
+        ([{"prompt": "p", "winner": "a", "rejected": "b"}], "missing", None),
+        ([*PAIRS[:7], {**PAIRS[7], "rejected": " "}], "invalid", 8),
+        ([{**pair, "rejected": pair["chosen"]} for pair in PAIRS], "invalid", 1),
+    ],
+)
+def test_pairs_that_cannot_be_used(fails: Fails, tmp_path: Path, rows: list[Any], kind: str, row: int | None) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    failure = fails("run", write_recipe(tmp_path, recipe("reward")), "--run-dir", "out")
+    assert (failure.kind, failure.key, failure.file, failure.row) == (kind, "reward.data", str(data), row)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_pairs_to_hold_any_out(fails: Fails, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:1])
+    fails("run", write_recipe(tmp_path, recipe("reward")), "--run-dir", "out")
+
+
+@every_pair(
+    function=("reward.scores", "nowhere_at_all:f", "reward.scores:lenght", "math:pi", "broken_a:f", "broken_b:f"),
+    key=("preferences__judge", "ppo__reward__0__function", "evaluate__judge"),
+)
+def test_a_function_that_cannot_be_used(fails: Fails, tmp_path: Path, key: str, function: str) -> None:
+    (tmp_path / "broken_a.py").write_text("x = 1 / 0\n")
+    (tmp_path / "broken_b.py").write_text("def f(:\n")
+    path = write_recipe(tmp_path, recipe("preferences", "ppo", "evaluate", **{key: function}))
+    assert function.partition(":")[0] in str(fails("run", path, "--dry-run"))
+
+
+@pytest.mark.parametrize(
+    ("body", "culprit"),
+    [
+        ("raise ValueError('no such\\n  thing')", "line 2"),
+        ("return [1 / 0 for _ in responses]", "line 2"),
+        ("raise StopIteration", "line 2"),
+        ("return [float('nan') for _ in responses]", "response 0"),
+        ("return [0.0] * 5 + [float('inf')] * (len(responses) - 5)", "response 5"),
+        ("return [0.0]", "12"),
+        ("return None", "NoneType"),
+        ("return ['good' for _ in responses]", "'good'"),
+        ("return [1.0] * len(responses)", "6 pairs"),  # no difference in any
+    ],
+)
+def test_a_judge_that_fails_is_named(fails: Fails, tmp_path: Path, body: str, culprit: str) -> None:
+    (tmp_path / "judge_a.py").write_text(f"def score(prompts, responses):\n    {body}\n")
+    path = write_recipe(tmp_path, recipe("preferences", preferences__judge="judge_a:score"))
+    said = str(fails("run", path, "--run-dir", "out"))
+    assert "judge_a:score" in said
+    assert culprit in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"deepspeed": "zero7"}, "zero7"),
+        ({"chat_template": "absent.jinja"}, "absent.jinja"),
+        ({"chat_template": "latin.jinja"}, "latin.jinja"),
+        ({"evaluate__judge": "llm"}, "llm"),
+        ({"evaluate__judge": "llm:./nowhere"}, "./nowhere"),
+        ({"evaluate__judge": "length:3"}, "3"),
+        ({"evaluate__judge": "reward_model"}, "reward_model"),
+        ({"evaluate__judge": "reward_model:./nowhere"}, "./nowhere"),
+        ({"ppo__reward": [{"model": "./nowhere"}]}, "./nowhere"),
+        ({"ppo__reward": [{"adapter": "nowhere/reward"}]}, "nowhere/reward"),
+        ({"ppo__value_init": "reward"}, "ppo.value_init"),
+        ({"adapter__targets": []}, "adapter.targets"),
+        ({"adapter__init": "pisa"}, "'pissa'"),
+        ({"model": "./folder"}, "./folder"),
+        ({"model": "folder"}, "folder"),
+        ({"model": "pip:nothing"}, "nothing"),
+        ({"model": "random:tiny"}, "random:tiny"),
+    ],
+)
+def test_a_dry_run_finds_it_already(fails: Fails, tmp_path: Path, changes: Tree, culprit: str) -> None:
+    (tmp_path / "latin.jinja").write_bytes("{{ 'ü' }}".encode("latin-1"))
+    (tmp_path / "folder").mkdir()
+    path = write_recipe(tmp_path, recipe("ppo", "evaluate", **changes))
+    assert culprit in str(fails("run", path, "--dry-run"))
+
+
+def test_a_tracker_that_is_not_installed(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    path = write_recipe(tmp_path, recipe("ppo", tracking__wandb=True))
+    assert "pip install 'pe-rlhf[wandb]'" in str(fails("run", path, "--dry-run"))
+
+
+@pytest.mark.parametrize("size", [0, 7, 300])
+def test_weights_that_are_cut_off(fails: Fails, tmp_path: Path, model_cache: Path, size: int) -> None:
+    assert resolve_model("random:tiny-llama").startswith(str(model_cache))
+    shutil.copytree(resolve_model("random:tiny-llama"), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    path = write_recipe(tmp_path, recipe("ppo", model="./model"))
+    assert "./model" in str(fails("run", path, "--run-dir", "out"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"model": "some/hub-id"}, "some/hub-id"),
+        ({"adapter__targets": ["nowhere"]}, "nowhere"),
+        ({"adapter__init": "pissa", "adapter__rank": 33}, "33"),
+        ({"backbone__device": "cuda:99"}, "cuda:99"),
+        ({"backbone__device": "toaster"}, "toaster"),
+        ({"backbone__attention": "none_at_all"}, "none_at_all"),
+        ({"chat_template": "{% if %}"}, "Say something about"),  # the prompt that it fails on
+        ({"chat_template": "{{ raise_exception('no system') }}"}, "no system"),
+        ({"chat_template": "{{ 1 / 0 }}"}, "division by zero"),
+        ({"ppo__rollout__max_new_tokens": 600}, "600"),
+        ({"ppo__max_prompt_tokens": 5}, "5"),
+        ({"ppo__reward": [{"model": "some/hub-id"}]}, "some/hub-id"),
+    ],
+)
+def test_what_a_model_cannot_do(fails: Fails, tmp_path: Path, changes: Tree, culprit: str) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", **changes))
+    assert culprit in str(fails("run", path, "--run-dir", "out"))
