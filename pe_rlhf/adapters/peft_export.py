@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig, TaskType
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pe_rlhf.adapters.layer import Adapter, LowRankFactors
+from pe_rlhf.system.tensor_files import save_tensors
 
 
 def export_peft(
@@ -50,7 +50,7 @@ def export_peft(
     path.mkdir(parents=True, exist_ok=True)
     if head is not None:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-        save_file(state, path / "head.safetensors")
+        save_tensors(state, path / "head.safetensors")
         if classifies:
             tensors["base_model.model.score.weight"] = state["weight"][None, :]
     config = LoraConfig(
@@ -65,7 +65,7 @@ def export_peft(
     # Set afterwards: given to the constructor it becomes a set, and the file another one in every process.
     config.target_modules = _short_names(set(layers), all_names)
     config.save_pretrained(str(path))
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path / "adapter_model.safetensors")
+    save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}, path / "adapter_model.safetensors")
 
 
 def _factors(adapter: Adapter | nn.Module) -> LowRankFactors:

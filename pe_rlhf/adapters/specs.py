@@ -124,4 +124,6 @@ def saved_adapter(spec: AdapterSpec, weight_OI: Tensor, state: dict[str, Tensor]
     out_features, in_features = weight_OI.shape
     if state["lora_A"].shape[1] != in_features or state["lora_B"].shape[0] != out_features:
         raise ValueError(f"the factors do not fit a weight of shape {tuple(weight_OI.shape)}")
+    if (rank := state["lora_A"].shape[0]) != spec.settings.rank:  # the scale is alpha over the settings' rank
+        raise ValueError(f"the factors are of rank {rank}, not {spec.settings.rank}")
     return AnchoredLoRA.from_state(state, scale=spec.scale, dropout=spec.settings.dropout).to(weight_OI.device)

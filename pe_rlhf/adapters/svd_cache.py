@@ -7,16 +7,16 @@ first; one that cannot be read is worked out and written anew.
 from __future__ import annotations
 
 import hashlib
-import os
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pe_rlhf.system.cache import cache_dir
+from pe_rlhf.system.files import new_file
+from pe_rlhf.system.tensor_files import load_tensors, save_tensors
+from reward.errors import InputError
 
 # How many directions at each end of the spectrum are kept, unless more are asked for: all ranks up to this find theirs.
 WIDTH = 64
@@ -32,8 +32,8 @@ def read(weight_OI: Tensor, kind: str, count: int) -> dict[str, Tensor] | None:
         return None
     path = _path(weight_OI, kind)
     try:
-        found = load_file(path, device=str(weight_OI.device)) if path.is_file() else None
-    except (OSError, SafetensorError):
+        found = load_tensors(path, weight_OI.device) if path.is_file() else None
+    except InputError:
         return None
     return found if found is not None and len(found.get("top_S", ())) >= count else None
 
@@ -43,15 +43,12 @@ def write(weight_OI: Tensor, kind: str, directions: dict[str, Tensor]) -> None:
     if min(weight_OI.shape) < SMALLEST:
         return
     path = _path(weight_OI, kind)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    # Copies: the two ends of a small matrix are the same memory, which safetensors refuses.
+    copies = {name: tensor.cpu().contiguous().clone() for name, tensor in directions.items()}
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Copies: the two ends of a small matrix are the same memory, which safetensors refuses.
-        save_file({name: tensor.cpu().contiguous().clone() for name, tensor in directions.items()}, scratch)
-        scratch.replace(path)
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
+        with new_file(path, shared=True) as scratch:
+            save_tensors(copies, scratch)
 
 
 def _path(weight_OI: Tensor, kind: str) -> Path:

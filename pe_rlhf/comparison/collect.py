@@ -15,7 +15,6 @@ from pe_rlhf.comparison.trials import Choice
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.system.files import read_jsonl
-from reward.errors import InputError
 
 
 def collect(plan: Plan, choices: Sequence[Choice]) -> list[RunResult]:
@@ -61,12 +60,7 @@ def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRu
 
 def _metrics(path: Path, is_finished: bool) -> list[Row]:
     """The lines of a run. Unless it has finished, the last line may be cut."""
-    try:
-        return read_jsonl(path)
-    except InputError:
-        if is_finished:
-            raise
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
+    return read_jsonl(path, may_be_cut=not is_finished)
 
 
 def _preferences(path: Path) -> dict[str, list[float]]:

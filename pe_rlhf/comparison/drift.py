@@ -5,7 +5,7 @@ An init puts the adapter somewhere in W's spectrum; whether training stays there
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from pe_rlhf.config import Recipe
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import load_base, load_role, starting_model
-from pe_rlhf.system.files import write_json
+from pe_rlhf.system.files import read_json, write_json
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
@@ -27,12 +27,9 @@ SPECTRUM = 64
 def drift_of_run(run: Path, recipe: Recipe, rank: int) -> Row:
     """The drift of a finished run's policy, worked out once and kept beside its adapter; empty where it cannot be."""
     path = RunFiles(run).stage("ppo").drift
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept.get("rank") == rank:
+    with suppress(InputError):  # one that is not there or cannot be read is worked out anew
+        if (kept := read_json(path)).get("rank") == rank:
             return kept
-    except (OSError, ValueError):
-        pass
     try:
         backbone = load_base(recipe, starting_model(recipe, run), device="cpu")
         load_role(backbone, "policy", RunFiles(run).role("policy").folder)

@@ -14,7 +14,7 @@ import datasets
 
 from pe_rlhf.config import DataSource
 from pe_rlhf.data.examples import Example, has_format, parse_example
-from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.files import write_jsonl
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import console, say
 from pe_rlhf.system.seeding import permutation
@@ -127,7 +127,7 @@ def note_bad_rows(path: Path, key: str, bad: list[BadRecord]) -> int:
     for record in bad[:5]:
         say(f"{key}: left out row {record.row}: {record.reason}")
     if bad and is_main() and path.parent.is_dir():  # `inspect` has no folder
-        write_whole(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in bad))
+        write_jsonl(path, (asdict(record) for record in bad))
         say(f"{key}: left out {len(bad)} unusable rows in all, see {path}")
     return len(bad)
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from pe_rlhf.evaluation.sources import (
 )
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.runs.layout import EvaluationFiles
-from pe_rlhf.runs.saved_roles import RoleFolder, is_endpoint, weights_of
+from pe_rlhf.runs.saved_roles import SavedRole, is_endpoint, weights_of
 from pe_rlhf.scoring.model_judges import ask_judge
-from pe_rlhf.system.files import append_jsonl, write_json, write_whole
+from pe_rlhf.system.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from pe_rlhf.system.progress import progress
 from reward.asking import Pair
 from reward.errors import InputError
@@ -52,7 +53,7 @@ class Side:
 
 
 def side_of(
-    name: str, prompts: Sequence[Prompt], settings: EvaluationSettings, anchor_of: RoleFolder | None = None
+    name: str, prompts: Sequence[Prompt], settings: EvaluationSettings, anchor_of: SavedRole | None = None
 ) -> Side:
     """The side of that name; with `anchor_of` it is the anchor of that run.
 
@@ -60,7 +61,7 @@ def side_of(
     """
     if anchor_of is None and Path(name).is_file():
         return Side(name, name, outputs=_outputs_for(prompts, Path(name)))
-    parts = [name, settings.sampler.model_dump(), settings.seed, settings.dtype, weights_of(name, "ppo")]
+    parts = [name, settings.sampler.model_dump(), settings.seed, settings.dtype, weights_of(name, "policy")]
     if anchor_of is not None:
         recipe = anchor_of.recipe
         parts.append(None if recipe is None else [recipe.chat_template, recipe.backbone.dtype])
@@ -133,35 +134,21 @@ def evaluate_pairs(
 
 def _finished(path: Path, head: dict[str, Any], prompts: Sequence[Prompt]) -> list[str]:
     """The responses in the file, up to one that a kill left half written or that belongs to another prompt."""
-    if not path.exists():
+    rows = read_jsonl(path, may_be_cut=True)
+    if not rows:
         return []
-    lines = path.read_bytes().split(b"\n")
-    try:
-        found_head = json.loads(lines[0])
-    except ValueError:
-        if len(lines) > 1:
-            raise InputError(f"{path} line 1 is damaged", kind="unreadable", file=path, row=1) from None
-        return []
-    if found_head != head:
+    if rows[0] != head:
         raise InputError(
             f"{path} holds responses to other prompts, of another policy, or with other settings",
             kind="changed",
             file=path,
             fix="use another --out",
         )
-    found: list[str] = []
-    for prompt, line in zip(prompts, lines[1:-1], strict=False):  # a line without a line feed is not whole
-        try:
-            row = json.loads(line)
-            if row["prompt"] != prompt:
-                break
-            found.append(row["response"])
-        except (ValueError, KeyError, TypeError):
-            break
-    return found
+    pairs = zip(prompts, rows[1:], strict=False)
+    return [row["response"] for _, row in takewhile(lambda pair: pair[0] == pair[1]["prompt"], pairs)]
 
 
 def _write_outputs(path: Path, head: dict[str, Any], prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=False)]
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (head, *rows)))
+    write_jsonl(path, (head, *rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,13 +16,14 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.runs.layout import RoleFiles
 from pe_rlhf.runs.saved_roles import (
-    RoleFolder,
+    SavedRole,
     codec_of,
-    find_role,
     is_endpoint,
-    load_role_backbone,
+    role_behind,
 )
+from pe_rlhf.system.files import read_json
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError, JudgeError
 from reward.judges.templates import as_messages
@@ -107,7 +107,7 @@ class ServerSource:
                 raise
 
 
-def load_anchor(found: RoleFolder, settings: EvaluationSettings) -> ResponseSource:
+def load_anchor(found: SavedRole, settings: EvaluationSettings) -> ResponseSource:
     """The anchor of a run's policy, with the prompts and in the dtype of the run."""
     backbone, codec = found.load_base(dtype=settings.dtype, device=settings.device)
     return LocalSource(backbone, ANCHOR, codec, settings)
@@ -122,7 +122,7 @@ def load_source(name: str, settings: EvaluationSettings) -> ResponseSource:
         return ServerSource(name, settings)
     dtype, device = settings.dtype, settings.device
     if (found := find_policy(name)) is not None:
-        backbone, codec = load_role_backbone(found, "policy", dtype=dtype, device=device)
+        backbone, codec = found.load("policy", dtype=dtype, device=device)
         return LocalSource(backbone, "policy", codec, settings)
     if (base := base_of_adapter(name)) is not None:
         backbone = load_merged(name, base, dtype=dtype, device=device)
@@ -142,20 +142,15 @@ def load_merged(adapter: str, base: str, *, dtype: str, device: str) -> Backbone
     return result
 
 
-def find_policy(name: str) -> RoleFolder | None:
+def find_policy(name: str) -> SavedRole | None:
     """The policy of a run of ours; None for a server, a file of outputs, another adapter, or a model."""
-    return None if is_endpoint(name) or Path(name).is_file() else find_role(name, "ppo")
+    return role_behind(name, "policy")
 
 
 def base_of_adapter(name: str) -> str | None:
     """The base model that a PEFT adapter names; None if `name` is not an adapter."""
-    path = Path(name) / "adapter_config.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged: {error!r}", kind="unreadable", file=path) from error
+    path = RoleFiles(Path(name)).adapter_config
+    return read_json(path)["base_model_name_or_path"] if path.is_file() else None
 
 
 def read_outputs(path: Path) -> list[tuple[Prompt, str]]:

@@ -21,7 +21,7 @@ from pe_rlhf.adapters.peft_export import export_peft
 from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, adapter_settings, new_adapters, saved_adapter
 from pe_rlhf.adapters.targets import linear_modules
 from pe_rlhf.config import AdapterConfig
-from pe_rlhf.model.tensors import part_of, set_tensors, unique_tensors
+from pe_rlhf.model.tensors import set_tensors, unique_tensors, with_prefix, without_prefix
 from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
@@ -167,14 +167,14 @@ class ModelWithRoles(nn.Module):
         try:
             head = self._new_head(role)
             if head is not None:
-                head.load_state_dict(part_of(state, "head"))
+                head.load_state_dict(without_prefix("head.", state))
             if isinstance(spec, FullSpec):
                 model = self._plain_copy(ANCHOR, whole=head is None)
-                set_tensors(unique_tensors(model), part_of(state, "model"))
+                set_tensors(unique_tensors(model), without_prefix("model.", state))
                 return self._install_own(role, model, head)
             # One weight at a time: under ZeRO-3 each is a whole copy, and that of a quantised one is dequantised.
             adapters = {
-                name: saved_adapter(spec, weight_out_in(self._wrap(name).base), part_of(state, name))
+                name: saved_adapter(spec, weight_out_in(self._wrap(name).base), without_prefix(f"{name}.", state))
                 for name in spec.modules
             }
         except (InputError, torch.OutOfMemoryError):
@@ -299,7 +299,7 @@ class ModelWithRoles(nn.Module):
     def _own_tensors(self, role: str) -> dict[str, Tensor]:
         """The tensors of a role's own model under the names that they have in the whole one."""
         prefix = f"{self.model.base_model_prefix}." if role in self.heads else ""
-        return {f"{prefix}{name}": tensor for name, tensor in unique_tensors(self.own_models[role]).items()}
+        return with_prefix(prefix, unique_tensors(self.own_models[role]))
 
     def _plain_copy(self, source: str, *, whole: bool) -> nn.Module:
         """A model without adapters that computes what a role does, all of it trainable; its decoder unless `whole`."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-def part_of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of a state whose names begin with `name.`, without it."""
-    prefix = f"{name}."
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the prefix in front of each name."""
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def unique_tensors(module: nn.Module) -> dict[str, Tensor]:

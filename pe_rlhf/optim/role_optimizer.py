@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pe_rlhf.adapters.lora.lora_plus import learning_rate_groups
 from pe_rlhf.config import OptimizerConfig
+from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.adamw import PlainAdamW, flatten, unflatten
 from pe_rlhf.optim.zero import ZeRO
 from pe_rlhf.system.distributed import sum_over_ranks, world_size
@@ -123,16 +124,14 @@ class RoleOptimizer:
         tensors = {"steps": torch.tensor(self.steps)}
         if self.steps:
             for part in self._slices:
-                tensors |= {f"{part.role}/{name}": tensor for name, tensor in part.optimizer.state(copy).items()}
+                tensors |= with_prefix(f"{part.role}/", part.optimizer.state(copy))
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Set what `state` gave, onto the parameters as they are now."""
         self.steps = int(tensors["steps"])
         for part in self._slices if self.steps else ():
-            prefix = f"{part.role}/"
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            part.optimizer.load_state(own, self.steps)
+            part.optimizer.load_state(without_prefix(f"{part.role}/", tensors), self.steps)
 
 
 def _sum_gradients(group: RoleGroup) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 
 from pe_rlhf.report.charts import draw_reliability
 from pe_rlhf.report.format import conversation, number, percent
-from pe_rlhf.report.inputs import Record, read_record, read_records
 from pe_rlhf.report.page import Cell, Interval, Page, Sample, Section, Table, Text, Tile
 from pe_rlhf.runs.layout import EvaluationFiles
-from pe_rlhf.system.files import write_whole
+from pe_rlhf.system.files import read_json, read_jsonl, write_whole
 from reward.asking import Pair
 from reward.summary import combine_orders
 from reward.verdicts import FIRST, SECOND
@@ -31,8 +30,8 @@ def write_evaluation_report(folder: Path, pairs: Sequence[Pair]) -> Path:
     Raises `InputError` where one of the two files is damaged.
     """
     files = EvaluationFiles(folder)
-    summary = read_record(files.summary)
-    samples = _samples(read_records(files.verdicts), summary, pairs)
+    summary = read_json(files.summary)
+    samples = _samples(read_jsonl(files.verdicts), summary, pairs)
     counts = Counter(sample.kind for sample in samples)
     note = f"The first {PAIRS_SHOWN} of {len(samples)} pairs, not selected." if len(samples) > PAIRS_SHOWN else ""
     page = Page(
@@ -78,7 +77,7 @@ def write_reward_report(summary: Row) -> str:
     ).html()
 
 
-def _tiles(s: Record) -> list[Tile]:
+def _tiles(s: Row) -> list[Tile]:
     counts = f"{s['n']} pairs: {s['wins']} wins, {s['ties']} ties, {s['losses']} losses"
     tiles = [Tile("Win-rate", percent(s["win_rate"]), counts, Interval(s["ci_low"], s["win_rate"], s["ci_high"]))]
     if (controlled := s.get("length_controlled_win_rate")) is not None:
@@ -115,7 +114,7 @@ def _reward_tiles(s: Row) -> list[Tile]:
     return tiles
 
 
-def _samples(rows: Sequence[Record], summary: Record, pairs: Sequence[Pair]) -> list[Sample]:
+def _samples(rows: Sequence[Row], summary: Row, pairs: Sequence[Pair]) -> list[Sample]:
     """One sample per pair with its verdict in words; a pair that lacks an order is left out.
 
     The file may hold verdicts of other judges, and on other responses, that were asked for in the same folder.
@@ -130,7 +129,7 @@ def _samples(rows: Sequence[Record], summary: Record, pairs: Sequence[Pair]) -> 
     return [_sample(orders, summary) for orders in whole]
 
 
-def _sample(orders: dict[str | None, Row], summary: Record) -> Sample:
+def _sample(orders: dict[str | None, Row], summary: Row) -> Sample:
     row = next(iter(orders.values()))
     value = {order: math.nan if r["preference"] is None else r["preference"] for order, r in orders.items()}
     preference, flipped = (value[None], False) if None in value else combine_orders(value[FIRST], value[SECOND])

@@ -15,11 +15,10 @@ import yaml
 
 from pe_rlhf.report.charts import draw_lines, draw_reliability, points
 from pe_rlhf.report.format import conversation, duration, gibibytes, number, percent, preferred
-from pe_rlhf.report.inputs import Record, read_record, read_records
 from pe_rlhf.report.page import Interval, Page, Plot, Sample, Section, Table, Text, Tile
 from pe_rlhf.runs.layout import STAGE_INFO, RunFiles, StageFiles
 from pe_rlhf.runs.over_optimisation import Row, judge_turned_down
-from pe_rlhf.system.files import read_json, write_whole
+from pe_rlhf.system.files import read_json, read_jsonl, write_whole
 from reward.errors import InputError
 
 SAMPLES_SHOWN = 10
@@ -91,14 +90,14 @@ class Stage:
 
     name: str
     summary: Row
-    metrics: list[Record]
-    samples: list[Record]
+    metrics: list[Row]
+    samples: list[Row]
 
     @classmethod
     def read(cls, files: StageFiles) -> Stage:
         """Raises `InputError` with the file, and the line, that is damaged."""
-        summary = read_record(files.summary) if files.summary.exists() else {}
-        return cls(files.folder.name, summary, read_records(files.metrics), read_records(files.samples))
+        summary = read_json(files.summary) if files.summary.exists() else {}
+        return cls(files.folder.name, summary, read_jsonl(files.metrics), read_jsonl(files.samples))
 
 
 def write_report(run_dir: Path) -> Path:

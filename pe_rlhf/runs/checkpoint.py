@@ -1,7 +1,7 @@
-"""Checkpoints of a stage, and roles as a stage hands them on.
+"""Checkpoints of a stage.
 
-A checkpoint is written whole under another name and then renamed, so a half-written one is never picked up; its tensors
-are checked against a checksum when it is read. Only adapters, heads and optimizer state are in it, never the base.
+A checkpoint appears whole or not at all, and its tensors are checked against a checksum when it is read. It holds only
+adapters, heads and optimizer state, never the base.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pe_rlhf.adapters.specs import RoleSpec, spec_from_json
+from pe_rlhf.adapters.specs import RoleSpec
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.tensors import with_prefix, without_prefix
+from pe_rlhf.runs.layout import CheckpointFiles, StageFiles
+from pe_rlhf.runs.saved_roles import read_spec
 from pe_rlhf.system.distributed import on_main
-from pe_rlhf.system.files import write_json
+from pe_rlhf.system.files import new_folder, read_json, write_json
 from pe_rlhf.system.progress import say
+from pe_rlhf.system.tensor_files import load_tensors, save_tensors
 from reward.errors import InputError
 
 
@@ -35,85 +36,91 @@ def save_checkpoint(
     keep: int = 2,
     score: float | None = None,
 ) -> None:
-    """Write `folder/checkpoints/step-N`; drop all but the newest `keep` and the one of the highest score.
+    """Write `checkpoints/step-N` in a stage's folder; keep only the newest `keep` and the one of the highest score.
 
     Rank 0 writes, and no rank goes on before it has: one that ended meanwhile would take rank 0 with it.
     """
     state = {"step": step, **state} | ({} if score is None else {"score": score})
-    on_main(lambda: _write_checkpoint(folder, step, tensors, state, keep))
+    on_main(lambda: _write_checkpoint(StageFiles(folder), step, tensors, state, keep))
 
 
-def _write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
-    root = folder / "checkpoints"
-    scratch, target = root / f".step-{step:06d}.tmp", root / f"step-{step:06d}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    file = scratch / "state.safetensors"
-    save_tensors(tensors, file)
-    write_json(scratch / "state.json", {**state, "sha256": _sha256(file, state)})
-    for written in (file, scratch / "state.json", scratch):
-        _flush(written)
-    if target.exists():
-        shutil.rmtree(target)
-    scratch.rename(target)
-    _flush(root)
-    there = sorted(root.glob("step-*"))
-    # The one just written stays, though damaged ones of later steps may lie there.
-    for old in set(there) - {target, _best(there), *there[-keep:]}:
-        shutil.rmtree(old)
+def _write_checkpoint(
+    files: StageFiles, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int
+) -> None:
+    with new_folder(files.checkpoint(step).folder) as scratch:
+        made = CheckpointFiles(scratch)
+        save_tensors(tensors, made.tensors)
+        write_json(made.state, {**state, "sha256": _sha256(made.tensors, state)})
+    there = files.checkpoints_there()
+    # The one just written stays, even where damaged ones of later steps are there, which count as newer.
+    kept = {step, _best(there), *(later for later, _ in there[-keep:])}
+    for old, checkpoint in there:
+        if old not in kept:
+            shutil.rmtree(checkpoint.folder)
 
 
-def _best(there: list[Path]) -> Path | None:
-    """The earliest checkpoint of the highest score; None where none has one."""
-    best = max(there, key=_score, default=None)
-    return best if best is not None and _score(best) > -math.inf else None
+def _best(there: list[tuple[int, CheckpointFiles]]) -> int | None:
+    """The step of the highest score, the first of equal ones; None where no checkpoint has a score."""
+    scores = {step: _score(checkpoint) for step, checkpoint in there}
+    best = max(scores, key=scores.__getitem__, default=None)
+    return best if best is not None and scores[best] > -math.inf else None
 
 
-def _score(path: Path) -> float:
-    """What a checkpoint was worth when it was written; one that cannot be read, or has none, is worth nothing."""
+def _score(checkpoint: CheckpointFiles) -> float:
+    """The score that a checkpoint was saved with; −∞ where it has none or cannot be read."""
     try:
-        score = json.loads((path / "state.json").read_text(encoding="utf-8")).get("score")
-    except (OSError, ValueError, AttributeError):
-        score = None
+        score = read_json(checkpoint.state).get("score")
+    except InputError:
+        return -math.inf
     return score if isinstance(score, int | float) and math.isfinite(score) else -math.inf
 
 
 def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """The newest valid checkpoint as `(step, tensors, state)`, or None; a damaged one is named and passed over."""
-    for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
+    """The newest valid checkpoint of a stage's folder as `(step, tensors, state)`, or None.
+
+    A damaged one is reported and passed over.
+    """
+    for _, checkpoint in reversed(StageFiles(folder).checkpoints_there()):
         try:
-            return _read_checkpoint(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            say(f"{path} is damaged ({error}); trying the one before")
+            return _read_checkpoint(checkpoint)
+        except InputError as error:
+            say(f"{checkpoint.folder} is damaged ({error}); trying the one before")
     return None
 
 
 def role_of_checkpoint(folder: Path, which: str, role: str) -> tuple[int, RoleSpec, dict[str, Tensor]]:
-    """A role as it was at the checkpoint `best`, `newest`, or of a step's number: the step, its spec and its state.
+    """A role as it was at a checkpoint: the step, its spec and its state.
 
-    Raises `InputError` where there is none, or where it is damaged.
+    `which` is `best`, `newest` or a step's number. Raises `InputError` where there is no such one, or it is damaged.
     """
-    there = sorted((folder / "checkpoints").glob("step-*"))
-    steps = [int(path.name.removeprefix("step-")) for path in there]
-    if not there or (which not in ("best", "newest") and which not in map(str, steps)):
-        has = f"there are best, newest, {', '.join(map(str, steps))}" if there else "there are none"
-        raise InputError(f"{folder / 'checkpoints'} has no checkpoint {which!r}; {has}")
-    if which == "best":
-        path = _best(there) or there[-1]
-    else:
-        path = there[-1] if which == "newest" else there[steps.index(int(which))]
-    try:
-        step, tensors, state = _read_checkpoint(path)
-        return step, spec_from_json(state["specs"][role]), without_prefix(role, tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: the {role} cannot be read here: {error}") from error
+    there = dict(StageFiles(folder).checkpoints_there())
+    if not there or (which not in ("best", "newest") and which not in map(str, there)):
+        has = f"there are best, newest, {', '.join(map(str, there))}" if there else "there are none"
+        place = StageFiles(folder).checkpoints
+        raise InputError(f"{place} has no checkpoint {which!r}; {has}", kind="missing", key="checkpoint", file=place)
+    best = _best(list(there.items())) if which == "best" else None
+    step = best or (int(which) if which.isdecimal() else max(there))
+    _, tensors, state = _read_checkpoint(there[step])
+    return step, read_spec(state["specs"].get(role), there[step].state), without_prefix(f"{role}/", tensors)
 
 
-def _read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state.pop("sha256") != _sha256(path / "state.safetensors", state):
-        raise ValueError("its checksum is wrong")
-    return state["step"], load_file(path / "state.safetensors"), state
+def roles_of_checkpoints(folder: Path) -> set[str]:
+    """The roles that a stage's checkpoints hold; empty where there are none that can be read."""
+    for _, checkpoint in reversed(StageFiles(folder).checkpoints_there()):
+        try:
+            return set(read_json(checkpoint.state)["specs"])
+        except InputError:
+            continue
+    return set()
+
+
+def _read_checkpoint(checkpoint: CheckpointFiles) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    state = read_json(checkpoint.state)
+    checksum = state["sha256"]
+    del state["sha256"]
+    if not checkpoint.tensors.is_file() or checksum != _sha256(checkpoint.tensors, state):
+        raise InputError(f"{checkpoint.folder}: its checksum is wrong", kind="unreadable", file=checkpoint.folder)
+    return state["step"], load_tensors(checkpoint.tensors), state
 
 
 def roles_in(backbone: Backbone, *roles: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -121,28 +128,10 @@ def roles_in(backbone: Backbone, *roles: str) -> tuple[dict[str, Tensor], dict[s
 
     The tensors are not copied: a fully tuned role has as many as the model.
     """
-    states = {role: backbone.role_state(role, copy=False) for role in roles}
-    tensors = {key: value for role in roles for key, value in with_prefix(role, states[role]).items()}
+    tensors: dict[str, Tensor] = {}
+    for role in roles:
+        tensors |= with_prefix(f"{role}/", backbone.role_state(role, copy=False))
     return tensors, {"specs": {role: backbone.specs[role].as_json() for role in roles}}
-
-
-def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under `prefix/`."""
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are under `prefix/`, without it."""
-    start = f"{prefix}/"
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises `OSError` where it cannot be written, as every other file does."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
 
 
 def _sha256(path: Path, state: dict[str, Any]) -> str:
@@ -151,11 +140,3 @@ def _sha256(path: Path, state: dict[str, Any]) -> str:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps(state, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,15 +6,13 @@ loaded for this, and never written into a model that is in use.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -25,131 +23,91 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pe_rlhf.adapters.specs import FullSpec, spec_from_json
 from pe_rlhf.config import BackboneConfig, Recipe
-from pe_rlhf.config.load import load_recipe
+from pe_rlhf.config.load import load_recipe, save_recipe
 from pe_rlhf.data.codec import find_template
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.names import resolve_model
-from pe_rlhf.runs.checkpoint import role_of_checkpoint
-from pe_rlhf.runs.saved_roles import base_of_role, load_base, load_role, save_role, starting_model
-from pe_rlhf.system.files import write_whole
+from pe_rlhf.runs.checkpoint import role_of_checkpoint, roles_of_checkpoints
+from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
+from pe_rlhf.runs.metrics import read_summary
+from pe_rlhf.runs.saved_roles import (
+    SavedRole,
+    find_role,
+    load_base,
+    load_role,
+    read_role,
+    save_role,
+    starting_model,
+    wanted_roles,
+)
+from pe_rlhf.system.files import new_folder, read_json, write_json, write_whole
 from pe_rlhf.system.render import render
+from pe_rlhf.system.tensor_files import save_tensors
 from reward.errors import InputError
 
 Format = Literal["lora", "merged"]
 
-# Where the stages leave the roles, the one that is exported unless another is named first.
-FOLDERS = {"policy": "ppo/adapter", "value": "ppo/value", "reward": "reward/adapter"}
-LORA_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
-
-
-@dataclass(frozen=True)
-class FinishedRole:
-    """A role that a stage left behind: its folder, what `role.json` says, and the recipe of the run."""
-
-    folder: Path
-    description: dict[str, Any]
-    recipe: Recipe
-
-    @property
-    def role(self) -> str:
-        return self.description["role"]
-
-    @property
-    def is_full(self) -> bool:
-        return isinstance(spec_from_json(self.description["spec"]), FullSpec)
-
 
 def export_role(
-    run: Path, form: Format, to: Path | None = None, role: str | None = None, checkpoint: str | None = None
+    place: Path, form: Format, to: Path | None = None, role: str | None = None, checkpoint: str | None = None
 ) -> Path:
     """Write a role of a run as `lora` (PEFT's files) or `merged` (a checkpoint), with a model card. Returns where.
 
     Args:
-        run: a run's directory, a stage's in it, or an adapter's.
+        place: a run's directory, a stage's in it, or an adapter's.
         to: where to write; default `export/<role>-<form>` in the run. It must not be there already.
-        role: `policy`, `value` or `reward`; default: the first of these that the run has.
+        role: a name of `ROLES`; default: the first of these that is there.
         checkpoint: `best`, `newest` or a step's number; default: what the stage ended with.
 
     Raises `InputError` where there is no such role, or where `to` is taken.
     """
     if checkpoint is None:
-        found = find_role(run, role)
-        default = found.folder.parent.parent / "export" / f"{found.role}-{form}"
-        return _write_export(found, form, to or default)
+        found = find_role(place, role)
+        return _write_export(found, form, to or found.files.stage.run.export(found.role, form))
+    stage, name = _find_checkpoints(place, role)
+    step, spec, state = role_of_checkpoint(stage.folder, checkpoint, name)
+    recipe = load_recipe(stage.recipe)
+    backbone = load_base(recipe, starting_model(recipe, stage.run.folder), "cpu")
+    backbone.load_role(name, spec, state)
     with tempfile.TemporaryDirectory() as scratch:
-        step, found = _take_out(run, role or _role_with_checkpoints(run), checkpoint, Path(scratch))
-        return _write_export(found, form, to or run / "export" / f"{found.role}-step-{step}-{form}")
+        # As the stage would have left it, had it ended with this checkpoint.
+        ended = StageFiles(Path(scratch) / stage.folder.name)
+        ended.folder.mkdir()
+        save_recipe(recipe, ended.recipe)
+        save_role(backbone, name, ended.role(name).folder)
+        return _write_export(read_role(ended.role(name).folder), form, to or stage.run.export(name, form, step))
 
 
-def _role_with_checkpoints(run: Path) -> str:
-    """The first role whose stage has kept checkpoints, in a run or in the stage's own directory."""
-    for role, place in FOLDERS.items():
-        stage = place.split("/")[0]
-        folder = run if run.absolute().name == stage else run / stage
-        if (folder / "checkpoints").is_dir():
-            return role
-    return "policy"
+def _find_checkpoints(place: Path, role: str | None) -> tuple[StageFiles, str]:
+    """The stage whose checkpoints hold a role, and the role; `place` is as of `find_role`, but may be unfinished."""
+    for name in wanted_roles(place, role):
+        for stage in (StageFiles(place), RoleFiles(place).stage, RunFiles(place).stage(ROLES[name].name)):
+            if name in roles_of_checkpoints(stage.folder):
+                return stage, name
+    raise InputError(f"{place} has no checkpoint of a {role or 'role'}", kind="missing", key="checkpoint", file=place)
 
 
-def _take_out(run: Path, role: str, checkpoint: str, scratch: Path) -> tuple[int, FinishedRole]:
-    """A role of a checkpoint, written as a stage writes the roles that it ends with; and the checkpoint's step."""
-    if role not in FOLDERS:
-        raise InputError(f"there is no role {role!r} to export; there are {', '.join(FOLDERS)}")
-    stage, name = FOLDERS[role].split("/")
-    source = run if (run / "checkpoints").is_dir() else run / stage
-    step, spec, state = role_of_checkpoint(source, checkpoint, role)
-    recipe = load_recipe(source / "recipe.yaml")
-    backbone = load_base(recipe, starting_model(recipe, source.absolute().parent), "cpu")
-    backbone.load_role(role, spec, state)
-    folder = scratch / stage / name
-    folder.parent.mkdir()
-    save_role(backbone, role, folder)
-    return step, FinishedRole(folder, _read_json(folder / "role.json"), recipe)
-
-
-def _write_export(found: FinishedRole, form: Format, target: Path) -> Path:
+def _write_export(found: SavedRole, form: Format, target: Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is there already; name another place with --to")
-    scratch = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    if form == "lora" and found.is_full:
-        raise InputError(f"{found.folder} was fully tuned and is no adapter: export it with --format merged")
-    if form == "lora":
-        for name in LORA_FILES:
-            if (found.folder / name).is_file():
-                shutil.copyfile(found.folder / name, scratch / name)
-        _name_base(scratch / "adapter_config.json", found.description["base_model"])
-    else:
-        _write_merged(found, scratch)
-    write_whole(scratch / "README.md", model_card(found, form))
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
+        raise InputError(f"{target} is there already", kind="exists", file=target, fix="name another place with --to")
+    with new_folder(target) as scratch:
+        if form == "merged":
+            _write_merged(found, scratch)
+        elif found.is_full:
+            raise InputError(
+                f"{found.folder} was fully tuned and has no adapter",
+                kind="conflict",
+                key="format",
+                file=found.folder,
+                fix="export it with --format merged",
+            )
+        else:
+            for path in found.files.for_peft():
+                shutil.copyfile(path, scratch / path.name)
+            _name_base(RoleFiles(scratch).adapter_config, found.base)
+        write_whole(scratch / "README.md", model_card(found, form))
     return target
-
-
-def find_role(run: Path, role: str | None) -> FinishedRole:
-    """A role of a run. Raises `InputError` that says what the run has where it has not that one."""
-    if role is not None and role not in FOLDERS:
-        raise InputError(f"there is no role {role!r} to export; there are {', '.join(FOLDERS)}")
-    if not run.is_dir():
-        raise InputError(f"{run} is not a directory")
-    places = [run, *(run / FOLDERS[name] for name in FOLDERS), *(run / Path(FOLDERS[name]).name for name in FOLDERS)]
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for place in places:
-        if (place / "role.json").is_file():
-            description = _read_json(place / "role.json")
-            found.setdefault(description.get("role", "?"), (place, description))
-    wanted = [role] if role else list(FOLDERS)
-    chosen = next((name for name in wanted if name in found), None)
-    if chosen is None:
-        has = f"it has {', '.join(found)}" if found else "no stage that trains one has finished there"
-        raise InputError(f"{run} holds no {role or 'role'} to export; {has}")
-    folder, description = found[chosen]
-    description["base_model"] = base_of_role(folder, description["base_model"])
-    return FinishedRole(folder, description, load_recipe(folder.parent / "recipe.yaml"))
 
 
 def merged_state(backbone: Backbone, role: str) -> dict[str, Tensor]:
@@ -160,37 +118,43 @@ def merged_state(backbone: Backbone, role: str) -> dict[str, Tensor]:
     return {n.replace(".base.", "."): state[first[pointer].replace(".base.", ".")] for n, pointer in names.items()}
 
 
-def model_card(found: FinishedRole, form: Format) -> str:
+def model_card(found: SavedRole, form: Format) -> str:
     """The README.md of an export: what it is, how it was trained, how it is loaded."""
-    summary = found.folder.parent / "summary.json"
-    numbers = {k: v for k, v in _read_json(summary).items() if isinstance(v, int | float)} if summary.is_file() else {}
-    spec = found.description["spec"]
-    rank = None if found.is_full else _read_json(found.folder / "adapter_config.json")["r"]
+    stage, recipe = found.files.stage, _recipe(found)
+    numbers = {key: value for key, value in (read_summary(stage) or {}).items() if isinstance(value, int | float)}
     return render(
         Path(__file__).with_name("model_card.md.j2"),
         role=found.role,
         form=form,
-        name=found.recipe.name,
-        base_model=found.description["base_model"],
-        base_sha256=found.description["base_sha256"],
-        spec=spec,
-        rank=rank,
-        chat_template=found.recipe.chat_template,
+        name=recipe.name,
+        base_model=found.base,
+        base_sha256=found.base_sha256,
+        spec=found.spec.as_json(),
+        rank=None if found.is_full else read_json(found.files.adapter_config)["r"],
+        chat_template=recipe.chat_template,
         numbers=numbers,
-        stage=found.folder.parent.name,
+        stage=stage.folder.name,
     )
 
 
-def _write_merged(found: FinishedRole, path: Path) -> None:
-    if found.recipe.backbone.quantization != "none":
+def _recipe(found: SavedRole) -> Recipe:
+    """The recipe that a role was trained with. Raises `InputError` where it is missing."""
+    return found.recipe or load_recipe(found.files.stage.recipe)
+
+
+def _write_merged(found: SavedRole, path: Path) -> None:
+    recipe = _recipe(found)
+    if recipe.backbone.quantization != "none":
         raise InputError(
-            f"{found.folder} was trained on a quantised base: merged with the original weights it would be another"
-            " model; export it with --format lora"
+            f"{found.folder} was trained on a quantised base, and would be another model on the original weights",
+            kind="conflict",
+            key="format",
+            file=found.folder,
+            fix="export it with --format lora",
         )
-    backbone = load_base(found.recipe, found.description["base_model"], "cpu")
+    backbone = load_base(recipe, found.base, "cpu")
     load_role(backbone, found.role, found.folder)
-    template = find_template(backbone.tokenizer, found.recipe.chat_template)
-    write_merged(backbone, found.role, found.recipe.backbone, path, template)
+    write_merged(backbone, found.role, recipe.backbone, path, find_template(backbone.tokenizer, recipe.chat_template))
 
 
 def write_merged(
@@ -218,18 +182,21 @@ def write_merged(
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
     plain.generation_config = _generation_config(source, common, config)
-    plain.save_pretrained(path)
+    try:
+        plain.save_pretrained(path)
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{path}: {error}") from error
     tokenizer.save_pretrained(path)
     if role in backbone.heads:
         head = backbone.head(role).state_dict()
-        save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, path / "head.safetensors")
+        save_tensors({name: tensor.detach().contiguous() for name, tensor in head.items()}, RoleFiles(path).head)
 
 
 def _name_base(path: Path, base: str) -> None:
     """Set the base in an adapter's config, which says where it was when the adapter was trained."""
-    config = _read_json(path)
+    config = read_json(path)
     if config["base_model_name_or_path"] != base:
-        write_whole(path, json.dumps(config | {"base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n")
+        write_json(path, config | {"base_model_name_or_path": base})
 
 
 def _empty(kind: Any, config: PretrainedConfig) -> PreTrainedModel:
@@ -243,10 +210,3 @@ def _generation_config(source: str, common: dict[str, Any], config: PretrainedCo
         return GenerationConfig.from_pretrained(source, **common)
     except OSError:  # a model without one
         return GenerationConfig.from_model_config(config)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error

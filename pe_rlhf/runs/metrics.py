@@ -7,14 +7,13 @@ and shares are the units.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config import TrackingConfig
 from pe_rlhf.runs.layout import StageFiles
-from pe_rlhf.system.files import append_jsonl, truncate_jsonl
+from pe_rlhf.system.files import append_jsonl, read_json, truncate_jsonl
 from pe_rlhf.system.processes import is_main
 from reward.errors import InputError
 
@@ -49,16 +48,15 @@ def check_tracking(tracking: TrackingConfig) -> None:
     """Raise `InputError` where metrics are to go to something that is not installed."""
     for name in ("tensorboard", "wandb"):
         if getattr(tracking, name) and importlib.util.find_spec(name) is None:
-            raise InputError(f"tracking.{name} needs: pip install 'pe-rlhf[{name}]'")
+            key = f"tracking.{name}"
+            raise InputError(
+                f"{key}: {name} is not installed", kind="not_installed", key=key, fix=f"pip install 'pe-rlhf[{name}]'"
+            )
 
 
 def read_summary(files: StageFiles) -> dict[str, Any] | None:
     """A stage's summary, or None where the stage has not finished."""
-    path = files.summary
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+    return read_json(files.summary) if files.summary.is_file() else None
 
 
 def _rounded(value: float) -> float | int | None:

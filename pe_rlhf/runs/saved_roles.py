@@ -3,53 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import ValidationError
 
-from pe_rlhf.adapters.specs import FullSpec, spec_from_json
-from pe_rlhf.config import Recipe, RewardSource
+from pe_rlhf.adapters.specs import FullSpec, RoleSpec, spec_from_json
+from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone, load_backbone
-from pe_rlhf.runs.checkpoint import save_tensors
+from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.system.distributed import on_main
-from pe_rlhf.system.files import write_json
+from pe_rlhf.system.files import new_folder, read_json, write_json
+from pe_rlhf.system.tensor_files import load_tensors, save_tensors
 from reward.errors import InputError
 
-SFT_MODEL = Path("sft") / "model"
+# ---- the base model --------------------------------------------------------------------------------------------------
 
 
 def starting_model(recipe: Recipe, run_dir: Path) -> str:
-    """The name of the anchor of a run's stages after sft, as `load_base` takes it.
+    """The name of the model that a run's stages after sft start from, as `load_base` takes it.
 
     Raises `InputError` where the recipe has an sft stage that has not finished there.
     """
     if recipe.sft is None:
         return recipe.model
-    made = (run_dir / SFT_MODEL).absolute()
+    made = RunFiles(run_dir).sft_model.absolute()
     if not (made / "config.json").is_file():
-        raise InputError(f"{run_dir} holds no finished sft stage, whose model the other stages start from")
+        raise InputError(
+            f"{run_dir} holds no finished sft stage, whose model the other stages start from",
+            kind="unfinished",
+            file=run_dir,
+        )
     return str(made)
 
 
-def base_of_role(folder: Path, recorded: str) -> str:
-    """The base of a role that a stage wrote, from the name it recorded.
-
-    One that the run's sft stage had made is looked for beside the stage first: the run may have been moved since.
-    """
-    stage = folder.absolute().parent
-    beside = stage.parent / SFT_MODEL
-    made_by_sft = Path(recorded).parts[-2:] == SFT_MODEL.parts and stage.name != SFT_MODEL.parts[0]
-    return str(beside) if made_by_sft and (beside / "config.json").is_file() else recorded
-
-
 def load_base(recipe: Recipe, model: str, device: str | None = None) -> Backbone:
-    """A model as the recipe says how models are loaded, on the recipe's device unless another is named."""
+    """A model loaded as the recipe says, on the recipe's device unless another is named."""
     settings = recipe.backbone
     return load_backbone(
         model,
@@ -62,6 +55,55 @@ def load_base(recipe: Recipe, model: str, device: str | None = None) -> Backbone
     )
 
 
+def codec_of(backbone: Backbone, chat_template: str) -> TextCodec:
+    eos = backbone.eos_token_ids[0] if backbone.eos_token_ids else None
+    return TextCodec(backbone.tokenizer, chat_template, eos)
+
+
+# ---- writing, reading ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SavedRole:
+    """A role that a stage wrote; `base` is the name of its base model, as it can be loaded now."""
+
+    files: RoleFiles
+    role: str
+    base: str
+    base_sha256: str
+    spec: RoleSpec
+
+    @property
+    def folder(self) -> Path:
+        return self.files.folder
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has weights of its own instead of an adapter."""
+        return isinstance(self.spec, FullSpec)
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """The recipe of the stage, or else of its run; None where the adapter's folder was taken out of its run."""
+        stage = self.files.stage
+        path = next((path for path in (stage.recipe, stage.run.recipe) if path.is_file()), None)
+        return None if path is None else load_recipe(path)
+
+    def load_base(self, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
+        """The base model, loaded and prompted as the recipe says; in `dtype` where there is no recipe."""
+        if self.recipe is None:
+            backbone = load_backbone(self.base, dtype=dtype, device=device)
+            return backbone, codec_of(backbone, "auto")
+        backbone = load_base(self.recipe, self.base, device)
+        return backbone, codec_of(backbone, self.recipe.chat_template)
+
+    def load(self, role: str, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
+        """As `load_base`, with this on it as a role of that name."""
+        backbone, codec = self.load_base(dtype=dtype, device=device)
+        load_role(backbone, role, self.folder)
+        return backbone, codec
+
+
 def save_role(backbone: Backbone, role: str, folder: Path) -> None:
     """Write a role for the next stage (`role.json`, `role.safetensors`) and for everybody else (PEFT's files).
 
@@ -71,93 +113,137 @@ def save_role(backbone: Backbone, role: str, folder: Path) -> None:
 
 
 def _write_role(backbone: Backbone, role: str, folder: Path) -> None:
-    scratch = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    if isinstance(backbone.specs[role], FullSpec):
-        scratch.mkdir(parents=True)
-    else:
-        backbone.export_adapter(role, scratch)
-    save_tensors(backbone.role_state(role, copy=False), scratch / "role.safetensors")
-    description = {"role": role, "base_model": backbone.name, "base_sha256": backbone.anchor_sha256}
-    write_json(scratch / "role.json", {**description, "spec": backbone.specs[role].as_json()})
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    with new_folder(folder) as scratch:
+        files = RoleFiles(scratch)
+        if not isinstance(backbone.specs[role], FullSpec):
+            backbone.export_adapter(role, scratch)
+        save_tensors(backbone.role_state(role, copy=False), files.tensors)
+        description = {"role": role, "base_model": backbone.name, "base_sha256": backbone.anchor_sha256}
+        write_json(files.description, {**description, "spec": backbone.specs[role].as_json()})
+
+
+def read_role(folder: Path) -> SavedRole:
+    """What `role.json` in a folder says. Raises `InputError` where it is missing or damaged."""
+    files = RoleFiles(folder)
+    said = read_json(files.description)
+    for key in ("role", "base_model", "base_sha256"):
+        if not isinstance(said[key], str):
+            raise InputError(
+                f"{files.description}: {key} is {said[key]!r}, no text",
+                kind="unreadable",
+                key=key,
+                file=files.description,
+            )
+    spec = read_spec(said["spec"], files.description)
+    return SavedRole(files, said["role"], _base_of(files, said["base_model"]), said["base_sha256"], spec)
+
+
+def read_spec(said: Any, file: Path) -> RoleSpec:
+    """How a role is made, from what a file says of it. Raises `InputError` that names the file."""
+    try:
+        return spec_from_json(said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("spec", *first["loc"])))
+        raise InputError(f"{file}: {key}: {first['msg']}", kind="unreadable", key=key, file=file) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{file}: spec is damaged ({what})", kind="unreadable", key="spec", file=file) from error
 
 
 def load_role(backbone: Backbone, role: str, folder: Path) -> None:
     """Put a role that a stage wrote on a backbone, under any role name.
 
-    Raises `InputError` where there is none, or where it was trained on another base.
+    Raises `InputError` where there is none, where it is damaged, or where it was trained on another base.
     """
-    try:
-        description = json.loads((folder / "role.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "role.safetensors")
-        spec = spec_from_json(description["spec"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder}: no role of a stage can be read here: {error}") from error
-    if description["base_sha256"] != backbone.anchor_sha256:
+    found = read_role(folder)
+    state = load_tensors(found.files.tensors)
+    if found.base_sha256 != backbone.anchor_sha256:
         raise InputError(
-            f"{folder} was trained on another base ({description['base_model']}) than {backbone.name} in"
-            f" {str(backbone.model.dtype).removeprefix('torch.')}"
+            f"{folder} was trained on another base ({found.base}) than {backbone.name} in"
+            f" {str(backbone.model.dtype).removeprefix('torch.')}",
+            kind="changed",
+            file=folder,
         )
-    backbone.load_role(role, spec, state)
-
-
-ROLES = {"ppo": "policy", "reward": "reward"}  # what a stage's adapter plays
-
-
-@dataclass(frozen=True)
-class RoleFolder:
-    """A role that a stage wrote: its folder, the base model's name, and the recipe of its run where that is there."""
-
-    folder: Path
-    base: str
-    recipe: Recipe | None
-
-    def load_base(self, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
-        """The run's anchor, loaded and prompted as the recipe says; in `dtype` where there is no recipe."""
-        if self.recipe is None:
-            backbone = load_backbone(self.base, dtype=dtype, device=device)
-            return backbone, codec_of(backbone, "auto")
-        backbone = load_base(self.recipe, self.base, device)
-        return backbone, codec_of(backbone, self.recipe.chat_template)
-
-
-def find_role(name: str, stage: str) -> RoleFolder | None:
-    """The adapter of a stage from a run's, a stage's or the adapter's own directory; None where it is none of these."""
-    path = Path(name).expanduser()
-    for folder in (path / stage / "adapter", path / "adapter", path):
-        if (folder / "role.json").is_file():
-            break
-    else:
-        if (path / "recipe.yaml").is_file():
-            raise InputError(f"{path} is a run without a finished {stage} stage")
-        return None
-    recipe = next((f for p in (folder.parent, folder.parent.parent) if (f := p / "recipe.yaml").is_file()), None)
     try:
-        description = json.loads((folder / "role.json").read_text(encoding="utf-8"))
-        base, role = description["base_model"], str(description["role"])
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{folder / 'role.json'} is damaged: {error}") from error
-    if not role.startswith(ROLES[stage]):
-        raise InputError(f"{folder} holds a {role}, not a {ROLES[stage]}")
-    base = base_of_role(folder, base)
-    return RoleFolder(folder, base, None if recipe is None else load_recipe(recipe))
+        backbone.load_role(role, found.spec, state)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}", kind=error.kind, file=folder) from error
 
 
-def load_role_backbone(found: RoleFolder, role: str, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
-    """The base model with that role on it, and the codec of the run; `dtype` as of `RoleFolder.load_base`."""
-    backbone, codec = found.load_base(dtype=dtype, device=device)
-    load_role(backbone, role, found.folder)
-    return backbone, codec
+def _base_of(files: RoleFiles, recorded: str) -> str:
+    """The base of a role from the name that was recorded when it was written.
+
+    The run may have been moved since: a model that the run's own sft stage made is looked for beside the stage first.
+    """
+    stage = files.stage
+    beside = stage.run.sft_model
+    made_by_sft = Path(recorded).parts[-2:] == beside.parts[-2:] and stage.folder != beside.parent
+    return str(beside) if made_by_sft and (beside / "config.json").is_file() else recorded
 
 
-def weights_of(name: str, stage: str) -> str:
+# ---- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find_role(place: Path, role: str | None = None) -> SavedRole:
+    """A role from a run's directory, a stage's in it, or the adapter's own.
+
+    `role` is a name of `ROLES`; None is the first of these that is there. Raises `InputError` that says what is there
+    where that role is not.
+    """
+    for wanted in wanted_roles(place, role):
+        for folder in _folders_of(place, wanted):
+            found = read_role(folder)
+            # `reward_2` is what a second reward adapter is called on a backbone; it may have been saved as that.
+            if found.role == wanted or found.role.startswith(f"{wanted}_"):
+                return found
+    there = dict.fromkeys(read_role(folder).role for name in ROLES for folder in _folders_of(place, name))
+    has = f"it holds {', '.join(there)}" if there else "no stage that trains one has finished there"
+    raise InputError(f"{place} holds no {role or 'role'}; {has}", kind="missing", key=role, file=place)
+
+
+def wanted_roles(place: Path, role: str | None) -> tuple[str, ...]:
+    """The roles to look for, in that order. Raises `InputError` for no directory, or a role that does not exist."""
+    if role is not None and role not in ROLES:
+        raise InputError(f"there is no role {role!r}; there are {', '.join(ROLES)}", kind="unknown", key="role")
+    if not place.is_dir():
+        raise InputError(f"{place} is not a directory", kind="missing", file=place)
+    return tuple(ROLES) if role is None else (role,)
+
+
+def role_behind(name: str, role: str) -> SavedRole | None:
+    """The role that a user's word for a model means, if it is a run's, a stage's or an adapter's directory.
+
+    None for a server, a file, a model, or an adapter that was not made here. Raises as `find_role` for a directory of
+    ours without that role.
+    """
+    place = Path(name).expanduser()
+    if is_endpoint(name) or not place.is_dir():
+        return None
+    is_ours = RunFiles(place).recipe.is_file() or any(_folders_of(place, known) for known in ROLES)
+    return find_role(place, role) if is_ours else None
+
+
+def _folders_of(place: Path, role: str) -> list[Path]:
+    """Where a role of that name may be: `place` is its own folder, that of its stage, or that of the run."""
+    stage = StageFiles(place).role(role)
+    folders = (place, stage.folder, RunFiles(place).role(role).folder)
+    return [folder for folder in folders if RoleFiles(folder).description.is_file()]
+
+
+def is_endpoint(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+# ---- telling weights from others -------------------------------------------------------------------------------------
+
+
+def weights_of(name: str, role: str) -> str:
     """What tells the weights under a directory's name from others that were there before; "" for other names.
 
-    Adapters by their bytes, whole models, which take long to read, by their files' sizes and times.
+    Adapters by their bytes; whole models, which take long to read, by their files' sizes and times.
     """
-    found = None if is_endpoint(name) else find_role(name, stage)
+    found = role_behind(name, role)
     return files_of(str(found.folder) if found else name, small=found is not None)
 
 
@@ -166,25 +252,9 @@ def files_of(name: str, *, small: bool = False) -> str:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return ""
-    digest, small = hashlib.sha256(), small or (folder / "adapter_config.json").is_file()
+    digest, small = hashlib.sha256(), small or RoleFiles(folder).adapter_config.is_file()
     for file in sorted(folder.glob("*.safetensors")):
         about = file.stat()
         digest.update(file.name.encode())
         digest.update(file.read_bytes() if small else f"{about.st_size} {about.st_mtime_ns}".encode())
     return digest.hexdigest()[:12]
-
-
-def is_endpoint(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
-
-
-def codec_of(backbone: Backbone, chat_template: str) -> TextCodec:
-    eos = backbone.eos_token_ids[0] if backbone.eos_token_ids else None
-    return TextCodec(backbone.tokenizer, chat_template, eos)
-
-
-def reward_adapter_dir(source: RewardSource, run_dir: Path) -> Path:
-    """Where a reward adapter lies: this run's, or the one of the stage directory that is named."""
-    assert source.adapter is not None
-    stage = run_dir / "reward" if source.adapter == "stage" else Path(source.adapter)
-    return stage if (stage / "role.json").is_file() else stage / "adapter"

@@ -12,7 +12,7 @@ from pe_rlhf.data.codec import cut_pair
 from pe_rlhf.model.loading import find_device
 from pe_rlhf.model.micro_batches import micro_batches
 from pe_rlhf.model.names import check_model_name
-from pe_rlhf.runs.saved_roles import find_role, load_role_backbone, weights_of
+from pe_rlhf.runs.saved_roles import role_behind, weights_of
 from pe_rlhf.scoring.scorers import ModelScorer
 from pe_rlhf.types import Sequences
 from reward.judges import Judge
@@ -37,7 +37,7 @@ class RewardModelKind:
         target = settings.needed_target(NAME_IT)
         # The reward model may be that of the run that asks, whose reward stage has not run yet.
         awaited = run_dir is not None and Path(target).expanduser().resolve().is_relative_to(run_dir.resolve())
-        if not awaited and find_role(target, "reward") is None:
+        if not awaited and role_behind(target, "reward") is None:
             check_model_name(target, "judge: reward_model")
 
 
@@ -56,11 +56,11 @@ def reward_scores(
 
     as_trained: cut texts to the run's `reward.max_length`, as its stage does; otherwise to the model's limit.
     """
-    found = find_role(target, "reward")
+    found = role_behind(target, "reward")
     if found is None:
         scorer = ModelScorer(target, find_device(device), dtype)
         return lambda prompts, responses, cut=None: scorer.score_texts(prompts, responses, cut).tolist()
-    backbone, codec = load_role_backbone(found, "reward", dtype=dtype, device=device)
+    backbone, codec = found.load("reward", dtype=dtype, device=device)
     limit = backbone.max_positions or 10**9
     if as_trained and found.recipe is not None and found.recipe.reward is not None:
         limit = min(limit, found.recipe.reward.max_length)

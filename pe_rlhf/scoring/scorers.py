@@ -19,7 +19,7 @@ from pe_rlhf.config import RewardSource
 from pe_rlhf.data.codec import TextCodec, cut_pair
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.names import UNLOADABLE, check_model_name, resolve_model
-from pe_rlhf.runs.saved_roles import load_role, reward_adapter_dir
+from pe_rlhf.runs.saved_roles import SavedRole, find_role, load_role
 from pe_rlhf.system.distributed import all_rows, on_main, own_rows, sum_over_ranks
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -160,13 +160,20 @@ def make_scorer(
             )
         else:
             role = next(r for i in range(1, 99) if (r := f"reward_{i}" if i > 1 else "reward") not in backbone.roles)
-            load_role(backbone, role, reward_adapter_dir(source, run_dir))
+            load_role(backbone, role, find_reward(source.adapter, run_dir).folder)
             scorer = AdapterScorer(backbone, role, micro_batch_tokens)
         parts.append((source.weight, scorer))
     return WeightedScorer(parts)
 
 
-def check_reward_adapter(source: RewardSource) -> None:
-    """Raise `InputError` where a reward adapter is named by its directory and is not there."""
-    if not (reward_adapter_dir(source, Path()) / "role.json").is_file():
-        raise InputError(f"ppo.reward.adapter: {source.adapter!r} is not the directory of a finished reward stage")
+def find_reward(adapter: str | None, run_dir: Path) -> SavedRole:
+    """The reward adapter that a recipe names: `stage` is this run's, all else a run's, a stage's or its own directory.
+
+    Raises `InputError` that names the key where there is none.
+    """
+    place = run_dir if adapter in (None, "stage") else Path(adapter).expanduser()
+    try:
+        return find_role(place, "reward")
+    except InputError as error:
+        key = "ppo.reward.adapter"
+        raise InputError(f"{key}: {error}", kind=error.kind, key=key, file=error.file) from error

@@ -7,7 +7,8 @@ from pe_rlhf.adapters.lora.init_registry import get_init
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import AdapterConfig
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.runs.checkpoint import load_checkpoint, without_prefix
+from pe_rlhf.model.tensors import without_prefix
+from pe_rlhf.runs.checkpoint import load_checkpoint
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages.context import StageContext
@@ -31,7 +32,7 @@ def add_role(
         if world_size() > 1:  # an SVD may come out with other signs on another machine, and ranks must not differ
             backbone.set_role_state(role, from_main(backbone.role_state(role)))
         return None
-    return backbone.load_role(role, AdapterSpec.on(backbone.model, adapter), without_prefix(role, saved[1]))
+    return backbone.load_role(role, AdapterSpec.on(backbone.model, adapter), without_prefix(f"{role}/", saved[1]))
 
 
 def add_critic(

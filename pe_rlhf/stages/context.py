@@ -19,7 +19,7 @@ from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
-from pe_rlhf.runs.saved_roles import load_base, starting_model
+from pe_rlhf.runs.saved_roles import codec_of, load_base, starting_model
 from pe_rlhf.system.distributed import world_size
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
@@ -67,8 +67,7 @@ class StageContext:
         return load_deepspeed_config(self.recipe.deepspeed)
 
     def codec(self, backbone: Backbone) -> TextCodec:
-        eos = backbone.eos_token_ids[0] if backbone.eos_token_ids else None
-        return TextCodec(backbone.tokenizer, self.recipe.chat_template, eos)
+        return codec_of(backbone, self.recipe.chat_template)
 
     def rollout(
         self,

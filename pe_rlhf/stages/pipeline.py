@@ -21,7 +21,7 @@ from pe_rlhf.rollout.make import check_installed
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import check_tracking, read_summary
 from pe_rlhf.scoring.model_judges import check_judge
-from pe_rlhf.scoring.scorers import check_reward_adapter
+from pe_rlhf.scoring.scorers import find_reward
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
@@ -162,7 +162,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
             if source.model is not None:
                 check_model_name(source.model, "ppo.reward.model")
             if source.adapter not in (None, "stage"):
-                check_reward_adapter(source)
+                find_reward(source.adapter, Path())
 
 
 def check_inits(recipe: Recipe) -> None:

@@ -16,8 +16,9 @@ from pe_rlhf.config import AdapterConfig, KLConfig, PPOConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptOrder
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
-from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint, with_prefix, without_prefix
+from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.scorers import make_scorer
 from pe_rlhf.stages.add_roles import add_critic, add_role
@@ -180,8 +181,8 @@ def _resume(
         return 0, beta
     step, tensors, state = loaded
     for role in (POLICY, VALUE):
-        backbone.set_role_state(role, without_prefix(role, tensors))
-    optimizer.load_state(without_prefix("engine", tensors))
+        backbone.set_role_state(role, without_prefix(f"{role}/", tensors))
+    optimizer.load_state(without_prefix("engine/", tensors))
     say(f"ppo: continuing after step {step}")
     return step, state["beta"] if adapts else beta
 
@@ -199,7 +200,7 @@ def _save(
     assert config is not None
     score = metrics["reward"] - config.kl.beta * metrics["kl"]
     tensors, specs = roles_in(backbone, POLICY, VALUE)
-    tensors |= with_prefix("engine", optimizer.state(copy=False))
+    tensors |= with_prefix("engine/", optimizer.state(copy=False))
     save_checkpoint(context.folder, step, tensors, {"beta": beta} | specs, keep=config.keep_checkpoints, score=score)
 
 

@@ -6,7 +6,6 @@ with the order has no winner. Verdicts are on disk as they come: a stage that wa
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from pe_rlhf.scoring.model_judges import ask_judge, make_judge
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
-from pe_rlhf.system.files import write_json, write_whole
+from pe_rlhf.system.files import write_json, write_jsonl
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import progress
@@ -60,7 +59,7 @@ def run(context: StageContext) -> dict[str, Any]:
     rows = [row for row in labelled if row is not None and _margin(row) > config.min_margin]
     if not rows:
         raise InputError(f"preferences.judge: {config.judge.kind} found no difference in any of {len(pairs)} pairs")
-    write_whole(context.files.preferences, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(context.files.preferences, rows)
 
     summary = {
         "prompts": len(prompts) // config.pairs_per_prompt,

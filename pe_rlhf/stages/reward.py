@@ -20,8 +20,9 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs, encode_pairs
 from pe_rlhf.data.rows import hold_out, load_preferences, note_bad_rows
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
-from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint, with_prefix, without_prefix
+from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.layout import RunFiles, StageFiles
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages.add_roles import add_role
@@ -241,8 +242,8 @@ def _resume(context: StageContext, backbone: Backbone, optimizer: RoleOptimizer)
     if loaded is None:
         return 0, 0.0
     step, tensors, state = loaded
-    backbone.set_role_state(ROLE, without_prefix(ROLE, tensors))
-    optimizer.load_state(without_prefix("engine", tensors))
+    backbone.set_role_state(ROLE, without_prefix(f"{ROLE}/", tensors))
+    optimizer.load_state(without_prefix("engine/", tensors))
     say(f"reward: continuing after step {step}")
     return step, state["seconds"]
 
@@ -259,7 +260,7 @@ def _save(
     assert config is not None
     score = None if held_out_loss is None else -held_out_loss
     tensors, specs = roles_in(backbone, ROLE)
-    tensors |= with_prefix("engine", optimizer.state(copy=False))
+    tensors |= with_prefix("engine/", optimizer.state(copy=False))
     state = {"seconds": seconds} | specs
     save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
 

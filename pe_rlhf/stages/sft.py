@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import math
-import shutil
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pe_rlhf.adapters.specs import AdapterSpec
@@ -29,7 +27,7 @@ from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import load_base, save_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.failures import Stopped
-from pe_rlhf.system.files import read_jsonl, write_json
+from pe_rlhf.system.files import new_folder, read_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import Advance, progress, say
 from pe_rlhf.system.seeding import permutation
@@ -141,16 +139,9 @@ def _write_model(context: StageContext, factors: dict[str, Tensor]) -> None:
     spec = AdapterSpec.on(backbone.model, adapter)
     named = {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor.cpu() for name, tensor in factors.items()}
     backbone.load_role(ROLE, spec, named)
-    target = context.files.model
-    scratch = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        save_role(backbone, ROLE, context.files.role(ROLE).folder)
+    save_role(backbone, ROLE, context.files.role(ROLE).folder)
+    with new_folder(context.files.model) as scratch:
         write_merged(backbone, ROLE, recipe.backbone, scratch, context.codec(backbone).template)
-    except SafetensorError as error:
-        raise OSError(f"{target}: {error}") from error
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
 
 
 def load_rows(context: StageContext, config: SFTConfig, codec: TextCodec, limit: int) -> tuple[Dataset, Dataset]:

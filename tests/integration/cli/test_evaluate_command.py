@@ -22,7 +22,7 @@ from pe_rlhf.evaluation.responses import Side, responses_of
 from pe_rlhf.evaluation.sources import find_policy, load_merged
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.runs.saved_roles import find_role, load_role_backbone
+from pe_rlhf.runs.saved_roles import find_role
 from pe_rlhf.scoring.reward_judge import reward_scores
 from pe_rlhf.system.files import locked
 from pe_rlhf.system.seeding import derive_seed
@@ -320,7 +320,7 @@ def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> 
     assert judged.code == 2  # a run without a ppo stage has no policy
     asked = ["--against", "random:tiny-llama", "--prompts", "prompts.jsonl", "--judge", "length"]
     reward = cli("evaluate", "run/reward", *asked)
-    assert reward.errors[0].endswith("run/reward/adapter holds a reward, not a policy")
+    assert reward.errors[0].endswith("run/reward holds no policy; it holds reward")
 
 
 def test_a_response_that_was_cut_is_scored_without_an_end(cli: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -328,9 +328,7 @@ def test_a_response_that_was_cut_is_scored_without_an_end(cli: Callable[..., Out
     path = write_recipe(tmp_path, recipe("reward", reward__max_length=16))
     assert cli("run", path, "--run-dir", "run").code == 0
     prompts, responses = [row["prompt"] for row in PAIRS], [row["chosen"] + " and on and on" for row in PAIRS]
-    found = find_role(str(tmp_path / "run"), "reward")
-    assert found is not None
-    backbone, codec = load_role_backbone(found, "reward", dtype="float32", device="cpu")
+    backbone, codec = find_role(tmp_path / "run", "reward").load("reward", dtype="float32", device="cpu")
     for cut in (True, False):
         scores = reward_scores(str(tmp_path / "run"), as_trained=True)(prompts, responses, [cut] * len(prompts))
         for prompt, response, score in zip(prompts, responses, scores, strict=True):

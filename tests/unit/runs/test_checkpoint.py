@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, damage is noticed and passed over; roles as one stage hands them to the next."""
+"""Checkpoints: whole or not there, damage is noticed and passed over."""
 
 import json
 import shutil
@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pe_rlhf.model.backbone import load_backbone
-from pe_rlhf.runs.checkpoint import load_checkpoint, save_checkpoint, with_prefix, without_prefix
-from pe_rlhf.runs.saved_roles import load_role, save_role
-from reward.errors import InputError
-from tests.tiny import backbone_with, perturb, role_logits, tiny_model
+from pe_rlhf.model.tensors import with_prefix, without_prefix
+from pe_rlhf.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
 def tensors(step: int) -> dict[str, Tensor]:
@@ -101,8 +97,7 @@ def test_a_flipped_bit_in_the_tensors(position: int, tmp_path: Path, capsys: pyt
     save(tmp_path, 1, 2)
     flip(tmp_path / "checkpoints/step-000002/state.safetensors", position)
     assert_is(load_checkpoint(tmp_path), 1)
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"{tmp_path}/checkpoints/step-000002 is damaged (its checksum is wrong); trying the one before" in said
+    assert f"{tmp_path}/checkpoints/step-000002 is damaged (" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_a_flipped_bit_anywhere_in_the_state(tmp_path: Path) -> None:
@@ -148,76 +143,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 def test_prefixes_take_apart_what_they_put_together() -> None:
     policy, value = {"a": torch.zeros(1), "b/c": torch.ones(1)}, {"a": torch.full((1,), 2.0)}
-    both = with_prefix("policy", policy) | with_prefix("value", value) | with_prefix("value_2", policy)
+    both = with_prefix("policy/", policy) | with_prefix("value/", value) | with_prefix("value_2/", policy)
     assert sorted(both) == ["policy/a", "policy/b/c", "value/a", "value_2/a", "value_2/b/c"]
-    assert without_prefix("policy", both) == policy
-    assert without_prefix("value", both) == value
-
-
-# ---- roles -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("role", ["policy", "value", "reward"])
-@pytest.mark.parametrize("init", ["lora", "pissa"])
-def test_a_role_goes_from_one_stage_to_the_next(role: str, init: str, tmp_path: Path) -> None:
-    before = backbone_with(role, init=init)
-    perturb(before, role)
-    save_role(before, role, tmp_path / "adapter")
-    after = backbone_with()
-    load_role(after, role, tmp_path / "adapter")
-    assert torch.equal(role_logits(after, role), role_logits(before, role))
-    assert not torch.allclose(role_logits(after, role), role_logits(backbone_with(role, init=init), role), atol=1e-3)
-    assert after.specs[role] == before.specs[role]
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
-        *("adapter_config.json", "adapter_model.safetensors"),
-        *("role.json", "role.safetensors"),
-    }
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_a_role_under_another_name_and_saved_again(tmp_path: Path) -> None:
-    backbone = backbone_with("reward")
-    save_role(backbone, "reward", tmp_path / "adapter")
-    perturb(backbone, "reward")
-    backbone.head("reward").shift(0.25)
-    save_role(backbone, "reward", tmp_path / "adapter")
-    load_role(backbone, "reward_2", tmp_path / "adapter")
-    assert torch.equal(role_logits(backbone, "reward_2"), role_logits(backbone, "reward"))
-
-
-def test_a_role_of_another_base_is_refused(tmp_path: Path) -> None:
-    save_role(backbone_with("policy"), "policy", tmp_path / "adapter")
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[0, 0] += 1e-3  # type: ignore[operator, index]
-    other = load_backbone(model)
-    with pytest.raises(InputError, match=f"^{tmp_path}/adapter was trained on another base .* than "):
-        load_role(other, "policy", tmp_path / "adapter")
-    assert other.roles == ["anchor"]
-
-
-@pytest.mark.parametrize("file", ["role.json", "role.safetensors"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
-def test_a_role_that_cannot_be_read_is_named(file: str, damage: str, tmp_path: Path) -> None:
-    save_role(backbone_with("policy"), "policy", tmp_path / "adapter")
-    path = tmp_path / "adapter" / file
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-40] if damage == "cut" else b"{}")
-    backbone = backbone_with()
-    with pytest.raises(InputError, match=f"^{tmp_path}/adapter: no role of a stage can be read here: "):
-        load_role(backbone, "policy", tmp_path / "adapter")
-    assert backbone.roles == ["anchor"]
-
-
-def test_the_files_of_a_role_hold_no_base_weight(tmp_path: Path) -> None:
-    backbone = backbone_with("value")
-    save_role(backbone, "value", tmp_path / "adapter")
-    parts = {name.rsplit(".", 1)[-1] for name in load_file(tmp_path / "adapter" / "role.safetensors")}
-    base = {name.rsplit(".", 1)[-1] for name, _ in tiny_model("llama").named_parameters()}
-    assert {"lora_A", "lora_B", "bias"} <= parts
-    heads = {"weight"}  # the head's own
-    assert parts & (base - heads) == set()
-    size = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
-    assert size < 4 * sum(p.numel() for p in tiny_model("llama").parameters())
+    assert without_prefix("policy/", both) == policy
+    assert without_prefix("value/", both) == value

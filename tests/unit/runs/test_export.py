@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.model.names import resolve_model
+from pe_rlhf.runs.export import export_role
 from pe_rlhf.runs.saved_roles import load_role
+from reward.errors import InputError
 from tests.runs import Outcome, recipe, write_recipe
 
 Cli = Callable[..., Outcome]
@@ -76,8 +78,10 @@ def test_an_export_is_prompted_as_the_run_was(cli: Cli, tmp_path: Path) -> None:
 def test_what_cannot_be_exported(refused: Callable[..., str], tmp_path: Path) -> None:
     assert refused("export", tmp_path / "none") == f"{tmp_path / 'none'} is not a directory"
     (tmp_path / "empty").mkdir()
-    assert "no stage that trains one has finished there" in refused("export", tmp_path / "empty")
-    assert "there are policy, value, reward" in refused("export", tmp_path / "empty", "--role", "polcy")
+    for options, kind in (({}, "missing"), ({"role": "polcy"}, "unknown"), ({"checkpoint": "best"}, "missing")):
+        with pytest.raises(InputError) as raised:
+            export_role(tmp_path / "empty", "lora", **options)
+        assert raised.value.kind == kind
 
 
 def test_a_checkpoint_of_a_run_that_has_a_reward_role_alone(cli: Cli, tmp_path: Path) -> None:
@@ -90,6 +94,7 @@ def test_a_checkpoint_of_a_run_that_has_a_reward_role_alone(cli: Cli, tmp_path: 
         assert re.fullmatch(r"reward-step-\d+-lora", folder.name)
         ended = tmp_path / "run" / "reward" / "adapter"
         assert (folder / "adapter_model.safetensors").read_bytes() == (ended / "adapter_model.safetensors").read_bytes()
+        shutil.rmtree(folder)
 
 
 def test_a_checkpoint_is_exported(cli: Cli, refused: Callable[..., str], tmp_path: Path) -> None:
@@ -113,9 +118,17 @@ def test_a_checkpoint_is_exported(cli: Cli, refused: Callable[..., str], tmp_pat
             assert (folder / name).read_bytes() == (ended / name).read_bytes()
         shutil.rmtree(folder)
     there = "there are best, newest, 1, 2, 3, 4"
-    assert refused("export", "run", "--checkpoint", "7").endswith(f"has no checkpoint '7'; {there}")
-    assert "has no checkpoint 'best'; there are none" in refused(
-        "export", "run", "--role", "reward", "--checkpoint", "best"
-    )
+    assert there in refused("export", "run", "--checkpoint", "7")
+    (run / "ppo" / "checkpoints" / "step-abc").mkdir()
+    assert there in refused("export", "run", "--checkpoint", "abc")
     (run / "ppo" / "checkpoints" / "step-000003" / "state.safetensors").write_bytes(b"damaged")
-    assert "the policy cannot be read here: its checksum is wrong" in refused("export", "run", "--checkpoint", "3")
+    wrong: tuple[tuple[dict[str, str], str, Path], ...] = (
+        ({"role": "reward", "checkpoint": "best"}, "missing", Path("run")),
+        ({"role": "polcy", "checkpoint": "best"}, "unknown", Path("None")),
+        ({"checkpoint": "7"}, "missing", Path("run/ppo/checkpoints")),
+        ({"checkpoint": "3"}, "unreadable", Path("run/ppo/checkpoints/step-000003")),
+    )
+    for options, kind, file in wrong:
+        with pytest.raises(InputError) as raised:
+            export_role(Path("run"), "lora", **options)
+        assert (raised.value.kind, raised.value.file) == (kind, None if file == Path("None") else str(file))

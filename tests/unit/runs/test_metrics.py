@@ -83,18 +83,9 @@ def test_line_separators_inside_a_text_are_no_ends_of_lines(tmp_path: Path) -> N
     assert read_jsonl(path) == rows[:2]
 
 
-def test_a_file_that_is_missing_has_no_lines(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_stays_missing(tmp_path: Path) -> None:
     truncate_jsonl(tmp_path / "absent.jsonl", 3)
     assert not (tmp_path / "absent.jsonl").exists()
-    assert read_jsonl(tmp_path / "absent.jsonl") == []
-
-
-@pytest.mark.parametrize("damage", [b"{oops", b'{"step": \xff}', b""])
-def test_a_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
-    with pytest.raises(InputError, match=r"a\.jsonl line 2: not valid JSON: "):
-        read_jsonl(path)
 
 
 def test_a_summary_replaces_the_old_one_whole(tmp_path: Path) -> None:
@@ -125,5 +116,7 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_what_tracking_needs_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"tracking\.wandb needs: pip install 'pe-rlhf\[wandb\]'"):
+    with pytest.raises(InputError) as raised:
         MetricsWriter(StageFiles(tmp_path), TrackingConfig(wandb=True), "run")
+    assert (raised.value.kind, raised.value.key) == ("not_installed", "tracking.wandb")
+    assert raised.value.fix == "pip install 'pe-rlhf[wandb]'"

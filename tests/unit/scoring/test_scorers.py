@@ -182,5 +182,7 @@ def test_a_function_is_checked_at_every_call(tmp_path: Path, monkeypatch: pytest
 
 def test_an_adapter_that_is_not_there_is_named(tmp_path: Path) -> None:
     backbone = reward_backbone(tmp_path, sizes=())
-    with pytest.raises(InputError, match="no role of a stage can be read here"):
+    with pytest.raises(InputError) as raised:
         make_scorer([RewardSource(adapter=str(tmp_path / "absent"))], backbone, tmp_path, 100)
+    assert (raised.value.kind, raised.value.key) == ("missing", "ppo.reward.adapter")
+    assert raised.value.file == str(tmp_path / "absent")

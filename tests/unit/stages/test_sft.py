@@ -269,12 +269,10 @@ def test_all_later_stages_start_from_the_merged_model(cli: Cli, tmp_path: Path) 
     original = load_backbone("random:tiny-llama")
     backbone = StageContext(load_recipe(moved / "recipe.yaml"), moved, "ppo").backbone()
     assert backbone.base_fingerprint() != original.base_fingerprint()
-    for role in ("reward", "ppo"):
-        recorded = json.loads((moved / role / "adapter/role.json").read_text())
+    for stage, role in (("reward", "reward"), ("ppo", "policy")):
+        recorded = json.loads((moved / stage / "adapter/role.json").read_text())
         assert recorded["base_sha256"] == backbone.base_fingerprint()
-        found = find_role(str(moved), role)
-        assert found is not None
-        assert found.base == str(moved / "sft/model")
+        assert find_role(moved, role).base == str(moved / "sft/model")
     policy = find_policy(str(moved))
     assert policy is not None
     assert policy.base == str(moved / "sft/model")
