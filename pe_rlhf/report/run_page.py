@@ -73,7 +73,7 @@ REWARD = (
     Curves("Accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "held out"}, shares=True),
 )
 SFT = (Curves("Loss", "nats per token", LOSSES),)
-# What a stage did, with the numbers of its summary.
+# What a stage did, with the numbers of its summary; a stage that has no row here is described by the table of stages.
 SENTENCES = {
     "sft": "{steps} steps on {train_rows} rows; loss on {eval_rows} held-out rows {eval_loss_before} → {eval_loss}",
     "preferences": "{pairs} pairs from {prompts} prompts, {pairs_dropped} without a clear winner",
@@ -280,4 +280,4 @@ def _sentence(stage: str, summary: Row) -> str:
     scores = ""
     if "mean_score_chosen" in summary:
         scores = "; mean score {mean_score_chosen} chosen, {mean_score_rejected} rejected"
-    return (SENTENCES[stage] + scores).format_map(defaultdict(lambda: "–", shown))
+    return (SENTENCES.get(stage, STAGE_INFO[stage].sentence) + scores).format_map(defaultdict(lambda: "–", shown))
