@@ -1,0 +1,151 @@
+"""Commands of README and docs run where they need no GPU, hub, key or many minutes; so do the examples to extend."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.documentation import Command, apply_changes, blocks, commands
+from tests.paths import ROOT
+from tests.runs import Outcome
+
+Cli = Callable[..., Outcome]
+
+EXTENDING = "extending.md"
+# What stands for a thing that a command cannot have here, with the reason that it is only parsed (tests/unit).
+NEEDS = {
+    r"^quickstart$": "ten minutes",
+    r"^compare_inits|^pe_vs_full$": "hours",
+    r"llm:|^http": "a model or a server",
+    r"^--submit$": "a cluster",
+    r"^smoke$": "run once, for all",
+    r"=vllm$": "vLLM",
+    r"^RECIPE|^RUN|^…": "a name to fill in",
+    r"^other/": "a second run",
+    r"^sft$": "TRL's trainer",
+}
+# What `pe-rlhf run` and its kin are given to do no more than they must here.
+BRIEFLY = {"launch": ["--dry-run"], "compare": ["--dry-run"]}
+
+
+def reason_not_to_run(command: Command) -> str | None:
+    program, *words = command.words
+    if program != "pe-rlhf" or (len(words) < 2 and words != ["doctor"]):
+        return "not one of ours, or a name"
+    return next((why for word in words[1:] for pattern, why in NEEDS.items() if re.search(pattern, word)), None)
+
+
+RUN = [c for c in commands() if reason_not_to_run(c) is None and c.page.name not in (EXTENDING, "CONTRIBUTING.md")]
+RUN = list({c.words: c for c in RUN}.values())  # what several pages name runs once
+
+
+def run(folder: Path, *words: str, root: Path = ROOT) -> None:
+    """Run a command in a process of its own, in a folder, with the package of `root`; it has to succeed."""
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "PE_RLHF_CACHE": str(folder / "cache"),
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "COLUMNS": "200",
+    }
+    command = [sys.executable, "-m", "pe_rlhf", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def readers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has who has run things in order: recipes and data of their own, and a finished run."""
+    folder = tmp_path_factory.mktemp("reader")
+    run(folder, "run", "smoke", "threads=1", "name=quickstart", "--run-dir", "runs/quickstart")
+    made = folder / "runs" / "quickstart"
+    prompts = [{"prompt": f"Say something about {i}", "question": f"What is {i}?"} for i in range(8)]
+    for name in ("my_prompts.jsonl", "held_out.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+    shutil.copy(made / "preferences" / "preferences.jsonl", folder / "my_pairs.jsonl")
+    (folder / "hosts").write_text("node-a slots=8\nnode-b slots=8\n", encoding="utf-8")
+    recipe: dict[str, Any] = yaml.safe_load((made / "recipe.yaml").read_text(encoding="utf-8"))
+    (folder / "my_recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    comparison = recipe | {"name": "my_comparison", "compare": {"grid": {"init": ["lora", "pissa"]}, "seeds": [1]}}
+    (folder / "my_comparison.yaml").write_text(yaml.safe_dump(comparison), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("command", RUN, ids=str)
+def test_a_command_runs(command: Command, readers_folder: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(readers_folder, tmp_path, dirs_exist_ok=True)
+    name, *words = command.words[1:]
+    if name == "run" and not {"--resume", "--dry-run"} & {*words}:  # the finished run is there already
+        words += ["--run-dir", "runs/new"]
+    ended = cli(name, *words, *BRIEFLY.get(name, ()))
+    assert ended.code == 0, ended.err
+
+
+def test_every_number_that_a_run_writes_is_in_the_glossary_of_metrics(readers_folder: Path) -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"`([a-z_]+)`", page)) | {"step", "epoch", "reliability", "steps", "prompts"}
+    known |= {f"tokens_per_second_{phase}" for phase in ("rollout", "score", "update")}
+    written = set()
+    for path in (readers_folder / "runs" / "quickstart").glob("*/metrics.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            written |= json.loads(line).keys()
+    for path in (readers_folder / "runs" / "quickstart").glob("*/summary.json"):
+        written |= json.loads(path.read_text(encoding="utf-8")).keys()
+    assert sorted(written - known) == []
+
+
+def test_the_files_of_a_run_are_described(readers_folder: Path) -> None:
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    folder = readers_folder / "runs" / "quickstart"
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert sorted(name for name in names if name not in page) == []
+
+
+# ---- docs/extending.md ----------------------------------------------------------------------------------------------
+
+
+def examples(folder: Path, *, of_the_package: bool) -> list[Path]:
+    """Write the files of the page's examples: those that a user has, or those that go into the package."""
+    written = []
+    for block in blocks("python", "yaml", "json"):
+        inside = block.name.startswith("pe_rlhf/")
+        if block.page.name == EXTENDING and block.name and inside == of_the_package:
+            path = folder / block.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text, encoding="utf-8")
+            written.append(path)
+    return written
+
+
+@pytest.mark.parametrize(
+    "command",
+    [c for c in commands() if c.page.name == EXTENDING and c.words[0] == "pe-rlhf" and "lengths" not in str(c)],
+    ids=str,
+)
+def test_the_examples_to_extend_run(command: Command, tmp_path: Path, cli: Cli) -> None:
+    assert len(examples(tmp_path, of_the_package=False)) >= 6
+    ended = cli(*command.words[1:])
+    assert (ended.code, bool(ended.out)) == (0, True), ended.err
+
+
+def test_the_example_of_a_stage_runs(tmp_path: Path) -> None:
+    copy = tmp_path / "checkout"
+    for name in ("pe_rlhf", "reward", "recipes", "launch"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    assert len(examples(copy, of_the_package=True)) == 2
+    examples(tmp_path, of_the_package=False)
+    for block in blocks("diff"):
+        apply_changes(block, copy)
+    (command,) = [c for c in commands() if c.page.name == EXTENDING and "my_lengths.yaml" in c.words]
+    run(tmp_path, *command.words[1:], root=copy)
+    summary = json.loads((tmp_path / "runs" / "my_lengths" / "lengths" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["prompts"] == 4
