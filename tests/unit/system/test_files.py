@@ -1,9 +1,9 @@
 """Files are whole or not there, and one that cannot be read is an `InputError` that says where."""
 
-import multiprocessing
 import pickle
 import time
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -113,24 +113,25 @@ def _fail_in(path: Path, error: BaseException) -> None:
 
 
 def test_a_folder_that_is_held_is_refused_or_waited_for(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=_hold, args=(tmp_path,))
-    child.start()
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
+    # A lock belongs to the file that was opened, so a thread with a file of its own is as good as another process.
+    holds, order = Event(), []
+
+    def hold() -> None:
+        with locked(tmp_path):
+            holds.set()
+            time.sleep(0.3)
+            order.append("first")
+
+    holder = Thread(target=hold)
+    holder.start()
+    holds.wait()
     with pytest.raises(InputError) as raised, locked(tmp_path):
         pass
     assert (raised.value.kind, raised.value.file) == ("in_use", str(tmp_path))
     with locked(tmp_path, wait=True):
-        assert not (tmp_path / "held").exists()
-    child.join()
-
-
-def _hold(folder: Path) -> None:
-    with locked(folder):
-        (folder / "held").touch()
-        time.sleep(0.5)
-        (folder / "held").unlink()
+        order.append("second")
+    holder.join()
+    assert order == ["first", "second"]
 
 
 def test_tensors_that_are_missing_or_damaged(tmp_path: Path) -> None:
