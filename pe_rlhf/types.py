@@ -63,30 +63,18 @@ class Sequences:
 
     Under a causal mask a real token never attends to what stands right of it, so rows need no attention mask and
     position ids count from 0; which tokens are real follows from the lengths, never from comparing ids with a pad id.
-
-    Attributes:
-        trunk_BTH: hidden states below the first adapter, on the model's device, where they are kept; see `trunk.py`.
     """
 
     ids_BT: Tensor
     prompt_lengths_B: Tensor
     response_lengths_B: Tensor
-    trunk_BTH: Tensor | None = None
 
     @classmethod
-    def pack(
-        cls,
-        prompts: list[list[int]],
-        responses: list[list[int]],
-        pad_id: int,
-        trunks: list[Tensor] | None = None,
-    ) -> Sequences:
-        """Rows from ragged lists. Every prompt has at least one token, every response too; a trunk is _TH."""
+    def pack(cls, prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> Sequences:
+        """Rows from ragged lists. Every prompt has at least one token, every response too."""
         rows = [torch.tensor(p + r) for p, r in zip(prompts, responses, strict=True)]
         ids_BT = pad_sequence(rows, batch_first=True, padding_value=pad_id)
-        trunk_BTH = None if trunks is None else pad_sequence(trunks, batch_first=True)
-        lengths = (torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
-        return cls(ids_BT, *lengths, trunk_BTH)
+        return cls(ids_BT, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in responses]))
 
     def __len__(self) -> int:
         return self.ids_BT.shape[0]
@@ -116,9 +104,7 @@ class Sequences:
     def take(self, index: Tensor) -> Sequences:
         """The rows of that index, cut to the longest of them."""
         longest = int(self.lengths_B[index].max())
-        trunk_BTH = None if self.trunk_BTH is None else self.trunk_BTH[index, :longest]
-        ids_BT = self.ids_BT[index, :longest]
-        return Sequences(ids_BT, self.prompt_lengths_B[index], self.response_lengths_B[index], trunk_BTH)
+        return Sequences(self.ids_BT[index, :longest], self.prompt_lengths_B[index], self.response_lengths_B[index])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -188,9 +189,13 @@ def randomise_head(backbone: Backbone, role: str) -> None:
         backbone.head(role).weight.normal_(generator=torch.Generator().manual_seed(2))
 
 
+def set_fast(backbone: Backbone, **changes: Any) -> None:
+    """Change how a backbone's passes save time, which is otherwise said when it is made."""
+    backbone.fast = replace(backbone.fast, **changes)
+
+
 def add_trained_roles(backbone: Backbone, last_layers: int | None = None) -> Backbone:
-    """Policy, value and reward with adapters and heads that have moved; a trunk below them may be kept."""
-    backbone.trunk_cache_mib = 1
+    """Policy, value and reward with adapters and heads that have moved."""
     for role in ROLES:
         backbone.add_adapter(role, init="pissa", rank=3, alpha=6, last_layers=last_layers)
         perturb(backbone, role)

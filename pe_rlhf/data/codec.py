@@ -54,14 +54,16 @@ class TextCodec:
 
     def encode_pair(self, prompt: Prompt, response: str, truncated: bool = False) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of a response to it; EOS ends the response unless it was cut."""
+        return self.encode_prompt(prompt), self.encode_response(prompt, response, truncated=truncated)
+
+    def encode_response(self, prompt: Prompt, response: str, *, truncated: bool = False) -> list[int]:
+        """Token ids of a response to a prompt; EOS ends it unless it was cut."""
         if self.template is None and not isinstance(
             prompt, str
         ):  # in a transcript; a sampled one has its space already
             response = f" {response.removeprefix(' ')}"
         ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        if not truncated and self.eos_token_id is not None:
-            ids = [*ids, self.eos_token_id]
-        return self.encode_prompt(prompt), ids
+        return ids if truncated or self.eos_token_id is None else [*ids, self.eos_token_id]
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a whole text with the tokenizer's special tokens, and EOS at its end if it has none there."""

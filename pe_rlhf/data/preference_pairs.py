@@ -2,61 +2,95 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pe_rlhf.data.codec import TextCodec, cut_pair
-from pe_rlhf.model.fast.packing import kept_tokens
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.micro_batches import pair_cost
 from pe_rlhf.types import Sequences
 from reward.records import PreferenceRecord
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Tokenised preference pairs; row i of both is one pair."""
+class PairTokens:
+    """One preference pair: a prompt, two responses to it, and by how much their scores should differ at least."""
 
-    chosen: list[tuple[list[int], list[int]]]
-    rejected: list[tuple[list[int], list[int]]]
-    margins: list[float]
-    chosen_trunks: list[Tensor] = field(default_factory=list)
-    rejected_trunks: list[Tensor] = field(default_factory=list)
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Prompts and a response to each, not padded: a whole data set would be as long as its longest row everywhere."""
+
+    rows: list[tuple[list[int], list[int]]]
+    pad_id: int
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.rows)
 
-    def tokens(self) -> int:
-        """Tokens of all prompts and responses."""
-        return sum(len(prompt) + len(response) for prompt, response in self.chosen + self.rejected)
+    def __add__(self, other: Responses) -> Responses:
+        return Responses(self.rows + other.rows, self.pad_id)
 
-    def budget_lengths(self, rows: list[int], packed: bool) -> Tensor:
-        """How many tokens _B of a budget each of those pairs takes up: all, or the prompt once and both responses."""
-        found = []
-        for (prompt, chosen), (other, rejected) in ((self.chosen[i], self.rejected[i]) for i in rows):
-            both = len(prompt) + len(chosen), len(other) + len(rejected)
-            if not packed:
-                found.append(2 * max(both))
-            elif prompt == other:
-                shared = len(prompt) - 1
-                found.append(sum(both) - shared + 2 * kept_tokens(shared))
-            else:
-                found.append(sum(both))
-        return torch.tensor(found)
+    @property
+    def lengths_B(self) -> Tensor:
+        return torch.tensor([len(prompt) + len(response) for prompt, response in self.rows])
 
-    def pack(self, rows: list[int], pad_id: int) -> Sequences:
-        """Chosen responses of those rows, then the rejected ones, with their trunks where they were kept."""
-        both = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
-        trunks = None
-        if self.chosen_trunks:
-            trunks = [self.chosen_trunks[i] for i in rows] + [self.rejected_trunks[i] for i in rows]
-        return Sequences.pack([prompt for prompt, _ in both], [response for _, response in both], pad_id, trunks)
+    def all(self) -> Sequences:
+        """All rows, padded."""
+        return Sequences.pack([prompt for prompt, _ in self.rows], [response for _, response in self.rows], self.pad_id)
+
+    def take(self, index: Tensor) -> Sequences:
+        """The rows of that index."""
+        return Responses([self.rows[i] for i in index.tolist()], self.pad_id).all()
 
 
-def encode_pairs(records: list[PreferenceRecord], codec: TextCodec, limit: int) -> Pairs:
-    """Token ids of all records, each response with its prompt cut to `limit` tokens."""
-    chosen, rejected = [], []
-    for record in records:
-        chosen.append(cut_pair(*codec.encode_pair(record.prompt, record.chosen, record.chosen_truncated), limit))
-        rejected.append(cut_pair(*codec.encode_pair(record.prompt, record.rejected, record.rejected_truncated), limit))
-    return Pairs(chosen, rejected, [record.margin or 0.0 for record in records])
+@dataclass(frozen=True)
+class Pairs:
+    """Preference pairs, to be cut into micro-batches; row i is pair i."""
+
+    pairs: Sequence[PairTokens]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def take(self, index: Tensor) -> Sequences:
+        """The chosen responses of those pairs with their prompts, then the rejected ones with theirs."""
+        return self.subset(index.tolist()).responses().all()
+
+    def responses(self) -> Responses:
+        """The chosen responses with their prompts, then the rejected ones with theirs."""
+        chosen = [(pair.prompt, pair.chosen) for pair in self.pairs]
+        return Responses(chosen + [(pair.prompt, pair.rejected) for pair in self.pairs], self.pad_id)
+
+    def subset(self, rows: Sequence[int]) -> Pairs:
+        """The pairs of those rows."""
+        return Pairs([self.pairs[row] for row in rows], self.pad_id)
+
+    def margins(self, index: Tensor) -> Tensor:
+        """The margins _B of the pairs of that index."""
+        return torch.tensor([self.pairs[i].margin for i in index.tolist()])
+
+    def costs(self, *, packed: bool) -> Tensor:
+        """How many tokens _B of a budget each pair takes."""
+        lengths = ((len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in self.pairs)
+        return torch.tensor([pair_cost(*length, packed=packed) for length in lengths])
+
+
+def encode_pairs(records: Sequence[PreferenceRecord], codec: TextCodec, limit: int, pad_id: int) -> Pairs:
+    """Token ids of all records, a prompt and its longer response at most `limit` tokens."""
+    return Pairs([_encode(record, codec, limit) for record in records], pad_id)
+
+
+def _encode(record: PreferenceRecord, codec: TextCodec, limit: int) -> PairTokens:
+    """The end of a response that is too long is left out, then the start of the prompt: of both the same."""
+    chosen = codec.encode_response(record.prompt, record.chosen, truncated=record.chosen_truncated)[: limit - 1]
+    rejected = codec.encode_response(record.prompt, record.rejected, truncated=record.rejected_truncated)[: limit - 1]
+    room = limit - max(len(chosen), len(rejected))
+    return PairTokens(codec.encode_prompt(record.prompt)[-room:], chosen, rejected, record.margin or 0.0)

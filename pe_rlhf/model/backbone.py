@@ -14,13 +14,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import ModelOutput
@@ -29,9 +28,9 @@ from pe_rlhf.algo.logprobs import pieces_of, token_logprobs
 from pe_rlhf.model.fast.block_checkpointing import BlockCheckpointing
 from pe_rlhf.model.fast.gated_mlp import lighten_mlps
 from pe_rlhf.model.fast.packed_attention import enable_packing, is_packing_enabled, packed_hidden
-from pe_rlhf.model.fast.packing import Packing, common_length, kept_tokens
+from pe_rlhf.model.fast.packing import Packing
 from pe_rlhf.model.fast.rms_norm import shorten_norms
-from pe_rlhf.model.fast.trunk import FrozenTrunk
+from pe_rlhf.model.fast.trunk import TokenRows, TrunkCache
 from pe_rlhf.model.loading import (
     DTYPES,
     check_logits,
@@ -44,13 +43,28 @@ from pe_rlhf.model.loading import (
     position_arguments,
     use_sound_attention,
 )
-from pe_rlhf.model.micro_batches import micro_batches, own_micro_batches
 from pe_rlhf.model.roles import ModelWithRoles
 from pe_rlhf.system.distributed import is_sharded, max_over_ranks, world_size
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 
-LARGER_WITHOUT_GRADIENTS = 4  # so many times the tokens in one pass
+
+@dataclass(frozen=True)
+class FastPath:
+    """How passes save time and memory; see `fast/README.md`.
+
+    Attributes:
+        packing: compute no padding, and what rows start with only once, where the model can take it.
+        trunk_cache_mib: memory for the hidden states below the first adapter, MiB; 0 keeps none.
+        gradient_checkpointing: compute activations again in the backward pass, block by block.
+    """
+
+    packing: bool = True
+    trunk_cache_mib: int = 0
+    gradient_checkpointing: bool = False
+
+
+USUAL = FastPath()
 
 
 def load_backbone(
@@ -63,22 +77,24 @@ def load_backbone(
     revision: str | None = None,
     quantization: str = "none",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    fast: FastPath = USUAL,
 ) -> Backbone:
     """Load a base once, for all roles.
 
     Args:
         model: a hub id, a directory, `pip:NAME`, or a model that is loaded already: it is taken over, not copied, and
-            stays as it is; what follows, but for `tokenizer`, says how one is loaded.
+            stays as it is. What follows, except `tokenizer` and `fast`, says how one is loaded.
         dtype: `float32`, `bfloat16` or `float16`, of the base; adapters and heads are always fp32.
         device: `auto` is the current CUDA device where there is one, else the CPU.
         attention: transformers' attention implementation: `sdpa` (`eager` where the model has no sdpa), `eager`,
             `flash_attention_2`, …
-        quantization: `4bit` (NF4) or `8bit` (LLM.int8) by bitsandbytes, of the base alone.
+        quantization: `4bit` (NF4) or `8bit` (LLM.int8) by bitsandbytes, of the base only.
+        fast: how passes save time and memory.
 
     Raises `InputError` for a model that cannot be had, and for a dtype that is none of those.
     """
     if isinstance(model, PreTrainedModel):
-        return Backbone(model, tokenizer)
+        return Backbone(model, tokenizer, fast=fast)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"load_backbone: dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -91,25 +107,27 @@ def load_backbone(
         revision=revision,
         quantization=quantization,
     )
-    return Backbone(loaded, tokenizer or own_tokenizer, name=str(model))
+    return Backbone(loaded, tokenizer or own_tokenizer, str(model), fast)
 
 
 class Backbone(ModelWithRoles):
     """A causal language model with its weights frozen, and what each role on it computes."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str | None = None,
+        fast: FastPath = USUAL,
     ) -> None:
         super().__init__(model, name or model.config.name_or_path or "")
         if self.device.type == "cuda":
             use_sound_attention()
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._tokenizer = tokenizer
-        self._recomputes = False
+        self.fast = fast
         self._checkpointing: dict[PreTrainedModel, BlockCheckpointing] = {}
-        self._trunk = FrozenTrunk(model)
-        self.trunk_cache_mib = 0
-        self.packing = True
+        self._trunk = TrunkCache(model, fast.trunk_cache_mib)
         freeze(model)
         self.train(False)
         check_logits(model)
@@ -141,6 +159,11 @@ class Backbone(ModelWithRoles):
     def max_positions(self) -> int | None:
         """The longest sequence the model takes, where its config says so."""
         return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def longest_sequence(self) -> int:
+        """`max_positions`, or more than any sequence has where the config does not say."""
+        return self.max_positions or 10**9
 
     @property
     def logits_head(self) -> Callable[[Tensor], Tensor]:
@@ -213,55 +236,17 @@ class Backbone(ModelWithRoles):
     @property
     def packs(self) -> bool:
         """Whether passes over sequences are packed: not where that was switched off or the model cannot take it."""
-        return self.packing and self._can_pack and is_packing_enabled(self.model)
+        return self.fast.packing and self._can_pack and is_packing_enabled(self.model)
 
-    def budget_lengths(self, sequences: Sequences) -> Tensor:
-        """How many tokens _B of a budget each row takes up: all but those that every row starts with."""
-        shared = common_length(sequences) if self.packs else 0
-        return sequences.lengths_B - shared + kept_tokens(shared)
+    def compute_once(self, rows: TokenRows, token_budget: int, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Compute now, for all later passes over these rows, what is the same in every role and at every step.
 
-    def own_micro_batches(self, lengths_B: Tensor, token_budget: int) -> list[tuple[Tensor, bool]]:
-        """This rank's micro-batches of rows of those `budget_lengths`; see `distributed.own_micro_batches`.
-
-        Without gradients they are larger: what a pass needs then is a layer's activations, not all that it has made.
+        That is the frozen trunk below the first adapter, where there is one and its hidden states fit
+        `FastPath.trunk_cache_mib`; otherwise nothing is done. `advance` is told how many rows were computed.
         """
-        token_budget *= 1 if torch.is_grad_enabled() else LARGER_WITHOUT_GRADIENTS
-        return own_micro_batches(lengths_B, token_budget, padded=not self.packs)
-
-    def keeps_trunk(self, tokens: int) -> bool:
-        """Whether there is a trunk below the first adapter whose states of that many tokens fit `trunk_cache_mib`.
-
-        Not on several ranks: a row is not on the same one in every pass.
-        """
-        if world_size() > 1:
-            return False
-        size: int = self.model.get_input_embeddings().embedding_dim  # type: ignore[assignment]
-        return self._trunk.depth > 0 and tokens * size * self.model.dtype.itemsize <= self.trunk_cache_mib * 2**20
-
-    @torch.no_grad()
-    def trunk_rows(
-        self, sequences: Sequences, micro_batch_tokens: int, advance: Callable[[int], None] = lambda _: None
-    ) -> list[Tensor]:
-        """Hidden states _TH of each row below the first adapter: the same in every role and at every step."""
-        rows: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for index in micro_batches(sequences.lengths_B, micro_batch_tokens, padded=True):
-            part = sequences.take(index)
-            states_BTH = self._trunk.states(lambda part=part: self._hidden(part.ids_BT.to(self.device)))
-            for i, hidden_TH, length in zip(index.tolist(), states_BTH, part.lengths_B, strict=True):
-                rows[i] = hidden_TH[:length].clone()
-            advance(len(index))
-        return rows
-
-    def with_trunk(self, sequences: Sequences, micro_batch_tokens: int) -> Sequences:
-        """The sequences with their trunk states, or as they are where there is no trunk or no room to keep it."""
-        if not self.keeps_trunk(sequences.ids_BT.numel()):
-            return sequences
-        rows = self.trunk_rows(sequences, micro_batch_tokens)
-        return replace(sequences, trunk_BTH=pad_sequence(rows, batch_first=True))
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block's activations in the backward pass, in the role they were computed in."""
-        self._recomputes = True
+        # With several ranks a row is not on the same one in every pass.
+        if world_size() == 1 and self._trunk.has_room(int(rows.lengths_B.sum())):
+            self._trunk.fill(rows, token_budget, lambda part: self._hidden(part.ids_BT.to(self.device)), advance)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -272,7 +257,7 @@ class Backbone(ModelWithRoles):
             return self.active_model.base_model(input_ids=ids_BT, use_cache=False, **arguments).last_hidden_state
 
     def _recomputing(self) -> AbstractContextManager[None]:
-        if not self._recomputes:
+        if not self.fast.gradient_checkpointing:
             return nullcontext()
         model = self.active_model
         if model not in self._checkpointing:
@@ -282,12 +267,12 @@ class Backbone(ModelWithRoles):
     def _hidden_at(self, sequences: Sequences, wanted_BT: Tensor) -> Tensor:
         """Last hidden states _NH at some of the positions, of which none lies before a prompt's last token."""
         ids_BT = sequences.ids_BT.to(self.device)
-        trunk_BTH = sequences.trunk_BTH if self.active_model is self.model else None
-        if not self.packs:
-            with self._trunk.given(trunk_BTH):
+        packing = Packing.of(sequences, self.device) if self.packs else None
+        # A role with weights of its own shares no trunk with the others.
+        shares_trunk = self.active_model is self.model
+        with self._trunk.one_pass(sequences, packing) if shares_trunk else nullcontext():
+            if packing is None:
                 return self._hidden(ids_BT)[wanted_BT.to(self.device)]
-        packing = Packing.of(sequences, self.device)
-        given_1LH = None if trunk_BTH is None else packing.take(trunk_BTH)[None]
-        with self._trunk.given(given_1LH), self._recomputing():
-            hidden_LH = packed_hidden(self.active_model.base_model, ids_BT, packing)
+            with self._recomputing():
+                hidden_LH = packed_hidden(self.active_model.base_model, ids_BT, packing)
         return hidden_LH[packing.take(wanted_BT).to(self.device)]

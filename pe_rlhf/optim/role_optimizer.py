@@ -25,6 +25,8 @@ from pe_rlhf.optim.zero import ZeRO
 from pe_rlhf.system.distributed import sum_over_ranks, world_size
 from pe_rlhf.system.failures import TrainingError
 
+CHECKPOINT_PREFIX = "engine/"  # of the optimizer's tensors in checkpoints, those of earlier versions too
+
 
 @dataclass(frozen=True)
 class RoleGroup:

@@ -14,7 +14,7 @@ from pe_rlhf.adapters.specs import FullSpec, RoleSpec, spec_from_json
 from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.backbone import USUAL, Backbone, FastPath, load_backbone
 from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import new_folder, read_json, write_json
@@ -41,7 +41,7 @@ def starting_model(recipe: Recipe, run_dir: Path) -> str:
     return str(made)
 
 
-def load_base(recipe: Recipe, model: str, device: str | None = None) -> Backbone:
+def load_base(recipe: Recipe, model: str, device: str | None = None, fast: FastPath = USUAL) -> Backbone:
     """A model loaded as the recipe says, on the recipe's device unless another is named."""
     settings = recipe.backbone
     return load_backbone(
@@ -52,6 +52,7 @@ def load_base(recipe: Recipe, model: str, device: str | None = None) -> Backbone
         trust_remote_code=settings.trust_remote_code,
         revision=settings.revision,
         quantization=settings.quantization,
+        fast=fast,
     )
 
 

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from pe_rlhf.data.codec import cut_pair
 from pe_rlhf.model.loading import find_device
-from pe_rlhf.model.micro_batches import micro_batches
 from pe_rlhf.model.names import check_model_name
+from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.runs.saved_roles import role_behind, weights_of
 from pe_rlhf.scoring.scorers import ModelScorer
 from pe_rlhf.types import Sequences
@@ -20,7 +18,7 @@ from reward.judges.judge_settings import JudgeSettings
 from reward.judges.reward_model import reward_model_judge
 from reward.records import Prompt
 
-MICRO_BATCH_TOKENS = 4096
+MICRO_BATCH_TOKENS = 1024
 NAME_IT = "name a run's directory or a model: reward_model:RUN"
 
 
@@ -61,22 +59,16 @@ def reward_scores(
         scorer = ModelScorer(target, find_device(device), dtype)
         return lambda prompts, responses, cut=None: scorer.score_texts(prompts, responses, cut).tolist()
     backbone, codec = found.load("reward", dtype=dtype, device=device)
-    limit = backbone.max_positions or 10**9
+    limit = backbone.longest_sequence
     if as_trained and found.recipe is not None and found.recipe.reward is not None:
         limit = min(limit, found.recipe.reward.max_length)
 
-    @torch.no_grad()
     def score(prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None) -> list[float]:
         texts = zip(prompts, responses, cut or [False] * len(prompts), strict=True)
         pairs = [cut_pair(*codec.encode_pair(*text), limit) for text in texts]
         sequences = Sequences.pack([p for p, _ in pairs], [r for _, r in pairs], backbone.pad_token_id)
         # `AdapterScorer` would share the rows out to all ranks, but a judge is asked on rank 0 only.
-        scores_B = torch.zeros(len(sequences))
-        with backbone.role("reward"):
-            for index in micro_batches(
-                backbone.budget_lengths(sequences), MICRO_BATCH_TOKENS, padded=not backbone.packs
-            ):
-                scores_B[index] = backbone.response_scores(sequences.take(index)).cpu()
-        return scores_B.tolist()
+        budget, compute = MICRO_BATCH_TOKENS, backbone.response_scores
+        return for_each_row(backbone, "reward", sequences, budget, compute, this_rank_only=True).tolist()
 
     return score

@@ -19,8 +19,9 @@ from pe_rlhf.config import RewardSource
 from pe_rlhf.data.codec import TextCodec, cut_pair
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.names import UNLOADABLE, check_model_name, resolve_model
+from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.runs.saved_roles import SavedRole, find_role, load_role
-from pe_rlhf.system.distributed import all_rows, on_main, own_rows, sum_over_ranks
+from pe_rlhf.system.distributed import all_rows, on_main, own_rows
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from reward.judges import load_function, score_responses
@@ -41,17 +42,8 @@ class AdapterScorer:
     def __init__(self, backbone: Backbone, role: str, micro_batch_tokens: int) -> None:
         self._backbone, self._role, self._budget = backbone, role, micro_batch_tokens
 
-    @torch.no_grad()
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
-        scores_B = torch.zeros(len(sequences))
-        with self._backbone.role(self._role):
-            for index, counts in self._backbone.own_micro_batches(
-                self._backbone.budget_lengths(sequences), self._budget
-            ):
-                part_B = self._backbone.response_scores(sequences.take(index)).cpu()
-                if counts:
-                    scores_B[index] = part_B
-        return sum_over_ranks(scores_B)  # each rank has filled in its own rows
+        return for_each_row(self._backbone, self._role, sequences, self._budget, self._backbone.response_scores)
 
 
 class ModelScorer:
@@ -148,9 +140,13 @@ class WeightedScorer:
 
 def make_scorer(
     sources: list[RewardSource], backbone: Backbone, run_dir: Path, micro_batch_tokens: int
-) -> WeightedScorer:
-    """The scorer of a recipe's reward sources; reward adapters become roles `reward`, `reward_2`, … on the backbone."""
+) -> tuple[WeightedScorer, list[str]]:
+    """The scorer of a recipe's reward sources, and the roles that it has added to the backbone.
+
+    Reward adapters become roles `reward`, `reward_2`, …
+    """
     parts: list[tuple[float, Scorer]] = []
+    roles: list[str] = []
     for source in sources:
         if source.function is not None:
             scorer: Scorer = FunctionScorer(source.function)
@@ -159,11 +155,11 @@ def make_scorer(
                 source.model, backbone.device, backbone.model.dtype, backbone.eos_token_ids, key="ppo.reward.model"
             )
         else:
-            role = next(r for i in range(1, 99) if (r := f"reward_{i}" if i > 1 else "reward") not in backbone.roles)
-            load_role(backbone, role, find_reward(source.adapter, run_dir).folder)
-            scorer = AdapterScorer(backbone, role, micro_batch_tokens)
+            roles.append(f"reward_{len(roles) + 1}" if roles else "reward")
+            load_role(backbone, roles[-1], find_reward(source.adapter, run_dir).folder)
+            scorer = AdapterScorer(backbone, roles[-1], micro_batch_tokens)
         parts.append((source.weight, scorer))
-    return WeightedScorer(parts)
+    return WeightedScorer(parts), roles
 
 
 def find_reward(adapter: str | None, run_dir: Path) -> SavedRole:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from pe_rlhf.adapters.layer_statistics import StatisticsSource
 from pe_rlhf.adapters.lora.init_registry import get_init
 from pe_rlhf.adapters.specs import AdapterSpec
-from pe_rlhf.config import AdapterConfig
+from pe_rlhf.config import AdapterConfig, PPOConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.tensors import without_prefix
 from pe_rlhf.runs.checkpoint import load_checkpoint
@@ -15,9 +18,11 @@ from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import from_main, is_sharded, world_size
 from reward.errors import InputError
 
+REWARD = "reward"
+
 
 def add_role(
-    context: StageContext, backbone: Backbone, role: str, adapter: AdapterConfig, statistics: StatisticsSource
+    context: StageContext[Any], backbone: Backbone, role: str, adapter: AdapterConfig, statistics: StatisticsSource
 ) -> None:
     """A role at its initialisation. Where a run goes on, one whose init looks at data comes from the checkpoint."""
     if context.recipe.tuning == "full":
@@ -25,7 +30,10 @@ def add_role(
     needs = get_init(adapter.init).needs
     if needs is not None and is_sharded(backbone.model):
         raise InputError(
-            f"adapter.init: {adapter.init} looks at data, for which the base has to be whole: not with zero3"
+            f"adapter.init: {adapter.init} looks at data, for which the base has to be whole: not with zero3",
+            kind="conflict",
+            key="adapter.init",
+            fix="use deepspeed: zero2 or less, or another init",
         )
     if needs is None or (saved := load_checkpoint(context.folder)) is None:
         backbone.add_adapter(role, adapter, seed=context.recipe.seed, statistics=statistics)
@@ -35,19 +43,40 @@ def add_role(
     return backbone.load_role(role, AdapterSpec.on(backbone.model, adapter), without_prefix(f"{role}/", saved[1]))
 
 
+def critic_start(context: StageContext[PPOConfig], backbone: Backbone, reward_roles: Sequence[str]) -> str | None:
+    """The role that the critic starts from, loaded if it is not there yet; None for a fresh critic.
+
+    That is the reward role where one of `reward_roles` gives the scores, or where `ppo.value_init` asks for it.
+    """
+    if context.config.value_init == "fresh":
+        return None
+    if reward_roles:
+        return reward_roles[0]
+    if context.config.value_init is None:
+        return None
+    load_role(backbone, REWARD, RunFiles(context.run_dir).role(REWARD).folder)  # something else gives the scores
+    return REWARD
+
+
 def add_critic(
-    context: StageContext, backbone: Backbone, role: str, adapter: AdapterConfig, statistics: StatisticsSource
+    context: StageContext[PPOConfig],
+    backbone: Backbone,
+    role: str,
+    adapter: AdapterConfig,
+    statistics: StatisticsSource,
+    start_from: str | None,
 ) -> None:
-    """The critic: from the reward role where one gives the scores, or is asked for (`ppo.value_init`), else fresh."""
-    ppo = context.recipe.ppo
-    assert ppo is not None
-    if ppo.value_init == "reward" and "reward" not in backbone.roles:  # it is there, though something else scores
-        load_role(backbone, "reward", RunFiles(context.run_dir).role("reward").folder)
-    if ppo.value_init == "fresh" or "reward" not in backbone.roles:
+    """The critic, as a copy of the role `start_from`, or fresh where that is None."""
+    if start_from is None:
         add_role(context, backbone, role, adapter, statistics)
     elif context.recipe.tuning == "full":
-        backbone.add_own_weights(role, "reward")
-    elif "reward" in backbone.own_models:
-        raise InputError("ppo.value_init: the reward model was fully tuned, an adapter cannot start there; use fresh")
+        backbone.add_own_weights(role, start_from)
+    elif start_from in backbone.own_models:
+        raise InputError(
+            "ppo.value_init: the reward model was fully tuned, an adapter cannot start there",
+            kind="conflict",
+            key="ppo.value_init",
+            fix="use value_init: fresh",
+        )
     else:
-        backbone.copy_role("reward", role)
+        backbone.copy_role(start_from, role)

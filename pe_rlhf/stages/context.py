@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pe_rlhf.config import DataSource, Recipe, SamplingConfig
 from pe_rlhf.config.load import load_deepspeed_config
+from pe_rlhf.config.section import Section
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.rows import load_prompts
-from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.backbone import Backbone, FastPath
 from pe_rlhf.optim.zero import shard_base
 from pe_rlhf.rollout.data_parallel import over_ranks
 from pe_rlhf.rollout.interface import RolloutEngine
@@ -22,18 +23,39 @@ from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import codec_of, load_base, starting_model
 from pe_rlhf.system.distributed import world_size
 from pe_rlhf.system.progress import say
+from pe_rlhf.types import Rollout
 from reward.errors import InputError
 from reward.records import Prompt
 
+C = TypeVar("C", bound=Section)
+S = TypeVar("S", bound=Section)
+
 
 @dataclass(frozen=True)
-class StageContext:
-    """One stage of one run. `folder` is `<run_dir>/<stage>`; what is in `resources` is closed when the stage ends."""
+class StageContext(Generic[C]):
+    """One stage of one run. `folder` is `<run_dir>/<stage>`; what is in `resources` is closed when the stage ends.
+
+    `C` is the type of the stage's own section of the recipe, `StageContext[PPOConfig]` for example.
+    """
 
     recipe: Recipe
     run_dir: Path
     stage: str
     resources: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def config(self) -> C:
+        """The stage's own section. It is there: a stage runs only where the recipe has its section."""
+        return getattr(self.recipe, self.stage)
+
+    def section(self, name: str, kind: type[S]) -> S:
+        """Another section of the recipe, which the stage needs. Raises `InputError` where the recipe has none."""
+        section = getattr(self.recipe, name)
+        if not isinstance(section, kind):
+            raise InputError(
+                f"{self.stage}: the recipe has no section {name}", kind="missing", key=name, fix=f"add a section {name}"
+            )
+        return section
 
     @property
     def folder(self) -> Path:
@@ -47,14 +69,16 @@ class StageContext:
     def backbone(self) -> Backbone:
         """The model that the stages start from, loaded fresh: they hand over through folders, never through memory."""
         settings = self.recipe.backbone
-        backbone = load_base(self.recipe, starting_model(self.recipe, self.run_dir))
-        backbone.trunk_cache_mib = settings.trunk_cache_mib
-        backbone.packing = settings.packing
-        if settings.gradient_checkpointing:
-            backbone.enable_gradient_checkpointing()
+        fast = FastPath(settings.packing, settings.trunk_cache_mib, settings.gradient_checkpointing)
+        backbone = load_base(self.recipe, starting_model(self.recipe, self.run_dir), fast=fast)
         if (deepspeed := self.deepspeed) is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:
             if settings.quantization != "none":
-                raise InputError("backbone.quantization: ZeRO-3 cannot split a quantised base; use zero2 or less")
+                raise InputError(
+                    "backbone.quantization: ZeRO-3 cannot split a quantised base",
+                    kind="conflict",
+                    key="backbone.quantization",
+                    fix="use deepspeed: zero2 or less",
+                )
             _ = backbone.anchor_sha256  # while the weights are whole
             shard_base(backbone.model, deepspeed)
         return backbone
@@ -69,7 +93,7 @@ class StageContext:
     def codec(self, backbone: Backbone) -> TextCodec:
         return codec_of(backbone, self.recipe.chat_template)
 
-    def rollout(
+    def sampler(
         self,
         backbone: Backbone,
         role: str,
@@ -77,8 +101,28 @@ class StageContext:
         prompts: list[list[int]],
         on_progress: Callable[[int], None] | None = None,
     ) -> RolloutEngine:
-        """The engine that the recipe asks for, with room for the longest of the prompts, until the stage ends."""
-        engine = make_rollout(
+        """What samples responses as the recipe asks, with room for the longest of the prompts, until the stage ends."""
+        return over_ranks(
+            self.resources.enter_context(closing(self._engine(backbone, role, sampling, prompts, on_progress)))
+        )
+
+    def sample_once(
+        self, backbone: Backbone, role: str, sampling: SamplingConfig, prompts: list[list[int]], seed: int
+    ) -> Rollout:
+        """One rollout by an engine that is closed after it, before the roles that the stage trains are there."""
+        with closing(self._engine(backbone, role, sampling, prompts)) as engine:
+            engine.sync(0)
+            return over_ranks(engine).generate(prompts, seed)
+
+    def _engine(
+        self,
+        backbone: Backbone,
+        role: str,
+        sampling: SamplingConfig,
+        prompts: list[list[int]],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> RolloutEngine:
+        return make_rollout(
             backbone,
             role,
             sampling,
@@ -88,8 +132,6 @@ class StageContext:
             longest_prompt=max(map(len, prompts)),
             on_progress=on_progress,
         )
-        self.resources.callback(engine.close)
-        return over_ranks(engine)
 
     def metrics(self, resume_step: int = 0) -> MetricsWriter:
         return MetricsWriter(self.files, self.recipe.tracking, self.recipe.name, resume_step)
@@ -101,19 +143,32 @@ class StageContext:
         backbone: Backbone,
         new_tokens: int,
         max_prompt_tokens: int | None = None,
+        *,
+        section: str | None = None,
     ) -> tuple[list[Prompt], list[list[int]]]:
-        """The prompts of a data set and their token ids, but for those too long to leave room for a response."""
-        room = (backbone.max_positions or 10**9) - new_tokens
+        """The prompts of a data set and their token ids, except those too long to leave room for a response.
+
+        `section` is the one that names the data set; default: the stage's own.
+        """
+        section = section or self.stage
+        room = backbone.longest_sequence - new_tokens
         if room < 1:
             raise InputError(
-                f"{self.stage}: max_new_tokens {new_tokens} leaves no room for a prompt,"
-                f" {backbone.name} takes {backbone.max_positions} tokens"
+                f"{section}: max_new_tokens {new_tokens} leaves no room for a prompt,"
+                f" {backbone.name} takes {backbone.max_positions} tokens",
+                kind="too_long",
+                key=f"{section}.{'rollout' if section == 'ppo' else 'sampling'}.max_new_tokens",
             )
-        limit = min(room, max_prompt_tokens or room)
-        pairs = [(p, codec.encode_prompt(p)) for p in load_prompts(source, f"{self.stage}.prompts")]
+        limit, key = min(room, max_prompt_tokens or room), f"{section}.prompts"
+        pairs = [(p, codec.encode_prompt(p)) for p in load_prompts(source, key)]
         kept = [(prompt, ids) for prompt, ids in pairs if 0 < len(ids) <= limit]
         if not kept:
-            raise InputError(f"{self.stage}.prompts: every prompt of {source.path} is longer than {limit} tokens")
+            raise InputError(
+                f"{key}: every prompt of {source.path} is longer than {limit} tokens",
+                kind="too_long",
+                key=key,
+                file=source.path,
+            )
         if len(kept) < len(pairs):
-            say(f"{self.stage}: left out {len(pairs) - len(kept)} of {len(pairs)} prompts, longer than {limit} tokens")
+            say(f"{section}: left out {len(pairs) - len(kept)} of {len(pairs)} prompts, longer than {limit} tokens")
         return [prompt for prompt, _ in kept], [ids for _, ids in kept]

@@ -7,9 +7,12 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pe_rlhf.config import PPOConfig, SamplingConfig
+from pe_rlhf.config import EvaluateConfig, PPOConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.passes import for_each_token
+from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.report.format import conversation
 from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.runs.layout import RunFiles
@@ -17,7 +20,7 @@ from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.model_judges import ask_judge, make_judge
 from pe_rlhf.scoring.scorers import make_scorer
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.system.distributed import concat_over_ranks, on_main, sum_metrics
+from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import append_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.processes import is_main
@@ -31,11 +34,9 @@ RESULTS = ("win_rate", "ci_low", "ci_high", "n", "wins", "ties", "losses", "inva
 RESULTS += ("length_controlled_win_rate", "length_controlled_ci_low", "length_controlled_ci_high")
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
     """Sample both, have them compared, and write `summary.json`, `metrics.jsonl` and `samples.jsonl`."""
-    config, ppo = context.recipe.evaluate, context.recipe.ppo
-    assert config is not None
-    assert ppo is not None
+    config, ppo = context.config, context.section("ppo", PPOConfig)
     start = time.monotonic()
     judge = make_judge(config.judge) if is_main() else None
     backbone = context.backbone()
@@ -47,10 +48,10 @@ def run(context: StageContext) -> dict[str, Any]:
 
     rollouts: dict[str, Rollout] = {}
     with progress("evaluate: sampling", 2 * len(repeated), "responses") as advance:
-        engine = context.rollout(backbone, "policy", config.sampling, prompt_ids, advance)
+        sampler = context.sampler(backbone, "policy", config.sampling, prompt_ids, advance)
         for version, role in enumerate(("policy", "anchor")):
-            engine.sync(version, role)
-            rollouts[role] = engine.generate(repeated_ids, derive_seed(context.recipe.seed, "evaluate", role))
+            sampler.sync(version, role)
+            rollouts[role] = sampler.generate(repeated_ids, derive_seed(context.recipe.seed, "evaluate", role))
     texts = {role: [codec.decode(ids) for ids in rollout.responses] for role, rollout in rollouts.items()}
     pairs = make_pairs(repeated, texts["policy"], texts["anchor"])
     options: Any = {
@@ -62,7 +63,7 @@ def run(context: StageContext) -> dict[str, Any]:
     result = summarise("policy", outcomes)
 
     # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
-    scorer = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens)
+    scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens)
     sequences = {r: Sequences.pack(o.prompts, o.responses, backbone.pad_token_id) for r, o in rollouts.items()}
     rewards = {role: scorer.score(repeated, texts[role], sequences[role]).mean().item() for role in rollouts}
     summary = {
@@ -83,26 +84,21 @@ def run(context: StageContext) -> dict[str, Any]:
     return summary
 
 
-@torch.no_grad()
 def _policy_metrics(
     backbone: Backbone, rollout: Rollout, sequences: Sequences, sampling: SamplingConfig, ppo: PPOConfig
 ) -> dict[str, float]:
     """KL(policy ‖ anchor) in nats per response from the policy's own samples, and whether they were the policy's."""
-    kl, log_ratios = 0.0, [torch.zeros(0)]
-    for index, counts in backbone.own_micro_batches(backbone.budget_lengths(sequences), ppo.micro_batch_tokens):
-        part = sequences.take(index)
-        with backbone.role("policy"):
-            policy_N, _ = backbone.response_logprobs(part, sampling.temperature)
-        with backbone.role("anchor"):
-            anchor_N, _ = backbone.response_logprobs(part, sampling.temperature)
-        if not counts:
-            continue
-        kl += (policy_N - anchor_N).sum().item()
-        sampler_N = torch.tensor([value for i in index.tolist() for value in rollout.logprobs[i]])
-        log_ratios.append(policy_N.float().cpu() - sampler_N)
-    all_N = concat_over_ranks(torch.cat(log_ratios))
-    kl = sum_metrics({"kl": kl})["kl"] / len(sequences)
-    return {"kl": kl, **mismatch_metrics(all_N, sampling, backbone.precision)}
+
+    def compute(part: Sequences) -> Tensor:
+        return backbone.response_logprobs(part, sampling.temperature)[0]
+
+    policy_BR, anchor_BR = (
+        for_each_token(backbone, role, sequences, ppo.micro_batch_tokens, compute) for role in ("policy", ANCHOR)
+    )
+    sampler_N = torch.tensor([value for row in rollout.logprobs for value in row])
+    log_ratio_N = policy_BR[sequences.mask_BR] - sampler_N
+    kl = (policy_BR - anchor_BR).sum().item() / len(sequences)
+    return {"kl": kl, **mismatch_metrics(log_ratio_N, sampling, backbone.precision)}
 
 
 def _mean(scores: list[float | None]) -> float | None:
@@ -110,7 +106,9 @@ def _mean(scores: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _write_samples(context: StageContext, pairs: list[Pair], outcomes: list[Outcome], table_rows: int) -> None:
+def _write_samples(
+    context: StageContext[EvaluateConfig], pairs: list[Pair], outcomes: list[Outcome], table_rows: int
+) -> None:
     """All comparisons to `samples.jsonl`; the first of them side by side to `samples.md`."""
     path = context.files.samples
     path.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""What the stages give an init that looks at data: a batch of their own, under their own loss, at the anchor.
+"""The batch and the loss that a stage gives an init that looks at data; the gradient is taken at the anchor.
 
-reward: the pairwise loss. ppo: the policy gradient of responses that the anchor sampled, scored by the recipe's reward;
-for a fresh critic the value loss on their returns.
+The reward stage gives the pairwise loss. The PPO stage gives the policy loss on responses of the anchor, scored by the
+recipe's reward; for a fresh critic, the value loss on the returns of those responses.
 
-A fresh head is zero, and behind it the loss has no gradient for any layer. So the gradient is taken with the head one
-gradient step away from zero, in the direction of that step: it is the first gradient that training would see. The
-length of the step only scales the gradient.
+A fresh head is zero, and with a zero head the loss has no gradient in any layer. So the gradient is taken after the
+head has made one gradient step: it is the first gradient that training would see. The length of that step only scales
+the gradient.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.layer_statistics import Need
 from pe_rlhf.adapters.lora.init_registry import init_of
-from pe_rlhf.algo.gae import gae
+from pe_rlhf.algo.experience import shape_and_estimate
 from pe_rlhf.algo.logprobs import token_logprobs
-from pe_rlhf.algo.masked import masked_whiten
 from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
-from pe_rlhf.algo.rewards import adjust_scores, shape_rewards
 from pe_rlhf.config import AdapterConfig, PPOConfig, RewardConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.micro_batches import micro_batches
-from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.model.passes import for_each_token
+from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.scoring.scorers import Scorer
-from pe_rlhf.stages.ppo_collect import per_token
+from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.ppo_collect import shaping_of
 from pe_rlhf.system.seeding import derive_seed, permutation
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -42,9 +42,9 @@ from reward.records import Prompt
 
 @dataclass(frozen=True)
 class Part:
-    """One forward pass: the data rows in it, the tokens, and each token row's batch (0 or 1) and sample."""
+    """One forward pass: its rows of the batch, their tokens, and the batch (0 or 1) and sample of each sequence."""
 
-    rows: list[int]
+    index: Tensor
     sequences: Sequences
     batch_B: Tensor
     sample_B: Tensor
@@ -65,20 +65,17 @@ def reward_statistics(
 
     def probes(need: Need) -> list[Probe]:
         rows, batches = _batch_rows(len(pairs), need, adapter, seed, "reward")
-        parts = []
-        lengths_B = pairs.budget_lengths(rows, packed=False)
-        for index in micro_batches(lengths_B, config.micro_batch_tokens, padded=True):
-            part = [rows[i] for i in index.tolist()]
-            batch_B = torch.tensor([batches[i] for i in index.tolist()]).repeat(2)
-            parts.append(Part(part, pairs.pack(part, backbone.pad_token_id), batch_B, index.repeat(2)))
+        batch, batch_B = pairs.subset(rows), torch.tensor(batches)
+        cut = micro_batches(batch.costs(packed=False), config.micro_batch_tokens, padded=True)
+        # Chosen and rejected response of a pair are one sample.
+        parts = [Part(index, batch.take(index), batch_B[index].repeat(2), index.repeat(2)) for index in cut]
 
         def loss(scores_B: Tensor, part: Part) -> Tensor:
             chosen_B, rejected_B = scores_B.chunk(2)
-            margin_B = torch.tensor([pairs.margins[row] for row in part.rows], device=scores_B.device)
             losses = pairwise_loss(
                 chosen_B,
                 rejected_B,
-                margin_B=margin_B,
+                margin_B=batch.margins(part.index).to(scores_B.device),
                 label_smoothing=config.label_smoothing,
                 centering=config.centering,
             )
@@ -99,7 +96,7 @@ class AnchorBatch:
     sequences: Sequences
     advantages_BR: Tensor
     returns_BR: Tensor
-    batches: list[int]
+    batches_B: Tensor
 
 
 class AnchorRollouts:
@@ -107,17 +104,18 @@ class AnchorRollouts:
 
     def __init__(
         self,
+        context: StageContext[PPOConfig],
         backbone: Backbone,
         scorer: Scorer,
         codec: TextCodec,
         prompts: tuple[Sequence[Prompt], Sequence[list[int]]],
-        config: PPOConfig,
         adapter: AdapterConfig,
-        seed: int,
+        critic_start: str | None = None,
     ) -> None:
-        self._backbone, self._scorer, self._codec = backbone, scorer, codec
+        self._context, self._backbone, self._scorer, self._codec = context, backbone, scorer, codec
         self._texts, self._ids = prompts
-        self._config, self._adapter, self._seed = config, adapter, seed
+        self._config, self._seed = context.config, context.recipe.seed
+        self._adapter, self._critic_start = adapter, critic_start
         self._batch: AnchorBatch | None = None
 
     def policy_statistics(self) -> ProbedStatistics:
@@ -137,7 +135,7 @@ class AnchorRollouts:
             targets_N = part.sequences.targets_N.to(hidden_NH.device)
             temperature = self._config.rollout.temperature
             logprobs_N, _ = token_logprobs(hidden_NH, self._backbone.logits_head, targets_N, temperature)
-            advantages_N = batch.advantages_BR[part.rows][batch.sequences.mask_BR[part.rows]].to(logprobs_N)
+            advantages_N = batch.advantages_BR[part.index][batch.sequences.mask_BR[part.index]].to(logprobs_N)
             old_N = logprobs_N.detach()
             clip_range = self._config.clip_range
             return policy_loss(logprobs_N, old_N, advantages_N, clip_range=clip_range, tokens=tokens).loss
@@ -149,19 +147,16 @@ class AnchorRollouts:
         tokens = int(batch.sequences.response_lengths_B.sum())
 
         def loss(values_N: Tensor, part: Part) -> Tensor:
-            mask_BR = batch.sequences.mask_BR[part.rows]
-            returns_N = batch.returns_BR[part.rows][mask_BR].to(values_N)
+            mask_BR = batch.sequences.mask_BR[part.index]
+            returns_N = batch.returns_BR[part.index][mask_BR].to(values_N)
             clip_range = self._config.value_clip_range
             return value_loss(values_N, values_N.detach(), returns_N, clip_range=clip_range, tokens=tokens).loss
 
         return _head_probes(self._backbone, self._parts(batch), _response_hidden, loss)
 
     def _parts(self, batch: AnchorBatch) -> list[Part]:
-        batches_B = torch.tensor(batch.batches)
-        return [
-            Part(index.tolist(), batch.sequences.take(index), batches_B[index], index)
-            for index in micro_batches(batch.sequences.lengths_B, self._config.micro_batch_tokens, padded=True)
-        ]
+        cut = micro_batches(batch.sequences.lengths_B, self._config.micro_batch_tokens, padded=True)
+        return [Part(index, batch.sequences.take(index), batch.batches_B[index], index) for index in cut]
 
     @torch.no_grad()
     def _sampled(self, need: Need) -> AnchorBatch:
@@ -169,36 +164,20 @@ class AnchorRollouts:
             return self._batch
         config, backbone = self._config, self._backbone
         rows, batches = _batch_rows(len(self._ids), need, self._adapter, self._seed, "ppo")
-        seed = derive_seed(self._seed, "init rollout")
-        rollout = HFRollout(backbone, "anchor", config.rollout).generate([self._ids[row] for row in rows], seed)
+        ids, seed = [self._ids[row] for row in rows], derive_seed(self._seed, "init rollout")
+        rollout = self._context.sample_once(backbone, ANCHOR, config.rollout, ids, seed)
         sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
-        texts = [self._codec.decode(ids) for ids in rollout.responses]
-        scores_B = adjust_scores(
-            self._scorer.score([self._texts[row] for row in rows], texts, sequences),
-            rollout.truncated_B,
-            sequences.response_lengths_B,
-            missing_eos_penalty=config.missing_eos_penalty,
-            missing_eos_replaces=config.missing_eos_replaces,
-            length_penalty=config.length_penalty,
-        )
-        # At the anchor the KL is zero, token by token.
+        texts = [self._codec.decode(response) for response in rollout.responses]
+        scores_B = self._scorer.score([self._texts[row] for row in rows], texts, sequences)
         mask_BR = sequences.mask_BR
-        no_kl_BR = torch.zeros(mask_BR.shape)
-        rewards_BR = shape_rewards(
-            scores_B, no_kl_BR, mask_BR, beta=config.kl.beta, form=config.kl.form, kl_in_reward=True
-        )
-        values_BR = no_kl_BR
-        if config.value_init != "fresh" and "reward" in backbone.roles:
-            values_BR = per_token(backbone, sequences, config, self._values)
-        advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, gamma=config.gamma, lam=config.lam)
-        if config.whiten_advantages:
-            advantages_BR = masked_whiten(advantages_BR, mask_BR)
-        self._batch = AnchorBatch(sequences, advantages_BR, returns_BR, batches)
+        no_kl_BR = values_BR = torch.zeros(mask_BR.shape)  # at the anchor the KL is zero, token by token
+        if (start := self._critic_start) is not None:
+            budget, compute = config.micro_batch_tokens, backbone.response_values
+            values_BR = for_each_token(backbone, start, sequences, budget, compute)
+        shaping = shaping_of(config, config.kl.beta)
+        estimate = shape_and_estimate(scores_B, no_kl_BR, values_BR, mask_BR, rollout.truncated_B, shaping)
+        self._batch = AnchorBatch(sequences, *estimate, torch.tensor(batches))
         return self._batch
-
-    def _values(self, sequences: Sequences) -> Tensor:
-        with self._backbone.role("reward"):
-            return self._backbone.response_values(sequences)
 
 
 # ---- shared ---------------------------------------------------------------------------------------------------------
@@ -214,7 +193,12 @@ def _batch_rows(count: int, need: Need, adapter: AdapterConfig, seed: int, stage
     batches = 2 if need == "two gradients" else 1
     rows = permutation(count, seed, stage, "init")[: size * batches]
     if len(rows) < batches:
-        raise InputError(f"{stage}: the init {adapter.init!r} needs two batches, and there is {count} row of data")
+        raise InputError(
+            f"{stage}: the init {adapter.init!r} needs two batches, and there is {count} row of data",
+            kind="empty",
+            key=f"{stage}.{'data' if stage == 'reward' else 'prompts'}",
+            fix="give it more data, or use another init",
+        )
     # With little data the batches get smaller, but none is empty.
     numbered = [(row, position * batches // len(rows)) for position, row in enumerate(rows)]
     return [row for row, _ in numbered], [batch for _, batch in numbered]

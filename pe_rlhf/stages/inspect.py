@@ -10,10 +10,11 @@ from pe_rlhf.adapters.gradients import Probe
 from pe_rlhf.adapters.inspection import Inspection, inspect_inits
 from pe_rlhf.adapters.lora.init_registry import get_init, init_names
 from pe_rlhf.adapters.specs import AdapterSpec
-from pe_rlhf.config import AdapterConfig, Recipe
+from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe, RewardConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.report.inspect_page import inspect_page
 from pe_rlhf.scoring.scorers import make_scorer
+from pe_rlhf.stages.add_roles import critic_start
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics
 from pe_rlhf.stages.reward import load_pairs
@@ -39,7 +40,7 @@ def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) 
         raise InputError(message, kind="unknown", key="stage", fix=fix)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    context = StageContext(recipe, run_dir, stage)
+    context: StageContext[RewardConfig | PPOConfig] = StageContext(recipe, run_dir, stage)
     backbone = context.backbone()
     adapter = recipe.adapter_for(stage)
     specs = [_spec(backbone, adapter, init) for init in inits]
@@ -77,21 +78,20 @@ def _spec(backbone: Backbone, adapter: AdapterConfig, init: str) -> AdapterSpec:
     return AdapterSpec.on(backbone.model, adapter.model_copy(update={"init": init, "init_options": options}))
 
 
-def _probe(context: StageContext, backbone: Backbone, adapter: AdapterConfig) -> Probe:
+def _probe(context: StageContext[RewardConfig | PPOConfig], backbone: Backbone, adapter: AdapterConfig) -> Probe:
     """The stage's batch in two halves, in one pass."""
-    recipe, codec = context.recipe, context.codec(backbone)
-    if context.stage == "reward":
-        assert recipe.reward is not None
-        reward = recipe.reward.model_copy(update={"micro_batch_tokens": ONE_PASS})
-        limit = min(reward.max_length, backbone.max_positions or reward.max_length)
-        train, _ = load_pairs(context, reward, codec, limit)
-        statistics = reward_statistics(backbone, train, adapter, reward, recipe.seed)
+    # One micro-batch that holds everything: the kernel is between all samples of the pass.
+    whole = context.config.model_copy(update={"micro_batch_tokens": ONE_PASS})
+    if isinstance(whole, RewardConfig):
+        train, _ = load_pairs(context, whole, backbone)
+        statistics = reward_statistics(backbone, train, adapter, whole, context.recipe.seed)
     else:
-        assert recipe.ppo is not None
-        ppo = recipe.ppo.model_copy(update={"micro_batch_tokens": ONE_PASS})
-        texts, ids = context.prompts(ppo.prompts, codec, backbone, ppo.rollout.max_new_tokens, ppo.max_prompt_tokens)
-        scorer = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens)
-        anchor = AnchorRollouts(backbone, scorer, codec, (texts, ids), ppo, adapter, recipe.seed)
-        statistics = anchor.policy_statistics()
+        recipe = context.recipe.model_copy(update={"ppo": whole})
+        ppo: StageContext[PPOConfig] = StageContext(recipe, context.run_dir, "ppo")
+        codec, new_tokens = context.codec(backbone), whole.rollout.max_new_tokens
+        prompts = context.prompts(whole.prompts, codec, backbone, new_tokens, whole.max_prompt_tokens)
+        scorer, roles = make_scorer(whole.reward, backbone, context.run_dir, whole.micro_batch_tokens)
+        start = critic_start(ppo, backbone, roles)
+        statistics = AnchorRollouts(ppo, backbone, scorer, codec, prompts, adapter, start).policy_statistics()
     (probe,) = statistics.probes("two gradients")
     return probe

@@ -33,7 +33,7 @@ from pe_rlhf.system.progress import say
 from reward.errors import InputError
 from reward.judges import load_function
 
-RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
+RUN: dict[str, Callable[[StageContext[Any]], dict[str, Any]]] = {
     "sft": sft.run,
     "preferences": preferences.run,
     "reward": reward.run,
@@ -183,7 +183,7 @@ def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[s
     return [stage for stage in recipe.stages if start <= STAGES.index(stage) <= end]
 
 
-def _run_stage(context: StageContext) -> None:
+def _run_stage(context: StageContext[Any]) -> None:
     context.folder.mkdir(exist_ok=True)
     save_recipe(context.recipe, context.files.recipe)
     reset_peak_memory()

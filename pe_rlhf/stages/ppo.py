@@ -1,8 +1,12 @@
 """The PPO stage: policy and value adapters on the backbone, a KL to the anchor.
 
-The loop is `run`; what a step does to a rollout is `collect` (no gradients) and `update` (`ppo_update.py`). Left out of
-textbook PPO: the entropy bonus (the KL to the anchor keeps the policy broad) and bootstrapping at the length limit (a
-cut response is an episode that is scored as it stands, with `missing_eos_penalty` on request).
+The loop is `run`. Steps 2 to 4 are in `ppo_collect.py`, without gradients; step 5 is in `ppo_update.py`.
+
+Left out of textbook PPO:
+- the entropy bonus: the KL to the anchor keeps the policy broad;
+- bootstrapping at the length limit: a response that was cut is an episode that ends there, and it is scored as it is,
+  lowered by `missing_eos_penalty` where the recipe sets one;
+- early stopping of an update by its KL: `clip_range` bounds it, and `approx_kl` is a metric.
 """
 
 from __future__ import annotations
@@ -12,23 +16,23 @@ import time
 from typing import Any
 
 from pe_rlhf.algo.kl import adapt_beta
-from pe_rlhf.config import AdapterConfig, KLConfig, PPOConfig
+from pe_rlhf.config import KLConfig, PPOConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptOrder
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.tensors import with_prefix, without_prefix
-from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
+from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.saved_roles import save_role
-from pe_rlhf.scoring.scorers import make_scorer
-from pe_rlhf.stages.add_roles import add_critic, add_role
+from pe_rlhf.scoring.scorers import Scorer, make_scorer
+from pe_rlhf.stages.add_roles import add_critic, add_role, critic_start
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts
 from pe_rlhf.stages.judge_during_ppo import JudgeEvaluation
 from pe_rlhf.stages.ppo_collect import collect_experience
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.system.distributed import on_main
-from pe_rlhf.system.failures import Stopped, TrainingError
+from pe_rlhf.system.failures import Stopped, TrainingError, at_step
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import progress, say
@@ -40,61 +44,59 @@ from reward.records import Prompt
 POLICY, VALUE = "policy", "value"
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     """Train the policy by PPO; write its adapter, the critic's, the metrics and samples."""
-    config = context.recipe.ppo
-    assert config is not None
+    config, seed = context.config, context.recipe.seed
     backbone = context.backbone()
     codec = context.codec(backbone)
     new_tokens = config.rollout.max_new_tokens
     texts, ids = context.prompts(config.prompts, codec, backbone, new_tokens, config.max_prompt_tokens)
-    prompts = PromptOrder(texts, ids, config.batch_size, config.rollout.samples_per_prompt, context.recipe.seed)
-    scorer = make_scorer(config.reward, backbone, context.run_dir, config.micro_batch_tokens)
-    adapter = context.recipe.adapter_for("ppo").model_copy(update={"dropout": 0.0})
-    anchor = AnchorRollouts(backbone, scorer, codec, (texts, ids), config, adapter, context.recipe.seed)
-    optimizer = _add_roles(context, backbone, config, adapter, anchor)
-    rollout_engine = context.rollout(backbone, POLICY, config.rollout, ids)
-    judge = JudgeEvaluation(context, backbone, codec, POLICY)
-    first_step, beta = _resume(context, backbone, optimizer, config)
-    rollout_engine.sync(first_step)
+    prompts = PromptOrder(texts, ids, config.batch_size, config.rollout.samples_per_prompt, seed)
+    scorer, reward_roles = make_scorer(config.reward, backbone, context.run_dir, config.micro_batch_tokens)
+    start_from = critic_start(context, backbone, reward_roles)
+    optimizer = _add_roles(context, backbone, scorer, codec, (texts, ids), start_from)
+    sampler = context.sampler(backbone, POLICY, config.rollout, ids)
+    judge = JudgeEvaluation(context, backbone, codec, POLICY) if config.eval_every is not None else None
+    first_step, beta = _resume(context, backbone, optimizer)
     writer = context.metrics(first_step)
     truncate_jsonl(context.files.samples, first_step)
 
     with progress("ppo", config.steps - first_step, "steps") as advance, stop_requests() as stop:
         for step in range(first_step, config.steps):
-            start = time.monotonic()
-            # 1. responses from the policy as it is
-            batch = prompts.batch(step)
-            rollout = rollout_engine.generate(batch.ids, derive_seed(context.recipe.seed, "rollout", step))
-            _refuse_other_version(rollout, step)
-            sampled = time.monotonic()
-            # 2.-4. anchor log-probs, values, scores; rewards shaped with the KL; GAE
-            experience, metrics = collect_experience(backbone, scorer, codec, batch.prompts, rollout, beta, config)
-            _refuse_high_kl(metrics["kl"], config, step + 1)
-            scored = time.monotonic()
-            # Only weights that have been sampled from and scored are kept: a run that fails goes on from sound ones.
-            if step > first_step and step % config.checkpoint_every == 0:
-                _save(context, backbone, optimizer, step, beta, metrics)
-            saved = time.monotonic()
-            # 5. epochs of minibatches with the clipped losses
-            # Where collect knows the mismatch of sampler and trainer, update has seen the trainer's log-probs alone.
-            metrics = update(backbone, optimizer, experience, beta, config, context.recipe.seed, step) | metrics
-            # 6. the sampler gets the new adapter; metrics; the last checkpoint
-            rollout_engine.sync(step + 1)
-            seconds = {"rollout": sampled - start, "score": scored - sampled, "update": time.monotonic() - saved}
-            metrics |= _timing(seconds, rollout.tokens(), config.epochs)
-            metrics |= judge(step + 1)
-            episodes = (step + 1) * len(rollout.responses)
-            writer.write(step + 1, {"episodes": episodes, "beta": beta, **metrics})
-            say(_line(step + 1, config.steps, metrics))
-            _write_samples(context, config, step + 1, batch.prompts, rollout, experience, codec)
-            if config.kl.controller == "adaptive":
+            with at_step(step + 1):
+                start = time.monotonic()
+                # 1. the sampler gets the policy as it is; responses
+                sampler.sync(step)
+                batch = prompts.batch(step)
+                rollout = sampler.generate(batch.ids, derive_seed(seed, "rollout", step))
+                _refuse_other_version(rollout, step)
+                sampled = time.monotonic()
+                # 2. to 4. anchor log-probs, values, scores; rewards shaped with the KL; advantages and returns
+                experience, metrics = collect_experience(backbone, scorer, codec, batch.prompts, rollout, beta, config)
+                _refuse_high_kl(metrics["kl"], config)
+                scored = time.monotonic()
+                # Only weights whose rollout was scored are kept: a run that fails goes on from sound ones.
+                if step > first_step and step % config.checkpoint_every == 0:
+                    _save(context, backbone, optimizer, step, beta, metrics)
+                saved = time.monotonic()
+                # 5. epochs of minibatches with the clipped losses
+                # Where step 2 knows the mismatch of sampler and trainer, step 5 compares the trainer with itself.
+                metrics = update(backbone, optimizer, experience, beta, config, seed, step) | metrics
+                # 6. metrics, samples, the next β, the last checkpoint
+                seconds = {"rollout": sampled - start, "score": scored - sampled, "update": time.monotonic() - saved}
+                metrics |= _timing(seconds, rollout.tokens(), config.epochs)
+                if judge is not None and judge.is_due(step + 1):
+                    metrics |= judge(step + 1)
+                episodes = (step + 1) * len(rollout.responses)
+                writer.write(step + 1, {"episodes": episodes, "beta": beta, **metrics})
+                say(_line(step + 1, config.steps, metrics))
+                _write_samples(context, step + 1, batch.prompts, rollout, experience, codec)
                 beta = _next_beta(beta, metrics["kl"], len(rollout.responses), config.kl)
-            if (stopped := stop.received()) or step + 1 == config.steps:
-                _save(context, backbone, optimizer, step + 1, beta, metrics)
-            if stopped:
-                raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
-            advance(1)
+                if (stopped := stop.received()) or step + 1 == config.steps:
+                    _save(context, backbone, optimizer, step + 1, beta, metrics)
+                if stopped:
+                    raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
+                advance(1)
     writer.close()
 
     save_role(backbone, POLICY, context.files.role(POLICY).folder)
@@ -105,11 +107,20 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _add_roles(
-    context: StageContext, backbone: Backbone, config: PPOConfig, adapter: AdapterConfig, anchor: AnchorRollouts
+    context: StageContext[PPOConfig],
+    backbone: Backbone,
+    scorer: Scorer,
+    codec: TextCodec,
+    prompts: tuple[list[Prompt], list[list[int]]],
+    start_from: str | None,
 ) -> RoleOptimizer:
-    """The policy, fresh; the critic from the reward role where there is one; the optimizer that trains both."""
+    """The policy, fresh; the critic from the role `start_from`, or fresh; the optimizer that trains both."""
+    config = context.config
+    # Dropout would make the ratio of new to old policy differ from 1 before the first update.
+    adapter = context.recipe.adapter_for("ppo").model_copy(update={"dropout": 0.0})
+    anchor = AnchorRollouts(context, backbone, scorer, codec, prompts, adapter, start_from)
     add_role(context, backbone, POLICY, adapter, anchor.policy_statistics())
-    add_critic(context, backbone, VALUE, adapter, anchor.value_statistics())
+    add_critic(context, backbone, VALUE, adapter, anchor.value_statistics(), start_from)
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup(role, backbone.role_parameters(role), rate) for role, rate in rates.items()]
     total_steps = config.steps * config.epochs * config.minibatches
@@ -118,21 +129,24 @@ def _add_roles(
 
 def _refuse_other_version(rollout: Rollout, step: int) -> None:
     if rollout.version != step:
-        raise TrainingError(f"version {rollout.version} of the policy was sampled from, the trainer is at {step}")
+        raise TrainingError(
+            f"version {rollout.version} of the policy was sampled from, the trainer is at {step}", kind="mismatch"
+        )
 
 
-def _refuse_high_kl(kl: float, config: PPOConfig, step: int) -> None:
+def _refuse_high_kl(kl: float, config: PPOConfig) -> None:
     if config.kl.limit is not None and kl > config.kl.limit:
         raise TrainingError(
-            f"the KL to the anchor is {kl:.3g} nats per response at step {step}, over ppo.kl.limit {config.kl.limit};"
-            " raise ppo.kl.beta or lower ppo.learning_rate, and go on with --resume --may-change and the key's name",
+            f"the KL to the anchor is {kl:.3g} nats per response, over ppo.kl.limit {config.kl.limit}",
             kind="kl_limit",
             key="ppo.kl.limit",
-            step=step,
+            fix="raise ppo.kl.beta or lower ppo.learning_rate, and go on with --resume --may-change and the key's name",
         )
 
 
 def _next_beta(beta: float, kl: float, episodes: int, config: KLConfig) -> float:
+    if config.controller == "fixed":
+        return beta
     highest = 1.0 if config.form == "convex" else math.inf
     return adapt_beta(beta, kl, config.target, config.horizon, episodes, highest=highest)
 
@@ -153,8 +167,7 @@ def _line(step: int, total: int, f: dict[str, float]) -> str:
 
 
 def _write_samples(
-    context: StageContext,
-    config: PPOConfig,
+    context: StageContext[PPOConfig],
     step: int,
     prompts: list[Prompt],
     rollout: Rollout,
@@ -162,7 +175,7 @@ def _write_samples(
     codec: TextCodec,
 ) -> None:
     """A few responses with their scores, so that a person can see what the reward is doing to the text."""
-    if step != 1 and step % config.samples_every:
+    if step != 1 and step % context.config.samples_every:
         return
     kl_B = ((experience.old_logprobs_BR - experience.anchor_logprobs_BR) * experience.mask_BR).sum(dim=1)
     for i in range(min(4, len(prompts))):
@@ -171,40 +184,37 @@ def _write_samples(
         append_jsonl(context.files.samples, row | {"score": round(score, 4), "kl": round(kl, 4)})
 
 
-def _resume(
-    context: StageContext, backbone: Backbone, optimizer: RoleOptimizer, config: PPOConfig
-) -> tuple[int, float]:
+def _resume(context: StageContext[PPOConfig], backbone: Backbone, optimizer: RoleOptimizer) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: the next step and β, which is the recipe's where it is fixed."""
-    beta, adapts = config.kl.beta, config.kl.controller == "adaptive"
+    kl = context.config.kl
     loaded = load_checkpoint(context.folder)
     if loaded is None:
-        return 0, beta
+        return 0, kl.beta
     step, tensors, state = loaded
     for role in (POLICY, VALUE):
         backbone.set_role_state(role, without_prefix(f"{role}/", tensors))
-    optimizer.load_state(without_prefix("engine/", tensors))
+    optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
     say(f"ppo: continuing after step {step}")
-    return step, state["beta"] if adapts else beta
+    return step, state["beta"] if kl.controller == "adaptive" else kl.beta
 
 
 def _save(
-    context: StageContext,
+    context: StageContext[PPOConfig],
     backbone: Backbone,
     optimizer: RoleOptimizer,
     step: int,
     beta: float,
     metrics: dict[str, float],
 ) -> None:
-    """`metrics` are of the newest rollout: sampled from these weights, or before the update that they end with."""
-    config = context.recipe.ppo
-    assert config is not None
+    """`metrics` are those of the newest rollout: sampled from these weights, or before the update that made them."""
+    config = context.config
     score = metrics["reward"] - config.kl.beta * metrics["kl"]
     tensors, specs = roles_in(backbone, POLICY, VALUE)
-    tensors |= with_prefix("engine/", optimizer.state(copy=False))
+    tensors |= with_prefix(CHECKPOINT_PREFIX, optimizer.state(copy=False))
     save_checkpoint(context.folder, step, tensors, {"beta": beta} | specs, keep=config.keep_checkpoints, score=score)
 
 
-def _summary(context: StageContext, backbone: Backbone) -> dict[str, Any]:
+def _summary(context: StageContext[PPOConfig], backbone: Backbone) -> dict[str, Any]:
     lines = read_jsonl(context.files.metrics)
     seconds = sum(line[f"seconds_{phase}"] for line in lines for phase in ("rollout", "score", "update"))
     return {

@@ -11,6 +11,7 @@ from pe_rlhf.algo.kl import kl_estimate
 from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.micro_batches import own_micro_batches, sequence_costs
 from pe_rlhf.optim.role_optimizer import RoleOptimizer
 from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.system.distributed import concat_over_ranks, sum_metrics
@@ -32,11 +33,11 @@ def update(
     """Train policy and value on one rollout. Returns the means of losses and statistics over all minibatches."""
     means: dict[str, list[float]] = defaultdict(list)
     metrics: dict[str, float] = {}
-    lengths_B = backbone.budget_lengths(experience.sequences)
+    costs_B = sequence_costs(experience.sequences, packed=backbone.packs)
     for epoch in range(config.epochs):
         order = torch.tensor(permutation(len(experience.sequences), seed, "minibatches", step, epoch))
         for rows in order.tensor_split(config.minibatches):
-            sums, log_ratio_N = _accumulate(backbone, optimizer, experience, rows, lengths_B[rows], beta, config)
+            sums, log_ratio_N = _accumulate(backbone, optimizer, experience, rows, costs_B[rows], beta, config)
             if not means:
                 # No step was taken yet: what differs from π_old now is the sampler against the trainer.
                 metrics = mismatch_metrics(log_ratio_N, config.rollout, backbone.precision)
@@ -55,7 +56,7 @@ def _accumulate(
     optimizer: RoleOptimizer,
     experience: Experience,
     rows: Tensor,
-    lengths_B: Tensor,
+    costs_B: Tensor,
     beta: float,
     config: PPOConfig,
 ) -> tuple[dict[str, float], Tensor]:
@@ -66,7 +67,7 @@ def _accumulate(
     tokens = int(experience.mask_BR[rows].sum())
     totals: dict[str, float] = dict.fromkeys(TOTALS, 0.0)
     log_ratios: list[Tensor] = [torch.zeros(0)]
-    for index, counts in backbone.own_micro_batches(lengths_B, config.micro_batch_tokens):
+    for index, counts in own_micro_batches(costs_B, config.micro_batch_tokens, padded=not backbone.packs):
         part, share = rows[index], float(counts)
         sequences, mask_BR = experience.sequences.take(part), experience.mask_BR[part]
 

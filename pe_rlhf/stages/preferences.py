@@ -10,6 +10,8 @@ import math
 import time
 from typing import Any
 
+from pe_rlhf.config import PreferencesConfig
+from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.scoring.model_judges import ask_judge, make_judge
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
@@ -23,10 +25,9 @@ from reward.errors import InputError
 from reward.summary import Outcome
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
     """Write `preferences.jsonl` in TRL's explicit-prompt format. Raises `InputError` where every pair is a tie."""
-    config = context.recipe.preferences
-    assert config is not None
+    config = context.config
     start = time.monotonic()
     judge = make_judge(config.judge) if is_main() else None
     backbone = context.backbone()
@@ -37,9 +38,9 @@ def run(context: StageContext) -> dict[str, Any]:
     # 1. two responses for each prompt, from the anchor
     seed = derive_seed(context.recipe.seed, "preferences")
     with progress("preferences: sampling", 2 * len(prompts), "responses") as advance:
-        engine = context.rollout(backbone, "anchor", config.sampling, prompt_ids, advance)
-        engine.sync(0)
-        rollout = engine.generate(prompt_ids * 2, seed)
+        sampler = context.sampler(backbone, ANCHOR, config.sampling, prompt_ids, advance)
+        sampler.sync(0)
+        rollout = sampler.generate(prompt_ids * 2, seed)
     texts = [codec.decode(ids) for ids in rollout.responses]
     first, second = texts[: len(prompts)], texts[len(prompts) :]
 

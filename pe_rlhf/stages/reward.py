@@ -8,27 +8,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pe_rlhf.config import DataSource, RewardConfig
-from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs, encode_pairs
 from pe_rlhf.data.rows import hold_out, load_preferences, note_bad_rows
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.micro_batches import own_micro_batches
+from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.model.tensors import with_prefix, without_prefix
-from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
+from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.layout import RunFiles, StageFiles
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import reward_statistics
-from pe_rlhf.system.distributed import on_main, rank, sum_metrics, sum_over_ranks
+from pe_rlhf.system.distributed import on_main, rank, sum_metrics
 from pe_rlhf.system.failures import Stopped, TrainingError
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
@@ -44,14 +45,12 @@ from reward.records import PreferenceRecord
 ROLE = "reward"
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
     """Train, evaluate, centre the scores, and write the adapter."""
-    config = context.recipe.reward
-    assert config is not None
+    config = context.config
     start = time.monotonic()
     backbone = context.backbone()
-    limit = min(config.max_length, backbone.max_positions or config.max_length)
-    train, held_out = load_pairs(context, config, context.codec(backbone), limit)
+    train, held_out = load_pairs(context, config, backbone)
     adapter = context.recipe.adapter_for("reward")
     statistics = reward_statistics(backbone, train, adapter, config, context.recipe.seed)
     add_role(context, backbone, ROLE, adapter, statistics)
@@ -60,7 +59,9 @@ def run(context: StageContext) -> dict[str, Any]:
     group = RoleGroup(ROLE, backbone.role_parameters(ROLE), config.learning_rate)
     optimizer = RoleOptimizer([group], config.optimizer, total_steps, context.deepspeed)
     first_step, seconds_before = _resume(context, backbone, optimizer)
-    train, held_out = _with_trunks(backbone, config, train, held_out)
+    everything = train.responses() + held_out.responses()
+    with progress("reward: frozen blocks", len(everything), "responses") as advance:
+        backbone.compute_once(everything, config.micro_batch_tokens, advance)
     writer = context.metrics(first_step)
     truncate_jsonl(context.files.reliability, first_step)
     result: RewardEvaluation | None = None
@@ -117,21 +118,34 @@ def accumulate(
 ) -> dict[str, float]:
     """Gradients of the pairs of those rows; how they are cut into micro-batches changes rounding only."""
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-    backbone.train()
-    for scored in _scored(backbone, pairs, rows, config):
-        part = pairwise_loss(
-            scored.chosen_B,
-            scored.rejected_B,
-            margin_B=scored.margin_B,
-            label_smoothing=config.label_smoothing,
-            centering=config.centering,
-        )
-        optimizer.backward(scored.counts * part.loss_B.sum() / len(rows))
-        share = scored.counts * len(scored.index) / len(rows)
-        for name in sums:
-            sums[name] += share * getattr(part, name).item()
-    backbone.eval()
+    batch = pairs.subset(rows)
+    costs_B = batch.costs(packed=backbone.packs)
+    with dropout(backbone):
+        for index, counts in own_micro_batches(costs_B, config.micro_batch_tokens, padded=not backbone.packs):
+            with backbone.role(ROLE):
+                chosen_B, rejected_B = backbone.response_scores(batch.take(index)).chunk(2)
+            part = pairwise_loss(
+                chosen_B,
+                rejected_B,
+                margin_B=batch.margins(index).to(chosen_B.device),
+                label_smoothing=config.label_smoothing,
+                centering=config.centering,
+            )
+            optimizer.backward(float(counts) * part.loss_B.sum() / len(rows))
+            share = float(counts) * len(index) / len(rows)
+            for name in sums:
+                sums[name] += share * getattr(part, name).item()
     return sum_metrics(sums)
+
+
+@contextmanager
+def dropout(backbone: Backbone) -> Iterator[None]:
+    """Dropout of the adapters is on within the block, and off after it, also after an exception."""
+    backbone.train()
+    try:
+        yield
+    finally:
+        backbone.eval()
 
 
 @dataclass(frozen=True)
@@ -154,69 +168,33 @@ class RewardEvaluation:
         }
 
 
-@torch.no_grad()
 def evaluate_pairs(
-    backbone: Backbone, pairs: Pairs, config: RewardConfig, on_progress: Callable[[int], None] | None = None
+    backbone: Backbone, pairs: Pairs, config: RewardConfig, advance: Callable[[int], None] = lambda _: None
 ) -> RewardEvaluation:
-    """Score all pairs; the plain loss, without margin, smoothing or centering. `on_progress` is told of pairs scored.
+    """Score all pairs; the plain loss, without margin, smoothing or centering. `advance` is told of pairs scored.
 
     Raises `TrainingError` where it is not finite: an accuracy of such scores would look like one.
     """
-    scores_2B = torch.zeros(2, len(pairs))
-    for part in _scored(backbone, pairs, list(range(len(pairs))), config):
-        if part.counts:
-            scores_2B[:, part.index] = torch.stack([part.chosen_B, part.rejected_B]).float().cpu()
-        if on_progress is not None:
-            on_progress(len(part.index))
-    chosen_B, rejected_B = sum_over_ranks(scores_2B)  # each rank has filled in its own pairs
+
+    def compute(part: Sequences) -> Tensor:
+        return backbone.response_scores(part).view(2, -1).T
+
+    costs_B, budget = pairs.costs(packed=backbone.packs), config.micro_batch_tokens
+    scores_B2 = for_each_row(backbone, ROLE, pairs, budget, compute, costs_B=costs_B, advance=advance)
+    chosen_B, rejected_B = scores_B2.T.contiguous()
     result = pairwise_loss(chosen_B, rejected_B)
     if not result.loss.isfinite():
         raise TrainingError(
-            f"the loss over {len(pairs)} pairs is {result.loss.item()}; lower reward.learning_rate", kind="not_finite"
+            f"the loss over {len(pairs)} pairs is {result.loss.item()}",
+            kind="not_finite",
+            key="reward.learning_rate",
+            fix="lower reward.learning_rate",
         )
-    metrics = (result.loss.item(), result.accuracy.item(), result.margin.item())
-    return RewardEvaluation(*metrics, (chosen_B - rejected_B).tolist(), torch.cat([chosen_B, rejected_B]).mean().item())
+    means = (result.loss.item(), result.accuracy.item(), result.margin.item())
+    return RewardEvaluation(*means, (chosen_B - rejected_B).tolist(), torch.cat([chosen_B, rejected_B]).mean().item())
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A micro-batch of this rank: where its pairs stand among the rows, their scores and wanted margins, and whether
-    it counts (1 or 0; see `own_micro_batches`)."""
-
-    index: Tensor
-    chosen_B: Tensor
-    rejected_B: Tensor
-    margin_B: Tensor
-    counts: float
-
-
-def _scored(backbone: Backbone, pairs: Pairs, rows: list[int], config: RewardConfig) -> Iterator[Scored]:
-    """This rank's micro-batches of those rows."""
-    lengths_B = pairs.budget_lengths(rows, backbone.packs)
-    for index, counts in backbone.own_micro_batches(lengths_B, config.micro_batch_tokens):
-        part = [rows[i] for i in index.tolist()]
-        with backbone.role(ROLE):
-            scores_B = backbone.response_scores(pairs.pack(part, backbone.pad_token_id))
-        chosen_B, rejected_B = scores_B.chunk(2)
-        margin_B = torch.tensor([pairs.margins[i] for i in part], device=scores_B.device)
-        yield Scored(index, chosen_B, rejected_B, margin_B, float(counts))
-
-
-def _with_trunks(backbone: Backbone, config: RewardConfig, *sets: Pairs) -> list[Pairs]:
-    """Compute what lies below the first adapter once for all epochs and evaluations, where there is room to keep it."""
-    if not backbone.keeps_trunk(sum(pairs.tokens() for pairs in sets)):
-        return list(sets)
-    rows = [row for pairs in sets for row in pairs.chosen + pairs.rejected]
-    packed = Sequences.pack([p for p, _ in rows], [r for _, r in rows], backbone.pad_token_id)
-    with progress("reward: frozen blocks", len(rows), "responses") as advance:
-        trunks = iter(backbone.trunk_rows(packed, config.micro_batch_tokens, advance))
-    return [
-        replace(p, chosen_trunks=list(islice(trunks, len(p))), rejected_trunks=list(islice(trunks, len(p))))
-        for p in sets
-    ]
-
-
-def load_pairs(context: StageContext, config: RewardConfig, codec: TextCodec, limit: int) -> tuple[Pairs, Pairs]:
+def load_pairs(context: StageContext[Any], config: RewardConfig, backbone: Backbone) -> tuple[Pairs, Pairs]:
     """Training and held-out pairs, tokenised. Raises `InputError` where one of them is left without pairs."""
     source = config.data or DataSource(path=str(RunFiles(context.run_dir).stage("preferences").preferences))
     records = _records(context.files, source, "reward.data", config)
@@ -226,8 +204,16 @@ def load_pairs(context: StageContext, config: RewardConfig, codec: TextCodec, li
         share, seed = config.eval_share, context.recipe.seed
         train, held_out = hold_out(records, lambda record: repr(record.prompt), share, seed, "reward held out")
     if not train or not held_out:
-        raise InputError(f"reward.data: {len(records)} pairs are too few to hold out a share of {config.eval_share}")
-    return encode_pairs(train, codec, limit), encode_pairs(held_out, codec, limit)
+        raise InputError(
+            f"reward.data: {len(records)} pairs are too few to hold out a share of {config.eval_share}",
+            kind="empty",
+            key="reward.data",
+            file=source.path,
+            fix="give it more pairs, or name held-out ones in reward.eval_data",
+        )
+    codec, pad = context.codec(backbone), backbone.pad_token_id
+    limit = min(config.max_length, backbone.longest_sequence)
+    return encode_pairs(train, codec, limit, pad), encode_pairs(held_out, codec, limit, pad)
 
 
 def _records(files: StageFiles, source: DataSource, key: str, config: RewardConfig) -> list[PreferenceRecord]:
@@ -236,31 +222,30 @@ def _records(files: StageFiles, source: DataSource, key: str, config: RewardConf
     return records
 
 
-def _resume(context: StageContext, backbone: Backbone, optimizer: RoleOptimizer) -> tuple[int, float]:
+def _resume(context: StageContext[RewardConfig], backbone: Backbone, optimizer: RoleOptimizer) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: the next step, and the seconds spent so far."""
     loaded = load_checkpoint(context.folder)
     if loaded is None:
         return 0, 0.0
     step, tensors, state = loaded
     backbone.set_role_state(ROLE, without_prefix(f"{ROLE}/", tensors))
-    optimizer.load_state(without_prefix("engine/", tensors))
+    optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
     say(f"reward: continuing after step {step}")
     return step, state["seconds"]
 
 
 def _save(
-    context: StageContext,
+    context: StageContext[RewardConfig],
     backbone: Backbone,
     optimizer: RoleOptimizer,
     step: int,
     seconds: float,
     held_out_loss: float | None,
 ) -> None:
-    config = context.recipe.reward
-    assert config is not None
+    config = context.config
     score = None if held_out_loss is None else -held_out_loss
     tensors, specs = roles_in(backbone, ROLE)
-    tensors |= with_prefix("engine/", optimizer.state(copy=False))
+    tensors |= with_prefix(CHECKPOINT_PREFIX, optimizer.state(copy=False))
     state = {"seconds": seconds} | specs
     save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
 
@@ -281,7 +266,7 @@ def _summary(held_out: RewardEvaluation, train_pairs: int) -> dict[str, Any]:
     }
 
 
-def _seconds_per_step(context: StageContext) -> float:
+def _seconds_per_step(context: StageContext[RewardConfig]) -> float:
     lines = read_jsonl(context.files.metrics)
     return round(sum(line["seconds_step"] for line in lines) / len(lines), 3)
 

@@ -42,10 +42,9 @@ NO_LOSS = -100
 PEFT_PREFIX = "base_model.model."
 
 
-def run(context: StageContext) -> dict[str, Any]:
+def run(context: StageContext[SFTConfig]) -> dict[str, Any]:
     """Train, and write the adapter and the merged checkpoint."""
-    config = context.recipe.sft
-    assert config is not None
+    config = context.config
     start = time.monotonic()
     factors, figures, seconds_before = _train(context, config, start)
     gc.collect()  # the trainer and its model, which hold each other
@@ -63,7 +62,9 @@ def run(context: StageContext) -> dict[str, Any]:
     return summary
 
 
-def _train(context: StageContext, config: SFTConfig, start: float) -> tuple[dict[str, Tensor], dict[str, Any], float]:
+def _train(
+    context: StageContext[SFTConfig], config: SFTConfig, start: float
+) -> tuple[dict[str, Tensor], dict[str, Any], float]:
     """The trained A and B by PEFT's names; figures for the summary; seconds spent before this process."""
     from pe_rlhf.stages.sft_trainer import StepCallback, make_trainer, newest_checkpoint, one_process
 
@@ -132,7 +133,7 @@ class _Steps:
         return bool(self.stopped)
 
 
-def _write_model(context: StageContext, factors: dict[str, Tensor]) -> None:
+def _write_model(context: StageContext[SFTConfig], factors: dict[str, Tensor]) -> None:
     """Write `adapter/`, and `model/`, the base with the adapter merged into it; each is whole or not there."""
     recipe, adapter = context.recipe, context.recipe.adapter_for("sft")
     backbone = load_base(recipe, recipe.model, "cpu")
@@ -144,7 +145,9 @@ def _write_model(context: StageContext, factors: dict[str, Tensor]) -> None:
         write_merged(backbone, ROLE, recipe.backbone, scratch, context.codec(backbone).template)
 
 
-def load_rows(context: StageContext, config: SFTConfig, codec: TextCodec, limit: int) -> tuple[Dataset, Dataset]:
+def load_rows(
+    context: StageContext[SFTConfig], config: SFTConfig, codec: TextCodec, limit: int
+) -> tuple[Dataset, Dataset]:
     """Tokenised rows to train on and held-out ones. Raises `InputError` where one of them is left without rows."""
     examples = _examples(context.files, config.data, "sft.data", config)
     if config.eval_data is not None:

@@ -13,7 +13,16 @@ from typing import Any
 from pe_rlhf.system.files import write_json
 from reward.errors import Failure, InputError, JudgeError
 
-__all__ = ["ElsewhereError", "Failure", "InputError", "JudgeError", "Stopped", "TrainingError", "failure_noted"]
+__all__ = [
+    "ElsewhereError",
+    "Failure",
+    "InputError",
+    "JudgeError",
+    "Stopped",
+    "TrainingError",
+    "at_step",
+    "failure_noted",
+]
 
 IN_USE = 75  # exit code of a command whose folder another process has
 
@@ -44,6 +53,16 @@ def failure_fields(error: BaseException) -> dict[str, Any]:
         where = {} if error.filename is None else {"file": str(error.filename)}
         return {"message": str(error), "kind": "disk", **where, "exit_code": TrainingError.exit_code}
     return {"message": f"{type(error).__name__}: {error}", "kind": "bug", "exit_code": 1}
+
+
+@contextmanager
+def at_step(step: int) -> Iterator[None]:
+    """Give the failures of a training step its number, where they do not name one."""
+    try:
+        yield
+    except Failure as error:
+        error.step = step if error.step is None else error.step
+        raise
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from pe_rlhf.config import DataSource, PPOConfig, RewardConfig, RolloutConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs, encode_pairs
 from pe_rlhf.data.rows import load_prompts, load_rows
-from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.backbone import Backbone, FastPath, load_backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.scorers import AdapterScorer
@@ -77,7 +77,8 @@ def reward_steps(
     records, _ = load_records(load_rows(DataSource(path=str(data)), "--data"), str(data))
     add(backbone, "reward")
     optimizer = RoleOptimizer([RoleGroup("reward", backbone.role_parameters("reward"), 1e-4)], config.optimizer, steps)
-    pairs = _short(encode_pairs(records, TextCodec(backbone.tokenizer, "none"), limit=10**6))
+    codec = TextCodec(backbone.tokenizer, "none")
+    pairs = _short(encode_pairs(records, codec, limit=10**6, pad_id=backbone.pad_token_id))
     seconds, tokens = [], []
     for step in range(steps):
         rows = list(range(step * PAIRS, (step + 1) * PAIRS))
@@ -85,19 +86,13 @@ def reward_steps(
         accumulate(backbone, optimizer, pairs, rows, config)
         optimizer.step()
         seconds.append(time.perf_counter() - start)
-        tokens.append(sum(len(p) + len(r) for row in rows for p, r in (pairs.chosen[row], pairs.rejected[row])))
+        tokens.append(int(pairs.subset(rows).responses().lengths_B.sum()))
     return seconds, tokens
 
 
 def _short(pairs: Pairs) -> Pairs:
-    kept = [
-        row
-        for row, both in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
-        if all(len(prompt) + len(response) <= MAX_TOKENS for prompt, response in both)
-    ]
-    return Pairs(
-        [pairs.chosen[row] for row in kept], [pairs.rejected[row] for row in kept], [pairs.margins[row] for row in kept]
-    )
+    lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs.pairs]
+    return pairs.subset([row for row, length in enumerate(lengths) if length <= MAX_TOKENS])
 
 
 def main() -> None:
@@ -121,8 +116,7 @@ def main() -> None:
         else:
             backbone.add_adapter(role, rank=16, alpha=32, last_layers=args.last_layers)
 
-    backbone = load_backbone(args.model)
-    backbone.trunk_cache_mib = 1024
+    backbone = load_backbone(args.model, fast=FastPath(trunk_cache_mib=1024))
     seconds, tokens = run(backbone, add, args.data, args.steps, args.micro_batch_tokens)
     args.output.write_text(json.dumps({"seconds_per_step": seconds, "tokens_per_step": tokens}) + "\n")
 

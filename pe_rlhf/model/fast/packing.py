@@ -19,8 +19,6 @@ from pe_rlhf.model.fast.varlen import Segments
 from pe_rlhf.types import Sequences
 
 WORTHWHILE = 0.9  # attending to a shared prefix has to leave at most this share of the tokens to compute
-# Each row keeps its prefix's keys and values, an eighth or less of what a computed token keeps for the backward pass.
-KEPT_TOKENS_PER_TOKEN = 8
 NEVER = 2**40  # a column that no token comes up to
 
 
@@ -205,11 +203,6 @@ def common_length(sequences: Sequences) -> int:
         return 0
     same_T = (sequences.ids_BT == sequences.ids_BT[:1]).all(dim=0)
     return min(int(same_T.cumprod(0).sum()), int(sequences.prompt_lengths_B.min()) - 1)
-
-
-def kept_tokens(prefix_length: int) -> int:
-    """As how many tokens of a budget a row's copy of its prefix's keys and values counts."""
-    return -(-prefix_length // KEPT_TOKENS_PER_TOKEN)
 
 
 def _computed(tokens: int, prefix_B: Tensor, lengths_U: Tensor) -> int:

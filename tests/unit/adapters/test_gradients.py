@@ -13,7 +13,7 @@ from torch import Tensor
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.layer_statistics import LayerStatistics
 from pe_rlhf.model.backbone import Backbone, load_backbone
-from tests.tiny import add_role, ragged_sequences, rows_of, statistics_for, tiny_model
+from tests.tiny import add_role, ragged_sequences, rows_of, set_fast, statistics_for, tiny_model
 from tests.unit.adapters.first_steps import assert_none_is_closer_than_lora_ga
 
 
@@ -67,7 +67,7 @@ def test_gradients_equal_those_of_the_plain_model(family: str) -> None:
 
 def in_parts(backbone: Backbone) -> ProbedStatistics:
     """The same loss in three forward passes, of padded rows."""
-    backbone.packing = False
+    set_fast(backbone, packing=False)
     (whole,) = statistics_for(backbone).probes("gradient")
     sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 0, 1, 2]))
     sequences.ids_BT[3:, 0] += 1

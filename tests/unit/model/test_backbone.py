@@ -38,6 +38,7 @@ from tests.tiny import (
     randomise_head,
     role_logits,
     rows_of,
+    set_fast,
     tiny_model,
 )
 
@@ -163,7 +164,7 @@ def test_dropout_of_the_base_is_off_in_either_mode(
     assert not torch.allclose(with_dropout.train()(IDS_BT).logits, expected)  # the premise
     backbone = load_backbone(saved_model(with_dropout) if from_directory else with_dropout)
     backbone.add_adapter("value", init="pissa", rank=3)
-    backbone.enable_gradient_checkpointing()
+    set_fast(backbone, gradient_checkpointing=True)
     head = backbone.heads["value"]
     randomise_head(backbone, "value")
     for mode in (True, False):
@@ -268,7 +269,7 @@ def test_checkpointing_gives_the_same_gradients_whichever_role_is_active_then(fa
         perturb(backbone, role)
     backbone.train()
     expected = step_gradients(backbone)
-    backbone.enable_gradient_checkpointing()
+    set_fast(backbone, gradient_checkpointing=True)
     calls: list[int] = []
     layer = next(module for module in backbone.model.modules() if isinstance(module, WrappedLayer))
     layer.register_forward_hook(lambda *_: calls.append(1))
@@ -284,7 +285,7 @@ def test_checkpointing_leaves_scoring_and_generation_alone(family: str) -> None:
     perturb(backbone, "policy")
     expected = role_logits(backbone, "policy")
     backbone.train()
-    backbone.enable_gradient_checkpointing()
+    set_fast(backbone, gradient_checkpointing=True)
     assert torch.equal(role_logits(backbone, "policy"), expected)
     with backbone.role("policy"):  # a step of training, as before every rollout but the first
         backbone.response_logprobs(ragged_sequences())[0].sum().backward()

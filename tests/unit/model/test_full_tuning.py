@@ -22,7 +22,17 @@ from pe_rlhf.runs.saved_roles import load_role, save_role
 from pe_rlhf.system.failures import TrainingError
 from reward.errors import InputError
 from tests.runs import read_jsonl, recipe, without_time, write_recipe
-from tests.tiny import FAMILIES, IDS_BT, add_role, perturb, ragged_sequences, randomise_head, role_logits, tiny_model
+from tests.tiny import (
+    FAMILIES,
+    IDS_BT,
+    add_role,
+    perturb,
+    ragged_sequences,
+    randomise_head,
+    role_logits,
+    set_fast,
+    tiny_model,
+)
 
 
 def full_backbone(*roles: str, family: str = "llama", **changes: Any) -> Backbone:
@@ -151,7 +161,7 @@ def test_recomputing_blocks_changes_no_gradient() -> None:
         backbone = full_backbone("policy", "value")
         randomise_head(backbone, "value")
         if recompute:
-            backbone.enable_gradient_checkpointing()
+            set_fast(backbone, gradient_checkpointing=True)
         for role in ("policy", "value"):
             with backbone.role(role):
                 backbone(IDS_BT) if role == "policy" else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DogeConfig, DogeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from pe_rlhf.model.backbone import Backbone, load_backbone
-from pe_rlhf.model.micro_batches import micro_batches
+from pe_rlhf.model.backbone import Backbone, FastPath, load_backbone
+from pe_rlhf.model.micro_batches import micro_batches, pair_cost, sequence_costs
 from pe_rlhf.types import Sequences
 from tests.pairwise import every_pair
 from tests.runs import read_jsonl
@@ -32,6 +31,7 @@ from tests.tiny import (
     perturb,
     ragged_sequences,
     rows_of,
+    set_fast,
     tiny_model,
     turning_by_length,
     with_system_prompt,
@@ -53,9 +53,12 @@ BATCHES: dict[str, tuple[Callable[[], Sequences], int]] = {  # and how many toke
 }
 
 
+FIRST_ATTENTION = {"llama": "layers.0.self_attn", "gpt2": "h.0.attn"}
+
+
 def trained(name: str, last_layers: int | None = None) -> Backbone:
     model = mistral() if name == "mistral" else tiny_model(name)
-    return add_trained_roles(load_backbone(model), last_layers)
+    return add_trained_roles(load_backbone(model, fast=FastPath(trunk_cache_mib=1)), last_layers)
 
 
 @contextmanager
@@ -111,7 +114,7 @@ def test_numbers_and_gradients_are_those_of_padded_rows(name: str, role: str, ba
         found, found_gradients = outputs(backbone, role, sequences)
     assert tokens == [computed] * 2  # `outputs` makes two passes
     torch.testing.assert_close(found, alone(backbone, role, sequences), atol=1e-5, rtol=1e-5)
-    backbone.packing = False
+    set_fast(backbone, packing=False)
     with counted(backbone) as tokens:
         _, gradients = outputs(backbone, role, sequences)
     assert tokens == [sequences.ids_BT.numel()] * 2
@@ -123,7 +126,7 @@ def test_numbers_and_gradients_are_those_of_padded_rows(name: str, role: str, ba
 def test_blocks_can_be_recomputed(role: str, batch: str) -> None:
     backbone, sequences = trained("llama"), BATCHES[batch][0]()
     expected, gradients = outputs(backbone, role, sequences)
-    backbone.enable_gradient_checkpointing()
+    set_fast(backbone, gradient_checkpointing=True)
     with counted_calls(backbone.model.get_decoder().layers[0]) as calls:  # type: ignore[union-attr]
         found, found_gradients = outputs(backbone, role, sequences)
     assert len(calls) == 3  # two passes, and once more in the backward pass
@@ -134,11 +137,12 @@ def test_blocks_can_be_recomputed(role: str, batch: str) -> None:
 @every_pair(name=("llama", "gpt2"), role=ROLES, batch=BATCHES)
 def test_with_a_frozen_trunk_below(name: str, role: str, batch: str) -> None:
     backbone, plain = trained(name, last_layers=1), BATCHES[batch][0]()
-    given_trunk = backbone.with_trunk(plain, micro_batch_tokens=16)
-    assert given_trunk.trunk_BTH is not None
-    found, found_gradients = outputs(backbone, role, given_trunk)
+    backbone.compute_once(plain, token_budget=16)
+    with counted_calls(backbone.model.base_model.get_submodule(FIRST_ATTENTION[name])) as calls:
+        found, found_gradients = outputs(backbone, role, plain)
+    assert calls == []
     torch.testing.assert_close(found, alone(backbone, role, plain), atol=1e-5, rtol=1e-5)
-    backbone.packing = False
+    set_fast(backbone, packing=False)
     _, gradients = outputs(backbone, role, plain)
     assert_same_gradients(found_gradients, gradients)
 
@@ -164,7 +168,7 @@ def test_in_bf16_it_rounds_no_more_than_whole_rows_do() -> None:
     with torch.no_grad():
         expected_N = exact.response_logprobs(sequences)[0]
         shared_N = rounded.response_logprobs(sequences)[0]
-        rounded.packing = False
+        set_fast(rounded, packing=False)
         whole_N = rounded.response_logprobs(sequences)[0]
     assert 0 < (shared_N - expected_N).abs().mean() < 1.3 * (whole_N - expected_N).abs().mean()
 
@@ -174,7 +178,7 @@ def test_full_tuning_shares_them_too() -> None:
     backbone.add_own_weights("policy")
     perturb(backbone, "policy", 0.02)
     found, found_gradients = outputs(backbone, "policy", with_system_prompt())
-    backbone.packing = False
+    set_fast(backbone, packing=False)
     expected, gradients = outputs(backbone, "policy", with_system_prompt())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert_same_gradients(found_gradients, gradients)
@@ -244,7 +248,7 @@ def test_keys_that_are_turned_by_the_length_of_the_longest_row(rope_type: str) -
     rows = Sequences.pack([[*range(2, 14), i] for i in (5, 6, 7)], [[20 + i] * 12 for i in range(3)], pad_id=PAD)
     with torch.no_grad(), backbone.role("policy"):
         found_N, _ = backbone.response_logprobs(rows)
-        backbone.packing = False
+        set_fast(backbone, packing=False)
         expected_N, _ = backbone.response_logprobs(rows)
     torch.testing.assert_close(found_N, expected_N, atol=1e-5, rtol=1e-5)
 
@@ -257,16 +261,21 @@ def test_positions_do_not_run_past_the_models_last() -> None:
     backbone = trained("gpt2")
     with torch.no_grad(), backbone.role("reward"):
         found_B = backbone.response_scores(rows)
-        backbone.packing = False
+        set_fast(backbone, packing=False)
         expected_B = backbone.response_scores(rows)
     torch.testing.assert_close(found_B, expected_B, atol=1e-5, rtol=1e-4)
 
 
 def test_rows_cost_what_they_do_not_share() -> None:
-    backbone, sequences = trained("llama"), with_system_prompt()
-    assert backbone.budget_lengths(sequences).tolist() == [13 - 6 + 1, 14 - 6 + 1, 11 - 6 + 1]
-    backbone.packing = False
-    assert backbone.budget_lengths(sequences).tolist() == [13, 14, 11]
+    sequences = with_system_prompt()
+    assert sequence_costs(sequences, packed=True).tolist() == [13 - 6 + 1, 14 - 6 + 1, 11 - 6 + 1]
+    assert sequence_costs(sequences, packed=False).tolist() == [13, 14, 11]
+
+
+def test_a_pair_costs_its_prompt_once() -> None:
+    """20 tokens of prompt, of which 19 are computed once and kept twice, at an eighth: ⌈19/8⌉ = 3."""
+    assert pair_cost(20, 7, 4, packed=True) == 19 + 2 * 3 + (1 + 7) + (1 + 4)
+    assert pair_cost(20, 7, 4, packed=False) == 2 * 27  # padded, both are as long as the longer one
 
 
 def kept_bytes(backbone: Backbone, sequences: Sequences) -> int:
@@ -290,7 +299,7 @@ def test_a_budget_holds_with_a_long_prefix() -> None:
     backbone.add_adapter("policy", rank=3, alpha=6)
     tokens = torch.randint(2, 60, (60, 16)).tolist()
     rows = Sequences.pack([[5] * 400 + row[:4] for row in tokens], [row[4:] for row in tokens], pad_id=PAD)
-    groups = micro_batches(backbone.budget_lengths(rows), 1000, padded=False)
+    groups = micro_batches(sequence_costs(rows, packed=True), 1000, padded=False)
     assert max(map(len, groups)) > 10
     most = max(kept_bytes(backbone, rows.take(index)) for index in groups)
     without = Sequences.pack([row[:4] for row in tokens], [row[4:] for row in tokens], pad_id=PAD)
@@ -312,15 +321,6 @@ def test_a_reward_stage_learns_the_same(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert seen[0] == pytest.approx(seen[1], rel=1e-3)
     assert losses[0][-1] < 0.8 * losses[0][0]
-
-
-def test_a_given_trunk_of_another_width_is_an_error_not_a_number() -> None:
-    backbone = trained("llama", last_layers=1)
-    given_trunk = backbone.with_trunk(with_system_prompt(), 100)
-    assert given_trunk.trunk_BTH is not None
-    wrong = replace(given_trunk, trunk_BTH=given_trunk.trunk_BTH[..., :-1])
-    with torch.no_grad(), pytest.raises(RuntimeError), backbone.role("policy"):
-        backbone.response_logprobs(wrong)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

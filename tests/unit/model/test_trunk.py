@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
-from pe_rlhf.model.backbone import Backbone, load_backbone
-from pe_rlhf.model.fast.trunk import FrozenTrunk
+from pe_rlhf.model.backbone import Backbone, FastPath, load_backbone
+from pe_rlhf.model.fast.trunk import FrozenTrunk, TrunkCache
 from tests.runs import Tree, read_jsonl
 from tests.stage_support import run
-from tests.tiny import ROLES, add_trained_roles, outputs, ragged_sequences, tiny_model
+from tests.tiny import ROLES, add_trained_roles, outputs, perturb, ragged_sequences, set_fast, tiny_model
 from tests.unit.stages.test_reward import learnable, recipe
 
 
@@ -24,7 +24,9 @@ def trained(family: str = "llama", last_layers: int | None = 1, layers: int = 3)
     changes: Tree = {sizes[family]: layers}
     if family == "gpt_neo":
         changes["attention_types"] = [[["global"], layers]]
-    return add_trained_roles(load_backbone(tiny_model(family, **changes)), last_layers)
+    return add_trained_roles(
+        load_backbone(tiny_model(family, **changes), fast=FastPath(trunk_cache_mib=1)), last_layers
+    )
 
 
 def blocks(backbone: Backbone) -> nn.ModuleList:
@@ -49,13 +51,12 @@ def counted(backbone: Backbone) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_given_or_computed_the_numbers_and_gradients_are_the_same(family: str, role: str) -> None:
-    backbone, plain = trained(family), ragged_sequences()
-    given = backbone.with_trunk(plain, micro_batch_tokens=16)  # less than the batch: rows are put together again
-    assert given.trunk_BTH is not None
-    numbers, gradients = outputs(backbone, role, plain)
+def test_kept_or_computed_the_numbers_and_gradients_are_the_same(family: str, role: str) -> None:
+    backbone, sequences = trained(family), ragged_sequences()
+    numbers, gradients = outputs(backbone, role, sequences)
+    backbone.compute_once(sequences, token_budget=16)  # less than the batch: rows are put together again
     with counted(backbone) as counts:
-        found, found_gradients = outputs(backbone, role, given)
+        found, found_gradients = outputs(backbone, role, sequences)
     assert counts[:2] == [0, 0]
     assert counts[2] > 0
     torch.testing.assert_close(found, numbers, atol=1e-5, rtol=1e-5)
@@ -63,23 +64,44 @@ def test_given_or_computed_the_numbers_and_gradients_are_the_same(family: str, r
         torch.testing.assert_close(found_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_rows_that_are_taken_keep_their_states() -> None:
-    backbone = trained()
-    given = backbone.with_trunk(ragged_sequences(), micro_batch_tokens=1000)
-    index = torch.tensor([2, 0])
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_are_found_in_any_batch_and_order(packing: bool) -> None:
+    backbone, sequences = trained(), ragged_sequences()
+    set_fast(backbone, packing=packing)
     with torch.no_grad(), backbone.role("policy"):
-        both = backbone.response_logprobs(given.take(index))[0]
-        alone = [backbone.response_logprobs(given.take(index[i : i + 1]))[0] for i in range(2)]
-    torch.testing.assert_close(both, torch.cat(alone), atol=1e-5, rtol=1e-5)
+        expected = [backbone.response_logprobs(sequences.take(torch.tensor([i])))[0] for i in (2, 0)]
+        backbone.compute_once(sequences, token_budget=1000)
+        with counted(backbone) as counts:
+            both = backbone.response_logprobs(sequences.take(torch.tensor([2, 0])))[0]
+    assert counts == [0, 0, 1]
+    torch.testing.assert_close(both, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_with_a_row_that_is_not_kept_is_computed() -> None:
+    backbone, sequences = trained(), ragged_sequences()
+    backbone.compute_once(sequences.take(torch.tensor([0, 1])), token_budget=1000)
+    with counted(backbone) as counts, backbone.role("policy"):
+        backbone.response_logprobs(sequences)
+    assert counts == [1, 1, 1]
+
+
+def test_the_rows_of_the_next_batch_take_the_place_of_those_before() -> None:
+    backbone, sequences = trained(), ragged_sequences()
+    for index in ([0, 1], [2]):
+        backbone.compute_once(sequences.take(torch.tensor(index)), token_budget=1000)
+    with counted(backbone) as counts, torch.no_grad(), backbone.role("policy"):
+        for i in range(3):
+            backbone.response_logprobs(sequences.take(torch.tensor([i])))
+    assert counts == [2, 2, 3]
 
 
 def test_states_are_those_that_the_whole_model_passes_on(family: str) -> None:
     backbone, sequences = trained(family), ragged_sequences()
-    rows = backbone.trunk_rows(sequences, micro_batch_tokens=8)
+    trunk, ids_BT = FrozenTrunk(backbone.model), sequences.ids_BT
     with torch.no_grad():
-        hidden = backbone.model(input_ids=sequences.ids_BT, output_hidden_states=True).hidden_states[2]
-    for row, expected_TH, length in zip(rows, hidden, sequences.lengths_B.tolist(), strict=True):
-        torch.testing.assert_close(row, expected_TH[:length], atol=1e-5, rtol=1e-5)
+        states_BTH = trunk.states(lambda: backbone.model.base_model(input_ids=ids_BT))  # type: ignore[operator]
+        hidden_BTH = backbone.model(input_ids=ids_BT, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(states_BTH, hidden_BTH, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("last_layers", "depth"), [(None, 0), (3, 0), (2, 1), (1, 2)])
@@ -91,33 +113,57 @@ def test_the_trunk_ends_below_the_first_adapter_of_any_role(last_layers: int | N
         assert FrozenTrunk(backbone.model).depth == 0
 
 
+def test_there_is_no_trunk_below_an_adapter_outside_of_the_blocks() -> None:
+    """An adapter on a layer that leads into the first block changes what every block is given."""
+    sizes: Tree = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    backbone = load_backbone(OPTForCausalLM(OPTConfig(vocab_size=64, word_embed_proj_dim=16, **sizes)))
+    backbone.add_adapter("policy", rank=2, targets=["layers.1.fc1"])
+    assert FrozenTrunk(backbone.model).depth == 1
+    backbone.add_adapter("policy_2", rank=2, targets=["project_in"])
+    assert FrozenTrunk(backbone.model).depth == 0
+
+
+def test_an_adapter_further_down_ends_what_was_kept() -> None:
+    backbone, sequences = trained(), ragged_sequences()
+    backbone.compute_once(sequences, token_budget=1000)
+    backbone.add_adapter("policy_2", rank=2, targets=["layers.0.mlp.up_proj"])
+    perturb(backbone, "policy_2")
+    with counted(backbone) as counts, torch.no_grad(), backbone.role("policy_2"):
+        backbone.response_logprobs(sequences)
+    assert counts == [1, 1, 1]
+
+
 def test_recomputing_blocks_leaves_out_those_below_the_first_adapter() -> None:
     """The backward pass ends at the first adapter, so nothing below it is computed again."""
     backbone = trained()
-    backbone.enable_gradient_checkpointing()
+    set_fast(backbone, gradient_checkpointing=True)
     with counted(backbone) as counts, backbone.role("policy"):
         backbone.response_logprobs(ragged_sequences())[0].sum().backward()
     assert counts == [1, 1, 2]
 
 
-def test_without_adapters_or_room_nothing_is_kept() -> None:
-    assert FrozenTrunk(tiny_model("llama")).depth == 0
-    backbone, sequences = trained(), ragged_sequences()
-    backbone.trunk_cache_mib = 0
-    assert backbone.with_trunk(sequences, 100) is sequences
-    assert not backbone.keeps_trunk(1)
-    backbone.trunk_cache_mib = 1
-    assert backbone.keeps_trunk(2**20 // (32 * 4))  # tokens × hidden size × 4 bytes
-    assert not backbone.keeps_trunk(2**20 // (32 * 4) + 1)
+@pytest.mark.parametrize(("tokens", "kept"), [(2**20 // (32 * 4), True), (2**20 // (32 * 4) + 1, False)])
+def test_what_does_not_fit_is_not_kept(tokens: int, kept: bool) -> None:
+    """One MiB holds tokens × hidden size × 4 bytes."""
+    assert TrunkCache(trained().model, mib=1).has_room(tokens) is kept
+
+
+def test_without_adapters_or_memory_nothing_is_kept() -> None:
+    assert not TrunkCache(tiny_model("llama"), mib=1).has_room(1)
+    assert not TrunkCache(trained().model, mib=0).has_room(1)
 
 
 def test_an_error_in_a_pass_leaves_every_block_as_it_was() -> None:
-    backbone = trained()
-    given = backbone.with_trunk(ragged_sequences(), 100)
-    assert given.trunk_BTH is not None
-    wrong = replace(given, trunk_BTH=given.trunk_BTH[..., :-1])
+    backbone, sequences = trained(), ragged_sequences()
+    backbone.compute_once(sequences, token_budget=100)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("of the last block")
+
+    hook = blocks(backbone)[2].register_forward_pre_hook(fail)
     with torch.no_grad(), pytest.raises(RuntimeError), backbone.role("policy"):
-        backbone.response_logprobs(wrong)
+        backbone.response_logprobs(sequences)
+    hook.remove()
     assert all("forward" not in vars(block) for block in blocks(backbone))
 
 

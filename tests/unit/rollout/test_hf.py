@@ -16,7 +16,18 @@ from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout, sample
 from pe_rlhf.types import Rollout, Sequences
-from tests.tiny import EOS, PAD, SYSTEM, VOCABULARY, mistral, perturb, role_logits, tiny_model, turning_by_length
+from tests.tiny import (
+    EOS,
+    PAD,
+    SYSTEM,
+    VOCABULARY,
+    mistral,
+    perturb,
+    role_logits,
+    set_fast,
+    tiny_model,
+    turning_by_length,
+)
 
 ENDS = [EOS, 7, 9, 30, 31, 50]  # many, so that many responses end before the limit
 PROMPTS = [[5, 6, 7], [8], [9, PAD, EOS, 12, 13, 14, 15], [20, 21], [8], [33, 34, 35, 36, 37]] * 3
@@ -233,7 +244,7 @@ def test_truncated_sampling_restricts_the_support(policy: Backbone, top_k: int, 
 def test_the_cache_is_used_with_gradient_checkpointing_too(training: bool) -> None:
     backbone = trained_policy()
     expected = roll(backbone).responses
-    backbone.enable_gradient_checkpointing()
+    set_fast(backbone, gradient_checkpointing=True)
     backbone.train(training)
     widths: list[int] = []
     backbone.model.get_input_embeddings().register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))

@@ -157,7 +157,7 @@ def test_a_weighted_sum_by_hand(tmp_path: Path) -> None:
         RewardSource(function="reward.scores:length", weight=0.1),
     ]
     backbone = load_backbone(tmp_path / "model")
-    scorer = make_scorer(sources, backbone, tmp_path / "run", 10_000)
+    scorer, _ = make_scorer(sources, backbone, tmp_path / "run", 10_000)
     assert backbone.roles == ["anchor", "reward", "reward_2"]
     sequences = packed(backbone, PROMPTS, RESPONSES)
     found_B = scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
@@ -174,7 +174,7 @@ def test_a_function_is_checked_at_every_call(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "odd_scores.py").write_text("def score(prompts, responses):\n    return [1.0]\n")
     monkeypatch.syspath_prepend(tmp_path)
     backbone = reward_backbone(tmp_path)
-    scorer = make_scorer([RewardSource(function="odd_scores:score")], backbone, tmp_path, 100)
+    scorer, _ = make_scorer([RewardSource(function="odd_scores:score")], backbone, tmp_path, 100)
     sequences = packed(backbone, PROMPTS, RESPONSES)
     with pytest.raises(InputError, match="returned 1 scores for 3 responses"):
         scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]

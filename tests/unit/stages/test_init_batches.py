@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,25 +17,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pe_rlhf.adapters.gradients import ProbedStatistics
 from pe_rlhf.adapters.layer_statistics import LayerStatistics
-from pe_rlhf.config import AdapterConfig, PPOConfig, RewardConfig
+from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe, RewardConfig
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.preference_pairs import Pairs
+from pe_rlhf.data.preference_pairs import Pairs, PairTokens
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics
 from pe_rlhf.system.seeding import derive_seed, permutation
 from pe_rlhf.types import Sequences
 from tests.runs import PPO
-from tests.tiny import add_role, rows_of, tiny_model
+from tests.tiny import PAD, add_role, rows_of, tiny_model
 from tests.unit.adapters.first_steps import assert_none_is_closer_than_lora_ga
 
 RANK, SEED, BETA, LAMBDA = 3, 0, 0.25, 0.95
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-PAIRS = Pairs(
-    chosen=[([5, 6], [20, 21, 1]), ([7], [22, 1]), ([8, 9, 10], [23, 24, 25, 1])],
-    rejected=[([5, 6], [30, 1]), ([7], [31, 32, 33, 1]), ([8, 9, 10], [34, 1])],
-    margins=[0.0, 0.5, 0.0],
-)
+PAIRS = [
+    PairTokens([5, 6], [20, 21, 1], [30, 1]),
+    PairTokens([7], [22, 1], [31, 32, 33, 1], margin=0.5),
+    PairTokens([8, 9, 10], [23, 24, 25, 1], [34, 1]),
+]
 ADAPTER = AdapterConfig(init="lora_ga", rank=RANK, init_options={"batch_size": 3})
 
 
@@ -64,10 +66,10 @@ def head_after_one_step(states_NH: Tensor, weights_N: Tensor) -> Tensor:
 
 def of_the_reward_loss(model: PreTrainedModel) -> Tensor:
     chosen_H, rejected_H = (
-        torch.stack([hidden(model, prompt + response)[-1] for prompt, response in side])
-        for side in (PAIRS.chosen, PAIRS.rejected)
+        torch.stack([hidden(model, pair.prompt + response)[-1] for pair, response in side])
+        for side in ([(pair, pair.chosen) for pair in PAIRS], [(pair, pair.rejected) for pair in PAIRS])
     )
-    margins_B = torch.tensor(PAIRS.margins)
+    margins_B = torch.tensor([pair.margin for pair in PAIRS])
     # −log σ(z − m) falls by σ(m − z) per unit of z, which is 0 behind a zero head.
     head_H = head_after_one_step(chosen_H - rejected_H, torch.sigmoid(margins_B))
     return F.softplus(margins_B - (chosen_H - rejected_H) @ head_H).mean()
@@ -118,15 +120,18 @@ Found = tuple[ProbedStatistics, Callable[[PreTrainedModel], Tensor]]
 
 
 @pytest.fixture(params=["reward", "policy", "value"])
-def stage(request: pytest.FixtureRequest, config: PPOConfig, tiny_tokenizer: PreTrainedTokenizerBase) -> Found:
+def stage(
+    request: pytest.FixtureRequest, config: PPOConfig, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> Found:
     """What a stage gives to inits, and the loss that it is to be the gradient of."""
     backbone = load_backbone(tiny_model("llama"))
     if request.param == "reward":
         settings = RewardConfig.model_validate({"data": "pairs.jsonl", "micro_batch_tokens": 12})
-        return reward_statistics(backbone, PAIRS, ADAPTER, settings, SEED), of_the_reward_loss
+        return reward_statistics(backbone, Pairs(PAIRS, PAD), ADAPTER, settings, SEED), of_the_reward_loss
     codec = TextCodec(tiny_tokenizer, "none")
     texts = [" ".join(f"w{i}" for i in ids) for ids in PROMPTS]
-    rollouts = AnchorRollouts(backbone, SumOfIds(), codec, (texts, PROMPTS), config, ADAPTER, SEED)
+    context: StageContext[PPOConfig] = StageContext(Recipe(model="unused", seed=SEED, ppo=config), tmp_path, "ppo")
+    rollouts = AnchorRollouts(context, backbone, SumOfIds(), codec, (texts, PROMPTS), ADAPTER)
     if request.param == "policy":
         return rollouts.policy_statistics(), lambda model: of_the_policy_loss(model, backbone, config)
     return rollouts.value_statistics(), lambda model: of_the_value_loss(model, backbone, config)

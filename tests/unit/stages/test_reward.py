@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pe_rlhf.config import Recipe
+from pe_rlhf.config import Recipe, RewardConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs
 from pe_rlhf.model.backbone import Backbone, load_backbone
@@ -60,11 +60,9 @@ def metrics(folder: Path) -> list[Tree]:
 
 
 def pairs_of(tree: Tree, folder: Path) -> tuple[Pairs, Pairs, Backbone]:
-    parsed = Recipe.model_validate(tree)
-    assert parsed.reward is not None
-    context = StageContext(parsed, folder / "run", "reward")
+    context: StageContext[RewardConfig] = StageContext(Recipe.model_validate(tree), folder / "run", "reward")
     backbone = load_backbone(tree["model"])
-    train, held_out = load_pairs(context, parsed.reward, context.codec(backbone), parsed.reward.max_length)
+    train, held_out = load_pairs(context, context.config, backbone)
     return train, held_out, backbone
 
 
@@ -85,7 +83,8 @@ def test_it_learns_and_its_summary_is_that_of_single_passes(tmp_path: Path) -> N
     # Again from the adapter on the disk, one sequence at a time, and with sums written out.
     train, held_out, backbone = pairs_of(tree, tmp_path)
     load_role(backbone, "reward", tmp_path / "run" / "reward" / "adapter")
-    chosen, rejected = ([score_alone(backbone, pair) for pair in side] for side in (held_out.chosen, held_out.rejected))
+    chosen = [score_alone(backbone, (pair.prompt, pair.chosen)) for pair in held_out.pairs]
+    rejected = [score_alone(backbone, (pair.prompt, pair.rejected)) for pair in held_out.pairs]
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
     assert summary["eval_pairs"] == len(margins) == 6 * 4
     assert summary["train_pairs"] == len(train) == 24 * 4
@@ -100,7 +99,7 @@ def test_it_learns_and_its_summary_is_that_of_single_passes(tmp_path: Path) -> N
     assert all(sum(row["count"] for row in table["bins"]) == 24 for table in tables)
     assert tables[-1]["bins"] == summary["reliability"]
 
-    scores = [score_alone(backbone, pair) for pair in train.chosen + train.rejected]
+    scores = [score_alone(backbone, pair) for pair in train.responses().rows]
     assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-3)
     assert max(scores) - min(scores) > 1
 
@@ -117,7 +116,7 @@ def test_the_split_is_by_prompt(tmp_path: Path) -> None:
         tree["seed"] = seed
         tree["reward"]["data"] = str(tmp_path / data)
         train, held_out, _ = pairs_of(tree, tmp_path)
-        known, unknown = ({tuple(prompt) for prompt, _ in side.chosen} for side in (train, held_out))
+        known, unknown = ({tuple(pair.prompt) for pair in side.pairs} for side in (train, held_out))
         assert not known & unknown
         assert (len(known), len(unknown)) == ((8, 2) if data == "messages.jsonl" else (24, 6))
         assert (len(train), len(held_out)) == (4 * len(known), 4 * len(unknown))
@@ -147,23 +146,24 @@ def test_prompts_are_cut_on_the_left_and_responses_on_the_right(tmp_path: Path) 
     def ids(text: str) -> list[int]:
         return backbone.tokenizer(text)["input_ids"]
 
-    assert (
-        train.chosen
-        == [
-            (ids(prompts[0]), [*ids(responses[0]), end]),
-            (ids(prompts[1])[-4:], [*ids(responses[1]), end]),  # 25 characters and EOS leave 4
-            (ids(prompts[2])[-1:], ids(responses[2])[:29]),
-        ]
-    )
-    assert [prompt for prompt, _ in train.rejected] == [ids(prompts[0]), ids(prompts[1])[-26:], ids(prompts[2])]
+    assert [pair.chosen for pair in train.pairs] == [
+        [*ids(responses[0]), end],
+        [*ids(responses[1]), end],
+        ids(responses[2])[:29],
+    ]
+    # 25 characters and EOS leave 4. The other response could have more of the prompt, and then the two would be scored
+    # under different prompts.
+    assert [pair.prompt for pair in train.pairs] == [ids(prompts[0]), ids(prompts[1])[-4:], ids(prompts[2])[-1:]]
+    assert [pair.rejected for pair in train.pairs] == [[*ids(" no"), end]] * 3
 
 
-def test_truncated_responses_get_no_eos(tmp_path: Path) -> None:
-    rows = [{"prompt": f"{i}:", "chosen": " yes", "rejected": " no", "chosen_truncated": True} for i in range(4)]
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_truncated_responses_get_no_eos(tmp_path: Path, side: str) -> None:
+    rows = [{"prompt": f"{i}:", "chosen": " yes", "rejected": " no", f"{side}_truncated": True} for i in range(4)]
     train, _, backbone = pairs_of(recipe(tmp_path, rows, eval_share=0.5), tmp_path)
     end = backbone.eos_token_ids[0]
-    assert {end in response for _, response in train.chosen} == {False}
-    assert {response[-1] for _, response in train.rejected} == {end}
+    for pair in train.pairs:
+        assert [pair.chosen[-1] == end, pair.rejected[-1] == end] == [side == "rejected", side == "chosen"]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
