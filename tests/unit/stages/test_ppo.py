@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from pe_rlhf.config import PPOConfig
+from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe
+from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptOrder
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.runs.saved_roles import save_role
+from pe_rlhf.scoring.scorers import FunctionScorer
+from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.init_batches import AnchorRollouts
+from pe_rlhf.stages.pipeline import run_recipe
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import derive_seed
 from tests.runs import Tree, read_jsonl
@@ -106,8 +112,9 @@ def test_responses_of_another_version_of_the_policy_are_refused(
 ) -> None:
     sync = HFRollout.sync
     monkeypatch.setattr(HFRollout, "sync", lambda self, version, role=None: sync(self, min(version, 1), role))
-    with pytest.raises(TrainingError, match="version 1 of the policy was sampled from, the trainer is at 2"):
+    with pytest.raises(TrainingError) as raised:
         run(recipe(tmp_path), tmp_path / "run")
+    assert (raised.value.kind, raised.value.step) == ("mismatch", 3)
     assert len(metrics(tmp_path)) == 2
 
 
@@ -178,3 +185,64 @@ def test_several_samples_of_a_prompt(tmp_path: Path) -> None:
     rows = read_jsonl(tmp_path / "run" / "ppo" / "samples.jsonl")
     assert rows[0]["prompt"] == rows[1]["prompt"] == rows[2]["prompt"] != rows[3]["prompt"]
     assert len({row["response"] for row in rows[:3]}) > 1
+
+
+def test_the_schedule_ends_with_the_last_minibatch(tmp_path: Path) -> None:
+    """Two steps of two epochs of three minibatches are 12 optimizer steps: the rate falls by a twelfth with each."""
+    optimizer = {"schedule": "linear", "warmup_ratio": 0.0}
+    run(recipe(tmp_path, steps=2, epochs=2, minibatches=3, optimizer=optimizer, learning_rate=1.2e-3), tmp_path / "run")
+    rates = [1.2e-3 * (12 - k) / 12 for k in range(12)]
+    means = [sum(rates[:6]) / 6, sum(rates[6:]) / 6]
+    assert [line["lr_policy"] for line in metrics(tmp_path)] == pytest.approx(means)
+    assert [line["lr_value"] for line in metrics(tmp_path)] == pytest.approx(means)
+
+
+def test_checkpoints_are_ranked_by_the_reward_minus_the_kl(tmp_path: Path) -> None:
+    """A checkpoint's score is that of the rollout from its own weights, which is the next step's; the last has none."""
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 9, "kl": {"beta": 0.5}, "learning_rate": 5e-2}
+    run(recipe(tmp_path, steps=4, **settings), tmp_path / "run")
+    worth = [line["reward"] - 0.5 * line["kl"] for line in metrics(tmp_path)]
+    assert max(line["kl"] for line in metrics(tmp_path)) > 0.05
+    states = [
+        json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "ppo").glob("checkpoints/*/state.json"))
+    ]
+    assert [state["step"] for state in states] == [1, 2, 3, 4]
+    assert [state["score"] for state in states] == pytest.approx([*worth[1:], worth[-1]])
+
+
+def test_samples_of_a_step_that_is_repeated_are_there_once(tmp_path: Path) -> None:
+    tree = recipe(tmp_path, samples_every=1, checkpoint_every=1, keep_checkpoints=9)
+    run(tree, tmp_path / "run")
+    folder = tmp_path / "run" / "ppo"
+    before = read_jsonl(folder / "samples.jsonl")
+    (folder / "summary.json").unlink()  # as if it had been killed after the samples of step 3, before its checkpoint
+    shutil.rmtree(folder / "checkpoints" / "step-000003")
+    parsed = Recipe.model_validate(tree)
+    run_recipe(parsed, tmp_path / "run", ["ppo"], resume=True, restart=False)
+    assert read_jsonl(folder / "samples.jsonl") == before
+    assert [row["step"] for row in before] == [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_a_failure_in_a_step_names_the_step(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as raised:
+        run(recipe(tmp_path, kl={"limit": 1e-9}), tmp_path / "run")
+    assert (raised.value.kind, raised.value.key, raised.value.step) == ("kl_limit", "ppo.kl.limit", 2)
+
+
+def test_the_critic_of_an_init_s_rollouts_is_the_one_that_training_starts_from(tmp_path: Path) -> None:
+    """Advantages at the anchor are with the values of the reward adapter where the critic starts from it."""
+    tree = recipe(tmp_path)
+    backbone = load_backbone(tree["model"])
+    backbone.add_adapter("reward", rank=3)
+    perturb(backbone, "reward", 0.2)
+    codec = TextCodec(backbone.tokenizer, "none")
+    context: StageContext[PPOConfig] = StageContext(Recipe.model_validate(tree), tmp_path, "ppo")
+    prompts = (PROMPTS, [codec.encode_prompt(prompt) for prompt in PROMPTS])
+    adapter = AdapterConfig(init="lora_ga", rank=2)
+    advantages = []
+    for start in (None, "reward"):
+        rollouts = AnchorRollouts(
+            context, backbone, FunctionScorer("reward.scores:length"), codec, prompts, adapter, start
+        )
+        advantages.append(rollouts._sampled("gradient").returns_BR)
+    assert not torch.allclose(*advantages)

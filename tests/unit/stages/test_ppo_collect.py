@@ -219,11 +219,12 @@ def test_collect_agrees_with_loops(backbone: Backbone, tiny_tokenizer: PreTraine
         assert "logprob_mismatch" not in metrics
 
 
+@pytest.mark.parametrize("truncation", [{"top_k": 8}, {"top_p": 0.5}])
 def test_old_logprobs_are_computed_again_where_the_sampler_s_are_not_those_of_the_policy(
-    backbone: Backbone, tiny_tokenizer: PreTrainedTokenizerBase
+    backbone: Backbone, tiny_tokenizer: PreTrainedTokenizerBase, truncation: dict[str, float]
 ) -> None:
-    """Top-k renormalises the sampler's log-probs; π_old is the full distribution's all the same."""
-    settings = {"top_k": 8, "allow_truncated_sampling": True, "old_logprobs": "sampler"}
+    """Truncation renormalises the sampler's log-probs; π_old is the full distribution's all the same."""
+    settings = {**truncation, "allow_truncated_sampling": True, "old_logprobs": "sampler"}
     config = config_of(rollout=settings)
     rollout = sampled(backbone, config)
     experience, metrics = collected(backbone, tiny_tokenizer, rollout, config)

@@ -17,11 +17,14 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.runs.saved_roles import load_role
+from pe_rlhf.stages import reward as stage
+from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.reward import load_pairs
 from reward.errors import InputError
 from tests.runs import Tree, read_jsonl, write_jsonl
 from tests.stage_support import byte_model, run
+from tests.tiny import perturb
 
 PROMPTS = 30
 
@@ -196,6 +199,57 @@ def test_micro_batches_change_rounding_only(tmp_path: Path) -> None:
     assert abs(curves[0][-1] - curves[0][0]) > 0.02
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_dropout_is_drawn_anew_in_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same batch and, at a rate of nothing, the same weights in each step: only the dropout masks differ."""
+
+    def add_trained_role(context: Any, backbone: Backbone, role: str, *rest: Any) -> None:
+        add_role(context, backbone, role, *rest)
+        perturb(backbone, role, 0.2)
+
+    monkeypatch.setattr(stage, "add_role", add_trained_role)
+    norms = {}
+    for dropout in (0.0, 0.5):
+        folder = tmp_path / str(dropout)
+        folder.mkdir()
+        rows = learnable()[:16]
+        held_out = str(write_jsonl(folder / "held_out.jsonl", rows))
+        tree = recipe(folder, rows, batch_size=16, epochs=3, learning_rate=1e-30, eval_data=held_out)
+        tree["adapter"]["dropout"] = dropout
+        run(tree, folder / "run")
+        norms[dropout] = [line["grad_norm"] for line in metrics(folder)]
+    assert norms[0.0] == pytest.approx([norms[0.0][0]] * 3, rel=1e-4)
+    first, *others = norms[0.5]
+    assert all(norm != pytest.approx(first, rel=1e-3) for norm in others)
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluations(tmp_path: Path) -> None:
+    """Held-out scores are those of single passes without dropout, and training is not that of a run without."""
+    losses = []
+    for dropout in (0.0, 0.5):
+        folder = tmp_path / str(dropout)
+        folder.mkdir()
+        tree = recipe(folder, learnable()[:48], learning_rate=1e-2, batch_size=12, eval_share=0.2, epochs=2)
+        tree["adapter"]["dropout"] = dropout
+        summary = run(tree, folder / "run")["reward"]
+        losses.append(metrics(folder)[-1]["loss"])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    _, held_out, backbone = pairs_of(tree, folder)
+    load_role(backbone, "reward", folder / "run" / "reward" / "adapter")
+    rows = [score_alone(backbone, row) for row in held_out.responses().rows]
+    margins = [chosen - rejected for chosen, rejected in zip(rows[: len(held_out)], rows[len(held_out) :], strict=True)]
+    assert summary["eval_margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-3)
+
+
+def test_checkpoints_are_ranked_by_the_held_out_loss(tmp_path: Path) -> None:
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 99, "eval_every": 1, "learning_rate": 1e-2}
+    run(recipe(tmp_path, learnable()[:40], batch_size=8, eval_share=0.2, **settings), tmp_path / "run")
+    lines = {line["step"]: line["eval_loss"] for line in metrics(tmp_path)}
+    paths = sorted((tmp_path / "run" / "reward").glob("checkpoints/*/state.json"))
+    states = [json.loads(path.read_text()) for path in paths]
+    assert [state["step"] for state in states] == list(lines)
+    assert [state["score"] for state in states] == pytest.approx([-loss for loss in lines.values()])
 
 
 @pytest.mark.shared
