@@ -61,7 +61,8 @@ def commands() -> list[Command]:
     """Every command of the bash blocks, and every one in the text that is more than a name."""
     found = [Command(b.page, words) for b in blocks("bash") for line in b.text.splitlines() for words in _words(line)]
     for page, code in inline_code():
-        if code.startswith(COMMANDS) and "…" not in code:
+        # The generated page has headings such as `pe-rlhf evaluate sampling`: whose settings they are.
+        if code.startswith(COMMANDS) and "…" not in code and page.name != "recipe.md":
             found += [Command(page, words) for words in _words(code)]
     return list(dict.fromkeys(found))
 
