@@ -90,7 +90,7 @@ def write_prompts(path: Path, prompts: list[Any]) -> str:
 def run(tree: Tree, run_dir: Path, *stages: str) -> dict[str, Any]:
     """Run stages of a recipe given as a mapping; all of them by default. Returns their summaries."""
     recipe = Recipe.model_validate(tree)
-    return run_recipe(recipe, run_dir, list(stages) or recipe.stages, resume=False, restart=False)
+    return run_recipe(recipe, run_dir, list(stages) or recipe.stages)
 
 
 @pytest.fixture(autouse=True)

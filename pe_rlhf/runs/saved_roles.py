@@ -15,6 +15,7 @@ from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import USUAL, Backbone, FastPath, load_backbone
+from pe_rlhf.model.names import MODEL_CONFIG
 from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import new_folder, read_json, write_json
@@ -32,7 +33,7 @@ def starting_model(recipe: Recipe, run_dir: Path) -> str:
     if recipe.sft is None:
         return recipe.model
     made = RunFiles(run_dir).sft_model.absolute()
-    if not (made / "config.json").is_file():
+    if not (made / MODEL_CONFIG).is_file():
         raise InputError(
             f"{run_dir} holds no finished sft stage, whose model the other stages start from",
             kind="unfinished",
@@ -180,7 +181,7 @@ def _base_of(files: RoleFiles, recorded: str) -> str:
     stage = files.stage
     beside = stage.run.sft_model
     made_by_sft = Path(recorded).parts[-2:] == beside.parts[-2:] and stage.folder != beside.parent
-    return str(beside) if made_by_sft and (beside / "config.json").is_file() else recorded
+    return str(beside) if made_by_sft and (beside / MODEL_CONFIG).is_file() else recorded
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------

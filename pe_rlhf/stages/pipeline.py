@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,39 +42,37 @@ RUN: dict[str, Callable[[StageContext[Any]], dict[str, Any]]] = {
 }
 
 
+# What a stage that is there already means: an error, to go on from it, or to put it aside and run it anew.
+Start = Literal["new", "resume", "anew"]
+
+
 def run_recipe(
-    recipe: Recipe,
-    run_dir: Path,
-    stages: list[str],
-    *,
-    resume: bool,
-    restart: bool,
-    may_change: Sequence[str] = (),
+    recipe: Recipe, run_dir: Path, stages: list[str], start: Start = "new", may_change: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Run stages of a recipe. Returns the summary of every stage that the run directory holds at the end.
 
     Args:
-        resume: finished stages are left as they are, an unfinished one continues from its newest checkpoint.
-        may_change: keys, or starts of keys, that may differ from the recipe that a run to be resumed was started with;
-            those that only say where it computes may in any case.
-        restart: the first of the stages and all after it that are there are put aside (`<stage>.old-1`) and run anew.
+        start: `new` refuses a stage that is there already. `resume` leaves finished stages as they are and continues an
+            unfinished one from its newest checkpoint. `anew` puts the first of the stages and all after it aside
+            (`<stage>.old-1`) and runs them again.
+        may_change: to resume, keys or starts of keys that may differ from the recipe that the run was started with.
+            Those that only say where it computes may differ in any case.
 
-    Raises `InputError` for a stage that is there already where neither is given, for a stage whose predecessor has not
-    finished, and for a run directory that another process is using; `TrainingError` for a disk that fails or is full.
+    Raises `InputError` for a stage whose predecessor has not finished, and for a run directory that another process is
+    using; `TrainingError` for a disk that fails or is full.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     init_processes(recipe.deepspeed is not None)
-    anew = restart and not resume
     files = RunFiles(run_dir)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(_own_folder(run_dir)) if run_dir.is_dir() else None)
-        finished = [] if anew else [stage for stage in stages if read_summary(files.stage(stage)) is not None]
+        finished = [stage for stage in stages if start != "anew" and read_summary(files.stage(stage)) is not None]
         on_main(lambda: check_inputs(recipe, stages, finished, run_dir))
         if launched() and recipe.sft is None:
             # A model that is made here is made once: transformers saves nothing on other ranks.
             on_main(lambda: resolve_model(recipe.model))
-        on_main(lambda: _prepare(held, recipe, run_dir, stages, resume, restart, may_change))
+        on_main(lambda: _prepare(held, recipe, run_dir, stages, start, may_change))
         # No report before a stage has run: an unfinished one may have a line that a kill left half written.
         for stage in stages:
             if read_summary(files.stage(stage)) is not None:
@@ -102,24 +100,19 @@ def _own_folder(run_dir: Path) -> Iterator[None]:
 
 
 def _prepare(
-    held: ExitStack,
-    recipe: Recipe,
-    run_dir: Path,
-    stages: list[str],
-    resume: bool,
-    restart: bool,
-    may_change: Sequence[str],
+    held: ExitStack, recipe: Recipe, run_dir: Path, stages: list[str], start: Start, may_change: Sequence[str]
 ) -> None:
     """Make the run directory, where it is not there yet, and make sure that what is in it stays whole."""
     if not run_dir.is_dir():
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(_own_folder(run_dir))
-    if resume and (saved := RunFiles(run_dir).recipe).is_file():
+    saved = RunFiles(run_dir).recipe
+    if start == "resume" and saved.is_file():
         refuse_other_recipe(recipe, saved, may_change)
-    _refuse_overwriting(recipe, run_dir, stages, resume, restart)
-    if restart and not resume:
+    _refuse_overwriting(recipe, run_dir, stages, start)
+    if start == "anew":
         _put_aside(run_dir, stages[0])
-    save_recipe(recipe, RunFiles(run_dir).recipe)
+    save_recipe(recipe, saved)
 
 
 def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = (), run_dir: Path | None = None) -> None:
@@ -175,11 +168,12 @@ def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[s
     """The recipe's stages from `first` to `last`, both included. Raises `InputError` for one the recipe hasn't got."""
     for name in (first, last):
         if name is not None and name not in recipe.stages:
-            raise InputError(f"the recipe has no stage {name!r}; it has {', '.join(recipe.stages)}")
+            has = ", ".join(recipe.stages)
+            raise InputError(f"the recipe has no stage {name!r}; it has {has}", kind="unknown", key=name)
     start = STAGES.index(first) if first else 0
     end = STAGES.index(last) if last else len(STAGES) - 1
     if start > end:
-        raise InputError(f"--from {first} comes after --to {last}")
+        raise InputError(f"--from {first} comes after --to {last}", kind="conflict", key="from")
     return [stage for stage in recipe.stages if start <= STAGES.index(stage) <= end]
 
 
@@ -198,23 +192,32 @@ def _run_stage(context: StageContext[Any]) -> None:
     say(f"{context.stage}: done in {summary['seconds']:.0f} s, {context.folder}")
 
 
-def _refuse_overwriting(recipe: Recipe, run_dir: Path, stages: list[str], resume: bool, restart: bool) -> None:
+def _refuse_overwriting(recipe: Recipe, run_dir: Path, stages: list[str], start: Start) -> None:
     """Raise `InputError` where running these stages would mix runs or run over one. Nothing is touched before."""
     for stage in recipe.stages[: recipe.stages.index(stages[0])]:
         if read_summary(RunFiles(run_dir).stage(stage)) is None:
-            raise InputError(f"{run_dir} holds no finished {stage} stage, which {stages[0]} needs")
-    for stage in stages:
-        if (run_dir / stage).exists() and not (resume or restart):
             raise InputError(
-                f"{run_dir / stage} is there already: --resume continues it, --from {stage} runs it anew,"
-                " another --run-dir leaves it alone"
+                f"{run_dir} holds no finished {stage} stage, which {stages[0]} needs",
+                kind="unfinished",
+                key=stage,
+                file=run_dir,
+                fix=f"run it first, by --from {stage}",
+            )
+    for stage in stages if start == "new" else ():
+        if (folder := RunFiles(run_dir).stage(stage).folder).exists():
+            raise InputError(
+                f"{folder} is there already",
+                kind="exists",
+                key=stage,
+                file=folder,
+                fix=f"--resume continues it, --from {stage} runs it anew, another --run-dir leaves it alone",
             )
 
 
 def _put_aside(run_dir: Path, first: str) -> None:
     """Rename the folders of a stage and of all after it: what came of the old ones is of no use to the new ones."""
     for stage in STAGES[STAGES.index(first) :]:
-        folder = run_dir / stage
+        folder = RunFiles(run_dir).stage(stage).folder
         if folder.exists():
             aside = next(p for i in range(1, 10_000) if not (p := run_dir / f"{stage}.old-{i}").exists())
             folder.rename(aside)

@@ -15,5 +15,5 @@ logprobs.CHUNK = 3  # so few that the ranks' response tokens are of different nu
 recipe_file, folder, *runs = sys.argv[1:]
 for name in runs:
     recipe = load_recipe(Path(recipe_file), name.split(","))
-    run_recipe(recipe, Path(folder) / name, recipe.stages, resume=False, restart=False)
+    run_recipe(recipe, Path(folder) / name, recipe.stages)
 leave_group()

@@ -1,5 +1,6 @@
 """Runs that stop: what they say, what they leave on the disk, and that they go on from there."""
 
+import json
 import os
 import re
 import signal
@@ -222,10 +223,9 @@ def test_stages_that_are_there(refused: Refused, cli: Cli, tmp_path: Path) -> No
     first = contents(out)
 
     # 1. run again: refused
-    said = refused("run", path, "--run-dir", "out")
-    assert said.startswith(
-        "out/ppo is there already: --resume continues it, --from ppo runs it anew, another --run-dir"
-    )
+    refused("run", path, "--run-dir", "out")
+    failure = json.loads((out / "failure.json").read_text())
+    assert (failure["kind"], failure["key"], failure["file"]) == ("exists", "ppo", "out/ppo")
 
     # 2. continued with another recipe: refused, and it says what differs
     said = refused("run", path, "--run-dir", "out", "--resume", "seed=7", "ppo.kl.beta=0.5")
@@ -263,8 +263,9 @@ def test_nothing_is_put_aside_for_a_stage_that_cannot_run(refused: Refused, tmp_
     for stage in ("reward", "ppo"):
         (tmp_path / "out" / stage).mkdir(parents=True)
         (tmp_path / "out" / stage / "kept.txt").write_text(stage)
-    said = refused("run", path, "--run-dir", "out", "--from", "ppo")
-    assert said == "out holds no finished reward stage, which ppo needs"
+    refused("run", path, "--run-dir", "out", "--from", "ppo")
+    failure = json.loads((tmp_path / "out" / "failure.json").read_text())
+    assert (failure["kind"], failure["key"], failure["file"]) == ("unfinished", "reward", "out")
     (tmp_path / "out/reward/summary.json").write_text('{"seconds": ')
     said = refused("run", path, "--run-dir", "out", "--from", "ppo")
     assert said.startswith("out/reward/summary.json: not valid JSON: ")
