@@ -355,3 +355,19 @@ def test_weight_out_in_reads_either_layout() -> None:
         base = base_layer(kind)
         assert isinstance(base.bias, Tensor)
         torch.testing.assert_close(x @ weight_out_in(base).T + base.bias, base(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_merged_weight_is_rounded_once_and_has_the_bases_dtype(kind: str) -> None:
+    """The sum is taken in fp32. Rounded to bf16 first, the change would be off by its own rounding, too."""
+    base = base_layer(kind).to(torch.bfloat16)
+    layer = WrappedLayer(base, RoleState())
+    adapter = perturbed(adapter_for(base, "pissa"))
+    layer.adapters["policy"] = adapter
+    weight_OI, _ = dense_base(base)
+    change_OI = adapter.scale * (adapter.lora_B @ adapter.lora_A - adapter.initial_B_OR @ adapter.initial_A_RI)
+    once_OI = (weight_OI + change_OI.detach()).to(torch.bfloat16)
+    assert not torch.equal(once_OI, weight_OI.to(torch.bfloat16) + change_OI.detach().to(torch.bfloat16))
+    merged = merged_weight(layer, "policy")
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged if merged.shape == (OUT, IN) else merged.T, once_OI)

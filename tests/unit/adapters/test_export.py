@@ -183,6 +183,20 @@ def test_layers_of_different_ranks_are_filled_up_to_one(tmp_path: Path) -> None:
     torch.testing.assert_close(found, role_logits(backbone, "policy", IDS_BT), atol=2e-5, rtol=1e-5)
 
 
+def test_a_rank_that_is_filled_up_changes_nothing(tmp_path: Path) -> None:
+    """vLLM is given one rank for all roles. PEFT divides alpha by the rank, so alpha has to grow with it."""
+    original = tiny_model("llama")
+    backbone = load_backbone(copy.deepcopy(original))
+    backbone.add_adapter("policy", rank=3, alpha=6)
+    train_role(backbone, "policy")
+    backbone.export_adapter("policy", tmp_path, rank=8)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    found = plain_logits(PeftModel.from_pretrained(original, tmp_path), input_ids=IDS_BT)
+    assert_has_moved(backbone, "policy")
+    torch.testing.assert_close(found, role_logits(backbone, "policy", IDS_BT), atol=2e-5, rtol=1e-5)
+
+
 def test_rslora_is_exported_as_its_scale(tmp_path: Path) -> None:
     original = tiny_model("gpt2")
     backbone = load_backbone(copy.deepcopy(original))

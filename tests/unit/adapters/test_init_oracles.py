@@ -47,6 +47,16 @@ def test_orthogonal_is_orthonormal_on_both_sides(shape: tuple[int, int]) -> None
     torch.testing.assert_close(B.T @ B, torch.eye(5), atol=1e-5, rtol=0)
 
 
+def test_orthogonal_directions_have_either_sign() -> None:
+    """QR by Householder reflections gives the first entry of each first column the same sign, whatever was drawn."""
+    registered = get_init("orthogonal")
+    drawn = [
+        registered(InitContext(torch.zeros(12, 10), 2, 1.0, torch.Generator().manual_seed(seed))) for seed in range(60)
+    ]
+    for first_entries in ([float(A[0, 0]) for A, _ in drawn], [float(B[0, 0]) for _, B in drawn]):
+        assert 15 <= sum(entry > 0 for entry in first_entries) <= 45  # 30 ± 4 standard deviations
+
+
 def test_gaussian_has_variance_one_over_r_or_the_given_deviation() -> None:
     A, B = run("gaussian", torch.zeros(8, 1000), 25)
     assert float(A.var()) == pytest.approx(1 / 25, rel=0.03)

@@ -65,3 +65,27 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
     monkeypatch.setattr(svd_cache, "SMALLEST", 8)
     assert top_directions(matrix((24, 16)), 3, cache=True).S_K.shape == (3,)
+
+
+def test_a_file_with_too_few_directions_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(svd_cache, "SMALLEST", 8)
+    monkeypatch.setattr(svd_cache, "WIDTH", 2)
+    weight_OI = matrix((24, 16))
+    exact_S = numpy.linalg.svd(weight_OI.double().numpy(), compute_uv=False)
+    for count in (2, 5, 3):
+        assert top_directions(weight_OI, count, cache=True).S_K.numpy() == pytest.approx(exact_S[:count], rel=1e-5)
+
+
+def test_weights_that_differ_only_in_their_last_value_have_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(svd_cache, "SMALLEST", 8)
+    first_OI = matrix((40, 64))
+    second_OI = first_OI.clone()
+    second_OI[-1, -1] += 50
+    kept = [top_directions(weight_OI, 3, cache=True).S_K for weight_OI in (first_OI, second_OI)]
+    for weight_OI, S_K in zip((first_OI, second_OI), kept, strict=True):
+        exact_S = numpy.linalg.svd(weight_OI.double().numpy(), compute_uv=False)
+        assert S_K.numpy() == pytest.approx(exact_S[:3], rel=1e-5)
