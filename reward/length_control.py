@@ -214,9 +214,10 @@ def _features(len_candidate: Numbers, len_baseline: Numbers, difficulty: Numbers
     array = {name: np.asarray(c, dtype=np.float64) for name, c in columns.items() if c is not None}
     for name, values in array.items():
         if len(values) != n:
-            raise InputError(f"there are {n} preferences but {len(values)} values of {name}")
+            raise InputError(f"there are {n} preferences but {len(values)} values of {name}", key=name)
         if not np.isfinite(values).all():
-            raise InputError(f"{name} {int(np.argmin(np.isfinite(values)))} is not a finite number")
+            row = int(np.argmin(np.isfinite(values)))
+            raise InputError(f"{name} {row} is not a finite number", kind="not_finite", key=name, row=row + 1)
     delta_N = array["len_baseline"] - array["len_candidate"]
     spread = float(delta_N.std(ddof=1)) if n > 1 else 0.0
     length_N = np.tanh(delta_N / spread) if spread > 0 else np.sign(delta_N)

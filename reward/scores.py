@@ -28,5 +28,7 @@ def _vader_analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise InputError("reward.scores:vader needs vaderSentiment: pip install 'pe-rlhf[demo]'") from error
+        raise InputError(
+            "reward.scores:vader needs vaderSentiment", kind="not_installed", fix="pip install 'pe-rlhf[demo]'"
+        ) from error
     return SentimentIntensityAnalyzer()

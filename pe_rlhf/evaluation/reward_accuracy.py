@@ -75,7 +75,12 @@ def load_subset_records(pairs: str, limit: int | None) -> tuple[list[PreferenceR
         subsets.append(str(row.get("subset") or "all"))
     bad = len(rows) - len(records)
     if not records or bad > MAX_BAD_SHARE * len(rows):
-        raise InputError(f"{pairs}: {bad} of {len(rows)} rows cannot be used; the first is {first_bad}")
+        raise InputError(
+            f"{pairs}: {bad} of {len(rows)} rows cannot be used; the first is {first_bad}",
+            kind="invalid" if rows else "empty",
+            key="PAIRS",
+            file=pairs,
+        )
     if bad:
         say(f"{pairs}: left out {bad} unusable rows; the first is {first_bad}")
     return records, subsets
@@ -93,7 +98,7 @@ def _scores(
             try:
                 scores = score_responses(partial(function, cut=cut), [record.prompt for record in batch] * 2, texts)
             except InputError as error:
-                raise TrainingError(f"{name}: {error}") from error
+                raise TrainingError(f"{name}: {error}", kind=error.kind) from error
             found += zip(scores[: len(batch)], scores[len(batch) :], strict=True)
             advance(len(batch))
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.loading import position_arguments, turns_by_length
 from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.progress import Advance
 from pe_rlhf.system.seeding import derive_seed
 from pe_rlhf.types import FinishReason, Rollout
 from reward.errors import InputError
@@ -29,11 +30,11 @@ class HFRollout:
     On a CPU each rollout is sampled from fresh merged copies of the adapter's layers, up to 4 GiB of them, which are
     dropped after it.
 
-    `on_progress` is told how many responses were finished.
+    `on_progress` gets the number of finished responses.
     """
 
     def __init__(
-        self, backbone: Backbone, role: str, config: SamplingConfig, on_progress: Callable[[int], None] | None = None
+        self, backbone: Backbone, role: str, config: SamplingConfig, on_progress: Advance | None = None
     ) -> None:
         self._backbone, self._role, self._config = backbone, role, config
         self._on_progress = on_progress

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 from pe_rlhf.config import BackboneConfig, SamplerConfig, SamplingConfig
@@ -14,6 +13,7 @@ from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
 from pe_rlhf.rollout.vllm.requests import sync_mode
 from pe_rlhf.rollout.vllm.server import ServerVLLM
 from pe_rlhf.system.distributed import is_sharded
+from pe_rlhf.system.progress import Advance
 from reward.errors import InputError
 
 
@@ -26,7 +26,7 @@ def make_rollout(
     folder: Path,
     log: Path,
     longest_prompt: int,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Advance | None = None,
 ) -> RolloutEngine:
     """The engine that a recipe asks for, sampling from `role`; it has to be closed.
 
@@ -34,7 +34,7 @@ def make_rollout(
         folder: the stage's; what is handed to servers goes there.
         log: where an embedded engine writes its log.
         longest_prompt: in tokens.
-        on_progress: is told how many responses were finished.
+        on_progress: gets the number of finished responses.
     """
     check_installed(config)
     if is_sharded(backbone.model) and config.engine == "hf" and config.sync == "merged":

@@ -47,7 +47,7 @@ class AdapterScorer:
 
 
 class ModelScorer:
-    """A sequence-classification model of its own with one label; it reads the text through its own tokenizer.
+    """A sequence-classification model with one label; it reads the text by its own tokenizer.
 
     `eos_token_ids` are the policy's: a response that does not end with one was cut, and gets no EOS here either.
     `key` is where the model is named, for messages.
@@ -69,9 +69,10 @@ class ModelScorer:
             self._tokenizer = AutoTokenizer.from_pretrained(path)
         except UNLOADABLE as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{key}: could not load {model!r}: {reason}") from error
+            raise InputError(f"{key}: could not load {model!r}: {reason}", kind="unreadable", key=key) from error
         if loaded.config.num_labels != 1:
-            raise InputError(f"{key}: {model!r} has {loaded.config.num_labels} labels; a reward model has one")
+            labels = loaded.config.num_labels
+            raise InputError(f"{key}: {model!r} has {labels} labels, a reward model has one", kind="conflict", key=key)
         self._model = loaded.requires_grad_(False).eval().to(device)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -111,7 +112,7 @@ def _longest_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     """How many tokens a classifier takes, by its config and its tokenizer, which may know of fewer."""
     positions = getattr(model.config, "max_position_embeddings", None) or 10**9
     for name, module in model.named_modules():
-        # RoBERTa and its like count positions from behind the padding id's.
+        # RoBERTa and similar models count positions from after the padding id.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions -= module.padding_idx + 1  # type: ignore[operator]  # an index, then
     return min(positions, tokenizer.model_max_length)

@@ -22,18 +22,18 @@ from reward.judges.chat_tokens import ChatTokens
 from reward.judges.llm import Completion
 from reward.records import Message
 
-START_TIMEOUT, TIMEOUT = 1800.0, 600.0  # seconds; without any sign of life
-USUAL_TOKENS = 1024  # of a question, for the size of the cache: longer ones find room, fewer at a time
+START_TIMEOUT, TIMEOUT = 1800.0, 600.0  # seconds without progress
+USUAL_TOKENS = 1024  # of a question, for the size of the cache; of longer questions fewer run at a time
 LONGEST = 8192  # tokens of a question and its answer; a model may read less
-BASE = "anchor"  # what the engine calls the weights that it starts with
+BASE = "anchor"  # the tag of the weights that an engine starts with
 
 
 class VLLMChat:
-    """Chat with a model that vLLM loads; the engine starts here, and ends with this object or this process.
+    """Chat with a model that vLLM loads; the engine starts here and ends with this object or this process.
 
     Args:
         model: a hub id, a directory or `pip:NAME`.
-        identity: what tells the weights from others; verdicts are kept under it.
+        identity: of the weights; verdicts of another identity are not reused.
         memory_share: of a GPU's memory, for weights and cache.
     """
 
@@ -53,7 +53,10 @@ class VLLMChat:
             config = AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
         except UNLOADABLE as error:
-            raise InputError(f"judge: could not load {model!r}: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"judge: could not load {model!r}: {reason}", kind="unreadable", key="judge.target"
+            ) from error
         self.identity, self.batch_size = f"vllm:{identity}", batch_size
         text = config.get_text_config()
         longest = min(LONGEST, getattr(text, "max_position_embeddings", None) or LONGEST)
@@ -62,7 +65,7 @@ class VLLMChat:
             "model": path,
             "dtype": dtype,
             "skip_tokenizer_init": True,
-            "generation_config": "auto",  # for the ids that end an answer; the sampling is ours
+            "generation_config": "auto",  # for the ids that end an answer; the requests set the sampling
             "max_model_len": longest,
             "max_num_seqs": batch_size,
             "block_size": BLOCK,
@@ -77,9 +80,9 @@ class VLLMChat:
             settings["gpu_memory_utilization"] = memory_share
         folder = Path(tempfile.mkdtemp(prefix="pe-rlhf-judge-"))
         log = folder.with_name(f"{folder.name}.log")
-        self._engine = EngineProcess(log, folder, engine_environment(device), lambda _: None)
+        self._engine = EngineProcess(log, folder, engine_environment(device))
         weakref.finalize(self, _end, self._engine, folder, log, os.getpid())
-        say(f"waiting for the judge's vLLM to start; what it says goes to {log}")
+        say(f"waiting for the judge's vLLM to start; its output goes to {log}")
         self._engine.send("start", settings=settings)
         self._engine.answer(START_TIMEOUT)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import codec_of, load_base, starting_model
 from pe_rlhf.system.distributed import world_size
-from pe_rlhf.system.progress import say
+from pe_rlhf.system.progress import Advance, say
 from pe_rlhf.types import Rollout
 from reward.errors import InputError
 from reward.records import Prompt
@@ -99,7 +98,7 @@ class StageContext(Generic[C]):
         role: str,
         sampling: SamplingConfig,
         prompts: list[list[int]],
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Advance | None = None,
     ) -> RolloutEngine:
         """What samples responses as the recipe asks, with room for the longest of the prompts, until the stage ends."""
         return over_ranks(
@@ -120,7 +119,7 @@ class StageContext(Generic[C]):
         role: str,
         sampling: SamplingConfig,
         prompts: list[list[int]],
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Advance | None = None,
     ) -> RolloutEngine:
         return make_rollout(
             backbone,

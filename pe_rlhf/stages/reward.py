@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ from pe_rlhf.system.distributed import on_main, rank, sum_metrics
 from pe_rlhf.system.failures import Stopped, TrainingError
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
-from pe_rlhf.system.progress import progress, say
+from pe_rlhf.system.progress import Advance, no_progress, progress, say
 from pe_rlhf.system.seeding import permutation, seeded
 from pe_rlhf.system.stop_signals import stop_requests
 from pe_rlhf.types import Sequences
@@ -169,7 +169,7 @@ class RewardEvaluation:
 
 
 def evaluate_pairs(
-    backbone: Backbone, pairs: Pairs, config: RewardConfig, advance: Callable[[int], None] = lambda _: None
+    backbone: Backbone, pairs: Pairs, config: RewardConfig, advance: Advance = no_progress
 ) -> RewardEvaluation:
     """Score all pairs; the plain loss, without margin, smoothing or centering. `advance` is told of pairs scored.
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Pipe
 from pathlib import Path
@@ -25,24 +25,25 @@ from pe_rlhf.rollout.vllm.exchange import WeightExchange, memory_backed
 from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import openmp_environment
-from pe_rlhf.system.progress import say
+from pe_rlhf.system.progress import Advance, no_progress, say
 from pe_rlhf.types import Rollout
 
 BLOCK = 32  # tokens in a block of the KV cache
 SECONDS_TO_END = 10.0
-# What tells a process that it is a rank of the trainer's: the engine is on its own.
+# A process with these variables is a rank of the trainer; the engine is not one.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class EmbeddedVLLM:
     """Samples from a role by a vLLM engine in a process beside this one.
 
-    The process is started here and ready at the first `sync`; `close`, or the end of this process, ends it.
+    The process starts here and is ready at the first `sync`, so that it loads while the trainer does other things. It
+    ends with `close`, or with this process.
 
     Args:
         longest_prompt: in tokens; with the response's limit it is the engine's context and, times the batch, its cache.
-        log: the file for what vLLM says.
-        on_progress: is told how many responses were finished.
+        log: the file for vLLM's output.
+        on_progress: gets the number of finished responses.
     """
 
     def __init__(
@@ -54,10 +55,10 @@ class EmbeddedVLLM:
         *,
         longest_prompt: int,
         log: Path,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Advance | None = None,
     ) -> None:
         self._backbone, self._role, self._config, self._log = backbone, role, config, log
-        self._on_progress = on_progress or (lambda _: None)
+        self._on_progress = on_progress or no_progress
         self._merges = sync_mode(config, backbone) == "merged"
         self._rank = None if self._merges or role == ANCHOR else vllm_rank(backbone)
         self._arguments = _engine_arguments(backbone, config, settings, longest_prompt, self._rank)
@@ -86,7 +87,7 @@ class EmbeddedVLLM:
         try:
             return checked_rollout(prompts, responses, self._version, self._backbone, self._config)
         except ValueError as error:
-            raise TrainingError(f"vLLM gave a wrong answer: {error}") from error
+            raise TrainingError(f"vLLM gave a wrong answer: {error}", kind="process", file=self._log) from error
 
     def close(self) -> None:
         self._process.close()
@@ -100,7 +101,7 @@ class EmbeddedVLLM:
         self._loading, self._asleep, self._holds_base = True, False, True
 
     def _restart(self, death: EngineDied) -> None:
-        """Another engine in the place of one that died, but for one that could not even be started."""
+        """Start another engine instead of one that died, unless that one could not even be started."""
         if self._loading:
             raise death
         say(f"{death}; it is started again")
@@ -108,9 +109,12 @@ class EmbeddedVLLM:
         self._put_weights()
 
     def _put_weights(self) -> None:
-        """Give the engine the role as it is now, under a name that no other state ever had."""
+        """Give the engine the role as it is now, under a name that no other state ever had.
+
+        vLLM would answer from the prefix cache of the old state under the old name (vllm issue 42125).
+        """
         if self._loading:
-            say(f"waiting for vLLM to start; what it says goes to {self._log}")
+            say(f"waiting for vLLM to start; its output goes to {self._log}")
             self._process.answer(self._config.start_timeout)
             self._loading = False
         old, self._tag = self._tag, f"{self._role}-{self._version}-{os.urandom(4).hex()}"
@@ -138,7 +142,8 @@ class EmbeddedVLLM:
 
     def _wake_up(self) -> None:
         if self._asleep:
-            torch.cuda.empty_cache()  # what the trainer has kept since is the memory that the engine wakes up in
+            # The engine wakes up in the memory that torch's cache still holds for the trainer.
+            torch.cuda.empty_cache()
             self._call("wake_up")
             self._asleep = False
 
@@ -152,14 +157,14 @@ class EngineDied(TrainingError):
 
 
 class EngineProcess:
-    """The process of `vllm.py` and the pipe to it."""
+    """The process of `worker.py` and the pipe to it."""
 
     def __init__(
-        self, log: Path, folder: Path, environment: dict[str, str], on_progress: Callable[[int], None]
+        self, log: Path, folder: Path, environment: dict[str, str], on_progress: Advance = no_progress
     ) -> None:
         self._log, self._on_progress = log, on_progress
         self._pipe, theirs = Pipe()
-        # -P: a folder of the user that is called like a library is not to be taken for it.
+        # -P: the working directory may hold a folder with the name of a library, which must not be imported.
         command = [
             sys.executable,
             "-P",
@@ -170,7 +175,7 @@ class EngineProcess:
             str(folder),
         ]
         with log.open("ab") as file:
-            # A session of its own: Ctrl-C is for the trainer, which then ends the engine, and all that it started.
+            # A session of its own: Ctrl-C goes to the trainer only, which then ends the engine and its children.
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
@@ -193,13 +198,16 @@ class EngineProcess:
             self._raise_death()
 
     def answer(self, timeout: float) -> Any:
-        """The result of the last call. Raises `TrainingError` for an error, and for no sign of life in `timeout` s."""
+        """The result of the last call. Raises `TrainingError` for an error, and after `timeout` s without progress."""
         while True:
             try:
                 if not self._pipe.poll(timeout):
                     self.close()
                     raise TrainingError(
-                        f"vLLM did not answer for {timeout:g} s and was stopped; see {self._log}, or raise the timeout"
+                        f"vLLM did not answer for {timeout:g} s and was stopped",
+                        kind="process",
+                        file=self._log,
+                        fix=f"see {self._log}, or raise the timeout",
                     )
                 kind, value = self._pipe.recv()
             except (EOFError, OSError):
@@ -207,25 +215,27 @@ class EngineProcess:
             if kind == "progress":
                 self._on_progress(value)
             elif kind == "error":
-                raise TrainingError(f"vLLM stopped with an error: {value} (see {self._log})")
+                raise TrainingError(
+                    f"vLLM stopped with an error: {value}", kind="process", file=self._log, fix=f"see {self._log}"
+                )
             else:
                 return value
 
     def close(self) -> None:
-        """End the process and all that it started; it has nothing to save."""
+        """Kill the process and its children; it has nothing to save."""
         self._pipe.close()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _raise_death(self) -> NoReturn:
-        """Say how the process ended. It may be about to: its end of the pipe goes before it does."""
+        """Say how the process ended. It may still be ending: the system closes its pipe before the process is gone."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(SECONDS_TO_END)
         self.close()
         code = self._process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise EngineDied(f"the vLLM engine {how}; see {self._log}")
+        raise EngineDied(f"the vLLM engine {how}", kind="process", file=self._log, fix=f"see {self._log}")
 
 
 def _engine_arguments(
@@ -245,7 +255,7 @@ def _engine_arguments(
         "max_num_seqs": config.batch_size,
         "block_size": BLOCK,
         "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",  # after the temperature and any truncation, as the trainer's are
+        "logprobs_mode": "processed_logprobs",  # with temperature and truncation, as the trainer computes them
         "enforce_eager": on_cpu,
         "disable_log_stats": True,
     }
@@ -269,14 +279,14 @@ def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, lengths: Sequence[
 
 
 def engine_environment(device: torch.device) -> dict[str, str]:
-    """This process's environment, but for what would make the engine think that it is one of the trainer's ranks."""
+    """The environment of the engine: that of this process without the variables of a rank, with vLLM's own."""
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and not k.startswith("TORCHELASTIC_")}
     root = str(Path(__file__).parents[3])
     environment |= {
         "PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH")))),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in our process and needs none of its own
         "VLLM_NO_USAGE_STATS": "1",
-        # As many threads as the trainer has, on any core: vLLM's own binding leaves one core in two idle.
+        # As many threads as the trainer has, on any core: vLLM's own binding leaves one of two cores idle.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         **openmp_environment(),

@@ -1,4 +1,4 @@
-"""Handing weights to an engine in another process: a folder that nothing stays in for longer than it is needed."""
+"""Handing weights to an engine in another process, by a folder with the versions that an engine still needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEMORY_FOLDER = Path("/dev/shm")
 class WeightExchange:
     """A folder of this process with one sub-folder per version of the weights.
 
-    Folders that processes of this machine left behind when they were killed are removed first.
+    Removes folders that killed processes of this machine left behind.
     """
 
     def __init__(self, parent: Path) -> None:
@@ -54,7 +54,7 @@ class WeightExchange:
         return path
 
     def drop(self, name: str) -> None:
-        """Remove a version that no engine needs any more."""
+        """Remove a version that no engine needs."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class WeightExchange:
 
 
 def memory_backed(size: int, otherwise: Path) -> Path:
-    """A folder in memory with room for `size` bytes, where there is one."""
+    """A folder in memory (/dev/shm) with room for `size` bytes, `otherwise` another one."""
     if MEMORY_FOLDER.is_dir() and os.access(MEMORY_FOLDER, os.W_OK):
         return MEMORY_FOLDER if shutil.disk_usage(MEMORY_FOLDER).free > size * 1.1 else otherwise
     return otherwise

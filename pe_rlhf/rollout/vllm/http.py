@@ -1,22 +1,28 @@
-"""One vLLM server by HTTP: the OpenAI-compatible routes for completions, and vLLM's own for weights."""
+"""One vLLM server, asked by openai's client: completions by their method, vLLM's own routes for weights by path."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import httpx
+import openai
 
 from pe_rlhf.system.failures import TrainingError
+from reward.advance import Advance, no_progress
 from reward.errors import InputError
 
-SECONDS_TO_ANSWER = 5.0  # a question that costs the server nothing
+SECONDS_TO_ANSWER = 5.0  # for a question that costs the server nothing
+
+Response = tuple[list[int], list[float]]
+T = TypeVar("T")
 
 
 class ServerFault(Exception):
-    """A server did not do what it was asked, in a way that may pass: asking again, or another one, is the answer."""
+    """A server failed in a way that may pass: ask again, or ask another server."""
 
 
 class Server:
@@ -24,11 +30,15 @@ class Server:
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        key = os.environ.get("VLLM_API_KEY")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.timeout = timeout
-        self._http = httpx.Client(timeout=timeout, headers=self._headers)
-        self._locks: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+        # No retries by the client: after a failure the server may have lost its weights, so it is looked at first.
+        self._options: dict[str, Any] = {
+            "base_url": f"{self.url}/v1",
+            "api_key": os.environ.get("VLLM_API_KEY") or "none",
+            "timeout": timeout,
+            "max_retries": 0,
+        }
+        self._timeout = timeout
+        self._client = openai.OpenAI(**self._options)
         self.base, self._max_length = "", 0
         self.adapter: str | None = None
         self._loaded: set[str] = set()
@@ -37,162 +47,201 @@ class Server:
 
     @property
     def model(self) -> str:
-        """The name that is asked for: the adapter's, else the base's."""
+        """The name to ask for: the adapter's, otherwise the base's."""
         return self.adapter or self.base
 
-    def lock(self) -> asyncio.Lock:
-        """A lock of the running event loop."""
-        loop = asyncio.get_running_loop()
-        if self._locks is None or self._locks[0] is not loop:
-            self._locks = loop, asyncio.Lock()
-        return self._locks[1]
-
     def is_ready(self) -> bool:
-        """Whether it is up and says what it serves: the base's name and length, which are noted.
+        """Whether the server is up and lists its models; notes the name and length of the base.
 
-        Raises `InputError` for a server that is not vLLM's.
+        Raises `InputError` if it is not a vLLM server.
         """
+        quick = self._client.with_options(timeout=SECONDS_TO_ANSWER)
         try:
-            if self._http.get(f"{self.url}/health", timeout=SECONDS_TO_ANSWER).status_code != 200:
-                return False
-            answer = self._http.get(f"{self.url}/v1/models", timeout=SECONDS_TO_ANSWER)
-        except httpx.HTTPError:
+            with _faults(SECONDS_TO_ANSWER):
+                quick.get(f"{self.url}/health", cast_to=type(None))
+        except (ServerFault, openai.APIStatusError):
             return False
-        if answer.status_code < 500:
-            self._note_models(answer)
-        return answer.status_code < 500
-
-    def _note_models(self, answer: httpx.Response) -> None:
         try:
-            cards = self._json(answer)["data"]
-            base = next(card for card in cards if not card.get("parent"))
+            with _faults(SECONDS_TO_ANSWER):
+                models: Any = quick.get("/models", cast_to=object)
+            base = next(card for card in models["data"] if not card.get("parent"))
             self.base, self._max_length = str(base["id"]), int(base["max_model_len"])
-        except (ServerFault, KeyError, TypeError, ValueError, StopIteration) as error:
-            raise InputError(f"{self.url} does not answer as a vLLM server does: {error!r}") from error
+        except ServerFault:
+            return False
+        except (openai.APIStatusError, AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
+            raise InputError(
+                f"{self.url} does not answer as a vLLM server does: {error!r}", kind="server", key="rollout.urls"
+            ) from error
+        return True
 
     def check_length(self, tokens: int) -> None:
         if tokens > self._max_length:
             raise InputError(
-                f"{self.url} takes {self._max_length} tokens, prompt and response have up to {tokens}:"
-                f" start it with --max-model-len {tokens}"
+                f"{self.url} takes {self._max_length} tokens, prompt and response have up to {tokens}",
+                kind="too_long",
+                key="rollout.urls",
+                fix=f"start the server with --max-model-len {tokens}",
             )
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Load a LoRA under a name never used before, then drop the one that was sampled from."""
-        answer = self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
-        if any(reason in answer.text for reason in ("max_lora_rank", "LoRA is not enabled")):  # a 500, as faults are
-            raise InputError(
-                f"{self.url} cannot load this adapter: {_message(answer)}; start it by launch/vllm_server.sh with a"
-                " RANK that is high enough (twice adapter.rank where the init has B0 ≠ 0)"
-            )
-        _raise_fault(answer)
-        if answer.status_code == 404 and "lora" not in answer.text.lower():
-            raise InputError(
-                f"{self.url} loads no adapters: start it by launch/vllm_server.sh, or with --enable-lora and"
-                " VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-            )
-        has_it = answer.status_code == 400 and "already been loaded" in answer.text  # it was away, and not started anew
-        if answer.status_code != 200 and not has_it:
-            raise InputError(f"{self.url} did not load the adapter in {path}: {_message(answer)}")
+        try:
+            self._post("/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        except openai.APIStatusError as error:
+            # A server that lost its connection, but was not restarted, still has the adapter.
+            if not (error.status_code == 400 and "already been loaded" in error.response.text):
+                self._refuse_adapter(path, error)
         self._loaded.add(name)
         self.unload(but=name)
         self.adapter = name
 
+    def _refuse_adapter(self, path: Path, error: openai.APIStatusError) -> None:
+        said = error.response.text
+        if any(reason in said for reason in ("max_lora_rank", "LoRA is not enabled")):  # status 500, as faults are
+            fix = "start it by launch/vllm_server.sh with a higher RANK (twice adapter.rank if the init has B0 ≠ 0)"
+        elif error.status_code >= 500:
+            raise _fault(error) from error
+        elif error.status_code == 404 and "lora" not in said.lower():  # no such route
+            fix = "start it by launch/vllm_server.sh, or with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+        else:
+            fix = None
+        raise InputError(
+            f"{self.url} cannot load the adapter in {path}: {_message(error)}", kind="conflict", fix=fix
+        ) from error
+
     def unload(self, but: str | None = None) -> None:
-        """Drop all adapters that were loaded here; what the server does not know any more is dropped already."""
+        """Drop all adapters that were loaded here; a restarted server has dropped them already."""
         self.adapter = None
         for name in self._loaded - {but}:
-            self._post("/v1/unload_lora_adapter", {"lora_name": name})
+            with suppress(openai.APIStatusError):
+                self._post("/unload_lora_adapter", {"lora_name": name})
             self._loaded.discard(name)
 
     def load_merged(self, path: Path) -> None:
-        """Put a checkpoint's weights in the place of the base's, and forget what those computed."""
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
-        answer = self._post("/collective_rpc", call)
-        _raise_fault(answer)
-        if answer.status_code == 404:
-            raise InputError(
-                f"{self.url} has no route for new weights (sync: merged): start it by launch/vllm_server.sh with"
-                " MERGED=1, or with VLLM_SERVER_DEV_MODE=1, or use sync: adapter"
+        """Replace the base's weights by a checkpoint's, and drop the cache of the old ones."""
+        try:
+            # Routes outside of /v1, which a server has in development mode only.
+            self._post(
+                f"{self.url}/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
             )
-        if answer.status_code != 200:
-            raise InputError(f"{self.url} did not load the weights in {path}: {_message(answer)}")
-        self.merged = True
-        if self._json(self._post("/reset_prefix_cache", {})).get("success") is not True:
+            self.merged = True
+            answer = self._post(f"{self.url}/reset_prefix_cache", {})
+        except openai.APIStatusError as error:
+            if error.status_code >= 500:
+                raise _fault(error) from error
+            fix = (
+                "start it by launch/vllm_server.sh with MERGED=1, or with VLLM_SERVER_DEV_MODE=1, or use sync: adapter"
+            )
+            raise InputError(
+                f"{self.url} cannot load the weights in {path}: {_message(error)}",
+                kind="conflict",
+                key="rollout.sync",
+                fix=fix if error.status_code == 404 else None,
+            ) from error
+        if not isinstance(answer, dict) or answer.get("success") is not True:
             raise ServerFault("its prefix cache could not be reset")
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _post(self, route: str, body: dict[str, Any]) -> object:
+        """The answer of a route below /v1, or of an address. Raises `ServerFault`, `openai.APIStatusError`."""
+        with _faults(self._timeout):
+            return self._client.post(route, cast_to=object, body=body)
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
-    async def complete(
+    async def sample(
         self,
-        client: httpx.AsyncClient,
-        prompt: list[int],
-        seed: int,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
         sampling: dict[str, Any],
         salt: str,
+        *,
+        at_once: int = 1,
         model: str | None = None,
-    ) -> tuple[list[int], list[float]]:
-        """Ids and log-probs of one response.
+        advance: Advance = no_progress,
+    ) -> list[Response]:
+        """Ids and log-probs of one response per prompt, at most `at_once` requests at the same time.
 
-        Raises `ServerFault`, and `TrainingError` for what asking again cannot mend.
+        salt: separates the prefix caches of two versions. model: default: the adapter, otherwise the base.
+        Raises `ServerFault`, and `TrainingError` where another try cannot help.
         """
-        model = model or self.model
-        body = {"model": model, "prompt": prompt, "seed": seed, "logprobs": 0, **sampling}
-        # The salt is one more wall between the prefix caches of two versions.
-        body |= {"return_token_ids": True, "add_special_tokens": False, "cache_salt": salt}
+        places = asyncio.Semaphore(at_once)
+        async with openai.AsyncOpenAI(**self._options) as client:
+
+            async def one(prompt: list[int], seed: int) -> Response:
+                async with places:
+                    response = await self._complete(client, prompt, seed, sampling, salt, model or self.model)
+                advance(1)
+                return response
+
+            return await together(one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True))
+
+    async def _complete(
+        self, client: openai.AsyncOpenAI, prompt: list[int], seed: int, sampling: dict[str, Any], salt: str, model: str
+    ) -> Response:
+        # Tokens in, tokens out: text is never tokenised again, and no special token is added.
+        extra = {**sampling, "return_token_ids": True, "add_special_tokens": False, "cache_salt": salt}
         try:
-            answer = await client.post(f"{self.url}/v1/completions", json=body, headers=self._headers)
-        except httpx.TimeoutException as error:
-            raise ServerFault(f"no answer in {client.timeout.read:g} s") from error
-        except httpx.HTTPError as error:
-            raise ServerFault(f"the connection failed ({error!r})") from error
-        if answer.status_code == 404 or answer.status_code >= 500:  # it was started again, or is going down
-            raise ServerFault(f"{answer.status_code}: {_message(answer)}")
-        if answer.status_code != 200:
-            raise TrainingError(f"{self.url} refused a prompt of {len(prompt)} tokens: {_message(answer)}")
+            with _faults(self._timeout):
+                answer = await client.completions.create(
+                    model=model, prompt=prompt, seed=seed, logprobs=0, extra_body=extra
+                )
+        except openai.APIStatusError as error:
+            if error.status_code == 404 or error.status_code >= 500:  # it was restarted, or is going down
+                raise _fault(error) from error
+            raise TrainingError(
+                f"{self.url} refused a prompt of {len(prompt)} tokens: {_message(error)}", kind="server"
+            ) from error
         try:
-            choice = self._json(answer)["choices"][0]
-            ids, logprobs = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
-            named, read = answer.json()["model"], choice["prompt_token_ids"]
+            # The client does not check an answer, and does not know vLLM's fields.
+            choice = answer.choices[0]
+            own = choice.model_extra or {}
+            ids, read, named = list(own["token_ids"]), own["prompt_token_ids"], answer.model
+            logprobs: list[Any] = list(choice.logprobs.token_logprobs)  # type: ignore[union-attr, arg-type]
             if not all(isinstance(i, int) for i in ids) or not all(isinstance(p, int | float) for p in logprobs):
                 raise TypeError("ids or log-probs that are not numbers")
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ServerFault(f"an answer that is not a completion with ids and log-probs: {error!r}") from error
         if named != model or read != prompt:
             raise ServerFault(f"an answer by {named!r}, or to another prompt; {model!r} was asked")
         return ids, [float(p) for p in logprobs]
 
-    def close(self) -> None:
-        self._http.close()
 
-    def _post(self, route: str, body: dict[str, Any]) -> httpx.Response:
-        try:
-            return self._http.post(f"{self.url}{route}", json=body)
-        except httpx.HTTPError as error:
-            raise ServerFault(f"{route} failed ({error!r})") from error
-
-    def _json(self, answer: httpx.Response) -> dict[str, Any]:
-        if answer.status_code != 200:
-            raise ServerFault(f"{answer.status_code}: {_message(answer)}")
-        tree = answer.json()
-        if not isinstance(tree, dict):
-            raise ServerFault("an answer that is not an object")
-        return tree
-
-
-def _raise_fault(answer: httpx.Response) -> None:
-    """Raise `ServerFault` for an answer of a server that is going down, or whose engine has died."""
-    if answer.status_code >= 500:
-        raise ServerFault(f"{answer.status_code}: {_message(answer)}")
-
-
-def _message(answer: httpx.Response) -> str:
-    """What a server says is wrong, in a line."""
+async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all jobs; the first one that fails ends the others."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
-        error = answer.json()["error"]
-        text = error["message"] if isinstance(error, dict) else str(error)
-    except (ValueError, KeyError, TypeError):
-        text = answer.text
-    return " ".join(text.split())[:300] or f"status {answer.status_code}"
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@contextmanager
+def _faults(seconds: float) -> Iterator[None]:
+    """Turn a failure without an answer into `ServerFault`.
+
+    A status of 400 or more stays an `openai.APIStatusError`: what it means depends on the route.
+    """
+    try:
+        yield
+    except openai.APITimeoutError as error:
+        raise ServerFault(f"no answer in {seconds:g} s") from error
+    except openai.APIConnectionError as error:
+        raise ServerFault(f"the connection failed ({error.__cause__!r})") from error
+    except (openai.APIResponseValidationError, ValueError) as error:  # the body is not JSON, or not text
+        raise ServerFault(f"an answer that cannot be read: {error!r}") from error
+
+
+def _fault(error: openai.APIStatusError) -> ServerFault:
+    return ServerFault(f"{error.status_code}: {_message(error)}")
+
+
+def _message(error: openai.APIStatusError) -> str:
+    """What a server says is wrong, in a line."""
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return " ".join(str(said or error.response.text).split())[:300] or f"status {error.status_code}"

@@ -1,4 +1,4 @@
-"""What both vLLM engines ask for: sampling parameters, seeds, ranks, and the way the weights go."""
+"""Shared by both vLLM engines: sampling parameters, seeds, ranks, and how the weights are handed over."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 
-# What vLLM takes as `max_lora_rank`.
+# The values that vLLM accepts as `max_lora_rank`.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-# A server takes what is not said from the checkpoint's own defaults, and then samples from another distribution than it
-# gives the log-probs of.
+# A server takes parameters that a request lacks from the checkpoint's generation config. It would then sample from
+# another distribution than the one of its log-probs.
 NEUTRAL: dict[str, Any] = {
     "top_k": 0,
     "top_p": 1.0,
@@ -27,13 +27,18 @@ NEUTRAL: dict[str, Any] = {
 
 
 def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
-    """`adapter` or `merged`. On a CPU vLLM's LoRA kernels run at a fifth of its speed, on a GPU they cost little.
+    """`adapter` or `merged`. On a CPU vLLM samples with a LoRA at a fifth of its speed; on a GPU a LoRA costs little.
 
-    A fully tuned policy goes as merged weights. Raises `InputError` where the recipe wants an adapter of it.
+    A fully tuned policy is always merged. Raises `InputError` if the recipe wants an adapter of it.
     """
     if any(role not in backbone.heads for role in backbone.own_models):
         if config.sync == "adapter":
-            raise InputError("rollout.sync: a fully tuned policy has no adapter; use merged")
+            raise InputError(
+                "rollout.sync: a fully tuned policy has no adapter",
+                kind="conflict",
+                key="rollout.sync",
+                fix="use merged",
+            )
         return "merged"
     if config.sync != "auto":
         return config.sync
@@ -42,16 +47,21 @@ def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
 
 
 def vllm_rank(backbone: Backbone) -> int:
-    """The lowest rank that vLLM accepts and every policy's export fits in. Raises `InputError` where there is none."""
+    """The lowest rank that vLLM accepts and that fits every policy's export. Raises `InputError` if none does."""
     rank = max(backbone.export_rank(role) for role in backbone.specs if role not in backbone.heads)
     fitting = [accepted for accepted in RANKS if accepted >= rank]
     if not fitting:
-        raise InputError(f"vLLM takes adapters up to rank {RANKS[-1]}, this one has {rank}; use rollout.sync: merged")
+        raise InputError(
+            f"vLLM takes adapters up to rank {RANKS[-1]}, this one has {rank}",
+            kind="conflict",
+            key="rollout.sync",
+            fix="use rollout.sync: merged",
+        )
     return fitting[0]
 
 
 def response_seeds(seed: int, prompts: Sequence[object], rows: Sequence[int] | None) -> list[int]:
-    """A seed for each response, from its row in the whole batch: whoever asks, and whichever engine answers."""
+    """A seed for each response from its row in the whole batch: the same on every rank and from every engine."""
     return [derive_seed(seed, row) for row in (range(len(prompts)) if rows is None else rows)]
 
 
@@ -63,7 +73,7 @@ def sampling_parameters(config: SamplingConfig, eos_token_ids: list[int]) -> dic
         "temperature": config.temperature,
         "max_tokens": config.max_new_tokens,
         "stop_token_ids": eos_token_ids,
-        "ignore_eos": True,  # these ids alone end a response, not what vLLM finds in the checkpoint
+        "ignore_eos": True,  # only the ids above end a response, not those in the checkpoint
         "skip_special_tokens": False,
         **truncation,
     }

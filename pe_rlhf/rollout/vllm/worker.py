@@ -2,9 +2,9 @@
 
     python -m pe_rlhf.rollout.vllm.worker DESCRIPTOR PARENT FOLDER
 
-`embedded.py` starts it, and talks to it over the pipe of that descriptor: `(method, arguments)` there, `("result", …)`
-or `("error", sentence)` back, and `("progress", n)` in between. In a process of its own the engine can be stopped, also
-when it hangs; it goes when its parent does, however that ends.
+`embedded.py` starts it and talks to it over the pipe of that descriptor: it sends `(method, arguments)` and gets
+`("result", …)` or `("error", sentence)`, with `("progress", n)` in between. In a process of its own the engine can be
+stopped even when it hangs, and it ends with its parent, however that ends.
 """
 
 # vLLM is an extra: this file is checked with and without it.
@@ -21,7 +21,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-# At run time vLLM is imported where it is used: it takes many seconds, and the watch over the parent runs before.
+# At run time vLLM is imported where it is used: that takes many seconds, in which the watch over the parent runs.
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Sampler:
-    """vLLM with one set of weights in it, and a tag that says which."""
+    """vLLM with one set of weights, and the tag of that set."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -44,7 +44,7 @@ class Sampler:
         self._llm = LLM(**settings)
 
     def load_adapter(self, tag: str, path: str) -> None:
-        """Sample from a LoRA, under an id and a name that were never used before; the one before is dropped."""
+        """Sample from a LoRA, under an id and a name that were never used before; drop the one before."""
         from vllm.lora.request import LoRARequest
 
         self._adapters += 1
@@ -55,7 +55,7 @@ class Sampler:
         self._adapter, self._tag = adapter, tag
 
     def load_merged(self, tag: str, path: str) -> None:
-        """Put the weights of a checkpoint in the place of the ones that are there, and forget what they computed."""
+        """Replace the weights by a checkpoint's, and drop the cache of the old ones."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
@@ -69,7 +69,7 @@ class Sampler:
     def generate(
         self, tag: str, prompts: list[list[int]], seeds: list[int], sampling: dict[str, Any]
     ) -> list[tuple[list[int], list[float]]]:
-        """Ids and log-probs of one response per prompt, in their order, by the weights of that tag and by no others."""
+        """Ids and log-probs of one response per prompt, in their order, by the weights of that tag only."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -77,7 +77,7 @@ class Sampler:
             raise RuntimeError(f"the engine holds {self._tag}, it was asked for {tag}")
         engine = self._llm.llm_engine
         for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            # The salt is one more wall between the prefix caches of two versions.
+            # The salt separates the prefix caches of two versions a second time, beside their names.
             prompt = TokensPrompt(prompt_token_ids=ids, cache_salt=tag)
             parameters = SamplingParams(seed=seed, logprobs=0, detokenize=False, **sampling)
             engine.add_request(str(i), prompt, parameters, lora_request=self._adapter)
@@ -86,7 +86,7 @@ class Sampler:
             finished: list[Any] = [output for output in engine.step() if output.finished]
             for output in finished:
                 ids, tables = list(output.outputs[0].token_ids), output.outputs[0].logprobs or []
-                # As many log-probs as vLLM gave: whether there is one for each token is for the trainer to check.
+                # The trainer checks that there is a log-prob for each token.
                 logprobs = [table[token].logprob for token, table in zip(ids, tables, strict=False)]
                 responses[int(output.request_id)] = ids, logprobs
             if finished:
@@ -107,7 +107,7 @@ class Sampler:
         return [{i: table[i].logprob for i in ids} for table in tables]
 
     def sleep(self) -> None:
-        """Move the weights to the CPU and give up the KV cache; `wake_up` is the way back."""
+        """Move the weights to the CPU and free the KV cache; `wake_up` undoes it."""
         self._llm.sleep(level=1)
 
     def wake_up(self) -> None:
@@ -120,7 +120,7 @@ class Sampler:
 
 
 def _end_with(parent: int, folder: str) -> None:
-    """End this process and all that it started as soon as its parent has gone, and remove its folder."""
+    """When the parent has gone, remove the folder and end this process and its children."""
     while os.getppid() == parent:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     shutil.rmtree(folder, ignore_errors=True)
@@ -141,7 +141,7 @@ def main() -> None:
         try:
             connection.send(("result", getattr(engine, method)(**arguments)))
         except Exception as error:
-            traceback.print_exc()  # into the log; the parent is told in one sentence
+            traceback.print_exc()  # into the log; the parent gets one sentence
             connection.send(("error", f"{type(error).__name__}: {error}"))
 
 

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
+import openai
 import pytest
 import torch
 
@@ -47,8 +47,12 @@ def make(policies: Backbone, tmp_path: Path) -> Iterator[Make]:
 
 def adapters(url: str) -> list[str]:
     """The names of the adapters that a server has."""
-    cards = httpx.get(f"{url}/v1/models").json()["data"]
-    return [card["id"] for card in cards if card["parent"]]
+    models = openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list()
+    return [card.id for card in models if (card.model_extra or {})["parent"]]
+
+
+def post(url: str, body: dict[str, Any]) -> None:
+    openai.OpenAI(base_url=url, api_key="none", timeout=60).post(url, cast_to=object, body=body)
 
 
 # ---- what it samples from -------------------------------------------------------------------------------------------
@@ -132,8 +136,9 @@ def test_a_server_that_is_not_up_is_waited_for(
 def test_a_server_that_never_comes_up(make: Make, policies: Backbone) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with pytest.raises(TrainingError, match=rf"the vLLM server http://127.0.0.1:{port} is not up after 1 s"):
+    with pytest.raises(TrainingError) as caught:
         make(f"http://127.0.0.1:{port}", start_timeout=1)
+    assert (caught.value.kind, caught.value.key) == ("server", "rollout.urls")
 
 
 def test_another_model_of_the_same_shape_and_name_is_refused(make: Make, vllm_server: str, vllm_model: Path) -> None:
@@ -142,21 +147,25 @@ def test_another_model_of_the_same_shape_and_name_is_refused(make: Make, vllm_se
         model.get_parameter("lm_head.weight").mul_(1.05)
     other = load_backbone(model)
     other.add_adapter("pissa", init="pissa", rank=3, alpha=6)
-    with pytest.raises(InputError, match="serves other weights than the anchor of"):
+    with pytest.raises(InputError) as caught:
         make(vllm_server, backbone=other)
+    assert (caught.value.kind, caught.value.key) == ("mismatch", "rollout.urls")
 
 
 def test_a_model_with_a_larger_vocabulary_is_refused(make: Make, vllm_server: str) -> None:
     other = load_backbone(tiny_model("llama", head_dim=32, vocab_size=80))
     other.add_adapter("pissa", rank=3, alpha=6)
-    with pytest.raises(InputError, match="serves another model than"):
+    with pytest.raises(InputError) as caught:
         make(vllm_server, backbone=other)
+    assert (caught.value.kind, caught.value.key) == ("mismatch", "rollout.urls")
 
 
 def test_a_server_without_room_is_refused(policies: Backbone, vllm_server: str, tmp_path: Path) -> None:
     settings = config(mode="server", urls=[vllm_server])
-    with pytest.raises(InputError, match="takes 60 tokens, prompt and response have up to 61"):
+    with pytest.raises(InputError) as caught:
         ServerVLLM(policies, "pissa", settings, folder=tmp_path, longest_prompt=LONGEST + 1)
+    assert (caught.value.kind, caught.value.key) == ("too_long", "rollout.urls")
+    assert "61" in (caught.value.fix or "")
 
 
 def test_something_else_at_that_address(make: Make, tmp_path: Path) -> None:
@@ -169,9 +178,9 @@ def test_something_else_at_that_address(make: Make, tmp_path: Path) -> None:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    expected = pytest.raises(InputError, match="does not answer as a vLLM server does")
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Page)) as url, expected:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Page)) as url, pytest.raises(InputError) as caught:
         make(url)
+    assert (caught.value.kind, caught.value.key) == ("server", "rollout.urls")
 
 
 @contextmanager
@@ -183,34 +192,27 @@ def serving(server: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("route", "sync", "message"),
-    [
-        ("/v1/load_lora_adapter", "adapter", "loads no adapters"),
-        ("/collective_rpc", "merged", "has no route for new weights"),
-    ],
+    ("route", "sync", "option"),
+    [("/v1/load_lora_adapter", "adapter", "--enable-lora"), ("/collective_rpc", "merged", "MERGED=1")],
 )
-def test_a_server_without_the_route(make: Make, vllm_server: str, route: str, sync: str, message: str) -> None:
+def test_a_server_without_the_route(make: Make, vllm_server: str, route: str, sync: str, option: str) -> None:
     with proxy(vllm_server) as bare:
         bare.missing = {route}
         engine = make(bare.url, sync=sync)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError) as caught:
             engine.sync(0)
+        assert caught.value.kind == "conflict"
+        assert option in (caught.value.fix or "")
 
 
 # ---- servers that fail in a batch -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [4, 16])
 @pytest.mark.parametrize("sync", MODES)
-def test_a_server_that_goes_in_the_middle_of_a_batch(
-    make: Make, vllm_server: str, policies: Backbone, sync: str, at_once: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Alone: the batch waits until it is back, and then it is given the weights again.
-
-    With all requests under way at once, workers that have nothing left to ask are idle when it goes.
-    """
+def test_a_server_that_goes_in_the_middle_of_a_batch(make: Make, vllm_server: str, sync: str) -> None:
+    """The only one: the batch waits until it is back, and then the server is given the weights again."""
     with proxy(vllm_server) as dying:
-        engine = make(dying.url, sync=sync, batch_size=at_once)
+        engine = make(dying.url, sync=sync, batch_size=4)
         engine.sync(3)
         expected = engine.generate(PROMPTS, seed=1)
 
@@ -227,13 +229,9 @@ def test_a_server_that_goes_in_the_middle_of_a_batch(
         assert rollout.version == 3
         put = "/v1/load_lora_adapter" if sync == "adapter" else "/collective_rpc"
         assert dying.posts.count(put) == 1
-        said = capsys.readouterr().err
-        assert "what it was asked is asked again" in said
-        assert f"{dying.url} is back" in said
 
 
 def test_a_server_that_stays_away_is_waited_for_once(make: Make, vllm_server: str) -> None:
-    """Not once more by each of the sixteen requests that it had."""
     with proxy(vllm_server) as dead:
         engine = make(dead.url, start_timeout=2)
         engine.sync(3)
@@ -243,8 +241,9 @@ def test_a_server_that_stays_away_is_waited_for_once(make: Make, vllm_server: st
 
         dead.spoil = die
         start = time.monotonic()
-        with pytest.raises(TrainingError, match=rf"no vLLM server is left of {dead.url}"):
+        with pytest.raises(TrainingError) as caught:
             engine.generate(PROMPTS, seed=1)
+        assert caught.value.kind == "server"
         assert time.monotonic() - start < 8
 
 
@@ -257,21 +256,17 @@ def test_the_others_take_over(make: Make, vllm_server: str) -> None:
         def die(count: int, answer: Any) -> Any:
             dying.refuses = True
 
-        dying.spoil, good.completions, dying.completions = die, 0, 0
+        dying.spoil = die
         start = time.monotonic()
         assert engine.generate(PROMPTS, seed=1).responses == expected.responses
         assert time.monotonic() - start < 10  # nobody waited for it
-        assert good.completions == len(PROMPTS)
         # While it is away the next version goes to the other one; back again, it is given that version, too.
         engine.sync(4, "milora")
         assert engine.generate(PROMPTS, seed=1).version == 4
         dying.refuses, dying.spoil = False, lambda _, answer: answer
         before = dying.completions
-        for seed in range(20):
-            assert engine.generate(PROMPTS, seed=seed).version == 4
-            if dying.completions > before:
-                break
-        assert dying.completions > before
+        assert engine.generate(PROMPTS, seed=2).version == 4
+        assert dying.completions == before + len(PROMPTS) // 2
 
 
 def test_a_server_that_forgot_the_adapter_gets_it_again(make: Make, vllm_server: str, policies: Backbone) -> None:
@@ -280,7 +275,7 @@ def test_a_server_that_forgot_the_adapter_gets_it_again(make: Make, vllm_server:
     before = adapters(vllm_server)  # a test whose server was "dead" at its end has left its own
     engine.sync(3)
     (name,) = (adapter for adapter in adapters(vllm_server) if adapter not in before)
-    httpx.post(f"{vllm_server}/v1/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
+    post(f"{vllm_server}/v1/unload_lora_adapter", {"lora_name": name})
     assert difference(policies, "pissa", engine.generate(PROMPTS, seed=1)) < 1e-4
 
 
@@ -289,8 +284,7 @@ def test_a_server_that_forgot_the_merged_weights_gets_them_again(
 ) -> None:
     engine = make(vllm_server, sync="merged")
     engine.sync(3)
-    call = {"method": "reload_weights", "kwargs": {"weights_path": str(vllm_model)}}
-    httpx.post(f"{vllm_server}/collective_rpc", json=call, timeout=60).raise_for_status()
+    post(f"{vllm_server}/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(vllm_model)}})
     assert difference(policies, "pissa", engine.generate(PROMPTS, seed=1)) < 1e-4
 
 
@@ -305,8 +299,9 @@ def test_a_server_that_hangs(make: Make, vllm_server: str) -> None:
         engine = make(hanging.url, batch_size=4, timeout=5)
         engine.sync(3)
         hanging.gate.clear()
-        with pytest.raises(TrainingError, match=r"could not be had in 3 attempts; the last: .*: no answer in 5 s"):
+        with pytest.raises(TrainingError) as caught:
             engine.generate(PROMPTS, seed=1)
+        assert caught.value.kind == "server"
 
 
 def cut_logprobs(answer: Any) -> Any:
@@ -332,18 +327,19 @@ def other_model(answer: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    "spoil",
     [
-        (lambda _: b"<html>bad gateway</html>", "not a completion"),
-        (lambda _: b'{"choices": []}', "not a completion"),
-        (lambda _: b"[1, 2]", "not an object"),
-        (cut_logprobs, r"tokens and \d+ log-probs"),
-        (cut_ids, "without an end-of-sequence"),
-        (other_model, "an answer by 'another'"),
-        (no_prompt, "or to another prompt"),
+        lambda _: b"<html>bad gateway</html>",
+        lambda _: b'{"choices": []}',
+        lambda _: b"[1, 2]",
+        cut_logprobs,
+        cut_ids,
+        other_model,
+        no_prompt,
     ],
+    ids=["html", "no choice", "a list", "cut log-probs", "cut ids", "another model", "another prompt"],
 )
-def test_garbage_is_asked_again_and_then_an_error(make: Make, vllm_server: str, spoil: Any, message: str) -> None:
+def test_garbage_is_asked_again_and_then_an_error(make: Make, vllm_server: str, spoil: Any) -> None:
     with proxy(vllm_server) as babbling:
         engine = make(babbling.url, batch_size=4)
         engine.sync(3)
@@ -352,8 +348,9 @@ def test_garbage_is_asked_again_and_then_an_error(make: Make, vllm_server: str, 
         babbling.spoil = lambda count, answer: spoil(answer) if count == first else answer
         assert engine.generate(PROMPTS, seed=1).responses == expected.responses
         babbling.spoil = lambda _, answer: spoil(answer)
-        with pytest.raises(TrainingError, match=rf"could not be had in 3 attempts; the last: .*{message}"):
+        with pytest.raises(TrainingError) as caught:
             engine.generate(PROMPTS, seed=1)
+        assert (caught.value.kind, caught.value.key) == ("server", "rollout.urls")
 
 
 def test_log_probs_that_are_not_finite_stop_the_run(make: Make, vllm_server: str) -> None:
@@ -365,5 +362,6 @@ def test_log_probs_that_are_not_finite_stop_the_run(make: Make, vllm_server: str
         engine = make(broken.url)
         engine.sync(3)
         broken.spoil = nan
-        with pytest.raises(TrainingError, match="the logits are not finite"):
+        with pytest.raises(TrainingError) as caught:
             engine.generate(PROMPTS, seed=1)
+        assert caught.value.kind == "not_finite"
