@@ -25,7 +25,7 @@ from pe_rlhf.runs.saved_roles import (
 )
 from pe_rlhf.system.files import read_json
 from pe_rlhf.system.seeding import derive_seed
-from reward.errors import InputError, JudgeError
+from reward.errors import InputError
 from reward.judges.templates import as_messages
 from reward.records import Prompt, parse_prompt
 from reward.row_files import in_line, read_rows
@@ -89,7 +89,7 @@ class ServerSource:
             chats = [as_messages(prompts[number])]
             (said,) = self._endpoint.generate(chats, self._sampling.max_new_tokens, self._sampling.temperature, seed)
             if said.error:
-                raise JudgeError(f"prompt {number}: {said.error}", kind="too_long", row=number + 1)
+                raise InputError(f"prompt {number}: {said.error}", kind="too_long", row=number + 1)
             return said.text
 
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:

@@ -13,7 +13,7 @@ import openai
 
 from pe_rlhf.system.failures import TrainingError
 from reward.advance import Advance, no_progress
-from reward.errors import InputError
+from reward.errors import InputError, Kind
 
 SECONDS_TO_ANSWER = 5.0  # for a question that costs the server nothing
 
@@ -69,19 +69,13 @@ class Server:
         except ServerFault:
             return False
         except (openai.APIStatusError, AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
-            raise InputError(
-                f"{self.url} does not answer as a vLLM server does: {error!r}", kind="server", key="rollout.urls"
-            ) from error
+            raise refused("server", f"{self.url} does not answer as a vLLM server does: {error!r}") from error
         return True
 
     def check_length(self, tokens: int) -> None:
         if tokens > self._max_length:
-            raise InputError(
-                f"{self.url} takes {self._max_length} tokens, prompt and response have up to {tokens}",
-                kind="too_long",
-                key="rollout.urls",
-                fix=f"start the server with --max-model-len {tokens}",
-            )
+            message = f"{self.url} takes {self._max_length} tokens, prompt and response have up to {tokens}"
+            raise refused("too_long", message, f"start the server with --max-model-len {tokens}")
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -107,9 +101,8 @@ class Server:
             fix = "start it by launch/vllm_server.sh, or with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         else:
             fix = None
-        raise InputError(
-            f"{self.url} cannot load the adapter in {path}: {_message(error)}", kind="conflict", fix=fix
-        ) from error
+        message = f"{self.url} cannot load the adapter in {path}: {_message(error)}"
+        raise refused("conflict", message, fix) from error
 
     def unload(self, but: str | None = None) -> None:
         """Drop all adapters that were loaded here; a restarted server has dropped them already."""
@@ -134,12 +127,8 @@ class Server:
             fix = (
                 "start it by launch/vllm_server.sh with MERGED=1, or with VLLM_SERVER_DEV_MODE=1, or use sync: adapter"
             )
-            raise InputError(
-                f"{self.url} cannot load the weights in {path}: {_message(error)}",
-                kind="conflict",
-                key="rollout.sync",
-                fix=fix if error.status_code == 404 else None,
-            ) from error
+            message = f"{self.url} cannot load the weights in {path}: {_message(error)}"
+            raise refused("conflict", message, fix if error.status_code == 404 else None) from error
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise ServerFault("its prefix cache could not be reset")
 
@@ -193,9 +182,7 @@ class Server:
         except openai.APIStatusError as error:
             if error.status_code == 404 or error.status_code >= 500:  # it was restarted, or is going down
                 raise _fault(error) from error
-            raise TrainingError(
-                f"{self.url} refused a prompt of {len(prompt)} tokens: {_message(error)}", kind="server"
-            ) from error
+            raise failed(f"{self.url} refused a prompt of {len(prompt)} tokens: {_message(error)}") from error
         try:
             # The client does not check an answer, and does not know vLLM's fields.
             choice = answer.choices[0]
@@ -209,6 +196,16 @@ class Server:
         if named != model or read != prompt:
             raise ServerFault(f"an answer by {named!r}, or to another prompt; {model!r} was asked")
         return ids, [float(p) for p in logprobs]
+
+
+def refused(kind: Kind, message: str, fix: str | None = None) -> InputError:
+    """The error for a server that cannot serve this run."""
+    return InputError(message, kind=kind, key="rollout.urls", fix=fix)
+
+
+def failed(message: str) -> TrainingError:
+    """The error for servers with which a run cannot go on."""
+    return TrainingError(message, kind="server", key="rollout.urls")
 
 
 async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

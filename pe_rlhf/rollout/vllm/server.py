@@ -15,13 +15,12 @@ from pathlib import Path
 from pe_rlhf.config import SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
-from pe_rlhf.rollout.interface import check_response, checked_rollout
+from pe_rlhf.rollout.interface import checked_rollout
 from pe_rlhf.rollout.vllm.exchange import WeightExchange
-from pe_rlhf.rollout.vllm.http import Response, Server, ServerFault, together
+from pe_rlhf.rollout.vllm.http import Response, Server, ServerFault, failed, together
 from pe_rlhf.rollout.vllm.probe import Probe
 from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
 from pe_rlhf.system.distributed import on_main
-from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.progress import Advance, no_progress, say
 from pe_rlhf.types import Rollout
 from reward.errors import InputError
@@ -101,7 +100,7 @@ class ServerVLLM:
                 self._probe.check(server, server.base, ANCHOR)
                 return
             except ServerFault as fault:
-                raise TrainingError(f"{server.url}: {fault}", kind="server", key="rollout.urls") from fault
+                raise failed(f"{server.url}: {fault}") from fault
             except InputError:
                 if attempt == ATTEMPTS:
                     raise
@@ -140,9 +139,7 @@ class ServerVLLM:
             say(f"waiting up to {limit:g} s for the vLLM server {server.url}")
         while not server.is_ready():
             if time.monotonic() - start > limit:
-                raise TrainingError(
-                    f"the vLLM server {server.url} is not up after {limit:g} s", kind="server", key="rollout.urls"
-                )
+                raise failed(f"the vLLM server {server.url} is not up after {limit:g} s")
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     # ---- responses --------------------------------------------------------------------------------------------------
@@ -163,11 +160,7 @@ class ServerVLLM:
                 last = str(fault)
                 say(f"{last}; the batch is asked for again")
                 failed |= {server.url for server in self._servers if server.down}
-        raise TrainingError(
-            f"a batch of {len(prompts)} responses failed {ATTEMPTS} times, the last time: {last}",
-            kind="server",
-            key="rollout.urls",
-        )
+        raise failed(f"a batch of {len(prompts)} responses failed {ATTEMPTS} times, the last time: {last}")
 
     def _usable(self, failed: set[str]) -> list[Server]:
         """The servers that have the role. Those that failed in this batch only if no other one answers.
@@ -180,9 +173,7 @@ class ServerVLLM:
             if usable := others or [server for server in self._servers if self._has_role(server)]:
                 return usable
             if time.monotonic() > deadline:
-                raise TrainingError(
-                    f"no vLLM server answers of {', '.join(self._config.urls)}", kind="server", key="rollout.urls"
-                )
+                raise failed(f"no vLLM server answers of {', '.join(self._config.urls)}")
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _has_role(self, server: Server) -> bool:
@@ -218,16 +209,9 @@ class ServerVLLM:
             own_prompts, own_seeds = prompts[k::step], seeds[k::step]
             at_once = min(self._config.batch_size, max(1, len(own_prompts)))
             try:
-                responses = await server.sample(
-                    own_prompts, own_seeds, sampling, self._tag, at_once=at_once, advance=advance
-                )
-                for ids, logprobs in responses:
-                    check_response(
-                        ids,
-                        logprobs,
-                        eos_token_ids=self._backbone.eos_token_ids,
-                        max_new_tokens=self._config.max_new_tokens,
-                    )
+                asked = server.sample(own_prompts, own_seeds, sampling, self._tag, at_once=at_once, advance=advance)
+                # Checked here, where it is known which server has answered.
+                checked_rollout(own_prompts, responses := await asked, self._version, self._backbone, self._config)
             except (ServerFault, ValueError) as fault:
                 server.down = True
                 raise ServerFault(f"{server.url}: {fault}") from fault
