@@ -51,6 +51,7 @@ class Failure(Exception):
     """
 
     exit_code = 1
+    kind: Kind
 
     def __init__(
         self,

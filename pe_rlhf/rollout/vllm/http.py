@@ -7,6 +7,7 @@ import os
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 import openai
@@ -58,7 +59,7 @@ class Server:
         quick = self._client.with_options(timeout=SECONDS_TO_ANSWER)
         try:
             with _faults(SECONDS_TO_ANSWER):
-                quick.get(f"{self.url}/health", cast_to=type(None))
+                quick.get(f"{self.url}/health", cast_to=NoneType)
         except (ServerFault, openai.APIStatusError):
             return False
         try:
@@ -69,13 +70,13 @@ class Server:
         except ServerFault:
             return False
         except (openai.APIStatusError, AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
-            raise refused("server", f"{self.url} does not answer as a vLLM server does: {error!r}") from error
+            raise server_refused("server", f"{self.url} does not answer as a vLLM server does: {error!r}") from error
         return True
 
     def check_length(self, tokens: int) -> None:
         if tokens > self._max_length:
             message = f"{self.url} takes {self._max_length} tokens, prompt and response have up to {tokens}"
-            raise refused("too_long", message, f"start the server with --max-model-len {tokens}")
+            raise server_refused("too_long", message, f"start the server with --max-model-len {tokens}")
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ class Server:
         else:
             fix = None
         message = f"{self.url} cannot load the adapter in {path}: {_message(error)}"
-        raise refused("conflict", message, fix) from error
+        raise server_refused("conflict", message, fix) from error
 
     def unload(self, but: str | None = None) -> None:
         """Drop all adapters that were loaded here; a restarted server has dropped them already."""
@@ -120,7 +121,7 @@ class Server:
                 f"{self.url}/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
             )
             self.merged = True
-            answer = self._post(f"{self.url}/reset_prefix_cache", {})
+            answer = self._post(f"{self.url}/reset_prefix_cache", {}, object)
         except openai.APIStatusError as error:
             if error.status_code >= 500:
                 raise _fault(error) from error
@@ -128,17 +129,20 @@ class Server:
                 "start it by launch/vllm_server.sh with MERGED=1, or with VLLM_SERVER_DEV_MODE=1, or use sync: adapter"
             )
             message = f"{self.url} cannot load the weights in {path}: {_message(error)}"
-            raise refused("conflict", message, fix if error.status_code == 404 else None) from error
+            raise server_refused("conflict", message, fix if error.status_code == 404 else None) from error
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise ServerFault("its prefix cache could not be reset")
 
     def close(self) -> None:
         self._client.close()
 
-    def _post(self, route: str, body: dict[str, Any]) -> object:
-        """The answer of a route below /v1, or of an address. Raises `ServerFault`, `openai.APIStatusError`."""
+    def _post(self, route: str, body: dict[str, Any], wanted: type = NoneType) -> object:
+        """Post to a route below /v1, or to an address. Raises `ServerFault`, `openai.APIStatusError`.
+
+        wanted: `object` for the answer as JSON; by default it is not read, since some routes answer in plain text.
+        """
         with _faults(self._timeout):
-            return self._client.post(route, cast_to=object, body=body)
+            return self._client.post(route, cast_to=wanted, body=body)
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
@@ -182,7 +186,7 @@ class Server:
         except openai.APIStatusError as error:
             if error.status_code == 404 or error.status_code >= 500:  # it was restarted, or is going down
                 raise _fault(error) from error
-            raise failed(f"{self.url} refused a prompt of {len(prompt)} tokens: {_message(error)}") from error
+            raise server_error(f"{self.url} refused a prompt of {len(prompt)} tokens: {_message(error)}") from error
         try:
             # The client does not check an answer, and does not know vLLM's fields.
             choice = answer.choices[0]
@@ -198,12 +202,12 @@ class Server:
         return ids, [float(p) for p in logprobs]
 
 
-def refused(kind: Kind, message: str, fix: str | None = None) -> InputError:
+def server_refused(kind: Kind, message: str, fix: str | None = None) -> InputError:
     """The error for a server that cannot serve this run."""
     return InputError(message, kind=kind, key="rollout.urls", fix=fix)
 
 
-def failed(message: str) -> TrainingError:
+def server_error(message: str) -> TrainingError:
     """The error for servers with which a run cannot go on."""
     return TrainingError(message, kind="server", key="rollout.urls")
 

@@ -12,7 +12,7 @@ import os
 import torch
 
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.rollout.vllm.http import Server, refused
+from pe_rlhf.rollout.vllm.http import Server, server_refused
 from pe_rlhf.rollout.vllm.requests import NEUTRAL
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import permutation
@@ -51,7 +51,7 @@ class Probe:
         if self._distance(ids, found, role, 1.0) <= self._tolerance:
             message = f"{server.url} gives log-probs that are not of temperature {self._temperature:g}"
             fix = "start it by launch/vllm_server.sh, or with --logprobs-mode processed_logprobs"
-            raise refused("mismatch", message, fix)
+            raise server_refused("mismatch", message, fix)
         raise self._other(
             server,
             f"other weights than the {role} of {self._backbone.name}: its log-probs differ by {distance:.3g} on average"
@@ -67,7 +67,7 @@ class Probe:
         return True
 
     def _other(self, server: Server, what: str) -> InputError:
-        return refused("mismatch", f"{server.url} serves {what}", "restart it")
+        return server_refused("mismatch", f"{server.url} serves {what}", "restart it")
 
     @torch.no_grad()
     def _distance(self, ids: list[int], found: list[float], role: str, temperature: float) -> float:

@@ -17,7 +17,7 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.rollout.interface import checked_rollout
 from pe_rlhf.rollout.vllm.exchange import WeightExchange
-from pe_rlhf.rollout.vllm.http import Response, Server, ServerFault, failed, together
+from pe_rlhf.rollout.vllm.http import Response, Server, ServerFault, server_error, together
 from pe_rlhf.rollout.vllm.probe import Probe
 from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
 from pe_rlhf.system.distributed import on_main
@@ -100,7 +100,7 @@ class ServerVLLM:
                 self._probe.check(server, server.base, ANCHOR)
                 return
             except ServerFault as fault:
-                raise failed(f"{server.url}: {fault}") from fault
+                raise server_error(f"{server.url}: {fault}") from fault
             except InputError:
                 if attempt == ATTEMPTS:
                     raise
@@ -139,7 +139,7 @@ class ServerVLLM:
             say(f"waiting up to {limit:g} s for the vLLM server {server.url}")
         while not server.is_ready():
             if time.monotonic() - start > limit:
-                raise failed(f"the vLLM server {server.url} is not up after {limit:g} s")
+                raise server_error(f"the vLLM server {server.url} is not up after {limit:g} s")
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     # ---- responses --------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class ServerVLLM:
                 last = str(fault)
                 say(f"{last}; the batch is asked for again")
                 failed |= {server.url for server in self._servers if server.down}
-        raise failed(f"a batch of {len(prompts)} responses failed {ATTEMPTS} times, the last time: {last}")
+        raise server_error(f"a batch of {len(prompts)} responses failed {ATTEMPTS} times, the last time: {last}")
 
     def _usable(self, failed: set[str]) -> list[Server]:
         """The servers that have the role. Those that failed in this batch only if no other one answers.
@@ -173,7 +173,7 @@ class ServerVLLM:
             if usable := others or [server for server in self._servers if self._has_role(server)]:
                 return usable
             if time.monotonic() > deadline:
-                raise failed(f"no vLLM server answers of {', '.join(self._config.urls)}")
+                raise server_error(f"no vLLM server answers of {', '.join(self._config.urls)}")
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _has_role(self, server: Server) -> bool:
