@@ -88,6 +88,7 @@ class ServerVLLM:
                 if server.merged:
                     path = self._exchange.put_merged(self._backbone, ANCHOR, f"base-{os.urandom(4).hex()}")
                     server.load_merged(path)
+                    server.merged = False
             except (ServerFault, InputError):
                 say(f"{server.url}: could not be given its own weights back")
             server.close()
