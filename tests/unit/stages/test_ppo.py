@@ -218,7 +218,7 @@ def test_samples_of_a_step_that_is_repeated_are_there_once(tmp_path: Path) -> No
     (folder / "summary.json").unlink()  # as if it had been killed after the samples of step 3, before its checkpoint
     shutil.rmtree(folder / "checkpoints" / "step-000003")
     parsed = Recipe.model_validate(tree)
-    run_recipe(parsed, tmp_path / "run", ["ppo"], resume=True, restart=False)
+    run_recipe(parsed, tmp_path / "run", ["ppo"], "resume")
     assert read_jsonl(folder / "samples.jsonl") == before
     assert [row["step"] for row in before] == [1] * 4 + [2] * 4 + [3] * 4
 
