@@ -65,7 +65,8 @@ class Failure(Exception):
         fix: str | None = None,
     ) -> None:
         super().__init__(message if fix is None else f"{message}; {fix}")
-        self.kind, self.key, self.row, self.step, self.fix = kind, key, row, step, fix
+        self.kind: Kind = kind
+        self.key, self.row, self.step, self.fix = key, row, step, fix
         self.file = None if file is None else str(file)
 
     def at(self, place: str, **known: Any) -> Self:

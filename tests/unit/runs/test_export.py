@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,12 @@ def test_an_export_is_prompted_as_the_run_was(cli: Cli, tmp_path: Path) -> None:
 def test_what_cannot_be_exported(refused: Callable[..., str], tmp_path: Path) -> None:
     assert refused("export", tmp_path / "none") == f"{tmp_path / 'none'} is not a directory"
     (tmp_path / "empty").mkdir()
-    for options, kind in (({}, "missing"), ({"role": "polcy"}, "unknown"), ({"checkpoint": "best"}, "missing")):
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({}, "missing"),
+        ({"role": "polcy"}, "unknown"),
+        ({"checkpoint": "best"}, "missing"),
+    )
+    for options, kind in wrong:
         with pytest.raises(InputError) as raised:
             export_role(tmp_path / "empty", "lora", **options)
         assert raised.value.kind == kind
@@ -122,7 +128,7 @@ def test_a_checkpoint_is_exported(cli: Cli, refused: Callable[..., str], tmp_pat
     (run / "ppo" / "checkpoints" / "step-abc").mkdir()
     assert there in refused("export", "run", "--checkpoint", "abc")
     (run / "ppo" / "checkpoints" / "step-000003" / "state.safetensors").write_bytes(b"damaged")
-    wrong: tuple[tuple[dict[str, str], str, Path], ...] = (
+    wrong: tuple[tuple[dict[str, Any], str, Path], ...] = (
         ({"role": "reward", "checkpoint": "best"}, "missing", Path("run")),
         ({"role": "polcy", "checkpoint": "best"}, "unknown", Path("None")),
         ({"checkpoint": "7"}, "missing", Path("run/ppo/checkpoints")),
