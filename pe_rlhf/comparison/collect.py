@@ -37,9 +37,7 @@ def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRu
     state = state_of(run)
     is_finished = state.status == "finished"
     files = RunFiles(run.folder)
-    reward = read_summary(files.stage("reward"))
-    if reward is None and shared:
-        reward = read_summary(RunFiles(shared.folder).stage("reward"))
+    reward = _summary(run, "reward") or (_summary(shared, "reward") if shared else {})
     rank = run.recipe.adapter_for("ppo").rank
     return RunResult(
         arm,
@@ -49,13 +47,18 @@ def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRu
         state.kind,
         folder=run.folder,
         settings=settings,
-        reward=reward or {},
-        ppo=read_summary(files.stage("ppo")) or {},
-        evaluate=read_summary(files.stage("evaluate")) or {},
+        reward=reward,
+        ppo=_summary(run, "ppo"),
+        evaluate=_summary(run, "evaluate"),
         metrics=_metrics(files.stage("ppo").metrics, is_finished),
         preferences=_preferences(files.stage("evaluate").samples) if is_finished else {},
         drift=drift_of_run(run.folder, run.recipe, rank) if files.role("policy").folder.is_dir() else {},
     )
+
+
+def _summary(run: PlannedRun, stage: str) -> Row:
+    """A plain mapping, which `dataclasses.asdict` can copy; empty where the stage has not finished."""
+    return dict(read_summary(RunFiles(run.folder).stage(stage)) or {})
 
 
 def _metrics(path: Path, is_finished: bool) -> list[Row]:

@@ -29,7 +29,7 @@ def drift_of_run(run: Path, recipe: Recipe, rank: int) -> Row:
     path = RunFiles(run).stage("ppo").drift
     with suppress(InputError):  # one that is not there or cannot be read is worked out anew
         if (kept := read_json(path)).get("rank") == rank:
-            return kept
+            return dict(kept)
     try:
         backbone = load_base(recipe, starting_model(recipe, run), device="cpu")
         load_role(backbone, "policy", RunFiles(run).role("policy").folder)

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from pe_rlhf.comparison.plan import PlannedRun
+from pe_rlhf.comparison.analysis import analyse, to_json
+from pe_rlhf.comparison.collect import collect
+from pe_rlhf.comparison.plan import PlannedRun, load_plan
 from pe_rlhf.comparison.runner import RunState, refuse_changed, state_of
+from pe_rlhf.comparison.trials import choose
 from pe_rlhf.config.load import make_recipe, save_recipe
 from reward.errors import InputError
-from tests.runs import recipe
+from tests.runs import recipe, write_recipe
 
 
 def planned(folder: Path, **changes: Any) -> PlannedRun:
@@ -52,3 +55,16 @@ def test_a_run_of_another_recipe_is_refused_but_not_one_from_another_place(tmp_p
         with pytest.raises(InputError) as caught:
             refuse_changed([planned(tmp_path, **{"model": "/x/small", "ppo__reward": sources, **changes})])
         assert (caught.value.kind, caught.value.file) == ("changed", str(here.folder / "recipe.yaml"))
+
+
+def test_what_is_read_from_disk_can_be_written_as_json(tmp_path: Path) -> None:
+    tree = recipe("ppo") | {"compare": {"grid": {"rank": [2]}, "seeds": [1]}}
+    plan = load_plan(write_recipe(tmp_path, tree), tmp_path / "out", [])
+    (run,) = plan.runs(plan.arms[0]).values()
+    stage = run.folder / "ppo"
+    stage.mkdir(parents=True)
+    (stage / "summary.json").write_text('{"steps": 2, "reward_last": 0.5}', encoding="utf-8")
+    (stage / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5, "kl": 0.1}\n', encoding="utf-8")
+    found = collect(plan, [choose(plan, arm) for arm in plan.arms])
+    tree = to_json(analyse("test", plan.config, found))
+    assert json.loads(json.dumps(tree))["runs"][0]["ppo"] == {"steps": 2, "reward_last": 0.5}
