@@ -197,7 +197,9 @@ def test_a_dry_run_says_the_plan_and_leaves_nothing(
     outcome = cli("run", path, "--dry-run", "--from", "reward", "--to", "ppo")
     assert outcome.code == 0
     plan = "recipe: reward → ppo with random:tiny-llama, into runs/recipe; the recipe is valid"
-    assert outcome.out.splitlines()[-1] == plan
+    first, *stages = outcome.out.splitlines()
+    assert first == plan
+    assert [line.split(":")[0].strip() for line in stages] == ["reward", "ppo"]
     assert contents(tmp_path) == before
     assert not (tmp_path / "runs").exists()
     # No model: in an empty cache, none is made.

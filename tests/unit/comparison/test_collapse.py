@@ -110,7 +110,7 @@ def test_the_kinds_are_those_that_training_raises() -> None:
             lambda: check_response([5], [math.nan], eos_token_ids=[], max_new_tokens=1),
             lambda: score_responses(lambda prompts, responses: [math.nan], ["p"], ["r"]),
         ],
-        "KL blow-up": [lambda: _refuse_high_kl(10.5, limit, 5)],
+        "KL blow-up": [lambda: _refuse_high_kl(10.5, limit)],
     }
     for kind, causes in failures.items():
         for cause in causes:

@@ -128,19 +128,19 @@ def test_a_whole_run_and_its_export(folder: Path, tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    "changes",
     [
-        ({"tuning": "full"}, "not with tuning: full or sft"),
-        ({"ppo__rollout": {"engine": "vllm"}}, "ppo samples with vLLM, which would hold another base"),
-        ({"ppo__rollout": {"sync": "merged"}}, "ppo cannot sample with sync: merged; use adapter"),
-        ({"backbone__quantization": "3bit"}, "backbone.quantization"),
+        {"tuning": "full"},
+        {"ppo__rollout": {"engine": "vllm"}},
+        {"ppo__rollout": {"sync": "merged"}},
+        {"backbone__quantization": "3bit"},
     ],
 )
-def test_what_does_not_go_with_it(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_what_does_not_go_with_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     tree = recipe("ppo", **{"backbone__quantization": "4bit", **changes})
     done = CliRunner().invoke(app, ["run", str(write_recipe(tmp_path, tree)), "--dry-run"])
     assert isinstance(done.exception, InputError)
-    assert said in str(done.exception)
+    assert done.exception.key == "backbone.quantization"
 
 
 @pytest.mark.parametrize("kind", KINDS)
