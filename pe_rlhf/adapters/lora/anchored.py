@@ -53,7 +53,6 @@ class AnchoredLoRA(nn.Module):
         self.register_buffer("initial_B_OR", None if starts_at_zero else _own(B_OR))
         self.scale = scale
         self.dropout = dropout
-        self._kept: tuple[object, object, tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], scale: float, dropout: float) -> AnchoredLoRA:
@@ -75,7 +74,8 @@ class AnchoredLoRA(nn.Module):
             x = F.dropout(x, self.dropout)
         if y._base is not None or not y.is_contiguous():  # Conv1D's is a view, which autograd would copy more often
             y = y.clone(memory_format=torch.contiguous_format)
-        up, down = self._products(y.dtype)
+        # Made anew in each pass: a fused optimizer changes A and B without counting up their versions.
+        up, down = (factor.to(y.dtype) for factor in self._difference())
         if not torch.is_grad_enabled():  # a token that is sampled has no time for autograd's bookkeeping
             _add_low_rank(y, x, up, down, self.scale)
             return y
@@ -100,16 +100,6 @@ class AnchoredLoRA(nn.Module):
             return A_RI, B_OR
         down = torch.cat([B_OR - self.initial_B_OR, self.initial_B_OR], dim=1)
         return torch.cat([A_RI, A_RI - self.initial_A_RI]), down
-
-    def _products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`_difference` in the dtype of the base, kept until A or B has changed: an update has many micro-batches."""
-        now = (dtype, *((p.device, p.data_ptr(), p._version) for p in (self.lora_A, self.lora_B)))
-        if self._kept is None or self._kept[0] != now:
-            up, down = self._difference()
-            # The storages are held, so that no other tensor can come to their addresses.
-            held = self.lora_A.detach(), self.lora_B.detach()
-            self._kept = now, held, (up.to(dtype), down.to(dtype))
-        return self._kept[2]
 
 
 def _add_low_rank(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
