@@ -64,7 +64,7 @@ def plain_role(backbone: Backbone, role: str) -> PlainRole:
     spec = backbone.adapter_spec(role)
     initial = {name: tensor for name, tensor in state.items() if "initial" in name}
     factors = {name: tensor.requires_grad_() for name, tensor in state.items() if name not in initial}
-    return PlainRole(model, spec.alpha / spec.rank, spec.modules, factors, initial)
+    return PlainRole(model, spec.settings.alpha / spec.settings.rank, spec.modules, factors, initial)
 
 
 def byte_model(folder: Path, *, pad_is_eos: bool, **changes: Any) -> Path:

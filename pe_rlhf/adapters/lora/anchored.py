@@ -84,7 +84,8 @@ class AnchoredLoRA(nn.Module):
     @torch.no_grad()
     def factors(self) -> LowRankFactors:
         """Plain LoRA factors on the original base: `[A; A−A0]`, `[B−B0, B0]`, rank 2r (rank r where B0 = 0)."""
-        return LowRankFactors(*(factor.clone() for factor in self._difference()), self.scale)
+        up, down = self._difference()
+        return LowRankFactors(up.clone(), down.clone(), self.scale)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

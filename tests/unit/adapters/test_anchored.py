@@ -356,10 +356,11 @@ def test_a_merged_weight_is_rounded_once_and_has_the_bases_dtype(kind: str) -> N
     """The sum is taken in fp32. Rounded to bf16 first, the change would be off by its own rounding, too."""
     base = base_layer(kind).to(torch.bfloat16)
     layer = WrappedLayer(base, RoleState())
-    adapter = perturbed(adapter_for(base, "pissa"))
-    layer.adapters["policy"] = adapter
+    adapter = adapter_for(base, "pissa")
+    A0, B0 = initial(adapter)
+    layer.adapters["policy"] = perturbed(adapter)
     weight_OI, _ = dense_base(base)
-    change_OI = adapter.scale * (adapter.lora_B @ adapter.lora_A - adapter.initial_B_OR @ adapter.initial_A_RI)
+    change_OI = adapter.scale * (adapter.lora_B @ adapter.lora_A - B0 @ A0)
     once_OI = (weight_OI + change_OI.detach()).to(torch.bfloat16)
     assert not torch.equal(once_OI, weight_OI.to(torch.bfloat16) + change_OI.detach().to(torch.bfloat16))
     merged = merged_weight(layer, "policy")

@@ -45,11 +45,12 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module that can be imported. After the test its inits are gone."""
     (tmp_path / "half_inits.py").write_text(SOURCE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = dict(INITS), dict(INIT_OPTIONS)
+    inits, options = dict(INITS), dict(INIT_OPTIONS)
     yield "half_inits"
-    for registry, kept in zip((INITS, INIT_OPTIONS), before, strict=True):
-        registry.clear()
-        registry.update(kept)
+    for name in INITS.keys() - inits.keys():
+        del INITS[name]
+    for name in INIT_OPTIONS.keys() - options.keys():
+        del INIT_OPTIONS[name]
     sys.modules.pop("half_inits", None)
 
 

@@ -46,12 +46,14 @@ def test_segments_attend_as_whole_rows_do(batch: object, window: int | None) -> 
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(3, 64, T, HEADS, WIDTH, generator=generator)
     whole = [part[sequences.ids_BT, torch.arange(T)] for part in table]
-    rows = [plain(*(part[b, :n] for part in whole), window) for b, n in enumerate(sequences.lengths_B.tolist())]
+    query, key, value = whole
+    lengths = sequences.lengths_B.tolist()
+    rows = [plain(query[b, :n], key[b, :n], value[b, :n], window) for b, n in enumerate(lengths)]
     expected_BTHD = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     packed = [packing.take(part) for part in whole]
     found_LHD = by_segments(packed, packing.segments, window)
     torch.testing.assert_close(found_LHD, packing.take(expected_BTHD))
-    lengths = packing.segments.query_ends.diff(), packing.segments.key_ends.diff()
-    assert [int(part.max()) for part in lengths] == [packing.segments.longest_query, packing.segments.longest_key]
+    sizes = packing.segments.query_ends.diff(), packing.segments.key_ends.diff()
+    assert [int(part.max()) for part in sizes] == [packing.segments.longest_query, packing.segments.longest_key]
     assert packing.segments.query_ends.dtype == torch.int32

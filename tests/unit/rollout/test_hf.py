@@ -274,7 +274,7 @@ def test_the_version_is_the_one_of_the_last_sync(policy: Backbone) -> None:
 def test_progress_counts_every_response(policy: Backbone) -> None:
     counts: list[int] = []
     config = SamplingConfig(max_new_tokens=2, batch_size=4)
-    HFRollout(policy, "policy", config, counts.append).generate(PROMPTS, seed=0)
+    HFRollout(policy, "policy", config, lambda n, note="": counts.append(n)).generate(PROMPTS, seed=0)
     assert sum(counts) == len(PROMPTS) == 18
     assert max(counts) == 4
 
