@@ -106,13 +106,18 @@ def _flush(path: Path) -> None:
 
 
 class JsonObject(dict[str, Any]):
-    """A JSON object of a file. A key that it lacks is a fault of the file: `InputError`, not `KeyError`."""
+    """A JSON object of a file. A key that it lacks is a fault of the file: `InputError`, not `KeyError`.
 
-    def __init__(self, values: dict[str, Any], file: Path, row: int | None = None) -> None:
+    It is made without a file as every dict is, by `dataclasses.asdict` for example, and then is nothing but one.
+    """
+
+    def __init__(self, values: Any = (), file: Path | None = None, row: int | None = None) -> None:
         super().__init__(values)
         self._file, self._row = file, row
 
     def __missing__(self, key: str) -> Any:
+        if self._file is None:
+            raise KeyError(key)
         where = _place(self._file, self._row)
         raise InputError(f"{where}: has no {key!r}", kind="unreadable", key=key, file=self._file, row=self._row)
 

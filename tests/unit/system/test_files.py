@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event, Thread
 
@@ -69,6 +70,15 @@ def test_a_key_that_a_file_lacks_is_named_with_the_file_and_its_row(tmp_path: Pa
     with pytest.raises(InputError) as raised:
         pickle.loads(pickle.dumps(second))["a"]  # as another rank gets it
     assert (raised.value.key, raised.value.file, raised.value.row) == ("a", str(tmp_path / "a.jsonl"), 2)
+
+    @dataclass
+    class Holder:
+        rows: list[dict[str, object]]
+
+    copied = asdict(Holder([second]))  # makes each mapping anew
+    assert copied == {"rows": [{"b": 2}]}
+    with pytest.raises(KeyError):
+        copied["rows"][0]["a"]
 
 
 def test_a_last_line_that_is_cut_may_be_left_out(tmp_path: Path) -> None:
