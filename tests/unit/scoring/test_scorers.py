@@ -22,6 +22,7 @@ from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.scorers import AdapterScorer, ModelScorer, make_scorer
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
+from tests.failures import raises
 from tests.stage_support import byte_model
 from tests.tiny import perturb
 
@@ -128,16 +129,16 @@ def test_a_text_that_is_longer_than_the_model_takes_loses_its_start(tmp_path: Pa
     torch.testing.assert_close(scorer.score_texts([prompt], [response]), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("labels", "message"), [(2, "has 2 labels; a reward model has one"), (3, "has 3 labels")])
-def test_a_model_of_several_labels_is_refused(tmp_path: Path, labels: int, message: str) -> None:
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_model_of_several_labels_is_refused(tmp_path: Path, labels: int) -> None:
     path = saved_classifier(tmp_path, labels)
-    with pytest.raises(InputError, match=message):
+    with raises("conflict", key="reward model"):
         ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7])
 
 
 def test_a_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
     path = byte_model(tmp_path / "causal", pad_is_eos=True)
-    with pytest.raises(InputError, match=r"reward model: .* has 2 labels; a reward model has one"):
+    with raises("conflict", key="reward model"):
         ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7])
 
 

@@ -153,8 +153,10 @@ def test_a_critic_starts_from_the_runs_reward_adapter_where_a_function_scores(tm
 
 
 def test_a_critic_from_a_reward_adapter_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match=r"ppo\.value_init: there is no reward adapter"):
+    with pytest.raises(ValidationError) as raised:
         run(recipe(tmp_path, value_init="reward"), tmp_path / "run")
+    (mistake,) = raised.value.errors()
+    assert (mistake["type"], mistake.get("ctx", {}).get("key")) == ("refusal", "ppo.value_init")
 
 
 def test_an_adaptive_beta_follows_the_kl(tmp_path: Path) -> None:
