@@ -11,7 +11,6 @@ from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
 from pe_rlhf.rollout.vllm.requests import sync_mode
-from pe_rlhf.rollout.vllm.server import ServerVLLM
 from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.progress import Advance
 from reward.errors import InputError
@@ -45,6 +44,8 @@ def make_rollout(
         raise InputError("rollout: with zero3, vLLM has to be embedded, with sync: adapter; no rank has the whole base")
     common = {"longest_prompt": longest_prompt, "on_progress": on_progress}
     if config.mode == "server":
+        from pe_rlhf.rollout.vllm.server import ServerVLLM  # here, so that other runs need no client of servers
+
         return ServerVLLM(backbone, role, config, folder=folder, **common)  # type: ignore[arg-type]
     return EmbeddedVLLM(backbone, role, config, settings, log=log, **common)  # type: ignore[arg-type]
 

@@ -73,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
     zero3 = json.loads((ROOT / "launch" / "zero3.json").read_text())
     zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (folder / "all_split.json").write_text(json.dumps(zero3))
-    worker = str(ROOT / "tests" / "distributed" / "worker.py")
+    worker = str(ROOT / "tests" / "integration" / "distributed" / "worker.py")
     others = [f"deepspeed=zero1,{own}" for own in (LOOKS_AT_DATA, JUDGED_BY_A_RUN)]
     others += [f"deepspeed=zero2,{FULL}", ALL_SPLIT]
     for overrides in (CONFIGURATIONS, others):
