@@ -73,6 +73,7 @@ def run_recipe(
             # A model that is made here is made once: transformers saves nothing on other ranks.
             on_main(lambda: resolve_model(recipe.model))
         on_main(lambda: _prepare(held, recipe, run_dir, stages, start, may_change))
+        on_main(lambda: files.failure.unlink(missing_ok=True))  # of an earlier try
         # No report before a stage has run: an unfinished one may have a line that a kill left half written.
         for stage in stages:
             if read_summary(files.stage(stage)) is not None:

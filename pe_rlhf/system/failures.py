@@ -24,6 +24,7 @@ __all__ = [
     "failure_noted",
 ]
 
+REFUSALS = ("exists", "changed", "unfinished", "in_use")
 IN_USE = 75  # exit code of a command whose folder another process has
 
 
@@ -67,13 +68,17 @@ def at_step(step: int) -> Iterator[None]:
 
 @contextmanager
 def failure_noted(path: Path) -> Iterator[None]:
-    """Where the block fails, write the failure's fields to a file; the one of an earlier try goes."""
-    path.unlink(missing_ok=True)
+    """Where the block fails, write the failure's fields to a file.
+
+    A command that was refused because of what is there (`REFUSALS`) says nothing of the run: the file stays as it is.
+    """
     try:
         yield
     except (Stopped, ElsewhereError):
         raise
     except Exception as error:
+        if isinstance(error, Failure) and error.kind in REFUSALS:
+            raise
         with suppress(OSError):  # a full disk must not hide the error
             write_json(path, failure_fields(error))
         raise

@@ -39,10 +39,15 @@ def test_what_to_do_ends_the_sentence_and_stays_when_the_place_is_added() -> Non
     assert (str(moved), moved.step, moved.fix) == ("ppo: the loss is nan; lower the rate", 2, "lower the rate")
 
 
-def test_a_run_that_was_stopped_or_succeeds_leaves_no_failure(tmp_path: Path) -> None:
-    (tmp_path / "failure.json").write_text("{}", encoding="utf-8")
-    with failure_noted(tmp_path / "failure.json"):
-        pass
-    with pytest.raises(Stopped), failure_noted(tmp_path / "failure.json"):
-        raise Stopped("stopped", 15)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    "error", [Stopped("stopped", 15), InputError("there already", kind="exists"), InputError("other", kind="changed")]
+)
+def test_what_says_nothing_of_the_run_leaves_its_failure_as_it_is(error: Exception, tmp_path: Path) -> None:
+    path = tmp_path / "failure.json"
+    with pytest.raises(type(error)), failure_noted(path):
+        raise error
+    assert not path.exists()
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(type(error)), failure_noted(path):
+        raise error
+    assert path.read_text(encoding="utf-8") == "{}"
