@@ -54,7 +54,7 @@ def test_the_installed_package_finds_its_recipes_anywhere(wheel: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     stages = "preferences → reward → ppo → evaluate"
     plan = f"smoke: {stages} with random:tiny-llama, into runs/smoke; the recipe is valid"
-    assert done.stdout.splitlines()[-1] == plan
+    assert done.stdout.splitlines()[0] == plan
     assert list((tmp_path / "elsewhere").iterdir()) == []
     where = "import pe_rlhf, reward; print(pe_rlhf.__file__, reward.__file__)"
     found = subprocess.run(
