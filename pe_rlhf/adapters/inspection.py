@@ -109,7 +109,7 @@ def inspect_inits(
         probe: the batch, in two halves (`batch_B`), with a number per sample in `sample_B`.
         specs: the inits; they share rank, alpha and scaling, but not their options.
         seed: the seed of a layer, by its name.
-        done: is told after each layer.
+        done: called after each layer.
     """
     chosen = [init_of(spec.settings) for spec in specs]
     samples_B = probe.sample_B if probe.sample_B is not None else torch.arange(len(probe.batch_B))

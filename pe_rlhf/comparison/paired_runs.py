@@ -79,7 +79,7 @@ def _why_not(pair: PairResult, a: list[float], b: list[float]) -> str:
 
 
 def _left_out(failed: dict[str, tuple[int, int]], *arms: str) -> str:
-    """What a reader must know who is told of the finished runs alone."""
+    """What a reader of the finished runs only must know."""
     parts = [f"{failed[arm][0]} of {failed[arm][1]} runs of {arm}" for arm in arms if failed[arm][0]]
     return f" Not counted, since they failed: {' and '.join(parts)}." if parts else ""
 

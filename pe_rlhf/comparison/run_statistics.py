@@ -190,7 +190,7 @@ def _welch(a_N: np.ndarray, b_M: np.ndarray) -> tuple[float, float] | None:
 
 
 def _no_spread(value_N: np.ndarray) -> bool:
-    """Whether all values are equal but for rounding."""
+    """Whether all values are equal up to rounding."""
     return bool(np.ptp(value_N) <= 1e-12 * np.abs(value_N).max())
 
 

@@ -27,7 +27,7 @@ class Mistake(NamedTuple):
 
 
 def explain_validation_error(error: ValidationError, schema: type[BaseModel] = Recipe) -> Mistake:
-    """The mistake that is told of those that pydantic found."""
+    """The mistake that is reported, of all that pydantic found."""
     # An unknown key comes first: where it is a typo, another key is missing because of it.
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] not in ("extra_forbidden", "invalid_key"))
     # For `str | Section` fields pydantic reports both branches; keep the error inside the section.

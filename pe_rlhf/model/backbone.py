@@ -242,7 +242,7 @@ class Backbone(ModelWithRoles):
         """Compute now, for all later passes over these rows, what is the same in every role and at every step.
 
         That is the frozen trunk below the first adapter, where there is one and its hidden states fit
-        `FastPath.trunk_cache_mib`; otherwise nothing is done. `advance` is told how many rows were computed.
+        `FastPath.trunk_cache_mib`; otherwise nothing is done. `advance` gets the number of rows computed.
         """
         # With several ranks a row is not on the same one in every pass.
         if world_size() == 1 and self._trunk.has_room(int(rows.lengths_B.sum())):

@@ -79,7 +79,7 @@ def load_causal_lm(
 
 
 def _bitsandbytes(quantization: str, dtype: str, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` is told to quantise. Raises `InputError` where bitsandbytes is not installed."""
+    """Arguments of `from_pretrained` for a quantised base. Raises `InputError` where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError("backbone.quantization needs bitsandbytes: pip install 'pe-rlhf[quantized]'")
     four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}

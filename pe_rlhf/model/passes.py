@@ -50,7 +50,7 @@ def for_each_row(
         compute: from the sequences of some rows to _B, or to _B… for several numbers a row.
         costs_B: the tokens that each row takes of the budget; default: `sequence_costs`, for rows that are `Sequences`.
         this_rank_only: compute all rows here, with no other rank taking part.
-        advance: is told how many rows were computed.
+        advance: gets the number of rows computed.
 
     Returns:
         What `compute` gave, for all rows and in their order; fp32, on the CPU, whole on every rank.

@@ -171,7 +171,7 @@ class RewardEvaluation:
 def evaluate_pairs(
     backbone: Backbone, pairs: Pairs, config: RewardConfig, advance: Advance = no_progress
 ) -> RewardEvaluation:
-    """Score all pairs; the plain loss, without margin, smoothing or centering. `advance` is told of pairs scored.
+    """Score all pairs; the plain loss, without margin, smoothing or centering. `advance` gets how many were scored.
 
     Raises `TrainingError` where it is not finite: an accuracy of such scores would look like one.
     """

@@ -23,7 +23,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 @contextmanager
 def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
-    """Yield a function that is told how many more units are done."""
+    """Yield a function that takes how many more units are done."""
     if not is_main():
         yield no_progress
     elif console.is_terminal:
