@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pe_rlhf.adapters.lora.init_registry import INITS
 from pe_rlhf.cli.main import main
+from pe_rlhf.config.model import INIT_OPTIONS
 from reward.errors import Failure
 from tests.paths import SHARED_DATA
 from tests.runs import Outcome, contents
@@ -75,6 +77,16 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_registries() -> Iterator[None]:
+    """An init that a test registers is gone after the test: others count what there is."""
+    kept = [(registry, dict(registry)) for registry in (INITS, INIT_OPTIONS)]
+    yield
+    for registry, entries in kept:
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.fixture(scope="session")

@@ -288,7 +288,7 @@ def test_run_sends_a_comparison_to_compare(tmp_path: Path, model_cache: Path) ->
         check=False,
     )
     assert done.returncode == 2
-    assert "is a comparison: run it by `pe-rlhf compare" in done.stderr
+    assert "`pe-rlhf compare " in done.stderr
 
 
 def test_a_runs_drift_is_that_of_its_adapter(whole: Path) -> None:
