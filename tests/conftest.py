@@ -2,6 +2,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports the hub's client: no test may depend on the network, or wait for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -82,7 +83,8 @@ def _fixed_seed() -> None:
 @pytest.fixture(autouse=True)
 def _own_registries() -> Iterator[None]:
     """An init that a test registers is gone after the test: others count what there is."""
-    kept = [(registry, dict(registry)) for registry in (INITS, INIT_OPTIONS)]
+    registries: tuple[dict[str, Any], ...] = (INITS, INIT_OPTIONS)
+    kept = [(registry, dict(registry)) for registry in registries]
     yield
     for registry, entries in kept:
         registry.clear()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import subprocess
-import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -17,10 +14,9 @@ from typing import Annotated
 import psutil
 import typer
 
+from pe_rlhf.cli.ranks import Placement, launcher_command, ranks_here, read_hostfile
 from pe_rlhf.cli.run_command import plan, run
 from reward.errors import InputError
-
-HOST = re.compile(r"\S+\s+slots=[1-9]\d*(\s+#.*)?")  # a line of a hostfile
 
 
 def launch(
@@ -33,7 +29,10 @@ def launch(
     ] = None,
     num_procs: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes on each node, one per GPU; default: the hostfile's slots, or 1."),
+        typer.Option(
+            min=1,
+            help="Processes on each node, one per GPU; default: the hostfile's slots, the GPUs of the mask, or 1.",
+        ),
     ] = None,
     hostfile: Annotated[
         Path | None,
@@ -44,7 +43,9 @@ def launch(
         int | None, typer.Option(min=0, help="This node's number: run the same command on every node, without ssh.")
     ] = None,
     master_addr: Annotated[str | None, typer.Option(help="Address at which the other nodes reach node 0.")] = None,
-    master_port: Annotated[int, typer.Option(min=1, max=65535, help="A free port on node 0.")] = 29500,
+    master_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="A free port on node 0; default: one is found.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the command, start nothing.")
     ] = False,
@@ -52,24 +53,16 @@ def launch(
 ) -> None:
     """Run a recipe on several processes; batch sizes in it are of all processes together.
 
+    Where CUDA_VISIBLE_DEVICES is set, the processes get those GPUs and no others.
+
     All options of `pe-rlhf run` can be given, too. `deepspeed=zero2` among the overrides chooses how states are split:
     zero0 … zero3, zero3_offload, or a JSON file.
     """
     passed = arguments or []
     _check_run(passed)
-    nodes = num_nodes if hostfile is None else _count_hosts(hostfile)
-    _check_nodes(nodes, num_nodes, hostfile, node_rank, master_addr)
-
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--master_port={master_port}"]
-    if master_addr is not None:
-        command.append(f"--master_addr={master_addr}")
-    several = num_nodes > 1 or hostfile is not None
-    if several:
-        command.append(f"--hostfile={hostfile or _numbered_hosts(num_nodes, num_procs or 1)}")
-    if num_procs is not None or not several:
-        command.append(f"--num_accelerators={num_procs or 1}")
-    if node_rank is not None:
-        command += ["--no_ssh", f"--node_rank={node_rank}"]
+    hosts = read_hostfile(hostfile) if hostfile else {f"node-{i}": ranks_here(num_procs) for i in range(num_nodes)}
+    _check_nodes(len(hosts), num_nodes, hostfile, node_rank, master_addr)
+    command = launcher_command(Placement(hosts, hostfile, node_rank, master_addr, master_port, num_procs))
     command += ["--no_local_rank", "--module", "pe_rlhf", "run", *passed]
     if debug:
         command.append("--debug")
@@ -111,24 +104,6 @@ def _check_nodes(
         raise InputError(message, kind="invalid", key="--node-rank")
 
 
-def _count_hosts(hostfile: Path) -> int:
-    """Nodes in a hostfile. DeepSpeed would train on one process where the file is missing or has no nodes."""
-    try:
-        lines = hostfile.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-        message = f"--hostfile: {hostfile} cannot be read: {error}"
-        raise InputError(message, kind=kind, key="--hostfile", file=hostfile) from error
-    hosts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip() and line.strip()[0] != "#"]
-    for number, line in hosts:
-        if not HOST.fullmatch(line):
-            message = f"--hostfile: {hostfile} line {number}: {line!r} is not of the form `HOST slots=N`"
-            raise InputError(message, kind="invalid", key="--hostfile", file=hostfile, row=number)
-    if not hosts:
-        raise InputError(f"--hostfile: {hostfile} names no node", kind="empty", key="--hostfile", file=hostfile)
-    return len(hosts)
-
-
 def _run(command: list[str]) -> int:
     """Run the launcher and return its exit code. SIGTERM and SIGINT go to the training processes themselves.
 
@@ -164,10 +139,3 @@ def _ranks(launcher: int) -> list[psutil.Process]:
                 if "RANK" in process.environ():
                     ranks.append(process)
     return ranks
-
-
-def _numbered_hosts(nodes: int, slots: int) -> str:
-    """A hostfile for nodes that are started by hand: with --no_ssh the launcher only counts its lines."""
-    path = Path(tempfile.gettempdir()) / f"pe-rlhf-{os.getuid()}-{nodes}x{slots}.hosts"
-    path.write_text("".join(f"node-{number} slots={slots}\n" for number in range(nodes)), encoding="utf-8")
-    return str(path)
