@@ -8,13 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.roles import ANCHOR
+from pe_rlhf.model.whole import load_adapter_whole
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.runs.layout import RoleFiles
 from pe_rlhf.runs.saved_roles import (
@@ -134,7 +134,7 @@ def load_source(name: str, settings: EvaluationSettings) -> ResponseSource:
 def load_merged(adapter: str, base: str, *, dtype: str, device: str) -> Backbone:
     """A model with a PEFT adapter of any make merged into it."""
     backbone = load_backbone(base, dtype=dtype, device=device)
-    merged = PeftModel.from_pretrained(backbone.model, adapter).merge_and_unload()
+    merged = load_adapter_whole(backbone.model, adapter).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     result = Backbone(merged, backbone.tokenizer, adapter)
     # The first backbone has emptied the generation config, which may name more ids that end a response.

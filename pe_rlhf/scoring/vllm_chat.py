@@ -13,11 +13,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from pe_rlhf.model.loading import DTYPES
-from pe_rlhf.model.names import UNLOADABLE, resolve_model
+from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.whole import check_config, loading
 from pe_rlhf.rollout.vllm.embedded import BLOCK, EngineProcess, cache_bytes, engine_environment
 from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import derive_seed
-from reward.errors import InputError
 from reward.judges.chat_tokens import ChatTokens
 from reward.judges.llm import Completion
 from reward.records import Message
@@ -49,14 +49,10 @@ class VLLMChat:
         memory_share: float = 0.5,
     ) -> None:
         path = resolve_model(model)
-        try:
+        with loading(model, "judge.target"):
             config = AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except UNLOADABLE as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"judge: could not load {model!r}: {reason}", kind="unreadable", key="judge.target"
-            ) from error
+            check_config(config, model, "judge.target")
         self.identity, self.batch_size = f"vllm:{identity}", batch_size
         text = config.get_text_config()
         longest = min(LONGEST, getattr(text, "max_position_embeddings", None) or LONGEST)

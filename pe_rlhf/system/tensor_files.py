@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reward.errors import InputError
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises `OSError` where it cannot be written, as every other file does."""
+def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with texts `about` it. Raises `OSError` where it cannot, as every other file does."""
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, about)
     except SafetensorError as error:  # a full disk, for example
         raise OSError(f"{path}: {error}") from error
 
@@ -28,3 +28,9 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         raise InputError(f"{path}: is not there", kind="missing", file=path) from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: is damaged: {error}", kind="unreadable", file=path) from error
+
+
+def about_tensors(path: Path) -> dict[str, str]:
+    """What `save_tensors` was given as `about`, in a file that can be read."""
+    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]  # it has no types
+        return file.metadata() or {}

@@ -1,0 +1,133 @@
+"""Loading weights so that each of them is the file's.
+
+transformers and PEFT give a tensor that a file lacks random values, and leave out one that they have no place for; both
+only warn. Here each is an error, except what the architecture itself says can be missing, and tied weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import logging as transformers_logging
+
+from reward.errors import Failure, InputError
+
+NAMED = 3  # tensors that an error names
+
+
+def load_whole(kind: Any, path: str, *, name: str, key: str, **arguments: Any) -> PreTrainedModel:
+    """A model by `kind.from_pretrained`, from safetensors unless it is a GGUF file.
+
+    Args:
+        name, key: what the user calls the model, and the recipe key that names it, for messages.
+
+    Raises `InputError` for what cannot be loaded, and for tensors that are missing, left over, or of another shape.
+    """
+    if "gguf_file" not in arguments:
+        arguments["use_safetensors"] = True
+    with loading(name, key):
+        if (config := arguments.get("config")) is not None:
+            check_config(config, name, key)
+        model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
+    shapes = (f"{tensor} of {tuple(there)} for {tuple(here)}" for tensor, there, here in found["mismatched_keys"])
+    _refuse(name, key, found["missing_keys"], found["unexpected_keys"], shapes)
+    return model
+
+
+def load_adapter_whole(model: PreTrainedModel, adapter: str, key: str = "model") -> PeftModel:
+    """A PEFT adapter of any make on a model. Raises `InputError` as `load_whole` does."""
+    with loading(adapter, key), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing tensors, which are an error below
+        loaded = PeftModel.from_pretrained(model, adapter)
+        said = load_peft_weights(adapter, device="cpu")
+    own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    # Embeddings that were trained beside the adapter are the model's own tensors.
+    extra = said.keys() - own.keys() - loaded.state_dict().keys()
+    _refuse(adapter, key, own.keys() - said.keys(), extra)
+    return loaded
+
+
+def check_config(config: PretrainedConfig, name: str, key: str) -> None:
+    """Raise `InputError` for a config that says what no model can be, or a quantisation that would be left out."""
+    text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and (not isinstance(positions, int) or positions < 1):
+        raise InputError(
+            f"{key}: {name!r} has max_position_embeddings {positions!r} in its config; it is a number from 1",
+            key=key,
+            file=name,
+        )
+    said = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if isinstance(said, Mapping) and not AutoHfQuantizer.supports_quant_method(dict(said)):
+        raise InputError(
+            f"{key}: {name!r} is quantised by {said.get('quant_method')!r}, which transformers does not know",
+            kind="unknown",
+            key=key,
+            file=name,
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, key: str) -> None:
+    """Raise `InputError` for a tokenizer that writes ids which the model has no embedding for.
+
+    A padding token beyond them is replaced: masks come from lengths, so that any token can fill padding.
+    """
+    embeddings = model.get_input_embeddings()
+    rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+    if rows is None:
+        return
+    if isinstance(pad := tokenizer.pad_token_id, int) and pad >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    beyond = [(token, i) for token, i in tokenizer.get_vocab().items() if i >= rows and token != tokenizer.pad_token]
+    if beyond and (tokenizer.vocab_size > rows or any(i in tokenizer.all_special_ids for _, i in beyond)):
+        token, number = min(beyond, key=lambda pair: pair[1])
+        raise InputError(
+            f"{key}: the tokenizer of {name!r} has the token {token!r} with id {number}, the model has {rows} ids",
+            kind="conflict",
+            key=key,
+            file=name,
+        )
+
+
+@contextmanager
+def loading(name: str, key: str) -> Iterator[None]:
+    """Turn whatever a library raises over a model's files into one `InputError`, and keep its warnings quiet."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except (Failure, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # configs and weights are anybody's: there is no end of what they can break
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{key}: could not load {name!r}: {reason}", kind="unreadable", key=key, file=name) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _refuse(name: str, key: str, missing: Iterable[str], extra: Iterable[str], mismatched: Iterable[str] = ()) -> None:
+    """Raise `InputError` where any tensor is not as the config says."""
+    groups = {"missing": missing, "unexpected": extra, "of another shape": mismatched}
+    wrong = [f"{len(names)} {what} ({_first(names)})" for what, each in groups.items() if (names := sorted(each))]
+    if wrong:
+        raise InputError(
+            f"{key}: the weights of {name!r} are not those that its config describes: {', '.join(wrong)}",
+            kind="unreadable",
+            key=key,
+            file=name,
+            fix="use the files as they were saved, with the config that belongs to them",
+        )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join([*itertools.islice(names, NAMED), *(["…"] if len(names) > NAMED else [])])

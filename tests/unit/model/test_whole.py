@@ -1,0 +1,295 @@
+"""Weights are what the file says: what is missing, left over or of another shape is named, and nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
+
+from pe_rlhf.evaluation.sources import load_merged
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.model.loading import find_device
+from pe_rlhf.runs.layout import RoleFiles
+from pe_rlhf.runs.saved_roles import check_peft_files, load_role, read_role, save_role
+from pe_rlhf.scoring.scorers import ModelScorer
+from reward.errors import InputError
+from tests.failures import raises
+from tests.tiny import backbone_with, perturb, tiny_model
+
+WEIGHTS = "model.safetensors"
+Save = Callable[..., Path]
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def _rename(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.replace("self_attn", "attention")] = tensors.pop(name)
+
+
+def _drop_norm(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.norm.weight"]
+
+
+def _cut(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:5]
+
+
+def _add(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.extra.weight"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_drop, "model.layers.1.mlp.up_proj.weight"),
+        (_drop_norm, "model.norm.weight"),
+        (_rename, "self_attn"),
+        (_cut, "model.norm.weight"),
+        (_add, "model.layers.0.self_attn.extra.weight"),
+    ],
+)
+def test_tensors_that_are_not_the_configs_are_named(saved_model: Save, change: Any, named: str) -> None:
+    folder = saved_model(tiny_model("llama"))
+    change_tensors(folder / WEIGHTS, change)
+    with pytest.raises(InputError) as raised:
+        load_backbone(folder)
+    assert (raised.value.kind, raised.value.key, raised.value.file) == ("unreadable", "model", str(folder))
+    assert named in str(raised.value)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_config_with_other_layers_than_the_file(saved_model: Save, layers: int) -> None:
+    folder = saved_model(tiny_model("llama"))
+    change_json(folder / "config.json", num_hidden_layers=layers)
+    with raises("unreadable", key="model", file=folder):
+        load_backbone(folder)
+
+
+def test_a_sharded_model_without_one_of_its_tensors(saved_model: Save, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    folder = saved_model(model)
+    (folder / WEIGHTS).unlink()
+    model.save_pretrained(folder, max_shard_size="8KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    load_backbone(folder)
+    whole = shards[1].read_bytes()
+    change_tensors(shards[1], lambda tensors: [tensors.popitem()])
+    with raises("unreadable", key="model"):
+        load_backbone(folder)
+    shards[1].write_bytes(whole)
+    shards[-1].unlink()
+    with raises("unreadable", key="model"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_whole_models_load_whether_tied_or_not(saved_model: Save, family: str, tied: bool) -> None:
+    model = tiny_model(family, tie_word_embeddings=tied)
+    loaded = load_backbone(saved_model(model)).model
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.get_parameter(name) if "bias" not in name else loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("positions", [0, -1, "many", 1.5])
+def test_positions_that_no_model_has(saved_model: Save, positions: Any) -> None:
+    folder = saved_model(tiny_model("llama"))
+    change_json(folder / "config.json", max_position_embeddings=positions)
+    with pytest.raises(InputError) as raised:
+        load_backbone(folder)
+    assert (raised.value.key, raised.value.file) == ("model", str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": {"quant_method": "nosuch"}},
+        {"quantization_config": {"bits": 4}},
+        {"hidden_size": 33},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": "two"},
+        {"model_type": "nosuch"},
+        {"vocab_size": -1},
+        {"dtype": "float99"},
+        {"rope_parameters": 5},
+    ],
+)
+def test_configs_that_no_model_has_are_one_sentence(saved_model: Save, changes: dict[str, Any]) -> None:
+    folder = saved_model(tiny_model("llama"))
+    change_json(folder / "config.json", **changes)
+    with pytest.raises(InputError) as raised:
+        load_backbone(folder)
+    assert (raised.value.key, raised.value.file) == ("model", str(folder))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(
+    saved_model: Save, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    folder = saved_model(tiny_model("llama", vocab_size=60))
+    with raises("conflict", key="model", file=folder):
+        load_backbone(folder)
+
+
+def test_a_padding_token_beyond_the_model_is_no_reason_to_refuse_it(
+    saved_model: Save, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folder = saved_model(tiny_model("llama"))
+    tokenizer = type(tiny_tokenizer).from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == 64
+    tokenizer.save_pretrained(folder)
+    backbone = load_backbone(folder)
+    assert backbone.pad_token_id == backbone.tokenizer.eos_token_id
+
+
+def test_no_device_without_memory() -> None:
+    with raises("conflict", key="backbone.device"):
+        find_device("meta")
+
+
+# ---- classifiers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def classifier(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    labels: dict[str, Any] = {"num_labels": 1, "pad_token_id": 1}
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes, **labels, num_attention_heads=4))
+    model.save_pretrained(tmp_path / "rm")
+    tiny_tokenizer.save_pretrained(tmp_path / "rm")
+    return tmp_path / "rm"
+
+
+def test_a_classifier_without_its_head_is_refused(classifier: Path, saved_model: Save) -> None:
+    cpu = torch.device("cpu")
+    assert ModelScorer(str(classifier), cpu, torch.float32).score_texts(["w3"], ["w4 w5"]).shape == (1,)
+    change_tensors(classifier / WEIGHTS, lambda tensors: tensors.pop("score.weight"))
+    with raises("unreadable", key="ppo.reward.model", file=classifier):
+        ModelScorer(str(classifier), cpu, torch.float32, key="ppo.reward.model")
+
+
+def test_a_language_model_is_no_classifier(saved_model: Save) -> None:
+    folder = saved_model(tiny_model("llama"))
+    change_json(folder / "config.json", num_labels=1, id2label={"0": "LABEL_0"})
+    with raises("unreadable", key="judge", file=folder):
+        ModelScorer(str(folder), torch.device("cpu"), torch.float32, key="judge")
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(saved_model: Save, tmp_path: Path) -> tuple[Path, Path]:
+    base = saved_model(tiny_model("llama"))
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / "adapter")  # type: ignore[arg-type]
+    return base, tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "extra", "cut", "other targets", "fewer targets", "rank", "bytes", "gone"]
+)
+def test_a_peft_adapter_that_is_not_whole(adapter: tuple[Path, Path], damage: str) -> None:
+    base, folder = adapter
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if damage == "extra":
+            tensors[first.replace("q_proj", "k_proj")] = tensors[first].clone()
+        elif damage == "cut":
+            tensors[first] = tensors[first][:, :7]
+        else:
+            del tensors[first]
+
+    if damage in ("missing", "extra", "cut"):
+        change_tensors(weights, change)
+    elif damage == "rank":
+        change_json(config, r=3)
+    elif damage == "bytes":
+        weights.write_bytes(weights.read_bytes()[:-20])
+    elif damage == "gone":
+        weights.unlink()
+    else:
+        change_json(config, target_modules=["q_proj", "o_proj"] if damage == "other targets" else ["q_proj"])
+    with raises("unreadable", key="model", file=folder):
+        load_merged(str(folder), str(base), dtype="float32", device="cpu")
+
+
+def test_a_whole_peft_adapter_loads(adapter: tuple[Path, Path]) -> None:
+    base, folder = adapter
+    merged = load_merged(str(folder), str(base), dtype="float32", device="cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.allclose(merged(ids).logits, tiny_model("llama")(ids).logits, atol=1e-5)  # B is zero
+
+
+# ---- roles of ours ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def role(tmp_path: Path) -> RoleFiles:
+    backbone = backbone_with("policy")
+    perturb(backbone, "policy")
+    save_role(backbone, "policy", tmp_path / "adapter")
+    return RoleFiles(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("change", [{"init": "lora"}, {"alpha": 60}, {"scaling": "rslora"}, {"dropout": 0.5}])
+def test_a_description_of_another_adapter(role: RoleFiles, change: dict[str, Any]) -> None:
+    said = json.loads(role.description.read_text())
+    change_json(role.description, spec=said["spec"] | change)
+    with raises("changed", key="spec", file=role.description):
+        load_role(backbone_with(), "policy", role.folder)
+
+
+def test_a_role_of_before_checksums_still_loads(role: RoleFiles) -> None:
+    said = json.loads(role.description.read_text())
+    del said["sha256"]
+    role.description.write_text(json.dumps(said))
+    save_file(load_file(role.tensors), role.tensors)
+    load_role(backbone_with(), "policy", role.folder)
+    check_peft_files(read_role(role.folder))
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_peft_files_that_were_cut_are_not_exported(role: RoleFiles, checksums: bool) -> None:
+    check_peft_files(read_role(role.folder))
+    if not checksums:
+        change_json(role.description, sha256={})
+    role.adapter_tensors.write_bytes(role.adapter_tensors.read_bytes()[:-20])
+    with raises("unreadable", file=role.adapter_tensors):
+        check_peft_files(read_role(role.folder))
+
+
+def test_peft_files_that_changed_or_are_gone_are_not_exported(role: RoleFiles, tmp_path: Path) -> None:
+    shutil.copytree(role.folder, tmp_path / "other")
+    change_json(role.adapter_config, lora_alpha=99)
+    with raises("changed", file=role.adapter_config):
+        check_peft_files(read_role(role.folder))
+    other = RoleFiles(tmp_path / "other")
+    other.adapter_tensors.unlink()
+    with raises("missing", file=other.adapter_tensors):
+        check_peft_files(read_role(other.folder))
