@@ -134,7 +134,7 @@ class Backbone(ModelWithRoles):
         keep_states_together(model)
         shorten_norms(model)
         lighten_mlps(model)
-        self._can_pack = enable_packing(model, self.precision)
+        self.can_pack = enable_packing(model, self.precision)
 
     # ---- what it is -------------------------------------------------------------------------------------------------
 
@@ -147,8 +147,14 @@ class Backbone(ModelWithRoles):
     @property
     def pad_token_id(self) -> int:
         """An id to fill padding with. It may be a real token: what is padding follows from lengths alone."""
-        pad = getattr(self._tokenizer, "pad_token_id", None)
-        return pad if isinstance(pad, int) else (self.eos_token_ids or [0])[0]
+        candidates = (getattr(self._tokenizer, "pad_token_id", None), *self.eos_token_ids)
+        # A tokenizer may have been given a pad token that the model has no embedding of.
+        return next((pad for pad in candidates if isinstance(pad, int) and 0 <= pad < self.vocabulary), 0)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
 
     @property
     def precision(self) -> torch.dtype:
@@ -217,8 +223,7 @@ class Backbone(ModelWithRoles):
         """Log-probs and entropies _N of the response tokens under the active role; logits exist for those alone."""
         targets_N = sequences.targets_N.to(self.device)
         hidden_NH, is_own = self._hidden_at(sequences, sequences.predicts_BT), self.active_role in self.own_models
-        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        pieces = pieces_of(len(targets_N), vocabulary, self.device.type)
+        pieces = pieces_of(len(targets_N), self.vocabulary, self.device.type)
         if is_sharded(self.model):  # each call gathers the head's weight, on all ranks together
             pieces = max_over_ranks(pieces)
         return token_logprobs(hidden_NH, self.logits_head, targets_N, temperature, pieces, train_head=is_own)
@@ -236,7 +241,7 @@ class Backbone(ModelWithRoles):
     @property
     def packs(self) -> bool:
         """Whether passes over sequences are packed: not where that was switched off or the model cannot take it."""
-        return self.fast.packing and self._can_pack and is_packing_enabled(self.model)
+        return self.fast.packing and self.can_pack and is_packing_enabled(self.model)
 
     def compute_once(self, rows: TokenRows, token_budget: int, advance: Callable[[int], None] = lambda _: None) -> None:
         """Compute now, for all later passes over these rows, what is the same in every role and at every step.

@@ -14,6 +14,7 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.loading import position_arguments, turns_by_length
+from pe_rlhf.rollout.reading import FORCED_BR, Reading, find_reading
 from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.progress import Advance
@@ -39,6 +40,7 @@ class HFRollout:
         self._backbone, self._role, self._config = backbone, role, config
         self._on_progress = on_progress
         self._version = 0
+        self._reading: Reading | None = None
 
     def sync(self, version: int, role: str | None = None) -> None:
         self._version, self._role = version, role or self._role
@@ -47,20 +49,21 @@ class HFRollout:
 
     def generate(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Rollout:
         """One response per prompt; prompts of like length together, so that little padding is computed, and equal
-        ones side by side, so that each is read once. What all of a batch start with is read once, too.
+        ones side by side, so that each is read once. What all of a batch start with is read once, too. Models with a
+        recurrent state read less together: see `Reading`.
 
         Raises `InputError` where the recipe wants merged layers of a base that has none.
         """
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         drawn = (_uniform(derive_seed(seed, row), self._config.max_new_tokens) for row in rows or range(len(prompts)))
         uniform_BR = torch.stack(list(drawn)).to(self._backbone.device)
         play = self._backbone.merged_role if _merges(self._config, self._backbone, self._role) else self._backbone.role
         with torch.no_grad(), play(self._role):
-            for start in range(0, len(order), self._config.batch_size):
-                group = order[start : start + self._config.batch_size]
-                finished = self._generate([prompts[i] for i in group], uniform_BR[group])
+            if self._reading is None:
+                self._reading = self._find_reading()
+            for group in self._reading.batches(prompts, self._config.batch_size):
+                finished = self._sample([prompts[i] for i in group], uniform_BR[group])
                 for i, (ids, values) in zip(group, finished, strict=True):
                     responses[i], logprobs[i] = ids, values
                 if self._on_progress is not None:
@@ -68,30 +71,69 @@ class HFRollout:
         finish: list[FinishReason] = [self._finish(ids) for ids in responses]
         return Rollout(prompts, responses, logprobs, finish, self._version)
 
-    def _generate(self, prompts: list[list[int]], uniform_BR: Tensor) -> list[tuple[list[int], list[float]]]:
-        backbone, config = self._backbone, self._config
+    def _sample(self, prompts: list[list[int]], uniform_BR: Tensor) -> list[tuple[list[int], list[float]]]:
+        """Ids and log-probs of a response to each prompt."""
+        assert self._reading is not None
+        sampler = _Sampler(self._config, uniform_BR)
+        eos = self._backbone.eos_token_ids or None
+        output_BR = self._generate(prompts, sampler, self._reading, self._config.max_new_tokens, eos)
+        return [
+            (ids[: (n := self._length(ids))], values[:n])
+            for ids, values in zip(output_BR.tolist(), sampler.logprobs().tolist(), strict=True)
+        ]
+
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        choose: LogitsProcessor,
+        reading: Reading,
+        max_new_tokens: int,
+        eos_token_ids: list[int] | None = None,
+    ) -> Tensor:
+        """New tokens _BR, of which `choose` leaves `generate` one at a time."""
+        backbone = self._backbone
+        sharded = is_sharded(backbone.model)
         start = _shared_start(prompts) if self._may_share_starts() else 0
         ids_BT, attends_BT = self._padded(prompts, start)
-        width = ids_BT.shape[1]
-        sampler = _Sampler(config, uniform_BR)
+        reads_before = reading >= Reading.EQUAL_ONCE and not sharded
         output_BT = backbone.active_model.generate(  # type: ignore[operator]  # a decorator of transformers hides its type
             input_ids=ids_BT,
-            attention_mask=attends_BT,
-            past_key_values=None if is_sharded(backbone.model) else self._read(prompts, start),
-            logits_processor=LogitsProcessorList([sampler]),
-            synced_gpus=is_sharded(backbone.model),  # ZeRO-3: go on as long as any rank does
+            # A state that sees padding may take no mask at all.
+            attention_mask=attends_BT if reading >= Reading.PADDED else None,
+            past_key_values=self._read(prompts, start) if reads_before else None,
+            logits_processor=LogitsProcessorList([choose]),
+            synced_gpus=sharded,  # ZeRO-3: go on as long as any rank does
             generation_config=GenerationConfig(
-                do_sample=False,  # the sampler has sampled
-                max_new_tokens=config.max_new_tokens,
-                eos_token_id=backbone.eos_token_ids or None,
+                do_sample=False,  # `choose` has chosen
+                use_cache=reading > Reading.WITHOUT_CACHE,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=eos_token_ids,
                 pad_token_id=backbone.pad_token_id,
             ),
         )
         assert isinstance(output_BT, Tensor)
-        return [
-            (ids[: (n := self._length(ids))], values[:n])
-            for ids, values in zip(output_BT[:, width:].tolist(), sampler.logprobs().tolist(), strict=True)
-        ]
+        return output_BT[:, ids_BT.shape[1] :]
+
+    def _find_reading(self) -> Reading:
+        """What may be read together: all where packed batches have shown it, else as much as a trial shows."""
+        backbone = self._backbone
+        if backbone.can_pack:
+            return Reading.EQUAL_ONCE
+        found = find_reading(
+            lambda prompts, forced, reading: self._generate(prompts, forced, reading, FORCED_BR.shape[1]),
+            lambda ids_1T: backbone.active_model(input_ids=ids_1T, use_cache=False).logits,
+            vocabulary=backbone.vocabulary,
+            device=backbone.device,
+            tolerance=1e-4 if backbone.precision == torch.float32 else 0.05,
+        )
+        if found < Reading.PADDED and is_sharded(backbone.model):  # ranks would have different numbers of batches
+            raise InputError(
+                "rollout: with zero3, sampling by hf needs a model that takes padding on the left",
+                kind="conflict",
+                key="ppo.rollout.engine",
+                fix="use ZeRO 2 at most, or engine: vllm",
+            )
+        return found
 
     def _padded(self, prompts: list[list[int]], start: int) -> tuple[Tensor, Tensor]:
         """Ids _BT and attention mask _BT: what all have in common, padding, and what is left of each."""
