@@ -121,7 +121,7 @@ def validated(
         return schema.model_validate(tree)
     except ValidationError as error:
         mistake = explain_validation_error(error, schema)
-        wrong = (override for override in overrides if _is_at_or_below(mistake.key, override.partition("=")[0]))
+        wrong = (override for override in overrides if is_below(mistake.key, override.partition("=")[0]))
         where = next((f"override {override!r}" for override in wrong), origin)
         raise InputError(f"{where}: {mistake.text}", kind=mistake.kind, key=mistake.key or None, file=file) from error
 
@@ -146,17 +146,33 @@ def changes_since(recipe: Recipe, path: Path, may_change: Sequence[str] = (), *,
 
     moved: the other one may come from another machine: of absolute paths only the last part counts.
     """
-    old, new = (_flat(each.model_dump(mode="json")) for each in (load_recipe(path), recipe))
-    if moved:
-        old, new = _without_folders(old), _without_folders(new)
     allowed = (*FREE_TO_CHANGE, *may_change)
     changed = [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in allowed))
+        f"{key}: {before!r} → {after!r}"
+        for key, (before, after) in differences(load_recipe(path), recipe, moved=moved).items()
+        if not any(is_below(key, free) for free in allowed)
     ]
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     return "; ".join(changed[:5]) + more
+
+
+def differences(before: Recipe, after: Recipe, *, moved: bool = False) -> dict[str, tuple[Any, Any]]:
+    """The values before and after of every key in which two recipes differ; `moved` as of `changes_since`."""
+    old, new = (_flat(each.model_dump(mode="json")) for each in (before, after))
+    if moved:
+        old, new = _without_folders(old), _without_folders(new)
+    # A section that one of them has not at all is one difference for each of its keys.
+    return {k: (old.get(k), new.get(k)) for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)}
+
+
+def recipe_keys(recipe: Recipe) -> set[str]:
+    """The keys of a recipe that have a value, those of sections as `section.key`; a list is one value."""
+    return set(_flat(recipe.model_dump(mode="json")))
+
+
+def is_below(key: str, above: str) -> bool:
+    """Whether a key is another one, or in the section of that name."""
+    return f"{key}.".startswith(f"{above}.")
 
 
 def _without_folders(value: Any) -> Any:
@@ -217,10 +233,6 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise ComposerError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return node
-
-
-def _is_at_or_below(key: str, above: str) -> bool:
-    return f"{key}.".startswith(f"{above}.")
 
 
 def _resolve_paths(node: BaseModel, folder: Path) -> None:

@@ -124,6 +124,7 @@ def write_report(run_dir: Path) -> Path:
             _side_by_side(stages.get("evaluate")),
             _ppo_samples(stages.get("ppo")),
             _stages(stages, unfinished[-1] if failure and unfinished else ""),
+            _changes(read_jsonl(files.changes, may_be_cut=True)),
             Section("Recipe, as resolved", code=text, folded=True),
         ],
     )
@@ -272,6 +273,21 @@ def _stages(stages: dict[str, Stage], failed: str) -> Section:
         used = "–" if memory is None else gibibytes(memory)
         rows.append((name, state, duration(s.get("seconds")), used, number(s.get("trainable_parameters"))))
     return Section("Stages", tables=[Table(columns, rows, words=["What it did"])])
+
+
+def _changes(rows: list[Row]) -> Section:
+    """The settings that changed when the run was resumed; the recipe below has the last value of each."""
+    shown = [
+        (
+            row["key"],
+            str(row["before"]),
+            str(row["after"]),
+            f"{row['stage']}, step {row['step']}" if row["stage"] else "–",
+        )
+        for row in rows
+    ]
+    columns = ("Setting", "Before", "After", "In effect from")
+    return Section("Changed on the way", tables=[Table(columns, shown, words=columns[1:])] if shown else [])
 
 
 def _sentence(stage: str, summary: Row) -> str:

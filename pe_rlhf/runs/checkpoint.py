@@ -88,6 +88,16 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any
     return None
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the checkpoint that `load_checkpoint` would give; 0 where there is none."""
+    for _, checkpoint in reversed(StageFiles(folder).checkpoints_there()):
+        try:
+            return _checked_state(checkpoint)["step"]
+        except InputError:
+            continue
+    return 0
+
+
 def role_of_checkpoint(folder: Path, which: str, role: str) -> tuple[int, RoleSpec, dict[str, Tensor]]:
     """A role as it was at a checkpoint: the step, its spec and its state.
 
@@ -115,12 +125,18 @@ def roles_of_checkpoints(folder: Path) -> set[str]:
 
 
 def _read_checkpoint(checkpoint: CheckpointFiles) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    state = _checked_state(checkpoint)
+    return state["step"], load_tensors(checkpoint.tensors), state
+
+
+def _checked_state(checkpoint: CheckpointFiles) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors. Raises `InputError` where either file is damaged."""
     state = read_json(checkpoint.state)
     checksum = state["sha256"]
     del state["sha256"]
     if not checkpoint.tensors.is_file() or checksum != _sha256(checkpoint.tensors, state):
         raise InputError(f"{checkpoint.folder}: its checksum is wrong", kind="unreadable", file=checkpoint.folder)
-    return state["step"], load_tensors(checkpoint.tensors), state
+    return state
 
 
 def roles_in(backbone: Backbone, *roles: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -60,6 +60,7 @@ class RunFiles(_Files):
     """A run's directory."""
 
     recipe = _Below("recipe.yaml")  # as it was resolved, with every default
+    changes = _Below("changes.jsonl")  # settings that changed when it was resumed, each with the step it did at
     report = _Below("report.html")
     failure = _Below("failure.json")  # why the last command on it failed; not there where it did not
     log = _Below("log.txt")  # what the run printed, where `compare` started it

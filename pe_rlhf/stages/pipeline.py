@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pe_rlhf.adapters.lora.init_registry import init_of
 from pe_rlhf.config import STAGES, Recipe, SamplerConfig
-from pe_rlhf.config.load import load_deepspeed_config, refuse_other_recipe, save_recipe
+from pe_rlhf.config.load import load_deepspeed_config, save_recipe
 from pe_rlhf.data.codec import read_template
 from pe_rlhf.data.rows import load_examples, load_preferences, load_prompts
 from pe_rlhf.model.names import check_model_name, resolve_model
 from pe_rlhf.optim.zero import init_processes
 from pe_rlhf.report.run_page import write_report
 from pe_rlhf.rollout.make import check_installed
+from pe_rlhf.runs.changes import Resumption, Start, find_resumption, note_changes
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import check_tracking, read_summary
 from pe_rlhf.scoring.model_judges import check_judge
@@ -42,10 +43,6 @@ RUN: dict[str, Callable[[StageContext[Any]], dict[str, Any]]] = {
 }
 
 
-# What a stage that is there already means: an error, to go on from it, or to put it aside and run it anew.
-Start = Literal["new", "resume", "anew"]
-
-
 def run_recipe(
     recipe: Recipe, run_dir: Path, stages: list[str], start: Start = "new", may_change: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -55,8 +52,9 @@ def run_recipe(
         start: `new` refuses a stage that is there already. `resume` leaves finished stages as they are and continues an
             unfinished one from its newest checkpoint. `anew` puts the first of the stages and all after it aside
             (`<stage>.old-1`) and runs them again.
-        may_change: to resume, keys or starts of keys that may differ from the recipe that the run was started with.
-            Those that only say where it computes may differ in any case.
+        may_change: to resume, keys or starts of keys that differ from the recipe that the run was started with.
+            Those that only say where it computes may differ in any case; those of a finished stage may not, except that
+            its training may become longer.
 
     Raises `InputError` for a stage whose predecessor has not finished, and for a run directory that another process is
     using; `TrainingError` for a disk that fails or is full.
@@ -66,13 +64,21 @@ def run_recipe(
     init_processes(recipe.deepspeed is not None)
     files = RunFiles(run_dir)
     with ExitStack() as held:
-        on_main(lambda: held.enter_context(_own_folder(run_dir)) if run_dir.is_dir() else None)
-        finished = [stage for stage in stages if start != "anew" and read_summary(files.stage(stage)) is not None]
+        on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
+        resumption = on_main(lambda: find_resumption(recipe, run_dir, stages, start, may_change))
+        # From here on a failure is the run's: before, it was about the command.
+        on_main(lambda: held.enter_context(_failure_noted(run_dir)) if run_dir.is_dir() else None)
+        again = [] if resumption.extended is None else STAGES[STAGES.index(resumption.extended) :]
+        finished = [
+            stage
+            for stage in stages
+            if start != "anew" and stage not in again and read_summary(files.stage(stage)) is not None
+        ]
         on_main(lambda: check_inputs(recipe, stages, finished, run_dir))
         if launched() and recipe.sft is None:
             # A model that is made here is made once: transformers saves nothing on other ranks.
             on_main(lambda: resolve_model(recipe.model))
-        on_main(lambda: _prepare(held, recipe, run_dir, stages, start, may_change))
+        on_main(lambda: _prepare(held, recipe, run_dir, stages, start, resumption))
         on_main(lambda: files.failure.unlink(missing_ok=True))  # of an earlier try
         # No report before a stage has run: an unfinished one may have a line that a kill left half written.
         for stage in stages:
@@ -86,33 +92,38 @@ def run_recipe(
 
 
 @contextmanager
-def _own_folder(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for this process; where the run fails, leave `failure.json` and a page that says so."""
-    with locked(run_dir):
-        try:
-            with failure_noted(RunFiles(run_dir).failure):
-                yield
-        except (Stopped, ElsewhereError):
-            raise
-        except Exception:
-            with suppress(Exception):  # what is wrong with the page must not hide the error
-                write_report(run_dir)
-            raise
+def _failure_noted(run_dir: Path) -> Iterator[None]:
+    """Where the run fails, leave `failure.json` and a page that says so."""
+    try:
+        with failure_noted(RunFiles(run_dir).failure):
+            yield
+    except (Stopped, ElsewhereError):
+        raise
+    except Exception:
+        with suppress(Exception):  # what is wrong with the page must not hide the error
+            write_report(run_dir)
+        raise
 
 
 def _prepare(
-    held: ExitStack, recipe: Recipe, run_dir: Path, stages: list[str], start: Start, may_change: Sequence[str]
+    held: ExitStack, recipe: Recipe, run_dir: Path, stages: list[str], start: Start, resumption: Resumption
 ) -> None:
     """Make the run directory, where it is not there yet, and make sure that what is in it stays whole."""
     if not run_dir.is_dir():
         run_dir.mkdir(parents=True, exist_ok=True)
-        held.enter_context(_own_folder(run_dir))
+        held.enter_context(locked(run_dir))
+        held.enter_context(_failure_noted(run_dir))
     saved = RunFiles(run_dir).recipe
-    if start == "resume" and saved.is_file():
-        refuse_other_recipe(recipe, saved, may_change)
     _refuse_overwriting(recipe, run_dir, stages, start)
     if start == "anew":
         _put_aside(run_dir, stages[0])
+    if (stage := resumption.extended) is not None:
+        RunFiles(run_dir).stage(stage).summary.unlink()  # without it the stage goes on from its last checkpoint
+        for following in STAGES[STAGES.index(stage) + 1 :][:1]:
+            _put_aside(run_dir, following)
+    if saved.is_file() and all(read_summary(RunFiles(run_dir).stage(stage)) is not None for stage in stages):
+        return  # nothing is run, so that the record stays what was run
+    note_changes(resumption, run_dir, stages)
     save_recipe(recipe, saved)
 
 
