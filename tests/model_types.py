@@ -121,7 +121,7 @@ MODELS: dict[str, Settings] = {
     "gemma": {},
     "gemma2": SLIDING | {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0},
     "gemma3": {
-        "text_config": COMMON | SLIDING | {"final_logit_softcapping": 3.0},
+        "text_config": COMMON | SLIDING,
         "vision_config": VISION,
         "mm_tokens_per_image": 4,
         "image_token_index": 60,
@@ -286,9 +286,6 @@ def build(name: str, **changes: Any) -> PreTrainedModel:
         del settings["head_dim"]
     torch.manual_seed(0)
     config = AutoConfig.for_model(name.partition(":")[0], **settings)
-    for key, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-            setattr(config, key, 0.0)
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -33,16 +33,16 @@ from pe_rlhf.model.fast.rms_norm import shorten_norms
 from pe_rlhf.model.fast.trunk import TokenRows, TrunkCache
 from pe_rlhf.model.loading import (
     DTYPES,
-    check_logits,
     eos_token_ids,
     find_device,
     freeze,
     keep_states_together,
     load_causal_lm,
-    logits_of,
+    longest_turned_alike,
     position_arguments,
     use_sound_attention,
 )
+from pe_rlhf.model.probes import check_model, decoder_of, logits_of, use_published_attention
 from pe_rlhf.model.roles import ModelWithRoles
 from pe_rlhf.system.distributed import is_sharded, max_over_ranks, world_size
 from pe_rlhf.types import Sequences
@@ -130,7 +130,8 @@ class Backbone(ModelWithRoles):
         self._trunk = TrunkCache(model, fast.trunk_cache_mib)
         freeze(model)
         self.train(False)
-        check_logits(model)
+        use_published_attention(model)
+        check_model(model)
         keep_states_together(model)
         shorten_norms(model)
         lighten_mlps(model)
@@ -163,8 +164,10 @@ class Backbone(ModelWithRoles):
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence the model takes, where its config says so."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """The longest sequence the model takes, in tokens, where its config says so."""
+        config = self.model.config.get_text_config(decoder=True)
+        limits = (getattr(config, "max_position_embeddings", None), longest_turned_alike(self.model))
+        return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
     @property
     def longest_sequence(self) -> int:
@@ -259,7 +262,7 @@ class Backbone(ModelWithRoles):
         """Last hidden states _BTH."""
         arguments = position_arguments(attention_mask)
         with self._recomputing():
-            return self.active_model.base_model(input_ids=ids_BT, use_cache=False, **arguments).last_hidden_state
+            return decoder_of(self.active_model)(input_ids=ids_BT, use_cache=False, **arguments).last_hidden_state
 
     def _recomputing(self) -> AbstractContextManager[None]:
         if not self.fast.gradient_checkpointing:
@@ -279,5 +282,5 @@ class Backbone(ModelWithRoles):
             if packing is None:
                 return self._hidden(ids_BT)[wanted_BT.to(self.device)]
             with self._recomputing():
-                hidden_LH = packed_hidden(self.active_model.base_model, ids_BT, packing)
+                hidden_LH = packed_hidden(decoder_of(self.active_model), ids_BT, packing)
         return hidden_LH[packing.take(wanted_BT).to(self.device)]

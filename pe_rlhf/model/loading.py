@@ -1,4 +1,4 @@
-"""Loading a causal language model, freezing it, and the parts of it that roles are computed from."""
+"""Loading a causal language model, freezing it, and what passes over it are given."""
 
 from __future__ import annotations
 
@@ -127,6 +127,9 @@ def freeze(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():  # OPT and others hand a number to the function
+            if isinstance(value, float) and "dropout" in name:
+                setattr(module, name, 0.0)
     model.generation_config = GenerationConfig()
 
 
@@ -164,37 +167,21 @@ def position_arguments(attention_mask: Tensor | None) -> dict[str, Tensor]:
 
 def turns_by_length(model: PreTrainedModel) -> bool:
     """Whether the model's rotary embeddings turn a key by how long the pass is that it is in."""
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
-    return any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds)
+    return longest_turned_alike(model) is not None
 
 
-def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits from the decoder's last hidden states, of any leading shape."""
-    projection = model.get_output_embeddings()
-    config = model.config
-    softcap = getattr(config, "final_logit_softcapping", None)
-    multiplier = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    logits = projection(hidden)  # type: ignore[operator]  # that there is one was checked
-    if multiplier != 1:
-        logits = logits * multiplier
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+def longest_turned_alike(model: PreTrainedModel) -> int | None:
+    """The longest pass, in tokens, whose keys are turned as those of shorter ones; None where length plays no part.
 
-
-def check_logits(model: PreTrainedModel) -> None:
-    """Compare `logits_of` with the model's own logits on a few tokens.
-
-    Raises `InputError` for a model that has no head, or does something else to its logits.
+    Beyond it the log-probs of a row would depend on the longest row beside it, and a response that is being sampled
+    would change those of its own beginning.
     """
-    if model.get_output_embeddings() is None:
-        raise InputError(f"model: {type(model).__name__} has no language-model head", kind="conflict", key="model")
-    probe_BT = torch.arange(4, device=model.device)[None]
-    with torch.no_grad():
-        expected = model(input_ids=probe_BT, use_cache=False).logits
-        found = logits_of(model, model.base_model(input_ids=probe_BT, use_cache=False).last_hidden_state)
-    if not torch.allclose(expected.float(), found.float(), atol=1e-2, rtol=1e-2):
-        raise InputError(
-            f"model: {type(model).__name__} computes its logits in a way that is not supported",
-            kind="conflict",
-            key="model",
-        )
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if kind.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(limits, default=None)

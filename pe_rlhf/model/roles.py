@@ -21,6 +21,7 @@ from pe_rlhf.adapters.peft_export import export_peft
 from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, adapter_settings, new_adapters, saved_adapter
 from pe_rlhf.adapters.targets import linear_modules
 from pe_rlhf.config import AdapterConfig
+from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.model.tensors import set_tensors, unique_tensors, with_prefix, without_prefix
 from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.seeding import derive_seed
@@ -298,7 +299,9 @@ class ModelWithRoles(nn.Module):
 
     def _own_tensors(self, role: str) -> dict[str, Tensor]:
         """The tensors of a role's own model under the names that they have in the whole one."""
-        prefix = f"{self.model.base_model_prefix}." if role in self.heads else ""
+        decoder = decoder_of(self.model)
+        prefix = next(f"{name}." for name, module in self.model.named_modules() if module is decoder)
+        prefix = prefix if role in self.heads else ""
         return with_prefix(prefix, unique_tensors(self.own_models[role]))
 
     def _plain_copy(self, source: str, *, whole: bool) -> nn.Module:
@@ -309,12 +312,12 @@ class ModelWithRoles(nn.Module):
             if whole and source in self.heads:
                 raise InputError(f"{source} has no language-model head of its own that a copy could start from")
             own = copy.deepcopy(self._own_model(source))
-            return own if whole else own.base_model
+            return own if whole else decoder_of(own)
         model = copy.deepcopy(self.model)
         unwrap(model, source)
         if not all(parameter.is_floating_point() for parameter in model.parameters()):
             raise InputError("tuning: full: a quantised base cannot be trained")
-        return (model if whole else model.base_model).requires_grad_(True)
+        return (model if whole else decoder_of(model)).requires_grad_(True)
 
     def _wrap(self, name: str) -> WrappedLayer:
         parent_name, _, leaf = name.rpartition(".")

@@ -14,7 +14,8 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.loading import position_arguments, turns_by_length
-from pe_rlhf.rollout.reading import FORCED_BR, Reading, find_reading
+from pe_rlhf.model.probes import decoder_of
+from pe_rlhf.rollout.reading import FORCED_BR, ONE_TOKEN, PROMPTS, Reading, find_reading
 from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.progress import Advance
@@ -40,7 +41,7 @@ class HFRollout:
         self._backbone, self._role, self._config = backbone, role, config
         self._on_progress = on_progress
         self._version = 0
-        self._reading: Reading | None = None
+        self._readings: dict[bool, Reading] = {}  # of prompts of one token, and of longer ones
 
     def sync(self, version: int, role: str | None = None) -> None:
         self._version, self._role = version, role or self._role
@@ -60,10 +61,8 @@ class HFRollout:
         uniform_BR = torch.stack(list(drawn)).to(self._backbone.device)
         play = self._backbone.merged_role if _merges(self._config, self._backbone, self._role) else self._backbone.role
         with torch.no_grad(), play(self._role):
-            if self._reading is None:
-                self._reading = self._find_reading()
-            for group in self._reading.batches(prompts, self._config.batch_size):
-                finished = self._sample([prompts[i] for i in group], uniform_BR[group])
+            for group, reading in self._batches(prompts):
+                finished = self._sample([prompts[i] for i in group], uniform_BR[group], reading)
                 for i, (ids, values) in zip(group, finished, strict=True):
                     responses[i], logprobs[i] = ids, values
                 if self._on_progress is not None:
@@ -71,12 +70,27 @@ class HFRollout:
         finish: list[FinishReason] = [self._finish(ids) for ids in responses]
         return Rollout(prompts, responses, logprobs, finish, self._version)
 
-    def _sample(self, prompts: list[list[int]], uniform_BR: Tensor) -> list[tuple[list[int], list[float]]]:
+    def _batches(self, prompts: list[list[int]]) -> list[tuple[list[int], Reading]]:
+        """Indices of the prompts of each batch, and how it is read."""
+        if not self._readings:
+            self._readings = {False: self._find_reading(PROMPTS), True: self._find_reading(ONE_TOKEN)}
+        if self._readings[True] >= self._readings[False]:  # short ones need no batches of their own
+            batches = self._readings[False].batches(prompts, self._config.batch_size)
+            return [(batch, self._readings[False]) for batch in batches]
+        found: list[tuple[list[int], Reading]] = []
+        for is_one, reading in self._readings.items():
+            own = [i for i, prompt in enumerate(prompts) if (len(prompt) == 1) == is_one]
+            batches = reading.batches([prompts[i] for i in own], self._config.batch_size)
+            found += [([own[i] for i in batch], reading) for batch in batches]
+        return found
+
+    def _sample(
+        self, prompts: list[list[int]], uniform_BR: Tensor, reading: Reading
+    ) -> list[tuple[list[int], list[float]]]:
         """Ids and log-probs of a response to each prompt."""
-        assert self._reading is not None
         sampler = _Sampler(self._config, uniform_BR)
         eos = self._backbone.eos_token_ids or None
-        output_BR = self._generate(prompts, sampler, self._reading, self._config.max_new_tokens, eos)
+        output_BR = self._generate(prompts, sampler, reading, self._config.max_new_tokens, eos)
         return [
             (ids[: (n := self._length(ids))], values[:n])
             for ids, values in zip(output_BR.tolist(), sampler.logprobs().tolist(), strict=True)
@@ -114,14 +128,15 @@ class HFRollout:
         assert isinstance(output_BT, Tensor)
         return output_BT[:, ids_BT.shape[1] :]
 
-    def _find_reading(self) -> Reading:
-        """What may be read together: all where packed batches have shown it, else as much as a trial shows."""
+    def _find_reading(self, prompts: list[list[int]]) -> Reading:
+        """What of such prompts may be read together; all where packed batches have shown it, else by a trial."""
         backbone = self._backbone
         if backbone.can_pack:
             return Reading.EQUAL_ONCE
         found = find_reading(
             lambda prompts, forced, reading: self._generate(prompts, forced, reading, FORCED_BR.shape[1]),
             lambda ids_1T: backbone.active_model(input_ids=ids_1T, use_cache=False).logits,
+            prompts,
             vocabulary=backbone.vocabulary,
             device=backbone.device,
             tolerance=1e-4 if backbone.precision == torch.float32 else 0.05,
@@ -172,7 +187,7 @@ class HFRollout:
             return
         arguments = position_arguments(attends_BT)
         arguments["position_ids"] = arguments["position_ids"][:, -tokens:]
-        self._backbone.active_model.base_model(input_ids=ids_BT, **arguments, past_key_values=cache, use_cache=True)
+        decoder_of(self._backbone.active_model)(input_ids=ids_BT, **arguments, past_key_values=cache, use_cache=True)
 
     def _length(self, ids: list[int]) -> int:
         """Tokens up to and with the first EOS; later ones are filling, even where pad and EOS are one id."""

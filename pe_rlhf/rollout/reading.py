@@ -19,6 +19,7 @@ from reward.errors import InputError
 
 # Prompts of different lengths, two of them equal, and how each goes on.
 PROMPTS = [[2, 3, 4, 5, 6, 7, 8, 9], [10, 11, 12], [2, 3, 4, 5, 6, 7, 8, 9], [13, 14, 15]]
+ONE_TOKEN = [[2], [3], [2], [4]]  # RecurrentGemma takes such a prompt for a step of the response before
 FORCED_BR = torch.tensor([[16, 17, 18], [19, 20, 21], [22, 23, 24], [25, 26, 27]])
 
 
@@ -62,6 +63,7 @@ class Forced(LogitsProcessor):
 def find_reading(
     generate: Callable[[list[list[int]], Forced, Reading], object],
     logits: Callable[[Tensor], Tensor],
+    prompts: list[list[int]],
     *,
     vocabulary: int,
     device: torch.device,
@@ -72,11 +74,12 @@ def find_reading(
     Args:
         generate: goes on from some prompts by as many tokens as are forced, reading so.
         logits: of a plain pass over one row: _1T to _1TV.
+        prompts: as many as `FORCED_BR` has rows.
         tolerance: as a share of the logits' norm.
 
     Raises `InputError` of kind `conflict` where not even one row without a cache has them.
     """
-    prompts = [[token % vocabulary for token in prompt] for prompt in PROMPTS]
+    prompts = [[token % vocabulary for token in prompt] for prompt in prompts]
     forced_BR = FORCED_BR.remainder(vocabulary).to(device)
     expected: list[Tensor] = []
     for prompt, forced_R in zip(prompts, forced_BR, strict=True):

@@ -29,6 +29,7 @@ from pe_rlhf.data.preference_pairs import Pairs
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.micro_batches import micro_batches
 from pe_rlhf.model.passes import for_each_token
+from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.scoring.scorers import Scorer
 from pe_rlhf.stages.context import StageContext
@@ -206,7 +207,7 @@ def _batch_rows(count: int, need: Need, adapter: AdapterConfig, seed: int, stage
 
 def _hidden(backbone: Backbone, sequences: Sequences) -> Tensor:
     """The anchor's last hidden states _BTH. Not through the backbone: it may recompute blocks, and hooks fire twice."""
-    return backbone.model.base_model(input_ids=sequences.ids_BT.to(backbone.device), use_cache=False).last_hidden_state
+    return decoder_of(backbone.model)(input_ids=sequences.ids_BT.to(backbone.device), use_cache=False).last_hidden_state
 
 
 def _last_hidden(hidden_BTH: Tensor, sequences: Sequences) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from pe_rlhf.model.fast.packing import Packing
 from pe_rlhf.model.fast.varlen import attend_segments, takes_segments
+from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.types import Sequences
 
 ATTENTION = "pe_rlhf_packed"
@@ -144,7 +145,7 @@ def _gives_the_same(model: PreTrainedModel, precision: torch.dtype) -> bool:
     ids_BT = sequences.ids_BT.remainder(vocabulary).to(device)
     packing = Packing.of(sequences, device)
     assert packing.prefixes is not None
-    decoder = cast(nn.Module, model.base_model)
+    decoder = decoder_of(model)
     expected_LH = packing.take(decoder(input_ids=ids_BT, use_cache=False).last_hidden_state)
     try:
         found_LH = packed_hidden(decoder, ids_BT, packing)

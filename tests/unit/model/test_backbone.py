@@ -25,6 +25,7 @@ from pe_rlhf.adapters.layer import WrappedLayer
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.fast.packed_attention import ATTENTION
 from reward.errors import InputError
+from tests.failures import raises
 from tests.tiny import (
     EOS,
     IDS_BT,
@@ -217,6 +218,7 @@ def test_models_that_transform_their_logits(change: str) -> None:
     for parameter in model.parameters():
         parameter.normal_(std=0.3)
     original = copy.deepcopy(model)
+    original.set_attn_implementation("eager")  # Gemma 2 caps its attention, which sdpa leaves out
     backbone = load_backbone(model)
     backbone.add_adapter("policy", init="pissa", rank=3)
     sequences = ragged_sequences()
@@ -240,7 +242,7 @@ class Doubling(LlamaForCausalLM):
 
 
 def test_a_model_with_logits_of_its_own_is_refused() -> None:
-    with pytest.raises(InputError, match="Doubling computes its logits in a way that is not supported"):
+    with raises("conflict", key="model"):
         load_backbone(Doubling(tiny_model("llama").config))
 
 
