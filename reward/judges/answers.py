@@ -1,0 +1,243 @@
+r"""Reading the verdict in a chat model's answer: which of two responses, A or B, does it call better?
+
+An answer is read in three ways, the surest first; within each the last statement counts.
+
+1. Marks that only a verdict has: `[[A]]`, `[[A>>B]]` and the other labels of Arena-Hard, `\boxed{A}`, a JSON object.
+2. Statements: a label by itself on the first or last line, "the better one is A", "B wins", "I prefer A", "Verdict: A".
+3. Lines that end in a colon and a label, in any language, where all of them agree; in an answer of one sentence, what
+   is said of one side of quality ("A is more helpful").
+
+What is not a verdict: the article in "A good answer …", a negation, the worse response, a condition, a concession, a
+question. A tie is a statement, too, so that it takes back an earlier verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from reward.judges.answer_words import (
+    AFTER_A,
+    CLAUSES,
+    CONTRAST,
+    EMPHASIS,
+    GRADE,
+    GREATER,
+    KEY,
+    LABEL,
+    LOSER,
+    MARK,
+    NEGATIVE,
+    NOUN,
+    PAIR,
+    PRAISE,
+    REASON,
+    SAID,
+    STATEMENTS,
+    SUBORDINATE,
+    THOUGHTS_END,
+    THOUGHTS_START,
+    TIED,
+    UNSURE,
+)
+
+TIE = "tie"
+
+
+def without_thoughts(text: str) -> str:
+    """The answer without what a reasoning model thought before it; empty if it has not stopped thinking."""
+    said = text[ends[-1].end() :] if (ends := list(THOUGHTS_END.finditer(text))) else text
+    start = THOUGHTS_START.search(said)
+    return (said[: start.start()] if start else said).strip()
+
+
+def parse_label(text: str) -> str | None:
+    """The label, A or B, that an answer calls better; None if it names none, or a tie."""
+    found = parse_verdict(text)
+    return found if found in ("A", "B") else None
+
+
+def parse_verdict(text: str) -> str | None:
+    """A, B or `tie`, as the answer states it; None if it states nothing that could be understood."""
+    said = unicodedata.normalize("NFKC", without_thoughts(text)).replace("’", "'").replace("\\_", "_")
+    for read in (_marked, _json, _stated, _hinted):
+        if (found := read(said)) is not None:
+            return found
+    return None
+
+
+def label_alone(line: str) -> str | None:
+    """The label of a line that has nothing else: "A", "(b).", "Response A"."""
+    found = re.fullmatch(rf"\W*(?:(?:the\W+)?(?:{NOUN})[\W_]*)?([AB])\W*", line, re.IGNORECASE)
+    return found[1].upper() if found and not re.search(r"[?+]|\w-$", line) else None
+
+
+def five_way(text: str) -> str | None:
+    """Arena-Hard's label, `A>>B`, `A>B`, `A=B`, `B>A` or `B>>A`, of an answer; None if it has none."""
+    for mark in reversed(list(MARK.finditer(unicodedata.normalize("NFKC", without_thoughts(text))))):
+        left, sign, right = (part.upper() if part else part for part in mark.groups())
+        if sign and left != right:
+            if sign[0] in "=≈~":
+                return "A=B"
+            strong = ">>" if len(sign) == 2 or sign in "≫≪" else ">"
+            return f"{left}{strong}{right}" if sign[0] in ">≫" else f"{right}{strong}{left}"
+    return None
+
+
+def _marked(text: str) -> str | None:
+    """By the last line with marks; marks of both labels in one line are no verdict."""
+    for line in reversed(text.splitlines()):
+        if marks := list(MARK.finditer(line)):
+            found = {_of_mark(*(part and part.upper() for part in mark.groups())) for mark in marks}
+            return found.pop() if len(found) == 1 else TIE
+    return None
+
+
+def _of_mark(left: str, sign: str | None, right: str | None) -> str:
+    if sign is None or right is None:
+        return TIE if left == "C" else left
+    if sign[0] in "=≈~" or left == right:
+        return TIE
+    return left if sign[0] in ">≫" else right
+
+
+def _json(text: str) -> str | None:
+    """By the last object that says it under a key such as `winner`."""
+    decoder, found, start = json.JSONDecoder(), None, text.find("{")
+    while start != -1:
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            start = text.find("{", start + 1)
+            continue
+        found = _of_object(value) or found
+        start = text.find("{", end)
+    return found
+
+
+def _of_object(value: Any) -> str | None:
+    found = None
+    for key, item in value.items() if isinstance(value, dict) else ():
+        name = str(key).replace("_", " ")
+        if isinstance(item, dict):
+            found = _of_object(item) or found
+        elif isinstance(item, str) and re.search(rf"\b{KEY}", name, re.I) and not NEGATIVE.search(name):
+            words = item.strip().lower()
+            found = (TIE if words in ("tie", "draw", "both", "neither", "c") else label_alone(item)) or found
+    return found
+
+
+def _stated(text: str) -> str | None:
+    """By the last statement."""
+    lines = [line for line in map(_plain, text.splitlines()) if line.strip(" .-")]
+    alone = {
+        i: label for i, line in enumerate(lines) if not line.rstrip().endswith(":") and (label := label_alone(line))
+    }
+    if len(set(alone.values())) > 1:  # headings, unless one of them is the end
+        alone = {i: label for i, label in alone.items() if i == len(lines) - 1}
+    found = None
+    for i, line in enumerate(lines):
+        if label_alone(line):
+            found = alone[i] if i in alone and i in (0, len(lines) - 1) else found
+            continue
+        sentences = list(_sentences(line))
+        for j, sentence in enumerate(sentences):
+            edge = (i == 0 and j == 0) or (i == len(lines) - 1 and j == len(sentences) - 1)
+            found = _of_sentence(sentence, edge) or found
+    return found
+
+
+def _hinted(text: str) -> str | None:
+    """By lines `…: A` of any language that agree; by the one sentence that there is, if it praises one response."""
+    lines = [line for line in map(_plain, text.splitlines()) if line.strip(" .-")]
+    ends = [re.fullmatch(rf"([^:.!?]{{1,60}}):\W*{LABEL}\W*", PAIR.sub("", _labelled(line)).strip()) for line in lines]
+    labels = {m[2] for m in ends if m and not NEGATIVE.search(m[1]) and not GRADE.search(m[1]) and "<" not in m[1]}
+    if len(labels) == 1:
+        return labels.pop()
+    sentences = [sentence for line in lines for sentence in _sentences(line)]
+    if labels or len(sentences) != 1 or sentences[0].endswith("?"):
+        return None
+    heads = [head for clause in CLAUSES.split(sentences[0]) if (head := _head(clause)) is not None]
+    found = {m[1] for head in heads for m in PRAISE.finditer(head)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _plain(line: str) -> str:
+    """A line without markdown, XML tags as `tag: …`."""
+    line = re.sub(r"</[\w:-]+>", "", line)
+    line = re.sub(r"<([A-Za-z][\w:-]*)>", r"\1: ", line)
+    line = re.sub(r"^\s*(?:>\s+|#+\s*|[-*•]\s+|\d+[.)]\s+)+", "", line)
+    return " ".join(re.sub(r"[*`|$\"“”„«»]|(?<!\w)_+|_+(?!\w)", " ", line).split())
+
+
+def _labelled(text: str) -> str:
+    """The text with `<A>` and `<B>` where it speaks of the responses."""
+
+    def label(found: re.Match[str]) -> str:
+        return f"<{found[1].upper()}>"
+
+    text = re.sub(rf"\b(?:the )?first (?:{NOUN}|one)\b", "<A>", text, flags=re.IGNORECASE)
+    text = re.sub(rf"\b(?:the )?second (?:{NOUN}|one)\b", "<B>", text, flags=re.IGNORECASE)
+    # With a noun, "Response A"; in small letters only where no word follows that it could be the article of.
+    text = re.sub(rf"\b(?i:(?:the )?{NOUN}s?)[\s_#'(\[]{{1,3}}([AB])(?![\w+])[)\]']?", label, text)
+    end = r"(?=\W*$|[.,;:!)]| (?:is|was|wins|won)\b)"
+    text = re.sub(rf"\b(?:the )?{NOUN}[\s_]([ab]){end}", label, text, flags=re.IGNORECASE)
+    text = re.sub(r"(?:(?<=[:=→] )|(?<=\bis ))([ab])(?=\W*$)", label, text)
+    # By itself; the boundaries hold beside letters of other scripts, too.
+    other = r"(?!-\w|\+|&)[^a-zA-Z0-9_\s]"
+    text = re.sub(rf"(?<![a-zA-Z0-9_<.&+-])(A)(?=\s*$|{other}|\s+(?:[^\w\s]|{AFTER_A}\b|<?B\b))", label, text)
+    text = re.sub(r"(?<![a-zA-Z0-9_<.&+-])(B)(?![a-zA-Z0-9_+&]|-\w)", label, text)
+    text = re.sub(rf"[(\['] ?{LABEL} ?[)\]']", label, text.replace("<<", "<").replace(">>", ">"))
+    text = re.sub(rf"{LABEL}'s? (?:{NOUN}|one)\b", label, text, flags=re.IGNORECASE)
+    return re.sub(rf"{LABEL}'s\b", r"<\1> is", text)
+
+
+def _sentences(line: str) -> Iterator[str]:
+    yield from (
+        part.strip() for part in re.split(r"(?<=[.!?。！？])(?:\s+|$)|(?<=[。！？])", _labelled(line)) if part.strip()
+    )
+
+
+def _of_sentence(sentence: str, edge: bool) -> str | None:
+    """What a sentence states. edge: it is the first or last one, where a label needs no verb."""
+    if sentence.endswith("?"):
+        return None
+    found: str | None = None
+    sentence = re.sub(r",(?= (?:much|far|way|very|really|clearly)\b)", "", sentence)
+    sentence = re.sub(r"\banything but\b", "not", sentence, flags=re.IGNORECASE)
+    for clause in CLAUSES.split(sentence):
+        said = _of_clause(clause, edge)
+        if said is None:
+            continue
+        # "A is better for some, B is better for others" is no verdict; "A is better written, but B is better" is one.
+        found = said if found in (None, said) or CONTRAST.match(clause) or found == TIE else TIE
+    return found
+
+
+def _of_clause(clause: str, edge: bool) -> str | None:
+    bare = EMPHASIS.sub(" ", clause)
+    if TIED.search(bare) and not re.search(r"\beven (?:better|more|so|though|if)\b", bare):
+        return TIE
+    head = _head(clause)
+    if head is None:
+        return None
+    labels: set[str] = set()
+    for left, sign, right in GREATER.findall(head):
+        labels.add(left if sign[0] in ">≫≻" else right)
+    head = GREATER.sub(" ", LOSER.sub(" ", head))
+    for pattern in (*STATEMENTS, *((SAID,) if edge else ())):
+        labels |= set(pattern.findall(head))
+        head = pattern.sub(" ", head)
+    return None if not labels else labels.pop() if len(labels) == 1 else TIE
+
+
+def _head(clause: str) -> str | None:
+    """What a clause says, without its reason; None for one that says nothing of its own: a condition, a negation."""
+    clause = EMPHASIS.sub(" ", PAIR.sub(" ", clause)).strip()
+    if SUBORDINATE.match(clause) or UNSURE.search(clause):
+        return None
+    head = " ".join(REASON.split(clause, maxsplit=1)[0].split())
+    return None if NEGATIVE.search(head) or GRADE.search(head) else head

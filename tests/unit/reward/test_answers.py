@@ -1,0 +1,130 @@
+"""Verdicts in prose: each sentence with the label that a person reads in it, `tie`, or None for no verdict."""
+
+import pytest
+
+from reward.judges.answers import five_way, parse_label, parse_verdict, without_thoughts
+
+SAID = {
+    # a label by itself
+    "A": "A", " b.": "B", "**A**": "A", "(B)": "B", "Response A": "A", "response_b": "B", "Assistant B.": "B",
+    "“A”": "A", "`B`": "B", "### B": "B", "> A": "A", "- **Response B**": "B", "The answer\nB": "B",
+    "A.\n\nExplanation: it is correct.": "A", "B\n\nB gives the right year, which the other does not.": "B",
+    "I compared both.\n\nA": "A", "Ａ": "A", "A!": "A", "A. Because it is more accurate.": "A",
+    "**Response A**\nIt is short.\n\n**Response B**\nIt is long.\n\n**B**": "B",
+    # keywords
+    "The better response is B.": "B", "Verdict: A": "A", "My answer is Response B, because it is short.": "B",
+    "The better response is A because it is accurate.": "A", "Answer: A is better": "A", "Final verdict: **B**": "B",
+    "Winner: Response A": "A", "The winner is clearly Assistant B.": "B", "Overall, the stronger answer is A.": "A",
+    "Better: B": "B", "My final decision is Response A.": "A", "The verdict goes to B.": "B",
+    "Preferred response: (A)": "A", "<verdict>B</verdict>": "B", "<answer>\nA\n</answer>": "A",
+    "Final answer → B": "B", "| Winner | A |": "A", "The better of the two is A.": "A", "Best answer = B": "B",
+    "Final Answer: Option B": "B", "My choice: A.": "A",
+    # a response that is better, wins, is preferred
+    "Response B is better.": "B", "A is better.": "A", "I prefer Response B.": "B", "Answer B wins.": "B",
+    "Assistant A is the preferred one.": "A", "Response A is clearly the better response.": "A",
+    "B clearly wins here.": "B", "A beats B.": "A", "Response B outperforms Response A.": "B", "I'd go with A.": "A",
+    "I would choose Response B over A.": "B", "B is superior to A.": "B", "Response A is better than Response B.": "A",
+    "A > B": "A", "B >> A": "B", "A < B": "B", "A's answer is better.": "A", "B is my pick.": "B", "I think B.": "B",
+    "It's A.": "A", "Definitely B": "B", "Summary B is the stronger summary.": "B", "Response A gets my vote.": "A",
+    "Model B does a better job.": "B", "The second response is better.": "B", "I find Response A to be better.": "A",
+    "My vote goes to B.": "B", "A is better, no doubt.": "A", "Response B comes out ahead.": "B",
+    "I am in favor of A.": "A", "A better than B.": "A", "Response A is preferable.": "A", "I prefer A to B.": "A",
+    "I lean towards B.": "B", "Between A and B, B is better.": "B", "Response B is more helpful.": "B",
+    "A is better written.": "A", "Without a doubt, A is the best.": "A",
+    # clauses: concessions, reasons and contrasts
+    "Although A is better written, B is the better answer.": "B",
+    "While Response A is longer, Response B is better.": "B", "B is better, although A is more detailed.": "B",
+    "Both are good, but A is better.": "A", "A is better, not B.": "A",
+    "A is well written but B is better overall.": "B", "Since A is incorrect, B is better.": "B",
+    "A is better because it does not ramble.": "A", "It is not that A is bad, but B is better.": "B",
+    "Compared to A, B is better.": "B", "A is better; B is worse.": "A", "Neither is perfect, but B is better.": "B",
+    # the last statement
+    "At first A looks fine. In the end, Response B is better.": "B", "A is better in tone. Overall, B wins.": "B",
+    "Accuracy: A\nStyle: A\nOverall: B": "B", "Response A is better. No, wait: Response B is better.": "B",
+    "A is better.\n\nVerdict: B": "B", "Winner: B\n\nFinal verdict: A": "A",
+    # marks
+    "[[A]]": "A", "My final verdict is: [[B]]": "B", "[[A>>B]]": "A",
+    "My final verdict is tie or better: [[B>A]]": "B", "[[B>>A]]": "B", "[[A<B]]": "B", "$\\boxed{A}$": "A",
+    "\\boxed{\\text{B}}": "B", "A is better in tone.\n[[B]]": "B", "【B】": "B", "[[A]] so far.\nNo: [[B]]": "B",
+    "\\boxed{Response A}": "A", '{"winner": "A"}': "A",
+    '```json\n{"reason": "B is long", "verdict": "Response A"}\n```': "A", '{"better": "B", "worse": "A"}': "B",
+    '{"result": {"winner": "model_b"}}': "B",
+    # other languages
+    "答案：A": "A", "Antwort: B": "B", "Réponse : A": "A", "Ответ: B": "B", "正解：**B**": "B",
+    "La mejor respuesta: A.": "A",
+    # thoughts
+    "</think>\n\nA": "A", "<think>B is better, or is it?</think>A": "A",
+    "<think>\nA wins\n</think>\nResponse B is better.": "B", "[THINK]A[/THINK]B": "B",
+    "<think>The better one is A": None,
+    # no verdict
+    "I think both are good": None, "A better response would be shorter": None, "": None, "C": None, "Neither": None,
+    "A good answer would be shorter.": None, "A clear and better answer would say why.": None,
+    "The worse answer is A": None, "Response A is worse.": None, "A is not better.": None,
+    "I don't think Response B is better.": None, "Loser: B": None, "Response B is not the better answer": None,
+    "B is never better": None, "Is Response A better?": None, "Rejected: A": None,
+    "I'm sorry, but I can't help with that.": None, "As an AI, I have no opinion on A or B.": None,
+    "Weaker response: B": None, "A would be better if it were shorter.": None, "If B is better, then say so.": None,
+    "Which one is better, A or B?": None, "Some people might say A is better.": None,
+    "Response A could be better.": None, "Grade: B": None, "A+": None,
+    "Response A:\nIt is good.\nResponse B:\nIt is long.": None, "Accuracy: A\nStyle: B": None, "Answer A or B.": None,
+    "Response A is less helpful.": None, "Neither A nor B is better.": None, "A is inferior to B": None,
+    "Either A is better or B is better.": None, '{"winner": "none"}': None, "A and B are equal": None,
+    "Vitamin B-12": None, "I cannot choose between A and B.": None, "It is a tie.": None,
+    "A is better. No, it is a tie.": None, "[[A]] or [[B]]": None,
+    "It depends: A is better for children, B is better for adults.": None, "A/B": None, '{"winner": "tie"}': None,
+    "[[A=B]]": None, "[[C]]": None, "Both responses are equally good.": None, "Answer with one letter, A or B.": None,
+    "Neither response is better.": None, "A user asked for help": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_the_label_that_an_answer_states(text: str) -> None:
+    assert parse_label(text) == SAID[text]
+
+
+@pytest.mark.parametrize("text", [text for text, label in SAID.items() if label])
+def test_the_other_label_is_read_as_surely(text: str) -> None:
+    """A and B change places, in marks and words: nothing is read by the letter. Articles stay what they are."""
+    turned = text.translate(str.maketrans("ABＡ", "BAＢ")).replace("Bn ", "An ").replace("Bt first", "At first")
+    turned = (
+        turned.replace("response_b", "response_a")
+        .replace("model_b", "model_a")
+        .replace(" b.", " a.")
+        .replace("second", "first")
+    )
+    for word in ("lthough", "nswer", "ssistant", "ccuracy", "ntwort"):
+        turned = turned.replace(f"B{word}", f"A{word}")
+    for word in ("etter", "est", "oth", "etween", "ecause"):
+        turned = turned.replace(f"A{word}", f"B{word}")
+    assert parse_label(turned) == {"A": "B", "B": "A"}[str(SAID[text])]
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("My final verdict is: [[A>>B]]", "A>>B"), ("[[A>B]]", "A>B"), ("[[A=B]]", "A=B"), ("[[B>A]]", "B>A"),
+        ("[[B>>A]]", "B>>A"),
+        ("[[A<<B]]", "B>>A"), ("[[a>b]]", "A>B"), ("[[A>B]] no, [[B>A]]", "B>A"), ("[[A]]", None), ("A>>B", None),
+        ("<think>[[A>>B]]</think>[[A=B]]", "A=B"),
+    ],
+)  # fmt: skip
+def test_the_five_labels_of_arena_hard(text: str, label: str | None) -> None:
+    assert five_way(text) == label
+
+
+@pytest.mark.parametrize(
+    "text", ["[[A=B]]", "[[C]]", '{"winner": "tie"}', "It is a tie.", "A is better. No, it is a tie."]
+)
+def test_a_tie_is_a_statement(text: str) -> None:
+    assert parse_verdict(text) == "tie"
+
+
+def test_thoughts_that_do_not_end_leave_nothing() -> None:
+    assert without_thoughts("<think>so A, then") == ""
+    assert without_thoughts("plain") == "plain"
+    assert without_thoughts("so A</think> B") == "B"
+
+
+def test_a_long_answer_is_read_in_no_time() -> None:
+    """Nothing in the patterns grows faster than the text: a model that repeats itself must not stop the evaluation."""
+    assert parse_label("A is good and " * 5000 + ". " + "Response A has words " * 5000 + ".\nB") == "B"
