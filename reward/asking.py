@@ -127,6 +127,7 @@ def judge_pairs(
         advance(len(questions) - len(open_questions), tally.note)
         tally.refuse_invalid()
         names = {"candidate": candidate, "baseline": baseline, "judge": judge.identity}
+        names |= {"judge_version": version} if (version := getattr(judge, "version", "")) else {}
         # Closed before the file is, whatever is raised here: answers that are under way are still written.
         with closing(_ask_all(judge, open_questions, file, names)) as answers:
             for answered in answers:

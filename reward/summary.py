@@ -57,13 +57,15 @@ class Outcome:
 
 
 def combine_orders(candidate_first: float, baseline_first: float) -> tuple[float, bool]:
-    """One preference from both orders, and whether they contradict each other.
+    """One preference from both orders, their mean, and whether they contradict each other.
 
-    Both are the candidate's probability. If it wins in one order and loses in the other, the pair counts half;
-    otherwise the mean counts. An invalid (NaN) order makes the pair invalid.
+    Both are the candidate's probability; it flipped if it wins in one order and loses in the other. An invalid (NaN)
+    order makes the pair invalid.
     """
-    flipped = (candidate_first - 0.5) * (baseline_first - 0.5) < 0
-    return (0.5 if flipped else (candidate_first + baseline_first) / 2), flipped
+    mean = (candidate_first + baseline_first) / 2
+    if abs(mean - 0.5) < 1e-12:  # p and 1 − p, up to rounding
+        mean = 0.5
+    return mean, (candidate_first - 0.5) * (baseline_first - 0.5) < 0
 
 
 def pair_up(verdicts: Iterable[Verdict]) -> list[Outcome]:
@@ -81,7 +83,7 @@ def pair_up(verdicts: Iterable[Verdict]) -> list[Outcome]:
             raise InputError(
                 "a verdict with an order has no position to find the other order by", kind="missing", key="position"
             )
-        pair = pairs[verdict.candidate, verdict.baseline, verdict.position, verdict.sample]
+        pair = pairs[verdict.candidate, verdict.baseline, verdict.judge, verdict.position, verdict.sample]
         if verdict.order in pair:
             raise InputError(
                 f"{verdict.candidate} has two verdicts on prompt {verdict.position} in the order {verdict.order}",
@@ -122,15 +124,20 @@ def summarise(
         "bootstrap_high": high,
         "sign_test_p": sign_test(_cluster_means(preferences - 0.5, clusters)),
     }
-    line |= _order_metrics(valid) | _length_controlled(outcomes, difficulty, level) | _human_metrics(valid)
+    line |= (
+        _order_metrics(valid)
+        | _label_mass(outcomes)
+        | _length_controlled(outcomes, difficulty, level)
+        | _human_metrics(valid)
+    )
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
 
 
-def group_by_candidate(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes of each candidate, in order of appearance."""
-    groups: dict[str, list[Outcome]] = {}
+def group_by_candidate(outcomes: Iterable[Outcome]) -> dict[tuple[str, str | None], list[Outcome]]:
+    """Outcomes of each candidate and judge, in order of appearance."""
+    groups: dict[tuple[str, str | None], list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault(outcome.verdict.candidate, []).append(outcome)
+        groups.setdefault((outcome.verdict.candidate, outcome.verdict.judge), []).append(outcome)
     return groups
 
 
@@ -142,6 +149,12 @@ def _order_metrics(valid: Sequence[Outcome]) -> dict[str, Any]:
     flips = sum(outcome.flipped for outcome in asked_twice)
     bias = float(np.mean([o.first_wins for o in asked_twice if o.first_wins is not None])) - 0.5
     return {"flips": flips, "flip_share": flips / len(asked_twice), "position_bias": bias}
+
+
+def _label_mass(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Mean p(A) + p(B) of a chat model's first token, over all questions of which it is known."""
+    known = [v.label_mass for outcome in outcomes for v in outcome.verdicts if v.label_mass is not None]
+    return {"label_mass": float(np.mean(known))} if known else {}
 
 
 def _length_controlled(outcomes: Sequence[Outcome], difficulty: Sequence[float] | None, level: float) -> dict[str, Any]:

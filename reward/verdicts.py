@@ -12,6 +12,8 @@
 | `difficulty`   | optional: of the instruction, on AlpacaEval's scale                                             |
 | `score_candidate`, `score_baseline` | optional: the scores of a judge that scores                                |
 | `human`        | optional: a person's preference, as `preference`                                                |
+| `label_mass`   | optional: p(A) + p(B) of a chat model's first token; low: it was about to say something else    |
+| `judge`, `judge_version` | optional: who gave the verdict; of each judge only its newest version counts          |
 
 AlpacaEval's `annotations.json` has `generator_2` (the candidate), `output_1`, `output_2` and a preference in [1, 2],
 1.5 a draw. It is recognised by its columns, and the position is then the row of the candidate.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from reward.row_files import Row, in_line, number, probability, read_rows, whole
 FIRST, SECOND = "candidate_first", "baseline_first"
 ALPACA_COLUMNS = {"generator_2", "output_2", "len_output_2"}
 COLUMNS = {"score_a": "score_candidate", "score_b": "score_baseline"}  # the other fields are named as their columns
-LABELS = ("difficulty", "human")  # columns that a judge does not write
+OPTIONAL = ("difficulty", "human", "label_mass", "judge_version")  # columns that many judges do not write
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Verdict:
     response_candidate: str | None = None
     response_baseline: str | None = None
     judge: str | None = None
+    judge_version: str | None = None
+    label_mass: float | None = None
     key: str | None = None
 
     @property
@@ -83,7 +88,7 @@ class Verdict:
         """The row of a file of verdicts."""
         row = {COLUMNS.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
         row["preference"] = self.preference if self.is_valid else None
-        return {column: value for column, value in row.items() if value is not None or column not in LABELS}
+        return {column: value for column, value in row.items() if value is not None or column not in OPTIONAL}
 
     @classmethod
     def from_json(cls, row: Row) -> Verdict:
@@ -97,8 +102,8 @@ class Verdict:
         preference, order, key = probability(row, "preference"), row.get("order") or None, row.get("key")
         if order not in (None, FIRST, SECOND):
             raise InputError(f"order is {order!r}, not {FIRST} or {SECOND}", key="order")
-        texts = ("raw", "reason", "invalid", "response_candidate", "response_baseline", "judge")
-        numbers = ("len_candidate", "len_baseline", "difficulty")
+        texts = ("raw", "reason", "invalid", "response_candidate", "response_baseline", "judge", "judge_version")
+        numbers = ("len_candidate", "len_baseline", "difficulty", "label_mass")
         return cls(
             math.nan if preference is None else preference,
             score_a=number(row, "score_candidate"),
@@ -117,12 +122,12 @@ class Verdict:
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
-    """All rows of a file. If a question was asked again after an invalid answer (`key`), only the later one.
+    """The verdicts of a file that count: of a question that was asked again the last one.
 
-    Raises `InputError` naming file and line for what is missing, damaged or out of range.
+    A file of ours (rows with `key`) may also hold verdicts of an earlier version of a judge; those are left out. Raises
+    `InputError` naming file and line for what is missing, damaged or out of range.
     """
     verdicts: list[Verdict] = []
-    invalid: dict[str, int] = {}
     seen: Counter[str] = Counter()
     for line, row in read_rows(path):
         try:
@@ -130,16 +135,22 @@ def read_verdicts(path: Path) -> list[Verdict]:
         except InputError as error:
             raise in_line(path, line, error) from error
         seen[verdict.candidate] += 1
-        question = json.dumps([verdict.key, verdict.position, verdict.sample, verdict.order])
-        if verdict.key is not None and question in invalid:
-            verdicts[invalid.pop(question)] = verdict
-            continue
-        if not verdict.is_valid:
-            invalid[question] = len(verdicts)
         verdicts.append(verdict)
     if not verdicts:
         raise InputError(f"{path} has no verdicts", kind="empty", file=path)
-    return verdicts
+    return _newest(verdicts)
+
+
+def _newest(verdicts: list[Verdict]) -> list[Verdict]:
+    version = {verdict.judge: verdict.judge_version for verdict in verdicts}
+    last: dict[Hashable, Verdict] = {}
+    for i, verdict in enumerate(verdicts):
+        if verdict.key is None:
+            last[i] = verdict
+        elif verdict.judge_version == version[verdict.judge]:
+            sides = verdict.candidate, verdict.baseline, verdict.judge
+            last[sides, verdict.position, verdict.sample, verdict.order] = verdict
+    return list(last.values())
 
 
 def read_difficulty(path: Path) -> list[float]:

@@ -23,7 +23,7 @@ def winrate(
     level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Win-rate, intervals and length-controlled win-rate of each candidate, one JSON line each.
+    """Win-rate, intervals and length-controlled win-rate of each candidate (and judge), one JSON line each.
 
     Columns: preference (probability that the candidate wins), and optionally candidate, baseline, position, sample,
     order (candidate_first, baseline_first), len_candidate, len_baseline, difficulty, human. AlpacaEval's annotation
@@ -36,5 +36,7 @@ def winrate(
     beside = (path for pattern in DIFFICULTY_FILES for path in sorted(verdicts.parent.glob(pattern)))
     table = difficulty or next(beside, None)
     known = read_difficulty(table) if table is not None and table != verdicts else None
-    for candidate, outcomes in groups.items():
-        typer.echo(json.dumps(summarise(candidate, outcomes, known, level), ensure_ascii=False))
+    several = len({judge for _, judge in groups}) > 1
+    for (candidate, judge), outcomes in groups.items():
+        line = summarise(candidate, outcomes, known, level) | ({"judge": judge} if several else {})
+        typer.echo(json.dumps(line, ensure_ascii=False))

@@ -128,6 +128,8 @@ def evaluate_pairs(
     )
     result = summarise(candidate, outcomes, level=settings.level)
     summary = {**result, "baseline": baseline, "judge": judge.identity}
+    if version := getattr(judge, "version", ""):
+        summary["judge_version"] = version
     write_json(files.summary, summary)
     return summary
 

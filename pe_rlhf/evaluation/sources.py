@@ -80,7 +80,7 @@ class ServerSource:
         base_url, _, model = url.partition("#")
         if not model:
             raise InputError(f"{url} names no model of the server", kind="missing", fix=f"use {url}#MODEL")
-        self._endpoint = Endpoint(model, base_url, settings.server)
+        self._endpoint = Endpoint(model, base_url, settings.server, keep=frozenset({"temperature", "max_tokens"}))
         self._sampling, self._seed = settings.sampling, settings.seed
 
     def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
@@ -90,6 +90,14 @@ class ServerSource:
             (said,) = self._endpoint.generate(chats, self._sampling.max_new_tokens, self._sampling.temperature, seed)
             if said.error:
                 raise InputError(f"prompt {number}: {said.error}", kind="too_long", row=number + 1)
+            if said.cut and not said.text:  # the limit went into thoughts that the server does not show
+                raise InputError(
+                    f"prompt {number}: the answer is empty and cut (finish_reason: length)",
+                    kind="too_long",
+                    key="sampling.max_new_tokens",
+                    row=number + 1,
+                    fix="raise sampling.max_new_tokens",
+                )
             return said.text
 
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:

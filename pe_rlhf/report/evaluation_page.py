@@ -87,10 +87,13 @@ def _tiles(s: Row) -> list[Tile]:
         detail = f"at equal length; on average {lengths}"
         tiles.append(Tile("Length-controlled win-rate", percent(controlled), detail, interval))
     if s.get("flip_share") is not None:
-        detail = f"{s['flips']} verdicts turned with the order; such a pair counts half"
+        detail = f"{s['flips']} verdicts turned with the order"
         tiles.append(Tile("Flips", percent(s["flip_share"]), detail))
         bias = f"{100 * s['position_bias']:+.1f} points".replace("-", "−")
         tiles.append(Tile("Position bias", bias, "how much more often than half the response shown first wins"))
+    if (mass := s.get("label_mass")) is not None:
+        detail = "of A and B as the judge's first token; low: it was about to say something else, and its text is read"
+        tiles.append(Tile("Label mass", percent(mass), detail))
     if s["invalid"]:
         tiles.append(Tile("Invalid", number(s["invalid"]), "pairs without a verdict that could be understood"))
     return tiles
@@ -123,7 +126,11 @@ def _samples(rows: Sequence[Row], summary: Row, pairs: Sequence[Pair]) -> list[S
     grouped: dict[tuple[int, int], dict[str | None, Row]] = {}
     for row in rows:
         content = row["prompt"], row["response_candidate"], row["response_baseline"]
-        if row["judge"] == summary["judge"] and asked.get((row["position"], row["sample"])) == content:
+        by = row["judge"], row.get("judge_version")
+        if (
+            by == (summary["judge"], summary.get("judge_version"))
+            and asked.get((row["position"], row["sample"])) == content
+        ):
             grouped.setdefault((row["position"], row["sample"]), {})[row["order"]] = row
     whole = [orders for _, orders in sorted(grouped.items()) if None in orders or len(orders) == 2]
     return [_sample(orders, summary) for orders in whole]

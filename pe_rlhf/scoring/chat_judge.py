@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pe_rlhf.model.loading import find_device, load_causal_lm
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.runs.saved_roles import files_of
-from reward.judges.judge_settings import JudgeSettings
+from reward.judges.judge_settings import JudgeSettings, api_key
 from reward.judges.llm import ChatBackend, LLMJudge
 from reward.judges.templates import JudgePrompt
 
@@ -27,12 +28,16 @@ class ChatKind:
             reasoning_tokens=settings.reasoning_tokens,
             verdict=settings.verdict,
             attempts=settings.answer_attempts,
+            answer_tokens=settings.answer_tokens,
+            min_label_mass=settings.min_label_mass,
         )
 
     def check(self, settings: JudgeSettings, run_dir: Path | None) -> None:
         target = settings.needed_target(NAME_IT)
         if settings.base_url is None:
             check_model_name(target, "judge: llm")
+        else:
+            api_key(settings.base_url, settings.api_key_env)
         JudgePrompt(settings.template)
         check_vllm(settings.engine == "vllm")
 
@@ -42,13 +47,14 @@ def _backend(settings: JudgeSettings) -> ChatBackend:
     if settings.base_url:
         from reward.judges.endpoint import Endpoint  # the client library takes a second to import
 
-        return Endpoint(target, settings.base_url, settings, settings.top_logprobs)
+        return Endpoint(target, settings.base_url, settings, settings.top_logprobs, settings.chat_template_kwargs)
     device = find_device(settings.device)
-    identity = f"{target} {settings.dtype} {files_of(target)}".rstrip()
+    kwargs = settings.chat_template_kwargs
+    identity = f"{target} {settings.dtype} {files_of(target)}{json.dumps(kwargs) if kwargs else ''}".rstrip()
     if settings.engine == "vllm":
         from pe_rlhf.scoring.vllm_chat import VLLMChat
 
-        return VLLMChat(target, settings.dtype, device, identity, memory_share=settings.gpu_memory_share)
+        return VLLMChat(target, settings.dtype, device, identity, 64, settings.gpu_memory_share, kwargs)
     from reward.judges.hf_chat import HFChat
 
     model, tokenizer = load_causal_lm(
@@ -59,4 +65,4 @@ def _backend(settings: JudgeSettings) -> ChatBackend:
         trust_remote_code=False,
         key="judge.target",
     )
-    return HFChat(model, tokenizer, identity)
+    return HFChat(model, tokenizer, identity, template_kwargs=kwargs)

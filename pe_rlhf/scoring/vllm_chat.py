@@ -6,8 +6,9 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -18,11 +19,11 @@ from pe_rlhf.model.whole import check_config, loading
 from pe_rlhf.rollout.vllm.embedded import BLOCK, EngineProcess, cache_bytes, engine_environment
 from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import derive_seed
-from reward.judges.chat_tokens import ChatTokens
+from reward.judges.chat_tokens import LEAST_ROOM, ChatTokens
 from reward.judges.llm import Completion
 from reward.records import Message
 
-START_TIMEOUT, TIMEOUT = 1800.0, 600.0  # seconds without progress
+START_TIMEOUT, TIMEOUT = 1800.0, 1800.0  # seconds without progress
 USUAL_TOKENS = 1024  # of a question, for the size of the cache; of longer questions fewer run at a time
 LONGEST = 8192  # tokens of a question and its answer; a model may read less
 BASE = "anchor"  # the tag of the weights that an engine starts with
@@ -47,6 +48,7 @@ class VLLMChat:
         identity: str,
         batch_size: int = 64,
         memory_share: float = 0.5,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         path = resolve_model(model)
         with loading(model, "judge.target"):
@@ -56,7 +58,7 @@ class VLLMChat:
         self.identity, self.batch_size = f"vllm:{identity}", batch_size
         text = config.get_text_config()
         longest = min(LONGEST, getattr(text, "max_position_embeddings", None) or LONGEST)
-        self._tokens = ChatTokens(tokenizer, self.identity, longest, text.vocab_size)
+        self._tokens = ChatTokens(tokenizer, self.identity, longest, text.vocab_size, template_kwargs)
         settings = {
             "model": path,
             "dtype": dtype,
@@ -93,19 +95,21 @@ class VLLMChat:
                 label: torch.tensor([table[token] for token in tokens], dtype=torch.float64).logsumexp(dim=0).item()
                 for label, tokens in ids.items()
             }
-            answers[i] = Completion("", of_label)
+            answers[i] = Completion("", of_label, cut=True)
         return [answers[i] for i in range(len(chats))]
 
     def generate(
         self, chats: Sequence[list[Message]], max_tokens: int, temperature: float, seed: int
     ) -> list[Completion]:
         """Greedy at temperature 0, else sampled; the same seed gives the same answers to the same chats."""
-        rows, answers = self._tokens.encode(chats, room=max_tokens)
+        rows, answers = self._tokens.encode(chats, room=min(max_tokens, LEAST_ROOM))
         sampling = {"temperature": temperature, "max_tokens": max_tokens, "stop_token_ids": self._ends()}
         seeds = [derive_seed(seed, "judge", *ids) for ids in rows.values()]
         self._engine.send("generate", tag=BASE, prompts=list(rows.values()), seeds=seeds, sampling=sampling)
-        for i, (ids, _) in zip(rows, self._engine.answer(TIMEOUT), strict=True):
-            answers[i] = Completion(str(self._tokens.tokenizer.decode(ids, skip_special_tokens=True)))
+        for (i, asked), (ids, _) in zip(rows.items(), self._engine.answer(TIMEOUT), strict=True):
+            text = str(self._tokens.tokenizer.decode(ids, skip_special_tokens=True))
+            # vLLM ends an answer at the model's longest sequence, too.
+            answers[i] = Completion(text, cut=len(ids) >= min(max_tokens, self._tokens.longest - len(asked)))
         return [answers[i] for i in range(len(chats))]
 
     def _ends(self) -> list[int]:

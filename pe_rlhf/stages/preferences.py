@@ -81,7 +81,7 @@ def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
 
 def _row(pair: Pair, outcome: Outcome, first_cut: bool, second_cut: bool) -> dict[str, Any] | None:
     """A preference record, or None where there is no winner or nothing to learn from."""
-    if math.isnan(outcome.preference) or outcome.preference == 0.5:
+    if math.isnan(outcome.preference) or outcome.preference == 0.5 or outcome.flipped:
         return None
     sides = [
         (pair.candidate, first_cut, outcome.verdict.score_a, outcome.preference),

@@ -9,10 +9,11 @@
 | `length`         | longer wins: the control for length bias                                              |
 | `reward_model`   | rewards: A wins with probability σ(r_A − r_B)                                         |
 | `llm`            | a chat model as a judge, over any `ChatBackend`                                       |
+| `answers`        | the verdict in a chat model's answer; `answer_words` has the patterns                 |
 | `templates`      | the prompts of chat models                                                            |
 | `chat_tokens`    | chats and labels as token ids, for local models                                       |
 | `hf_chat`        | the backend for a transformers model in this process                                  |
-| `endpoint`       | the backend for an OpenAI-compatible server                                           |
+| `endpoint`       | the backend for an OpenAI-compatible server; `server_errors` reads what it refuses    |
 """
 
 from reward.judges.base import Comparison, Judge, Verdict

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from reward.errors import InputError
 from reward.judges.llm import Completion
 from reward.records import Message
+
+LEAST_ROOM = 16  # tokens of an answer in text: enough for "Response A is better."
 
 
 class ChatTokens:
@@ -18,21 +21,32 @@ class ChatTokens:
         identity: of the model, for messages.
         longest: the most tokens that the model reads, answer included.
         vocabulary: how many token ids the model has.
+        template_kwargs: arguments of the chat template, such as `enable_thinking: false`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, identity: str, longest: int, vocabulary: int) -> None:
-        self.tokenizer, self._identity = tokenizer, identity
-        self._longest, self._vocabulary = longest, vocabulary
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        identity: str,
+        longest: int,
+        vocabulary: int,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer, self._identity, self.longest = tokenizer, identity, longest
+        self._vocabulary, self._template_kwargs = vocabulary, dict(template_kwargs or {})
         self._label_ids: dict[str, list[int]] = {}
 
     def encode(self, chats: Sequence[list[Message]], room: int) -> tuple[dict[int, list[int]], dict[int, Completion]]:
-        """Token ids of the chats that the model can read, and an error for those that are too long for it."""
+        """Token ids of the chats that the model can read, and an error for those that are too long for it.
+
+        room: the least number of tokens that an answer needs.
+        """
         rows: dict[int, list[int]] = {}
         errors: dict[int, Completion] = {}
         for i, chat in enumerate(chats):
             ids = self._ids_of(chat)
-            if len(ids) + room > self._longest:
-                read = f"the judge reads {self._longest} with {room} left for its answer"
+            if len(ids) + room > self.longest:
+                read = f"the judge reads {self.longest} with {room} left for its answer"
                 errors[i] = Completion("", error=f"the question has {len(ids)} tokens, {read}")
             else:
                 rows[i] = ids
@@ -59,9 +73,13 @@ class ChatTokens:
             text = "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in chat)
             return self.tokenizer(f"{text}Assistant:")["input_ids"]  # type: ignore[return-value]
         try:
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, **self._template_kwargs
+            )
         except Exception as error:  # a template is a program: it can fail in any way
             raise InputError(
-                f"judge: the chat template of {self._identity} fails: {error}", kind="user_code"
+                f"judge: the chat template of {self._identity} fails: {error}",
+                kind="user_code",
+                key="judge.chat_template_kwargs" if self._template_kwargs else "judge.target",
             ) from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]

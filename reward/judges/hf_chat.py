@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward.judges.chat_tokens import ChatTokens
+from reward.judges.chat_tokens import LEAST_ROOM, ChatTokens
 from reward.judges.llm import Completion
 from reward.records import Message
 
@@ -21,13 +21,18 @@ class HFChat:
     concurrency = 1
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: str, batch_size: int = 8
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        identity: str,
+        batch_size: int = 8,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
         self.identity, self.batch_size = f"hf:{identity}", batch_size
         longest = getattr(model.config, "max_position_embeddings", None) or 10**9
         vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-        self._tokens = ChatTokens(tokenizer, self.identity, longest, vocabulary)
+        self._tokens = ChatTokens(tokenizer, self.identity, longest, vocabulary, template_kwargs)
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
@@ -41,7 +46,7 @@ class HFChat:
                 of_label = {
                     label: logprobs_V[self._tokens.label_ids(label)].logsumexp(dim=0).item() for label in labels
                 }
-                answers[i] = Completion(top, of_label)
+                answers[i] = Completion(top, of_label, cut=True)
         return [answers[i] for i in range(len(chats))]
 
     @torch.no_grad()
@@ -49,7 +54,7 @@ class HFChat:
         self, chats: Sequence[list[Message]], max_tokens: int, temperature: float, seed: int
     ) -> list[Completion]:
         """Greedy at temperature 0, else sampled; the same seed gives the same answers to the same chats."""
-        rows, answers = self._tokens.encode(chats, room=max_tokens)
+        rows, answers = self._tokens.encode(chats, room=min(max_tokens, LEAST_ROOM))
         sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": 0, "top_p": 1.0}
         if temperature > 0:
             sampling["temperature"] = temperature
@@ -57,15 +62,18 @@ class HFChat:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 ids_BT, mask_BT, _ = self._left_padded([rows[i] for i in batch])
+                room = min(max_tokens, self._tokens.longest - ids_BT.shape[1])
                 output_BT: Any = self._model.generate(  # type: ignore[operator]  # a decorator hides its type
                     input_ids=ids_BT,
                     attention_mask=mask_BT,
-                    max_new_tokens=max_tokens,
+                    max_new_tokens=room,
                     pad_token_id=self._pad_id(),
                     **sampling,
                 )
-            texts = self._tokenizer.batch_decode(output_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
-            answers |= {i: Completion(text) for i, text in zip(batch, texts, strict=True)}
+            said_BR = output_BT[:, ids_BT.shape[1] :].tolist()
+            texts = self._tokenizer.batch_decode(said_BR, skip_special_tokens=True)
+            for i, text, said in zip(batch, texts, said_BR, strict=True):
+                answers[i] = Completion(text, cut=len(said) == room and not self._ends() & set(said))
         return [answers[i] for i in range(len(chats))]
 
     def _last_logits(self, rows: list[list[int]]) -> Tensor:
@@ -81,6 +89,11 @@ class HFChat:
         ids_BT = torch.tensor([[self._pad_id()] * (width - len(row)) + row for row in rows], device=device)
         mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         return ids_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0)
+
+    def _ends(self) -> set[int]:
+        config: Any = self._model.generation_config
+        ends = config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
 
     def _pad_id(self) -> int:
         for token in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from reward.errors import InputError
-from reward.settings import Positive, Section, refusal
+from reward.settings import Positive, Section, Share, refusal
 
 GONE = ("max_cost", "price_in", "price_out")
 
@@ -50,8 +52,17 @@ class JudgeSettings(ServerSettings):
     reasoning_tokens: Positive = Field(default=256, description="llm: longest reasoning, tokens")
     verdict: Literal["auto", "probabilities", "text"] = Field(
         default="auto",
-        description="llm: probabilities (of the labels), text (parsed), or auto: probabilities if the server"
-        " gives log-probs",
+        description="llm: probabilities (of the labels), text (parsed), or auto: probabilities if there are log-probs"
+        " and the labels have min_label_mass, otherwise text",
+    )
+    min_label_mass: Share = Field(
+        default=0.5, description="llm: least p(A) + p(B) at which the labels' probabilities are a verdict"
+    )
+    answer_tokens: Positive = Field(
+        default=4096, description="llm: longest answer in text, tokens; a reasoning model's thoughts are part of it"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="llm: arguments of the chat template, such as {enable_thinking: false}"
     )
     engine: Literal["hf", "vllm"] = Field(default="hf", description="llm: engine for a local model")
     gpu_memory_share: float = Field(
@@ -65,6 +76,13 @@ class JudgeSettings(ServerSettings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of a local model")
     device: str = Field(default="auto", description="device of a local model")
 
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, url: str | None) -> str | None:
+        if url is not None and (wrong := wrong_address(url)):
+            raise refusal("base_url", f"{url!r} {wrong}", "invalid")
+        return url
+
     @model_validator(mode="after")
     def _one_place(self) -> JudgeSettings:
         if self.engine == "vllm" and self.base_url:
@@ -76,6 +94,38 @@ class JudgeSettings(ServerSettings):
         if not self.target:
             raise InputError(f"judge: {self.kind} has no target", kind="missing", key="judge.target", fix=fix)
         return self.target
+
+
+def wrong_address(url: str) -> str | None:
+    """What is wrong with the address of a server, and how it is right; None if it can be one."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.port is None or parts.port > 0
+    except ValueError as error:
+        return f"is not an address: {error}"
+    if parts.scheme not in ("http", "https"):
+        return f"has no http:// or https:// in front; use http://{url.removeprefix('//')}"
+    return None if parts.hostname and usable else "names no server; use http://HOST:PORT/v1"
+
+
+def api_key(base_url: str, variable: str) -> str:
+    """The key of a server from the environment.
+
+    Raises `InputError` where the address is none, the key can't be sent, or there is none for a server elsewhere.
+    """
+    if wrong := wrong_address(base_url):
+        raise InputError(f"{base_url!r} {wrong}", key="base_url")
+    key = os.environ.get(variable, "").strip()  # a file that a secret comes from often ends in a newline
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"the key in {variable} has characters that no HTTP header can have", key="api_key_env")
+    if not key and (urlsplit(base_url).hostname or "") not in ("localhost", "127.0.0.1", "::1"):
+        raise InputError(
+            f"the environment variable {variable} with the key for {base_url} is not set",
+            kind="missing",
+            key="api_key_env",
+            fix="set it, or name another one by api_key_env; for a server without keys any text will do",
+        )
+    return key or "none"  # a server on this machine needs no key, but the client library insists on one
 
 
 def _string_is_kind(value: Any) -> Any:

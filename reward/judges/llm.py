@@ -1,33 +1,30 @@
 """A chat model as a judge.
 
 It sees both responses as A and B. Its verdict is p(A) / (p(A) + p(B)), from the probabilities of the two labels as its
-next token: one forward pass, no sampling. If a server gives no log-probs, its text is parsed.
+next token: one forward pass, no sampling. Where the labels have little probability, the model was about to say
+something else, such as its thoughts, and their ratio means nothing: then, and where a server gives no log-probs, its
+text is read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from reward.judges.answers import TIE, label_alone, parse_label, parse_verdict, without_thoughts
 from reward.judges.base import Comparison, Verdict
 from reward.judges.templates import JudgePrompt
 from reward.records import Message
 
+__all__ = ["ChatBackend", "Completion", "LLMJudge", "parse_label", "probability_of_a"]
+
 LABELS = ("A", "B")
 ASK_AFTER_REASONING = "Now your verdict: which response is better? Answer with one letter, A or B, and nothing else."
-TEXT_TOKENS = 16
 RETRY_TEMPERATURE = 0.7
-
-_BRACKETS = re.compile(r"\[\[\s*([AB])\s*\]\]")
-_ALONE = re.compile(r"\W*(?:(?:response|answer|option|assistant|summary)\W+)?([AB])\b\W*", re.IGNORECASE)
-_STATED = re.compile(
-    r"\b(?i:answer|verdict|winner|choice|better(?: response| answer| one| summary)?)\b(?:\s+is)?\W{0,8}?"
-    r"(?i:(?:response|answer|option|assistant|summary)\W+)?\b([AB])\b(?!\s+[a-z])"
-)
+PREFERENCES = {"A": 1.0, "B": 0.0, TIE: 0.5}
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,14 @@ class Completion:
     """What a chat model said.
 
     label_logprobs: log-probs in nats of each label as the next token; None if the model gives none. A label that is
-    missing was not among the tokens that the server reports. error: why this chat got no answer.
+    missing was not among the tokens that the server reports, and has at most `unreported`, a log-prob. cut: the text
+    ends at the limit of tokens. error: why this chat got no answer.
     """
 
     text: str
     label_logprobs: dict[str, float] | None = None
+    unreported: float = -math.inf
+    cut: bool = False
     error: str | None = None
 
 
@@ -67,9 +67,14 @@ class ChatBackend(Protocol):
 
 
 class LLMJudge:
-    """Asks a chat model which of two responses is better."""
+    """Asks a chat model which of two responses is better.
+
+    answer_tokens: room for an answer in text, the thoughts of a reasoning model included. min_label_mass: the least
+    p(A) + p(B) at which their ratio is a verdict.
+    """
 
     sees_order = True
+    version = "2"  # of the rules by which answers are read; verdicts by other rules are not reused
 
     def __init__(
         self,
@@ -80,89 +85,124 @@ class LLMJudge:
         reasoning_tokens: int = 256,
         verdict: Literal["auto", "probabilities", "text"] = "auto",
         attempts: int = 3,
+        answer_tokens: int = 4096,
+        min_label_mass: float = 0.5,
     ) -> None:
         self._backend, self._prompt, self._verdict = backend, prompt, verdict
         self._reasoning, self._reasoning_tokens, self._attempts = reasoning, reasoning_tokens, attempts
+        self._answer_tokens, self._min_mass = answer_tokens, min_label_mass
         self.batch_size, self.concurrency = backend.batch_size, backend.concurrency
         how = f"reasoning {reasoning_tokens}" if reasoning else "no reasoning"
+        how += f", label mass {min_label_mass:g}" if min_label_mass != 0.5 else ""
         self.identity = f"llm:{backend.identity}:{prompt.name} {prompt.fingerprint}:{verdict}:{how}"
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Return one verdict per comparison; an answer that no attempt could parse is marked invalid."""
-        chats: list[list[Message]] = [
-            [{"role": "user", "content": self._prompt.render(c, reasoning=self._reasoning)}] for c in comparisons
+        questions = [
+            _Question([{"role": "user", "content": self._prompt.render(c, reasoning=self._reasoning)}])
+            for c in comparisons
         ]
-        reasons: list[str | None] = [None] * len(chats)
-        verdicts: list[Verdict | None] = [None] * len(chats)
         if self._reasoning:
-            for i, said in enumerate(self._backend.generate(chats, self._reasoning_tokens, 0.0, 0)):
-                if said.error:
-                    verdicts[i] = Verdict.not_understood(said.error)
-                reasons[i] = said.text.strip()
-                thought: Message = {"role": "assistant", "content": said.text.strip()}
-                chats[i] = [*chats[i], thought, {"role": "user", "content": ASK_AFTER_REASONING}]
+            self._reason(questions)
         if self._verdict != "text":
-            self._by_probabilities(chats, verdicts, reasons)
+            self._by_probabilities(questions)
         if self._verdict != "probabilities":
-            self._by_text(chats, verdicts, reasons)
-        return [
-            v or Verdict.not_understood("the labels have no probabilities", reason=r)
-            for v, r in zip(verdicts, reasons, strict=True)
-        ]
+            self._by_text(questions)
+        return [question.answered(self._verdict == "probabilities") for question in questions]
 
     def stop(self) -> None:
         """End the tries that are under way, because the evaluation has failed elsewhere."""
         if callable(stop := getattr(self._backend, "stop", None)):
             stop()
 
-    def _by_probabilities(
-        self, chats: list[list[Message]], verdicts: list[Verdict | None], reasons: list[str | None]
-    ) -> None:
-        open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
-        answers = self._backend.label_logprobs([chats[i] for i in open_rows], LABELS)
-        for i, answer in zip(open_rows, answers, strict=True):
+    def _reason(self, questions: list[_Question]) -> None:
+        chats = [question.chat for question in questions]
+        answers = self._backend.generate(chats, self._reasoning_tokens, 0.0, 0)
+        for question, answer in zip(questions, answers, strict=True):
             if answer.error:
-                verdicts[i] = Verdict.not_understood(answer.error, reason=reasons[i])
-            elif (probability := probability_of_a(answer.label_logprobs)) is not None:
-                raw = json.dumps({"logprobs": answer.label_logprobs, "text": answer.text}, ensure_ascii=False)
-                verdicts[i] = Verdict(probability, raw=raw, reason=reasons[i])
-            elif answer.text and (label := parse_label(answer.text)) is not None:
-                verdicts[i] = Verdict(float(label == "A"), raw=answer.text, reason=reasons[i])
+                question.verdict = Verdict.not_understood(answer.error)
+            # Where there are only thoughts, they are the reasoning.
+            question.reason = without_thoughts(answer.text) or answer.text.strip()
+            thought: Message = {"role": "assistant", "content": question.reason}
+            question.chat = [*question.chat, thought, {"role": "user", "content": ASK_AFTER_REASONING}]
 
-    def _by_text(self, chats: list[list[Message]], verdicts: list[Verdict | None], reasons: list[str | None]) -> None:
+    def _by_probabilities(self, questions: list[_Question]) -> None:
+        waiting = [question for question in questions if question.verdict is None]
+        answers = self._backend.label_logprobs([question.chat for question in waiting], LABELS)
+        for question, answer in zip(waiting, answers, strict=True):
+            if answer.error:
+                question.verdict = Verdict.not_understood(answer.error)
+                continue
+            question.mass = label_mass(answer.label_logprobs)
+            probability = probability_of_a(answer.label_logprobs, answer.unreported)
+            if probability is not None and question.mass is not None and question.mass >= self._min_mass:
+                raw = json.dumps({"logprobs": answer.label_logprobs, "text": answer.text}, ensure_ascii=False)
+                question.verdict = Verdict(probability, raw=raw)
+            elif answer.text and not answer.cut:
+                question.read(answer, self._prompt.allows_ties)
+
+    def _by_text(self, questions: list[_Question]) -> None:
         """Ask for text, greedily at first; if the answer names no label, ask again at a temperature."""
         for attempt in range(self._attempts):
-            open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
-            if not open_rows:
+            waiting = [question for question in questions if question.verdict is None]
+            if not waiting:
                 return
+            chats = [question.chat for question in waiting]
             temperature = RETRY_TEMPERATURE if attempt else 0.0
-            answers = self._backend.generate([chats[i] for i in open_rows], TEXT_TOKENS, temperature, attempt)
-            for i, answer in zip(open_rows, answers, strict=True):
-                label = parse_label(answer.text)
+            answers = self._backend.generate(chats, self._answer_tokens, temperature, attempt)
+            for question, answer in zip(waiting, answers, strict=True):
                 if answer.error:
-                    verdicts[i] = Verdict.not_understood(answer.error, answer.text, reasons[i])
-                elif label is not None:
-                    verdicts[i] = Verdict(float(label == "A"), raw=answer.text, reason=reasons[i])
-                elif attempt + 1 == self._attempts:
-                    verdicts[i] = Verdict.not_understood("the answer names neither A nor B", answer.text, reasons[i])
+                    question.verdict = Verdict.not_understood(answer.error, answer.text)
+                else:
+                    question.read(answer, self._prompt.allows_ties)
+                if question.verdict is None and attempt + 1 == self._attempts:
+                    why = "the answer names neither A nor B"
+                    if answer.cut:
+                        why = (
+                            f"the answer was cut after {self._answer_tokens} tokens, before its verdict (finish_reason:"
+                            " length); raise judge.answer_tokens, or turn thinking off by judge.chat_template_kwargs"
+                        )
+                    question.verdict = Verdict.not_understood(why, answer.text)
 
 
-def probability_of_a(logprobs: dict[str, float] | None) -> float | None:
-    """p(A) / (p(A) + p(B)); None if neither label is known. A label that is not reported counts as probability 0."""
+@dataclass
+class _Question:
+    """A comparison on its way to a verdict."""
+
+    chat: list[Message]
+    reason: str | None = None
+    mass: float | None = None
+    verdict: Verdict | None = None
+
+    def read(self, answer: Completion, ties: bool) -> None:
+        """Take the verdict from a text. One that was cut has no last statement: only a label on line 1 counts."""
+        said = without_thoughts(answer.text)
+        first, more, _ = said.partition("\n")
+        found = (label_alone(first) if more else None) if answer.cut else parse_verdict(said)
+        if found is not None and (found != TIE or ties):
+            self.verdict = Verdict(PREFERENCES[found], raw=answer.text)
+
+    def answered(self, by_probabilities: bool) -> Verdict:
+        verdict = self.verdict
+        if verdict is None:
+            why = "the labels have no probabilities"
+            if by_probabilities and self.mass is not None:
+                why = f"p(A) + p(B) is {self.mass:.3g}: the model was about to say something else; use verdict: auto"
+            verdict = Verdict.not_understood(why)
+        return replace(verdict, reason=self.reason, label_mass=self.mass)
+
+
+def label_mass(logprobs: dict[str, float] | None) -> float | None:
+    """p(A) + p(B) as far as they are reported; None if a model gives no log-probs."""
+    return None if logprobs is None else min(1.0, sum(math.exp(value) for value in logprobs.values()))
+
+
+def probability_of_a(logprobs: dict[str, float] | None, unreported: float = -math.inf) -> float | None:
+    """p(A) / (p(A) + p(B)); None if neither label is known.
+
+    unreported: the log-prob that a label that is missing has at most, and is counted with.
+    """
     if not logprobs or not any(math.isfinite(value) for value in logprobs.values()):
         return None
-    a, b = (logprobs.get(label, -math.inf) for label in LABELS)
+    a, b = (logprobs.get(label, unreported) for label in LABELS)
     return 1 / (1 + math.exp(min(b - a, 700.0)))
-
-
-def parse_label(text: str) -> str | None:
-    """The label that an answer states; None if it states none, or both.
-
-    `[[A]]`, a single letter ("A", "(b).", "Response A"), or a sentence that says so ("The better one is A").
-    """
-    if (alone := _ALONE.fullmatch(text.strip())) is not None:
-        return alone[1].upper()
-    for pattern in (_BRACKETS, _STATED):
-        if found := set(pattern.findall(text)):
-            return found.pop() if len(found) == 1 else None
-    return None

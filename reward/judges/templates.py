@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
@@ -20,16 +21,17 @@ class JudgePrompt:
     """A judge's prompt: `general`, `helpfulness`, `harmlessness`, `summarization`, or the path of a jinja2 file.
 
     A file gets `messages`, `response_a`, `response_b` and `reasoning`, may extend `base.jinja2`, and has to ask for the
-    letter A or B. `fingerprint` changes with the text of the question.
+    letter A or B, or for Arena-Hard's labels. `fingerprint` changes with the text of the question. `allows_ties`: it
+    offers a tie as `[[C]]`, `A=B` or "or tie"; without it a judge that calls a tie gives no valid verdict.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._template = _load(name)
         probe = Comparison([{"role": "user", "content": "p"}], "a", "b")
-        self.fingerprint = hashlib.sha256(
-            (self.render(probe, reasoning=False) + self.render(probe, reasoning=True)).encode()
-        ).hexdigest()[:12]
+        text = self.render(probe, reasoning=False) + self.render(probe, reasoning=True)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.allows_ties = re.search(r"\[\[C\]\]|A ?= ?B|\bor (?:a )?[\"'“]?tie\b", text) is not None
 
     def render(self, comparison: Comparison, *, reasoning: bool) -> str:
         """The question to the judge. Raises `InputError` where the template fails."""
@@ -79,7 +81,3 @@ def _load(name: str) -> JinjaTemplate:
         raise InputError(
             f"judge.template: {path}: {error}", kind="unreadable", key="judge.template", file=path
         ) from error
-
-
-def _broken(what: str, path: Path | None = None, line: int | None = None) -> InputError:
-    return InputError(f"judge.template: {what}", kind="user_code", key="judge.template", file=path, row=line)

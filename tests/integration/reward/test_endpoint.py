@@ -17,7 +17,7 @@ from reward.judges import Comparison
 from reward.judges.endpoint import Endpoint
 from reward.judges.judge_settings import JudgeSettings, ServerSettings
 from reward.judges.length import length_judge
-from reward.judges.llm import LLMJudge, parse_label, probability_of_a
+from reward.judges.llm import LLMJudge, probability_of_a
 from reward.judges.templates import JudgePrompt, template_names
 from reward.summary import pair_up, summarise
 from reward.verdicts import read_verdicts
@@ -68,7 +68,7 @@ def test_a_position_bias_of_the_server_is_seen(tmp_path: Path) -> None:
     # By hand: shown first 0.4, 0.8, 0.99 and second 1 − 0.99, 1 − 0.8, 1 − 0.4: only the ties in quality flip.
     assert line["flip_share"] == pytest.approx(1 / 3)
     assert line["position_bias"] == pytest.approx((0.4 + 0.99 + 0.8 + 0.8 + 0.99 + 0.4) / 6 - 0.5)
-    assert line["win_rate"] == pytest.approx(((0.4 + 0.01) / 2 + 0.5 + (0.99 + 0.6) / 2) / 3)
+    assert line["win_rate"] == pytest.approx(((0.4 + 0.01) / 2 + (0.8 + 0.2) / 2 + (0.99 + 0.6) / 2) / 3)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -268,25 +268,15 @@ def test_requests_run_side_by_side(tmp_path: Path) -> None:
     assert time.monotonic() - start < 9
 
 
-@pytest.mark.parametrize(
-    ("text", "label"),
-    [
-        ("A", "A"), (" b.", "B"), ("**A**", "A"), ("(B)", "B"), ("Response A", "A"), ("[[B]]", "B"),
-        ("The better response is B.", "B"), ("Verdict: A", "A"), ("My answer is Response B, because it is short.", "B"),
-        ("I think both are good", None), ("A better response would be shorter", None), ("", None), ("C", None),
-        ("[[A]] or [[B]]", None), ("Neither", None), ("A and B are equal", None),
-    ],
-)  # fmt: skip
-def test_labels_in_text(text: str, label: str | None) -> None:
-    assert parse_label(text) == label
-
-
 def test_probability_of_a() -> None:
     assert probability_of_a({"A": -1.0, "B": -1.0}) == 0.5
     assert probability_of_a({"A": -0.1, "B": -2.3978952727983707}) == pytest.approx(
         1 / (1 + 2.718281828 ** (-2.297895))
     )
-    assert probability_of_a({"A": -0.1}) == 1.0  # B is not among the likely tokens
+    assert probability_of_a({"A": -0.1}) == 1.0
+    # B is not among the likely tokens, so that it has at most the probability of the least likely one.
+    assert probability_of_a({"A": -0.1}, -2.3978952727983707) == pytest.approx(1 / (1 + 2.718281828 ** (-2.297895)))
+    assert probability_of_a({"B": -0.1}, -0.1) == 0.5
     assert probability_of_a({"B": -0.1}) == pytest.approx(0.0)
     assert probability_of_a({}) is None
 

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reward.asking import Pair, judge_pairs
 from reward.errors import InputError
+from reward.judges import CompareJudge, FunctionJudge
+from reward.judges.length import length_judge
 from reward.summary import combine_orders, pair_up, summarise
 from reward.verdicts import FIRST, SECOND, Verdict, read_verdicts
 from tests.runs import Outcome, write_jsonl
@@ -89,9 +92,12 @@ def test_alpaca_evals_annotations_as_they_are(cli: Callable[..., Outcome], tmp_p
 
 @pytest.mark.parametrize(
     ("first", "second", "expected", "flipped"),
-    [(1, 1, 1, False), (1, 0, 0.5, True), (0.7, 0.3, 0.5, True), (0.9, 0.6, 0.75, False), (0.9, 0.2, 0.5, True)],
-)
-def test_a_flipped_pair_counts_half(first: float, second: float, expected: float, flipped: bool) -> None:
+    [(1, 1, 1, False), (1, 0, 0.5, True), (0.7, 0.3, 0.5, True), (0.9, 0.6, 0.75, False), (0.9, 0.2, 0.55, True),
+     (0.95, 0.49, 0.72, True), (0.95, 0.51, 0.73, False)],
+)  # fmt: skip
+def test_both_orders_are_averaged_and_a_flip_is_seen(
+    first: float, second: float, expected: float, flipped: bool
+) -> None:
     assert combine_orders(first, second) == (pytest.approx(expected), flipped)
 
 
@@ -114,6 +120,47 @@ def test_a_planted_position_bias_cancels_and_is_reported(share: float) -> None:
     assert line["position_bias"] == pytest.approx(share - 0.5, abs=0.02)
     assert line["flip_share"] == pytest.approx(share**2 + (1 - share) ** 2, abs=0.03)
     assert line["n"] == 4000
+
+
+def test_only_the_newest_version_of_a_judge_counts(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """A score judge that preferred the wrong side, and was mended: by hand 1.0 before, 0.0 after."""
+    pairs = [Pair(f"p{i}", "mine", "theirs", i) for i in range(10)]
+    path = tmp_path / "v.jsonl"
+    for version, winner in (("1", "mine"), ("2", "theirs")):
+        mended = FunctionJudge(
+            lambda _, said, w=winner: [float(text == w) for text in said], "mine:score", version=version
+        )
+        judge_pairs(mended, pairs, path)
+    line = results(cli("winrate", path))["candidate"]
+    assert (line["win_rate"], line["n"]) == (0.0, 10)
+    assert [row["judge_version"] for row in map(json.loads, path.read_text().splitlines())] == ["1"] * 10 + ["2"] * 10
+    # Stopped after 4 of the questions to a third version: the other six verdicts are of an older one.
+    rows = [json.loads(line) | {"judge_version": "3", "preference": 1.0} for line in path.read_text().splitlines()[:4]]
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    line = results(cli("winrate", path))["candidate"]
+    assert (line["win_rate"], line["n"]) == (1.0, 4)
+
+
+def test_two_judges_in_a_file_have_a_line_each(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    pairs = [Pair(f"p{i}", "long one", "short", i) for i in range(3)]
+    for judge in (
+        length_judge(),
+        CompareJudge(lambda p, a, b: [float(len(x) < len(y)) for x, y in zip(a, b, strict=True)]),
+    ):
+        judge_pairs(judge, pairs, tmp_path / "v.jsonl")
+    outcome = cli("winrate", tmp_path / "v.jsonl")
+    lines = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [(line["judge"], line["win_rate"], line["n"]) for line in lines] == [
+        ("length", 1.0, 3),
+        ("function", 0.0, 3),
+    ]
+
+
+def test_the_mean_mass_of_labels_is_over_all_questions() -> None:
+    rows = [Verdict(1.0, position=i, order=o, label_mass=m) for i, o, m in ((0, FIRST, 0.9), (0, SECOND, 0.7))]
+    rows += [Verdict.not_understood("x"), Verdict(0.5)]
+    assert summarise("candidate", pair_up(rows))["label_mass"] == pytest.approx(0.8)
+    assert "label_mass" not in summarise("candidate", pair_up(rows[2:]))
 
 
 def test_agreement_with_people(cli: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.scoring.reward_judge import reward_scores
 from reward.errors import InputError
 from reward.judges import Comparison
+from reward.judges.chat_tokens import ChatTokens
 from reward.judges.judge_registry import check_judge, judge_settings, register_judge
 from reward.judges.judge_settings import JudgeSettings
 from reward.judges.reward_model import reward_model_judge
 from reward.judges.templates import JudgePrompt
+from reward.records import Message
 from tests.stage_support import byte_model
 
 COMPARISONS = [Comparison("Say something", "ab" * n, "x" * (5 - n)) for n in range(1, 5)]
@@ -31,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) -> None:
     """One sequence at a time, without padding, by transformers alone; the judge has them in a padded batch."""
-    judge = make_judge(JudgeSettings(kind="llm", target=str(model)))
+    judge = make_judge(JudgeSettings(kind="llm", target=str(model), min_label_mass=0))
     verdicts = judge.compare(COMPARISONS)
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     for comparison, verdict in zip(COMPARISONS, verdicts, strict=True):
@@ -44,22 +47,49 @@ def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) 
 
 
 def test_reasoning_and_text_of_a_local_judge(model: Path) -> None:
-    config = JudgeSettings(kind="llm", target=str(model), reasoning=True, reasoning_tokens=5)
+    config = JudgeSettings(kind="llm", target=str(model), reasoning=True, reasoning_tokens=5, min_label_mass=0)
     (verdict,) = make_judge(config).compare(COMPARISONS[:1])
     assert verdict.reason is not None
     assert 0 < verdict.preference < 1
-    text = make_judge(JudgeSettings(kind="llm", target=str(model), verdict="text"))
+    text = make_judge(JudgeSettings(kind="llm", target=str(model), verdict="text", answer_tokens=16))
     (spoken,) = text.compare(COMPARISONS[:1])  # a random model says nothing that could be understood
-    assert spoken.invalid == "the answer names neither A nor B" or spoken.preference in (0.0, 1.0)
+    assert spoken.invalid is not None or spoken.preference in (0.0, 1.0)
 
 
 def test_a_question_that_is_too_long_is_invalid_alone(model: Path) -> None:
-    judge = make_judge(JudgeSettings(kind="llm", target=str(model)))
+    judge = make_judge(JudgeSettings(kind="llm", target=str(model), min_label_mass=0))
     short, long = judge.compare([COMPARISONS[0], Comparison("p", "x" * 3000, "y")])
     assert short.invalid is None
     assert long.invalid is not None
     assert "the judge reads 2048" in long.invalid
     assert math.isnan(long.preference)
+
+
+@pytest.mark.parametrize("verdict", ["probabilities", "auto"])
+def test_labels_next_to_no_mass_are_no_verdict(model: Path, verdict: Literal["probabilities", "auto"]) -> None:
+    """The model is about to say something else, so that the ratio of A to B means nothing."""
+    settings = JudgeSettings(kind="llm", target=str(model), verdict=verdict, answer_tokens=16)
+    judged = make_judge(settings).compare(COMPARISONS)
+    by_ratio = make_judge(settings.model_copy(update={"min_label_mass": 0.0})).compare(COMPARISONS)
+    for one, other in zip(judged, by_ratio, strict=True):
+        logprobs = json.loads(other.raw or "")["logprobs"]
+        assert one.label_mass == pytest.approx(math.exp(logprobs["A"]) + math.exp(logprobs["B"]))
+        assert (one.label_mass or 1) < 0.5
+        assert one.invalid is not None
+        assert 0 < other.preference < 1
+
+
+def test_arguments_reach_the_chat_template_and_are_part_of_the_judges_name(model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if enable_thinking is not defined %}<think>{% endif %}"
+    )
+    thinking, off = (ChatTokens(tokenizer, "m", 100, 257, kwargs) for kwargs in ({}, {"enable_thinking": False}))
+    chat: list[Message] = [{"role": "user", "content": "ab"}]
+    assert len(thinking.encode([chat], 1)[0][0]) - len(off.encode([chat], 1)[0][0]) == len("<think>")
+    settings = JudgeSettings(kind="llm", target=str(model))
+    other = settings.model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
+    assert make_judge(settings).identity != make_judge(other).identity
 
 
 def test_rewards_are_bradley_terry_probabilities() -> None:
