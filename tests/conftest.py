@@ -83,8 +83,7 @@ def _fixed_seed() -> None:
 @pytest.fixture(autouse=True)
 def _own_registries() -> Iterator[None]:
     """An init that a test registers is gone after the test: others count what there is."""
-    registries: tuple[dict[str, Any], ...] = (INITS, INIT_OPTIONS)
-    kept = [(registry, dict(registry)) for registry in registries]
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [(of, dict(of)) for of in (INITS, INIT_OPTIONS)]
     yield
     for registry, entries in kept:
         registry.clear()
