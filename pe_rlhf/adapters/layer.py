@@ -131,14 +131,17 @@ def is_wrappable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def merged_weight(layer: WrappedLayer, role: str) -> Tensor:
-    """`W0 + ΔW` of a role in the base module's own layout and dtype, computed fresh; the base is not touched."""
+def merged_weight(layer: WrappedLayer, role: str, dtype: torch.dtype | None = None) -> Tensor:
+    """`W0 + ΔW` of a role in the base module's own layout, computed fresh; the base is not touched.
+
+    `dtype` is the base's if left out. A narrow one loses what is less than half a step of its grid: most of a small ΔW.
+    """
     weight_OI = weight_out_in(layer.base)
     if role in layer.adapters:
         adapter: Adapter = layer.adapters[role]  # type: ignore[assignment]
-        merged_OI = (weight_OI.float() + adapter.delta_weight()).to(weight_OI.dtype)
+        merged_OI = (weight_OI.float() + adapter.delta_weight()).to(dtype or weight_OI.dtype)
     else:
-        merged_OI = weight_OI.clone()
+        merged_OI = weight_OI.to(dtype or weight_OI.dtype, copy=True)
     return (merged_OI.T if isinstance(layer.base, Conv1D) else merged_OI).contiguous()
 
 

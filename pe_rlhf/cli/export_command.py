@@ -16,6 +16,14 @@ class ExportFormat(StrEnum):
     merged = "merged"
 
 
+class ExportDtype(StrEnum):
+    """The dtypes of a merged checkpoint."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a run, of a stage in it, or of an adapter.")],
     form: Annotated[
@@ -27,6 +35,10 @@ def export(
     checkpoint: Annotated[
         str | None, typer.Option(help="best, newest or a step's number; what the stage ended with if left out.")
     ] = None,
+    dtype: Annotated[
+        ExportDtype | None,
+        typer.Option(help="merged: dtype of the weights; the base's if left out. Narrow ones lose some of the update."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write a trained role for PEFT, vLLM and transformers.
@@ -36,4 +48,4 @@ def export(
     """
     from pe_rlhf.runs.export import export_role
 
-    typer.echo(export_role(run, form.value, to, role, checkpoint))
+    typer.echo(export_role(run, form.value, to, role, checkpoint, None if dtype is None else dtype.value))

@@ -23,8 +23,8 @@ class SamplerConfig(Section):
     sync: Literal["auto", "adapter", "merged"] = Field(
         default="auto",
         description="how the policy reaches the sampler: as an adapter, or as freshly merged weights; auto:"
-        " merged on a CPU, where adapters sample slowly (hf: up to 4 GiB); adapter on a GPU, on"
-        " servers, and if the base cannot be merged",
+        " merged on a CPU in float32, where adapters sample slowly (hf: up to 4 GiB); otherwise adapter,"
+        " since merged weights in bfloat16 lose most of an early update",
     )
     urls: list[str] = Field(default_factory=list, description="server: the addresses, such as http://host:8000")
     exchange_dir: str | None = Field(

@@ -29,8 +29,8 @@ MERGED_UNASKED = 4 * 2**30  # bytes; by free memory instead, a resumed run might
 class HFRollout:
     """Samples from a role by `generate`; there is nothing to sync, since the adapter is the trainer's own.
 
-    On a CPU each rollout is sampled from fresh merged copies of the adapter's layers, up to 4 GiB of them, which are
-    dropped after it.
+    On a CPU in fp32 each rollout is sampled from fresh merged copies of the adapter's layers, up to 4 GiB of them,
+    which are dropped after it.
 
     `on_progress` gets the number of finished responses.
     """
@@ -198,11 +198,18 @@ class HFRollout:
 
 
 def _merges(config: SamplingConfig, backbone: Backbone, role: str) -> bool:
-    """Whether to sample from merged layers; unasked on a CPU alone, and where there is likely to be room for them."""
+    """Whether to sample from merged layers; unasked only in fp32 on a CPU, and where there is likely room for them."""
     wanted = config.sync if config.engine == "hf" else "auto"  # what is said of vLLM's weights is not of these
     if wanted == "merged" and not backbone.can_merge(role):
-        raise InputError("sync: merged: a base that is quantised, or split by ZeRO-3, cannot be; use sync: adapter")
-    if wanted == "auto" and backbone.device.type == "cpu" and backbone.can_merge(role):
+        raise InputError(
+            "sync: merged: a base that is quantised, or split by ZeRO-3, cannot be merged",
+            kind="conflict",
+            key="sync",
+            fix="use sync: adapter",
+        )
+    # Merged in bf16, most of an early update would be rounded away.
+    plain = backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
+    if wanted == "auto" and plain and backbone.can_merge(role):
         return backbone.merged_bytes(role) <= MERGED_UNASKED
     return wanted == "merged"
 

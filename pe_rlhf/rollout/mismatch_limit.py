@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pe_rlhf.algo.mismatch import mismatch
+from pe_rlhf.algo.mismatch import anchor_test, mismatch
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.system.failures import TrainingError
 
@@ -16,11 +16,17 @@ from pe_rlhf.system.failures import TrainingError
 LIMIT_FP32, LIMIT_NARROW = 0.01, 0.1
 
 
-def mismatch_metrics(log_ratio_N: Tensor, config: SamplingConfig, dtype: torch.dtype) -> dict[str, float]:
+def mismatch_metrics(
+    log_ratio_N: Tensor, config: SamplingConfig, dtype: torch.dtype, anchor_ratio_N: Tensor | None = None
+) -> dict[str, float]:
     """The mismatch as metrics by name, from log π_trainer − log π_sampler of sampled tokens.
 
-    Raises `TrainingError` where its mean is over the limit, or is not a number. Truncated sampling is from another
-    distribution on purpose and has no limit unless the recipe sets one.
+    Args:
+        anchor_ratio_N: log π_anchor − log π_sampler of the same tokens; None where the anchor itself was sampled from.
+
+    Raises `TrainingError` where the mean is over the limit or is not a number, and where the sampler is no nearer to
+    the policy than to the anchor. Truncated sampling is from another distribution on purpose: it has no limit unless
+    the recipe sets one.
     """
     found = mismatch(log_ratio_N)
     default = math.inf if truncates(config) else LIMIT_FP32 if dtype == torch.float32 else LIMIT_NARROW
@@ -29,13 +35,30 @@ def mismatch_metrics(log_ratio_N: Tensor, config: SamplingConfig, dtype: torch.d
         raise TrainingError(
             f"the sampler's log-probs are {found.mean:.3g} nats per token away from the trainer's (at most"
             f" {found.max:.3g}), over mismatch_limit {limit:g}: it sampled from other weights than the trainer's, or"
-            " computes in another precision; if that is so, raise the limit and set correction: truncated_is"
+            " computes in another precision",
+            kind="mismatch",
+            key="mismatch_limit",
+            fix="if it is the precision, raise the limit and set correction: truncated_is",
         )
-    return {
+    metrics = {
         "logprob_mismatch": found.mean,
         "logprob_mismatch_max": found.max,
         "effective_sample_size": found.effective_sample_size,
     }
+    if anchor_ratio_N is None or truncates(config):
+        return metrics
+    test = anchor_test(log_ratio_N, anchor_ratio_N)
+    if test.is_anchor:
+        raise TrainingError(
+            f"the sampler is no nearer to the policy than to the anchor: its log-probs are {found.mean:.3g} nats per"
+            f" token away from the policy's, {test.relative:.2f} times the policy's own distance from the anchor; the"
+            " update does not reach the sampler",
+            kind="mismatch",
+            key="sync",
+            fix="use sync: adapter, since merged weights of a narrow dtype lose small updates; for a server, see that"
+            " it has loaded the adapter",
+        )
+    return metrics if test.relative is None else metrics | {"logprob_mismatch_relative": test.relative}
 
 
 def truncates(config: SamplingConfig) -> bool:

@@ -43,15 +43,22 @@ from pe_rlhf.runs.saved_roles import (
     wanted_roles,
 )
 from pe_rlhf.system.files import new_folder, read_json, write_json, write_whole
+from pe_rlhf.system.progress import say
 from pe_rlhf.system.render import render
 from pe_rlhf.system.tensor_files import save_tensors
 from reward.errors import InputError
 
 Format = Literal["lora", "merged"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def export_role(
-    place: Path, form: Format, to: Path | None = None, role: str | None = None, checkpoint: str | None = None
+    place: Path,
+    form: Format,
+    to: Path | None = None,
+    role: str | None = None,
+    checkpoint: str | None = None,
+    dtype: Dtype | None = None,
 ) -> Path:
     """Write a role of a run as `lora` (PEFT's files) or `merged` (a checkpoint), with a model card. Returns where.
 
@@ -60,12 +67,16 @@ def export_role(
         to: where to write; default `export/<role>-<form>` in the run. It must not be there already.
         role: a name of `ROLES`; default: the first of these that is there.
         checkpoint: `best`, `newest` or a step's number; default: what the stage ended with.
+        dtype: of merged weights; default: the base's, which if narrow loses a part of a small update.
 
     Raises `InputError` where there is no such role, or where `to` is taken.
     """
+    if dtype is not None and form == "lora":
+        message = "--dtype is for --format merged: a LoRA is written as it was trained"
+        raise InputError(message, kind="conflict", key="--dtype")
     if checkpoint is None:
         found = find_role(place, role)
-        return _write_export(found, form, to or found.files.stage.run.export(found.role, form))
+        return _write_export(found, form, to or found.files.stage.run.export(found.role, form), dtype)
     stage, name = _find_checkpoints(place, role)
     step, spec, state = role_of_checkpoint(stage.folder, checkpoint, name)
     recipe = load_recipe(stage.recipe)
@@ -77,7 +88,8 @@ def export_role(
         ended.folder.mkdir()
         save_recipe(recipe, ended.recipe)
         save_role(backbone, name, ended.role(name).folder)
-        return _write_export(read_role(ended.role(name).folder), form, to or stage.run.export(name, form, step))
+        found = read_role(ended.role(name).folder)
+        return _write_export(found, form, to or stage.run.export(name, form, step), dtype)
 
 
 def _find_checkpoints(place: Path, role: str | None) -> tuple[StageFiles, str]:
@@ -89,12 +101,12 @@ def _find_checkpoints(place: Path, role: str | None) -> tuple[StageFiles, str]:
     raise InputError(f"{place} has no checkpoint of a {role or 'role'}", kind="missing", key="checkpoint", file=place)
 
 
-def _write_export(found: SavedRole, form: Format, target: Path) -> Path:
+def _write_export(found: SavedRole, form: Format, target: Path, dtype: Dtype | None) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is there already", kind="exists", file=target, fix="name another place with --to")
     with new_folder(target) as scratch:
         if form == "merged":
-            _write_merged(found, scratch)
+            _write_merged(found, scratch, dtype)
         elif found.is_full:
             raise InputError(
                 f"{found.folder} was fully tuned and has no adapter",
@@ -112,9 +124,9 @@ def _write_export(found: SavedRole, form: Format, target: Path) -> Path:
     return target
 
 
-def merged_state(backbone: Backbone, role: str) -> dict[str, Tensor]:
-    """The state dict of a plain model that computes the role: fresh, in the base's dtype; no head."""
-    state = dict(backbone.merged_tensors(role))
+def merged_state(backbone: Backbone, role: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The state dict of a plain model that computes the role: fresh, in the base's dtype or another; no head."""
+    state = dict(backbone.merged_tensors(role, dtype))
     names = {n: t.data_ptr() for n, t in backbone.model.state_dict().items() if ".adapters." not in n}
     first = {pointer: name for name, pointer in reversed(names.items())}
     return {n.replace(".base.", "."): state[first[pointer].replace(".base.", ".")] for n, pointer in names.items()}
@@ -144,7 +156,7 @@ def _recipe(found: SavedRole) -> Recipe:
     return found.recipe or load_recipe(found.files.stage.recipe)
 
 
-def _write_merged(found: SavedRole, path: Path) -> None:
+def _write_merged(found: SavedRole, path: Path, dtype: Dtype | None) -> None:
     recipe = _recipe(found)
     if recipe.backbone.quantization != "none":
         raise InputError(
@@ -156,29 +168,41 @@ def _write_merged(found: SavedRole, path: Path) -> None:
         )
     backbone = load_base(recipe, found.base, "cpu")
     load_role(backbone, found.role, found.folder)
-    write_merged(backbone, found.role, recipe.backbone, path, find_template(backbone.tokenizer, recipe.chat_template))
+    template = find_template(backbone.tokenizer, recipe.chat_template)
+    write_merged(backbone, found.role, recipe.backbone, path, template, dtype)
 
 
 def write_merged(
-    backbone: Backbone, role: str, settings: BackboneConfig, path: Path, chat_template: str | None = None
+    backbone: Backbone,
+    role: str,
+    settings: BackboneConfig,
+    path: Path,
+    chat_template: str | None = None,
+    dtype: Dtype | None = None,
 ) -> None:
     """Write a role as a checkpoint of its own, computed fresh, with the base's tokenizer; a head goes beside it.
 
-    `chat_template` takes the place of the tokenizer's own.
+    `chat_template` takes the place of the tokenizer's own. Says which share of ΔW is left where the dtype is narrow.
     """
+    written = getattr(torch, dtype or settings.dtype)
+    if written != torch.float32 and role in backbone.specs:
+        share = backbone.merged_share(role, written)
+        say(
+            f"{share:.1%} of the adapter's change is left in {dtype or settings.dtype} weights; float32 keeps all of it"
+        )
     source = resolve_model(backbone.name)
     common = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     config = AutoConfig.from_pretrained(source, **common)
-    config.dtype = settings.dtype
+    config.dtype = dtype or settings.dtype
     tokenizer = AutoTokenizer.from_pretrained(source, **common)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    state = merged_state(backbone, role)
+    state = merged_state(backbone, role, written)
     if role == "reward":
         config.num_labels, config.pad_token_id = 1, backbone.pad_token_id
         plain = _empty(AutoModelForSequenceClassification, config)
         state = {name: tensor for name, tensor in state.items() if name in plain.state_dict()}
-        state["score.weight"] = backbone.head("reward").weight.detach()[None].to(backbone.model.dtype)
+        state["score.weight"] = backbone.head("reward").weight.detach()[None].to(written)
     else:
         plain = _empty(type(backbone.model), config)
     plain.load_state_dict(state, assign=True)

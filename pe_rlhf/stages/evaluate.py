@@ -96,9 +96,9 @@ def _policy_metrics(
         for_each_token(backbone, role, sequences, ppo.micro_batch_tokens, compute) for role in ("policy", ANCHOR)
     )
     sampler_N = torch.tensor([value for row in rollout.logprobs for value in row])
-    log_ratio_N = policy_BR[sequences.mask_BR] - sampler_N
+    policy_N, anchor_N = (values_BR[sequences.mask_BR] - sampler_N for values_BR in (policy_BR, anchor_BR))
     kl = (policy_BR - anchor_BR).sum().item() / len(sequences)
-    return {"kl": kl, **mismatch_metrics(log_ratio_N, sampling, backbone.precision)}
+    return {"kl": kl, **mismatch_metrics(policy_N, sampling, backbone.precision, anchor_N)}
 
 
 def _mean(scores: list[float | None]) -> float | None:

@@ -41,7 +41,7 @@ def collect_experience(
     anchor_BR = response_logprobs(backbone, ANCHOR, sequences, config)
     values_BR = for_each_token(backbone, "value", sequences, config.micro_batch_tokens, backbone.response_values)
     scores_B = scorer.score(prompts, [codec.decode(ids) for ids in rollout.responses], sequences)
-    old_BR, weights_BR, mismatch = _old_logprobs(backbone, rollout, sequences, config)
+    old_BR, weights_BR, mismatch = _old_logprobs(backbone, rollout, sequences, anchor_BR, config)
 
     # 3. and 4. one reward per token, the KL at each and the score at the last; advantages and returns
     kl_BR = kl_estimate(old_BR, anchor_BR, config.kl.estimator)
@@ -96,7 +96,7 @@ def response_logprobs(backbone: Backbone, role: str, sequences: Sequences, confi
 
 
 def _old_logprobs(
-    backbone: Backbone, rollout: Rollout, sequences: Sequences, config: PPOConfig
+    backbone: Backbone, rollout: Rollout, sequences: Sequences, anchor_BR: Tensor, config: PPOConfig
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """π_old and the importance weights: the sampler's log-probs as they are, or the trainer's, computed again.
 
@@ -111,7 +111,8 @@ def _old_logprobs(
     trainer_BR = response_logprobs(backbone, "policy", sequences, config)
     if config.rollout.correction == "truncated_is":
         weights_BR = (trainer_BR - sampler_BR).exp().clamp(max=config.rollout.correction_cap)
-    mismatch = mismatch_metrics((trainer_BR - sampler_BR)[mask_BR], config.rollout, backbone.precision)
+    policy_N, anchor_N = (trainer_BR - sampler_BR)[mask_BR], (anchor_BR - sampler_BR)[mask_BR]
+    mismatch = mismatch_metrics(policy_N, config.rollout, backbone.precision, anchor_N)
     return trainer_BR, weights_BR, mismatch
 
 

@@ -37,10 +37,10 @@ def update(
     for epoch in range(config.epochs):
         order = torch.tensor(permutation(len(experience.sequences), seed, "minibatches", step, epoch))
         for rows in order.tensor_split(config.minibatches):
-            sums, log_ratio_N = _accumulate(backbone, optimizer, experience, rows, costs_B[rows], beta, config)
+            sums, log_ratios_N2 = _accumulate(backbone, optimizer, experience, rows, costs_B[rows], beta, config)
             if not means:
                 # No step was taken yet: what differs from π_old now is the sampler against the trainer.
-                metrics = mismatch_metrics(log_ratio_N, config.rollout, backbone.precision)
+                metrics = mismatch_metrics(log_ratios_N2[:, 0], config.rollout, backbone.precision, log_ratios_N2[:, 1])
             rates = optimizer.learning_rates()
             norms = optimizer.step()
             for name, value in sums.items():
@@ -62,11 +62,12 @@ def _accumulate(
 ) -> tuple[dict[str, float], Tensor]:
     """Gradients of one minibatch, micro-batch by micro-batch, of this rank's rows.
 
-    Returns, for the minibatch of all ranks, means over tokens, and log π − log π_old _N of each of them.
+    Returns, for the minibatch of all ranks, means over tokens, and of each of them log π − log π_old and
+    log π_anchor − log π_old, as _N2.
     """
     tokens = int(experience.mask_BR[rows].sum())
     totals: dict[str, float] = dict.fromkeys(TOTALS, 0.0)
-    log_ratios: list[Tensor] = [torch.zeros(0)]
+    log_ratios: list[Tensor] = [torch.zeros(0, 2)]
     for index, counts in own_micro_batches(costs_B, config.micro_batch_tokens, padded=not backbone.packs):
         part, share = rows[index], float(counts)
         sequences, mask_BR = experience.sequences.take(part), experience.mask_BR[part]
@@ -110,5 +111,5 @@ def _accumulate(
         totals["value_clip_fraction"] += value.clipped.item() / tokens
         totals["approx_kl"] += policy.approx_kl.item() / tokens
         totals["entropy"] += entropies_N.sum().item() / tokens
-        log_ratios.append((logprobs_N.detach() - old_N).cpu())
+        log_ratios.append(torch.stack([logprobs_N.detach() - old_N, anchor_N - old_N], dim=1).cpu())
     return sum_metrics(totals), concat_over_ranks(torch.cat(log_ratios))

@@ -10,8 +10,14 @@ import math
 import time
 from typing import Any
 
-from pe_rlhf.config import PreferencesConfig
+import torch
+from torch import Tensor
+
+from pe_rlhf.config import PreferencesConfig, SamplingConfig
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.passes import for_each_token
 from pe_rlhf.model.roles import ANCHOR
+from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.scoring.model_judges import ask_judge, make_judge
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
@@ -20,9 +26,12 @@ from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import progress
 from pe_rlhf.system.seeding import derive_seed
+from pe_rlhf.types import Rollout, Sequences
 from reward.asking import Pair, make_pairs
 from reward.errors import InputError
 from reward.summary import Outcome
+
+MICRO_BATCH_TOKENS = 1024  # as the other stages' default; the passes have no gradients
 
 
 def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
@@ -41,6 +50,7 @@ def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
         sampler = context.sampler(backbone, ANCHOR, config.sampling, prompt_ids, advance)
         sampler.sync(0)
         rollout = sampler.generate(prompt_ids * 2, seed)
+    mismatch = _mismatch(backbone, rollout, config.sampling)
     texts = [codec.decode(ids) for ids in rollout.responses]
     first, second = texts[: len(prompts)], texts[len(prompts) :]
 
@@ -69,6 +79,7 @@ def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
         "invalid": sum(math.isnan(outcome.preference) for outcome in outcomes),
         "flips": sum(outcome.flipped for outcome in outcomes),
         **_mean_scores(rows),
+        **mismatch,
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
     }
@@ -77,6 +88,19 @@ def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
     writer.close()
     write_json(context.files.summary, summary)
     return summary
+
+
+def _mismatch(backbone: Backbone, rollout: Rollout, sampling: SamplingConfig) -> dict[str, float]:
+    """Whether the responses were the anchor's, as metrics. Raises `TrainingError` where they were not."""
+    sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
+
+    def compute(part: Sequences) -> Tensor:
+        return backbone.response_logprobs(part, sampling.temperature)[0]
+
+    with torch.no_grad():
+        anchor_BR = for_each_token(backbone, ANCHOR, sequences, MICRO_BATCH_TOKENS, compute)
+    sampler_N = torch.tensor([value for row in rollout.logprobs for value in row])
+    return mismatch_metrics(anchor_BR[sequences.mask_BR] - sampler_N, sampling, backbone.precision)
 
 
 def _row(pair: Pair, outcome: Outcome, first_cut: bool, second_cut: bool) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.system.distributed import is_sharded
@@ -42,7 +44,8 @@ def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
         return "merged"
     if config.sync != "auto":
         return config.sync
-    on_cpu = config.mode == "embedded" and backbone.device.type == "cpu"
+    # In a narrow dtype merged weights lose most of an early update, so that a LoRA's slowness is the lesser evil.
+    on_cpu = config.mode == "embedded" and backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
     return "merged" if on_cpu and not is_sharded(backbone.model) else "adapter"
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pe_rlhf.algo.mismatch import mismatch
+from pe_rlhf.algo.mismatch import anchor_test, mismatch
 
 
 def test_by_hand() -> None:
@@ -27,3 +27,37 @@ def test_one_token_that_outweighs_all_does_not_overflow() -> None:
     found = mismatch(torch.tensor([2000.0, 0.0, 0.0, 0.0]))
     assert found.effective_sample_size == pytest.approx(0.25)
     assert mismatch(torch.tensor([float("nan"), 0.0])).mean != mismatch(torch.tensor([float("nan"), 0.0])).mean
+
+
+def sampled(size: float, kept: float, noise: float, tokens: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-ratios to the sampler of a policy that is `size` nats from the anchor, of which `kept` reach the sampler."""
+    generator = torch.Generator().manual_seed(0)
+    moved_N = size * torch.randn(tokens, generator=generator, dtype=torch.float64)
+    sampler_N = kept * moved_N + noise * torch.randn(tokens, generator=generator, dtype=torch.float64)
+    return moved_N - sampler_N, -sampler_N  # log π − log s, log anchor − log s, with log anchor = 0
+
+
+@pytest.mark.parametrize(
+    ("size", "kept", "noise", "is_anchor"),
+    [
+        (0.05, 1.0, 0.01, False),
+        (0.05, 0.0, 0.01, True),  # an engine without the adapter, within the limit of 0.1 nats
+        (0.05, 0.25, 0.001, True),  # bf16 weights that keep a quarter
+        (0.05, 0.75, 0.001, False),
+        (0.001, 1.0, 0.02, False),  # an update far below what bf16 rounds
+        (0.001, 0.0, 0.02, False),  # which nobody can tell from none at all
+        (0.01, 0.0, 0.01, True),
+        (0.0, 0.0, 0.02, False),  # step 0
+    ],
+)
+def test_a_sampler_that_is_rather_the_anchor(size: float, kept: float, noise: float, is_anchor: bool) -> None:
+    found = anchor_test(*sampled(size, kept, noise))
+    assert found.is_anchor == is_anchor
+    if size == 0:
+        assert found.relative is None
+
+
+def test_the_relative_mismatch_by_hand() -> None:
+    # Policy and anchor are 0.4 and 0.2 apart; the sampler misses the policy by 0.1 and 0.2.
+    found = anchor_test(torch.tensor([0.1, -0.2]), torch.tensor([-0.3, -0.4]))
+    assert found.relative == pytest.approx(0.5)

@@ -157,6 +157,40 @@ def test_who_computes_while_sampling(family: str, sync: str, merges: bool) -> No
     assert responses == adapter_passes(backbone, sync="adapter")[0]
 
 
+def test_a_narrow_base_is_not_merged_unasked() -> None:
+    backbone = load_backbone(tiny_model("llama", torch.bfloat16))
+    backbone.add_adapter("policy", rank=3, alpha=6)
+    assert adapter_passes(backbone)[1] > 0
+    assert adapter_passes(backbone, sync="merged")[1] == 0
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [(1e-5, 0.0, 0.5), (0.3, 0.98, 1.02)])
+def test_the_share_of_the_update_that_merged_weights_keep(size: float, least: float, most: float) -> None:
+    """Against numpy's sums over all layers; fp32 keeps all, bf16 next to nothing of a small update."""
+    backbone = load_backbone(tiny_model("llama", torch.bfloat16))
+    backbone.add_adapter("policy", init="pissa", rank=3, alpha=6)
+    perturb(backbone, "policy", size)
+    kept = whole = 0.0
+    for base_OI, change_OI in backbone.weight_changes("policy"):
+        base, change = base_OI.double().numpy(), change_OI.double().numpy()
+        rounded = torch.from_numpy(base + change).bfloat16().double().numpy()
+        kept, whole = kept + ((rounded - base) * change).sum(), whole + (change**2).sum()
+    share = backbone.merged_share("policy")
+    assert share == pytest.approx(kept / whole, abs=1e-3)
+    assert least <= share <= most
+    assert backbone.merged_share("policy", torch.float32) == pytest.approx(1, abs=1e-3)
+
+
+def test_merged_tensors_of_another_dtype_are_rounded_once() -> None:
+    backbone = load_backbone(tiny_model("llama", torch.bfloat16))
+    backbone.add_adapter("policy", rank=3, alpha=6)
+    perturb(backbone, "policy", 1e-4)
+    wide = dict(backbone.merged_tensors("policy", torch.float32))
+    assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
+    for name, tensor in backbone.merged_tensors("policy"):
+        assert torch.equal(wide[name].bfloat16(), tensor)
+
+
 def test_what_is_said_of_vllms_weights_is_not_of_these(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that asks its judge between steps samples by HF, whatever its section says of vLLM."""
     backbone = backbone_with("policy")

@@ -39,10 +39,24 @@ def test_metrics_within_the_limit() -> None:
 def test_the_limit(size: float, dtype: torch.dtype, settings: dict[str, Any], stops: bool) -> None:
     config = RolloutConfig.model_validate(settings)
     if stops:
-        with pytest.raises(TrainingError, match=r"the sampler's log-probs are .* away from the trainer's"):
+        with pytest.raises(TrainingError) as raised:
             mismatch_metrics(torch.full((5,), size), config, dtype)
+        assert (raised.value.kind, raised.value.key) == ("mismatch", "mismatch_limit")
     else:
         assert mismatch_metrics(torch.full((5,), size), config, dtype)["logprob_mismatch"] == pytest.approx(size)
+
+
+def test_a_sampler_without_the_adapter_is_found_below_the_limit() -> None:
+    """0.03 nats are within bf16's limit of 0.1; that they are the policy's whole distance from the anchor is not."""
+    policy_N = 0.03 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TrainingError) as raised:
+        mismatch_metrics(policy_N, RolloutConfig(), torch.bfloat16, torch.zeros(500))
+    assert (raised.value.kind, raised.value.key) == ("mismatch", "sync")
+    good = mismatch_metrics(0.1 * policy_N, RolloutConfig(), torch.bfloat16, -0.9 * policy_N)
+    assert good["logprob_mismatch_relative"] == pytest.approx(0.1, rel=1e-3)
+    # Truncated sampling is from another distribution on purpose.
+    truncated = RolloutConfig(top_k=5, allow_truncated_sampling=True)
+    assert "logprob_mismatch_relative" not in mismatch_metrics(policy_N, truncated, torch.bfloat16, torch.zeros(500))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.model.names import resolve_model
 from pe_rlhf.runs.export import export_role
 from pe_rlhf.runs.saved_roles import load_role
-from reward.errors import InputError
+from reward.errors import Failure, InputError
 from tests.runs import Outcome, recipe, write_recipe
 
 Cli = Callable[..., Outcome]
@@ -74,6 +74,28 @@ def test_an_export_is_prompted_as_the_run_was(cli: Cli, tmp_path: Path) -> None:
         assert f"```jinja\n{template}\n```" in card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "export" / "policy-merged")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False) == "<abc>"
+
+
+def test_a_merged_checkpoint_in_float32_of_a_run_in_bfloat16(
+    cli: Cli, fails: Callable[..., Failure], tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, recipe("ppo", backbone__dtype="bfloat16"))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    wide = cli("export", "run", "--format", "merged", "--dtype", "float32", "--to", "wide")
+    narrow = cli("export", "run", "--format", "merged")
+    assert (wide.code, narrow.code) == (0, 0)
+    assert "%" in narrow.err  # the share of the change that is left
+    tensors = load_file(tmp_path / "wide" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    backbone = load_backbone("random:tiny-llama", dtype="bfloat16")
+    load_role(backbone, "policy", tmp_path / "run" / "ppo" / "adapter")
+    name = "model.layers.0.mlp.down_proj"
+    base_OI = backbone.model.get_submodule(name).base.weight.float()  # type: ignore[union-attr, operator]
+    change_OI = backbone.model.get_submodule(name).adapters["policy"].delta_weight()  # type: ignore[index, operator]
+    assert torch.equal(tensors[f"{name}.weight"], base_OI + change_OI)
+    assert change_OI.any()
+    failure = fails("export", "run", "--dtype", "float32", "--to", "lora")
+    assert (failure.kind, failure.key) == ("conflict", "--dtype")
 
 
 def test_what_cannot_be_exported(refused: Callable[..., str], tmp_path: Path) -> None:
