@@ -1,9 +1,9 @@
 #!/bin/bash
 # A vLLM server for `rollout: {engine: vllm, mode: server, urls: [http://HOST:PORT]}`; one for each GPU, or each host.
 # Use: launch/vllm_server.sh MODEL PORT [vLLM server options …]
-#      RANK=32 launch/vllm_server.sh Qwen/Qwen2.5-0.5B-Instruct 8000 --dtype bfloat16 --max-model-len 1024
-# RANK is the highest rank of an adapter that it takes: 1, 8, 16, 32, 64, 128, 256, 320 or 512, and at least twice the
-# recipe's rank for inits such as pissa. It takes weights from any client: keep it where only the trainer reaches it.
+#      LORA_RANK=32 launch/vllm_server.sh Qwen/Qwen2.5-0.5B-Instruct 8000 --dtype bfloat16 --max-model-len 1024
+# LORA_RANK is the highest rank of an adapter that it takes: 1, 8, 16, 32, 64, 128, 256, 320 or 512, and at least twice
+# the recipe's rank for inits such as pissa. It takes weights from any client: keep it where only the trainer reaches it.
 # HOST is the address it listens at, by default 127.0.0.1: HOST=0.0.0.0 for trainers on other machines. PYTHON is the
 # interpreter that has vLLM. With VLLM_API_KEY set here and at the trainer, nobody else is served.
 # For sync: merged add MERGED=1, and LORA=0 for the speed of a server without adapters.
@@ -16,7 +16,7 @@ shift 2
 options=(--host "${HOST:-127.0.0.1}" --port "$port" --generation-config vllm --logprobs-mode processed_logprobs)
 if [[ "${LORA:-1}" == 1 ]]; then
   # Two adapters in memory: the new one comes before the old one goes.
-  options+=(--enable-lora --max-lora-rank "${RANK:-64}" --max-loras 1 --max-cpu-loras 2)
+  options+=(--enable-lora --max-lora-rank "${LORA_RANK:-64}" --max-loras 1 --max-cpu-loras 2)
   export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
 fi
 if [[ "${MERGED:-0}" == 1 ]]; then

@@ -1,4 +1,4 @@
-"""Training: backward, clipping, optimizer step, learning-rate schedule, and their state. The one place with DeepSpeed.
+"""Training: backward, clipping, optimizer step, learning-rate schedule, and their state.
 
 Each role is trained by an optimizer of its own, so that policy and critic have learning rates and gradient norms of
 their own. Gradients of an adapter are a few MB: they are summed over the ranks once per step, clipped and checked here,
@@ -147,6 +147,3 @@ def _sum_gradients(group: RoleGroup) -> None:
     total = sum_over_ranks(flatten([p.grad for p in parameters if p.grad is not None]))
     for parameter, gradient in zip(parameters, unflatten(total, parameters), strict=True):
         parameter.grad = gradient.to(parameter.dtype)
-
-
-# ---- DeepSpeed ------------------------------------------------------------------------------------------------------

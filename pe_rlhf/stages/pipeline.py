@@ -28,7 +28,7 @@ from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import ElsewhereError, Stopped, TrainingError, failure_noted
 from pe_rlhf.system.files import locked
-from pe_rlhf.system.memory import reset_peak_memory
+from pe_rlhf.system.memory import is_out_of_memory, reset_peak_memory
 from pe_rlhf.system.processes import launched
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
@@ -201,7 +201,29 @@ def _run_stage(context: StageContext[Any]) -> None:
     except OSError as error:
         message = f"{context.stage}: {context.folder} cannot be written or read: {error}"
         raise TrainingError(message, kind="disk", file=error.filename or context.folder) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _out_of_memory(context.stage, error) from error
     say(f"{context.stage}: done in {summary['seconds']:.0f} s, {context.folder}")
+
+
+def _out_of_memory(stage: str, error: BaseException) -> TrainingError:
+    """What to lower first, stage by stage; what was saved is whole, so the run can be resumed with it."""
+    lower = {
+        "sft": "sft.micro_batch_size",
+        "preferences": "preferences.sampling.batch_size",
+        "reward": "reward.micro_batch_tokens",
+        "ppo": "ppo.micro_batch_tokens (updates) or ppo.rollout.batch_size (sampling)",
+        "evaluate": "evaluate.sampling.batch_size",
+    }
+    said = str(error).partition("\n")[0] or type(error).__name__
+    return TrainingError(
+        f"{stage}: out of memory: {said}",
+        kind="memory",
+        key=lower[stage].partition(" ")[0],
+        fix=f"lower {lower[stage]}, set backbone.gradient_checkpointing: true, and go on with --resume",
+    )
 
 
 def _refuse_overwriting(recipe: Recipe, run_dir: Path, stages: list[str], start: Start) -> None:

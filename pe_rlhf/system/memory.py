@@ -31,6 +31,13 @@ def peak_memory() -> dict[str, float]:
     return peak
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU, or the machine, has no memory left."""
+    # torch has no class of its own for the CPU's allocator.
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def _peak_rss_mib() -> float:
     try:
         for line in Path("/proc/self/status").read_text().splitlines():

@@ -22,9 +22,14 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 @contextmanager
 def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
     """Run a block with torch's global generators seeded for a purpose; they are put back afterwards."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(current_gpu()):
         torch.manual_seed(derive_seed(seed, *purpose))
         yield
+
+
+def current_gpu() -> list[int]:
+    """The GPU of this process, for `fork_rng`, which would otherwise keep the states of all that are visible."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 def permutation(n: int, seed: int, *purpose: str | int) -> list[int]:

@@ -37,8 +37,8 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP
 class EmbeddedVLLM:
     """Samples from a role by a vLLM engine in a process beside this one.
 
-    The process starts here and is ready at the first `sync`, so that it loads while the trainer does other things. It
-    ends with `close`, or with this process.
+    The process starts here. On a CPU it is ready at the first `sync`, so that it loads while the trainer does other
+    things; on a GPU, here. It ends with `close`, or with this process.
 
     Args:
         longest_prompt: in tokens; with the response's limit it is the engine's context and, times the batch, its cache.
@@ -67,6 +67,9 @@ class EmbeddedVLLM:
         self._sleeps = config.sleep and backbone.device.type == "cuda"
         self._version, self._tag, self._holds_base = 0, "", True
         self._start()
+        if backbone.device.type == "cuda":
+            # It measures the card's free memory while it loads: nobody may take or free any until it is done.
+            self._wait_until_loaded()
 
     def sync(self, version: int, role: str | None = None) -> None:
         self._role, self._version = role or self._role, version
@@ -94,6 +97,8 @@ class EmbeddedVLLM:
         self._exchange.close()
 
     def _start(self) -> None:
+        if self._backbone.device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM asks the card what is free, and torch keeps what it has freed
         self._process = EngineProcess(
             self._log, self._exchange.folder, engine_environment(self._backbone.device), self._on_progress
         )
@@ -113,10 +118,7 @@ class EmbeddedVLLM:
 
         vLLM would answer from the prefix cache of the old state under the old name (vllm issue 42125).
         """
-        if self._loading:
-            say(f"waiting for vLLM to start; its output goes to {self._log}")
-            self._process.answer(self._config.start_timeout)
-            self._loading = False
+        self._wait_until_loaded()
         old, self._tag = self._tag, f"{self._role}-{self._version}-{os.urandom(4).hex()}"
         if not self._merges and self._role != ANCHOR:
             path = self._exchange.put_adapter(self._backbone, self._role, self._tag, self._rank or 0)
@@ -130,6 +132,12 @@ class EmbeddedVLLM:
             self._holds_base = self._role == ANCHOR
         if old:
             self._exchange.drop(old)
+
+    def _wait_until_loaded(self) -> None:
+        if self._loading:
+            say(f"waiting for vLLM to start; its output goes to {self._log}")
+            self._process.answer(self._config.start_timeout)
+            self._loading = False
 
     def _ask(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], list[float]]]:
         self._wake_up()
@@ -286,6 +294,8 @@ def engine_environment(device: torch.device) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH")))),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in our process and needs none of its own
         "VLLM_NO_USAGE_STATS": "1",
+        # Engines of several ranks look for a free port at the same time: each in a range of its own.
+        "VLLM_PORT": str(20000 + 100 * int(os.environ.get("LOCAL_RANK", "0"))),
         # As many threads as the trainer has, on any core: vLLM's own binding leaves one of two cores idle.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),

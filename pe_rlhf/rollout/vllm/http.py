@@ -95,7 +95,9 @@ class Server:
     def _refuse_adapter(self, path: Path, error: openai.APIStatusError) -> None:
         said = error.response.text
         if any(reason in said for reason in ("max_lora_rank", "LoRA is not enabled")):  # status 500, as faults are
-            fix = "start it by launch/vllm_server.sh with a higher RANK (twice adapter.rank if the init has B0 ≠ 0)"
+            fix = (
+                "start it by launch/vllm_server.sh with a higher LORA_RANK (twice adapter.rank if the init has B0 ≠ 0)"
+            )
         elif error.status_code >= 500:
             raise _fault(error) from error
         elif error.status_code == 404 and "lora" not in said.lower():  # no such route

@@ -26,7 +26,7 @@ def serve(model: str, folder: Path, *options: str, by_hand: bool = False) -> Ite
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = folder / "server.log"
-    environment = os.environ | {"MERGED": "1", "RANK": "8", "PYTHON": sys.executable, "VLLM_NO_USAGE_STATS": "1"}
+    environment = os.environ | {"MERGED": "1", "LORA_RANK": "8", "PYTHON": sys.executable, "VLLM_NO_USAGE_STATS": "1"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     always = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "32"]
     command = [str(ROOT / "launch" / "vllm_server.sh"), model, str(port), *always, *options]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pe_rlhf.adapters import svd_cache
 from pe_rlhf.adapters.lora.init_registry import refuse_rank
+from pe_rlhf.system.seeding import current_gpu
 
 
 class Directions(NamedTuple):
@@ -90,7 +91,7 @@ def _randomised(matrix_OI: Tensor, count: int, niter: int, cache: bool) -> Direc
     kept = svd_cache.read(matrix_OI, kind, count) if cache else None
     if kept is None:
         # Always the same random directions: a decomposition that is kept must not depend on who asked for it first.
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(current_gpu()), torch.no_grad():
             torch.manual_seed(0)
             sketch = min(2 * count + 8, *matrix_OI.shape)
             U_OK, S_K, V_IK = torch.svd_lowrank(matrix_OI.float(), q=sketch, niter=niter)
