@@ -71,6 +71,7 @@ class RewardSource(Section):
         default=None, description="a run, or a reward stage's directory; `stage` is this run's own reward stage"
     )
     model: str | None = Field(default=None, description="a sequence-classification model with one label")
+    trust_remote_code: bool = Field(default=False, description="model: run the code that comes with it")
     function: str | None = Field(
         default=None, description="module:callable that takes (prompts, responses) and returns scores"
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.micro_batches import pair_cost
 from pe_rlhf.types import Sequences
+from reward.errors import InputError
 from reward.records import PreferenceRecord
 
 
@@ -84,13 +85,22 @@ class Pairs:
 
 
 def encode_pairs(records: Sequence[PreferenceRecord], codec: TextCodec, limit: int, pad_id: int) -> Pairs:
-    """Token ids of all records, a prompt and its longer response at most `limit` tokens."""
-    return Pairs([_encode(record, codec, limit) for record in records], pad_id)
+    """Token ids of all records, by `encode_pair`."""
+    return Pairs([encode_pair(record, codec, limit) for record in records], pad_id)
 
 
-def _encode(record: PreferenceRecord, codec: TextCodec, limit: int) -> PairTokens:
-    """The end of a response that is too long is left out, then the start of the prompt: of both the same."""
-    chosen = codec.encode_response(record.prompt, record.chosen, truncated=record.chosen_truncated)[: limit - 1]
-    rejected = codec.encode_response(record.prompt, record.rejected, truncated=record.rejected_truncated)[: limit - 1]
-    room = limit - max(len(chosen), len(rejected))
-    return PairTokens(codec.encode_prompt(record.prompt)[-room:], chosen, rejected, record.margin or 0.0)
+def encode_pair(record: PreferenceRecord, codec: TextCodec, limit: int) -> PairTokens:
+    """Token ids of a record, a prompt and its longer response at most `limit` tokens.
+
+    Raises `InputError` where nothing can be learnt from them: the template refuses the prompt, a side is empty, or both
+    are the same.
+    """
+    responses = [(record.chosen, record.chosen_truncated), (record.rejected, record.rejected_truncated)]
+    prompt, (chosen, rejected) = codec.encode_within(record.prompt, responses, limit)
+    for column, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not ids or ids == [codec.end_token_id]:
+            raise InputError(f"the {column} is empty as tokens", kind="empty", key=column)
+    if chosen == rejected:
+        message = f"the chosen and the rejected response are equal, cut to {limit} tokens with their prompt"
+        raise InputError(message, kind="conflict", key="rejected")
+    return PairTokens(prompt, chosen, rejected, record.margin or 0.0)

@@ -59,8 +59,7 @@ def load_base(recipe: Recipe, model: str, device: str | None = None, fast: FastP
 
 
 def codec_of(backbone: Backbone, chat_template: str) -> TextCodec:
-    eos = backbone.eos_token_ids[0] if backbone.eos_token_ids else None
-    return TextCodec(backbone.tokenizer, chat_template, eos)
+    return TextCodec(backbone.tokenizer, chat_template, backbone.eos_token_ids)
 
 
 # ---- writing, reading ------------------------------------------------------------------------------------------------

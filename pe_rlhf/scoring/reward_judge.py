@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from pe_rlhf.data.codec import cut_pair
 from pe_rlhf.model.loading import find_device
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.runs.saved_roles import role_behind, weights_of
-from pe_rlhf.scoring.scorers import ModelScorer
+from pe_rlhf.scoring.classifier import Classifier, by_prompt
 from pe_rlhf.types import Sequences
 from reward.judges import Judge
 from reward.judges.judge_settings import JudgeSettings
@@ -27,7 +26,8 @@ class RewardModelKind:
 
     def __call__(self, settings: JudgeSettings) -> Judge:
         target = settings.needed_target(NAME_IT)
-        score = reward_scores(target, settings.dtype, settings.device)
+        trust = settings.trust_remote_code
+        score = reward_scores(target, settings.dtype, settings.device, trust_remote_code=trust)
         identity = f"{target} {settings.dtype} {weights_of(target, 'reward')}".rstrip()
         return reward_model_judge(score, identity)
 
@@ -48,7 +48,12 @@ class RewardScores(Protocol):
 
 
 def reward_scores(
-    target: str, dtype: str = "float32", device: str = "auto", *, as_trained: bool = False
+    target: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    *,
+    as_trained: bool = False,
+    trust_remote_code: bool = False,
 ) -> RewardScores:
     """Rewards from the directory of a reward run of ours, or from a model with one label.
 
@@ -56,16 +61,20 @@ def reward_scores(
     """
     found = role_behind(target, "reward")
     if found is None:
-        scorer = ModelScorer(target, find_device(device), dtype)
-        return lambda prompts, responses, cut=None: scorer.score_texts(prompts, responses, cut).tolist()
+        classifier = Classifier(target, find_device(device), dtype, trust_remote_code=trust_remote_code)
+        return lambda prompts, responses, cut=None: classifier.score(prompts, responses, cut).tolist()
     backbone, codec = found.load("reward", dtype=dtype, device=device)
     limit = backbone.longest_sequence
     if as_trained and found.recipe is not None and found.recipe.reward is not None:
         limit = min(limit, found.recipe.reward.max_length)
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None) -> list[float]:
-        texts = zip(prompts, responses, cut or [False] * len(prompts), strict=True)
-        pairs = [cut_pair(*codec.encode_pair(*text), limit) for text in texts]
+        whole, pairs = cut or [False] * len(prompts), [([0], [0])] * len(prompts)
+        for group in by_prompt(prompts):
+            sides = [(responses[i], whole[i]) for i in group]
+            prompt, encoded = codec.encode_within(prompts[group[0]], sides, limit)
+            for i, response in zip(group, encoded, strict=True):
+                pairs[i] = (prompt, response)
         sequences = Sequences.pack([p for p, _ in pairs], [r for _, r in pairs], backbone.pad_token_id)
         # `AdapterScorer` would share the rows out to all ranks, but a judge is asked on rank 0 only.
         budget, compute = MICRO_BATCH_TOKENS, backbone.response_scores

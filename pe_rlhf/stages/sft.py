@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import DataSource, SFTConfig
-from pe_rlhf.data.codec import TextCodec, cut_pair
+from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.examples import Example
 from pe_rlhf.data.rows import hold_out, load_examples, note_bad_rows
 from pe_rlhf.model.backbone import Backbone
@@ -156,7 +156,7 @@ def encode_rows(
         if example.prompt is None:
             prompt, response = [], codec.encode_text(example.response)[:limit]
         else:
-            prompt, response = cut_pair(*codec.encode_pair(example.prompt, example.response), limit)
+            prompt, (response,) = codec.encode_within(example.prompt, [(example.response, False)], limit)
         row = np.array(prompt + response, dtype=np.int32)
         label = row.copy()
         label[: max(1, len(prompt) if completion_only else 1)] = NO_LOSS

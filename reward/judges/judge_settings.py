@@ -75,6 +75,7 @@ class JudgeSettings(ServerSettings):
     answer_attempts: Positive = Field(default=3, description="tries of an answer that cannot be parsed")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of a local model")
     device: str = Field(default="auto", description="device of a local model")
+    trust_remote_code: bool = Field(default=False, description="reward_model: run the code that comes with a model")
 
     @field_validator("base_url")
     @classmethod

@@ -139,10 +139,10 @@ def test_of_several_templates_by_name_the_default_is_taken(tokenizer: PreTrained
 def test_eos_of_the_model_serves_where_the_tokenizer_has_none(tokenizer: PreTrainedTokenizerBase) -> None:
     without = copy.deepcopy(tokenizer)
     without.eos_token = None
-    assert TextCodec(without, "none", eos_token_id=7).encode_pair("Hi", "a")[1] == [*ids_of(tokenizer, "a"), 7]
+    assert TextCodec(without, "none", eos_token_ids=[7]).encode_pair("Hi", "a")[1] == [*ids_of(tokenizer, "a"), 7]
     assert TextCodec(without, "none").encode_pair("Hi", "a")[1] == ids_of(tokenizer, "a")
     # The tokenizer's own comes first: a chat model ends a turn with another token than a text.
-    assert TextCodec(tokenizer, "none", eos_token_id=7).eos_token_id == END
+    assert TextCodec(tokenizer, "none", eos_token_ids=[7]).end_token_id == END
 
 
 def test_a_response_comes_back_as_its_text(tokenizer: PreTrainedTokenizerBase) -> None:

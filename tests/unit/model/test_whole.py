@@ -19,7 +19,7 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.model.loading import find_device
 from pe_rlhf.runs.layout import RoleFiles
 from pe_rlhf.runs.saved_roles import check_peft_files, load_role, read_role, save_role
-from pe_rlhf.scoring.scorers import ModelScorer
+from pe_rlhf.scoring.classifier import Classifier
 from reward.errors import InputError
 from tests.failures import raises
 from tests.tiny import backbone_with, perturb, tiny_model
@@ -185,17 +185,17 @@ def classifier(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
 
 def test_a_classifier_without_its_head_is_refused(classifier: Path, saved_model: Save) -> None:
     cpu = torch.device("cpu")
-    assert ModelScorer(str(classifier), cpu, torch.float32).score_texts(["w3"], ["w4 w5"]).shape == (1,)
+    assert Classifier(str(classifier), cpu, torch.float32).score(["w3"], ["w4 w5"]).shape == (1,)
     change_tensors(classifier / WEIGHTS, lambda tensors: tensors.pop("score.weight"))
     with raises("unreadable", key="ppo.reward.model", file=classifier):
-        ModelScorer(str(classifier), cpu, torch.float32, key="ppo.reward.model")
+        Classifier(str(classifier), cpu, torch.float32, key="ppo.reward.model")
 
 
 def test_a_language_model_is_no_classifier(saved_model: Save) -> None:
     folder = saved_model(tiny_model("llama"))
     change_json(folder / "config.json", num_labels=1, id2label={"0": "LABEL_0"})
     with raises("unreadable", key="judge", file=folder):
-        ModelScorer(str(folder), torch.device("cpu"), torch.float32, key="judge")
+        Classifier(str(folder), torch.device("cpu"), torch.float32, key="judge")
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

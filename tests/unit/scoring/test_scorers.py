@@ -7,28 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
 
 from pe_rlhf.config import RewardSource
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.runs.saved_roles import save_role
-from pe_rlhf.scoring.scorers import AdapterScorer, ModelScorer, make_scorer
+from pe_rlhf.scoring.scorers import AdapterScorer, make_scorer
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
-from tests.failures import raises
 from tests.stage_support import byte_model
 from tests.tiny import perturb
 
 PROMPTS = ["How are you?", "x", "Tell me a longer story, please."]
 RESPONSES = [" fine", " a rather long answer, and then some more of it", " y"]
-CPU = torch.device("cpu")
 
 
 def reward_backbone(tmp_path: Path, *, pad_is_eos: bool = True, sizes: tuple[float, ...] = (0.1,)) -> Backbone:
@@ -70,81 +61,6 @@ def test_an_adapter_scores_the_last_response_token(tmp_path: Path, pad_is_eos: b
     assert expected_B.std() > 0.05
     assert backbone.active_role == "anchor"
     assert not found_B.requires_grad
-
-
-def saved_classifier(tmp_path: Path, labels: int, *, with_pad: bool = True) -> Path:
-    """A tiny random sequence classifier with the byte tokenizer, with its padding token or without one."""
-    source = byte_model(tmp_path / "causal", pad_is_eos=False)
-    path = tmp_path / "classifier"
-    model = LlamaForSequenceClassification.from_pretrained(source, num_labels=labels)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    if not with_pad:
-        model.config.pad_token_id = None
-    model.save_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if not with_pad:
-        tokenizer.pad_token = None
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.mark.parametrize("with_pad", [True, False])
-def test_a_model_scores_as_when_it_is_called_directly(tmp_path: Path, with_pad: bool) -> None:
-    """At EOS, or at the last token of a response that was cut; a model that pads with EOS is read before it always."""
-    path = saved_classifier(tmp_path, labels=1, with_pad=with_pad)
-    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    expected = []
-    ended = [True, False, True]
-    for prompt, response, whole in zip(PROMPTS, RESPONSES, ended, strict=True):
-        ids = tokenizer(prompt + response)["input_ids"] + ([tokenizer.eos_token_id] if with_pad and whole else [])
-        with torch.no_grad():
-            hidden_TH = model.model(torch.tensor([ids])).last_hidden_state[0]
-        expected.append(model.score(hidden_TH[-1]).item())
-    # Another tokenizer's ids, of which 7 is the EOS: a model reads the text, and whether it ended.
-    sequences = Sequences.pack([[1]] * 3, [[7] if whole else [7, 8] for whole in ended], 0)
-    scorer = ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7], batch_size=2)
-    found_B = scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
-    torch.testing.assert_close(found_B, torch.tensor(expected), atol=1e-5, rtol=1e-5)
-    assert found_B.std() > 0.05
-
-
-def test_a_text_that_is_longer_than_the_model_takes_loses_its_start(tmp_path: Path) -> None:
-    """RoBERTa's positions begin behind its padding id's: of 34 it can use 32."""
-    source = byte_model(tmp_path / "causal", pad_is_eos=False)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    positions = {"max_position_embeddings": 34, "type_vocab_size": 1, "pad_token_id": 1}
-    config = RobertaConfig(vocab_size=300, num_labels=1, **sizes, **positions)  # type: ignore[arg-type]
-    model = RobertaForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path / "roberta")
-    tokenizer.save_pretrained(tmp_path / "roberta")
-    scorer = ModelScorer(str(tmp_path / "roberta"), CPU, torch.float32)
-    prompt, response = "a prompt of more than thirty-two bytes", " fine"
-    ids = [*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id][-32:]
-    with torch.no_grad():
-        expected = model(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(scorer.score_texts([prompt], [response]), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("labels", [2, 3])
-def test_a_model_of_several_labels_is_refused(tmp_path: Path, labels: int) -> None:
-    path = saved_classifier(tmp_path, labels)
-    with raises("conflict", key="reward model"):
-        ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7])
-
-
-def test_a_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
-    path = byte_model(tmp_path / "causal", pad_is_eos=True)
-    with raises("conflict", key="reward model"):
-        ModelScorer(str(path), CPU, torch.float32, eos_token_ids=[7])
-
-
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is not a directory with a config\.json"):
-        ModelScorer(str(tmp_path / "absent"), CPU, torch.float32, eos_token_ids=[7])
 
 
 def test_a_weighted_sum_by_hand(tmp_path: Path) -> None:
