@@ -151,10 +151,12 @@ def test_an_encoder_reads_a_pair_of_texts(tmp_path: Path) -> None:
     random_weights(model)
     model.save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert").eval()
     expected = []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
         said = list(response.encode())
-        ids = [first, *byte_wise(prompt)["input_ids"], separator, *byte_wise(response)["input_ids"], separator]
+        asked, given = (byte_wise(text, add_special_tokens=False)["input_ids"] for text in (prompt, response))
+        ids = [first, *asked, separator, *given, separator]
         types = [0] * (len(ids) - len(said) - 1) + [1] * (len(said) + 1)
         with torch.no_grad():
             expected.append(model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0, 0])
