@@ -56,6 +56,7 @@ def compare(
     from pe_rlhf.comparison.plan import load_plan
     from pe_rlhf.config.load import find_recipe, save_recipe
     from pe_rlhf.runs.layout import ComparisonFiles
+    from pe_rlhf.runs.own_output import claim_comparison
 
     path = find_recipe(recipe)
     plan = load_plan(path, root, overrides or [])
@@ -67,6 +68,7 @@ def compare(
     if submit is not None:
         _submit(plan, submit)
         return
+    claim_comparison(plan.root)
     plan.root.mkdir(parents=True, exist_ok=True)
     save_recipe(plan.base, ComparisonFiles(plan.root).recipe)
     if chosen.parts != ("report",):

@@ -60,6 +60,7 @@ def evaluate(
     from pe_rlhf.report.evaluation_page import write_evaluation_report
     from pe_rlhf.report.format import slug
     from pe_rlhf.runs.layout import EvaluationFiles
+    from pe_rlhf.runs.own_output import claim_evaluation
     from pe_rlhf.scoring.model_judges import check_judge, make_judge
     from pe_rlhf.system.files import locked
     from reward.asking import make_pairs
@@ -79,6 +80,7 @@ def evaluate(
         "baseline": side_of(baseline, asked, settings, anchor_of=trained),
     }
     folder = out or Path("evaluations") / "-".join(map(slug, (candidate, "vs", baseline, settings.judge.kind)))
+    claim_evaluation(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         # First the judge: a missing key or model should be reported before anything is sampled.

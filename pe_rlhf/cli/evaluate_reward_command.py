@@ -27,8 +27,10 @@ def evaluate_reward(
     """Accuracy with its interval, per subset too, calibration and length bias; one JSON line."""
     from pe_rlhf.evaluation.reward_accuracy import evaluate_reward_model
     from pe_rlhf.report.format import slug
+    from pe_rlhf.runs.own_output import claim_reward_evaluation
 
     folder = out or Path("evaluations") / "-".join(("reward", slug(model), slug(pairs)))
+    claim_reward_evaluation(folder)
     summary = evaluate_reward_model(
         model, pairs, folder, second=second, limit=limit, batch_size=batch_size, dtype=dtype, device=device
     )

@@ -36,10 +36,13 @@ def inspect(
 
     from pe_rlhf.report.format import number
     from pe_rlhf.report.inspect_page import COLUMNS
+    from pe_rlhf.runs.own_output import claim_page
     from pe_rlhf.stages.inspect import inits_named, inspect_recipe, write_page
     from pe_rlhf.system.progress import console
 
     folder = run_dir or Path("runs") / loaded.name
+    page = to or folder / f"inspect-{chosen}.html"
+    claim_page(page)
     result = inspect_recipe(loaded, chosen, inits_named(inits, loaded.adapter_for(chosen)), folder)
     table = Table(title=f"{loaded.name}: adapter inits under the loss of {chosen}")
     for heading in ("init", *COLUMNS.values()):
@@ -47,4 +50,4 @@ def inspect(
     for total in result.totals():
         table.add_row(total["init"], *(number(total[key]) for key in COLUMNS))
     console.print(table)
-    typer.echo(write_page(result, loaded, chosen, to or folder / f"inspect-{chosen}.html").resolve())
+    typer.echo(write_page(result, loaded, chosen, page).resolve())

@@ -16,7 +16,7 @@ from pe_rlhf.scoring.classifier import Classifier
 from pe_rlhf.system.distributed import all_rows, on_main, own_rows
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
-from reward.judges import load_function, score_responses
+from reward.judges import load_score_function, score_responses
 from reward.records import Prompt
 
 
@@ -59,7 +59,7 @@ class FunctionScorer:
     """A Python function of prompts and responses, called on rank 0 and checked at every call."""
 
     def __init__(self, path: str) -> None:
-        self._function = load_function(path)
+        self._function = load_score_function(path)
 
     def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
         return torch.tensor(on_main(lambda: score_responses(self._function, prompts, responses)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,16 @@ def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) 
     probe = _probe(context, backbone, adapter)
     layers = {name: backbone.base_layer(name) for name in specs[0].modules}
     with progress(f"inspecting {len(specs)} inits", len(layers), "layers") as advance:
-        return inspect_inits(layers, probe, specs, lambda name: derive_seed(recipe.seed, ROLES[stage], name), advance)
+        seed = partial(derive_seed, recipe.seed, ROLES[stage])
+        result = inspect_inits(layers, probe, specs, seed, advance)
+    if result.gradient_square == 0:
+        raise InputError(
+            f"--stage {stage}: the loss of this batch has no gradient, so there is no step to compare inits by",
+            kind="empty",
+            key=f"{stage}.batch_size",
+            fix="its rewards are all equal: raise ppo.batch_size" if stage == "ppo" else "give it other pairs",
+        )
+    return result
 
 
 def inits_named(text: str, adapter: AdapterConfig) -> list[str]:

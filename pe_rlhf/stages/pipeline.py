@@ -32,7 +32,7 @@ from pe_rlhf.system.memory import is_out_of_memory, reset_peak_memory
 from pe_rlhf.system.processes import launched
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
-from reward.judges import load_function
+from reward.judges import load_score_function
 
 RUN: dict[str, Callable[[StageContext[Any]], dict[str, Any]]] = {
     "sft": sft.run,
@@ -163,7 +163,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
     if recipe.ppo is not None and "ppo" in stages:
         for source in recipe.ppo.reward:
             if source.function is not None:
-                load_function(source.function)
+                load_score_function(source.function)
             if source.model is not None:
                 check_model_name(source.model, "ppo.reward.model")
             if source.adapter not in (None, "stage"):

@@ -6,6 +6,7 @@
 | `judge_settings` | `JudgeSettings` and `ServerSettings`: the settings, declared once                     |
 | `judge_registry` | the kinds of judges by name                                                           |
 | `functions`      | scores and comparisons in Python, and `load_judge` for `module:callable`              |
+| `user_code`      | finding and calling what a user wrote                                                 |
 | `length`         | longer wins: the control for length bias                                              |
 | `reward_model`   | rewards: A wins with probability σ(r_A − r_B)                                         |
 | `llm`            | a chat model as a judge, over any `ChatBackend`                                       |
@@ -17,7 +18,8 @@
 """
 
 from reward.judges.base import Comparison, Judge, Verdict
-from reward.judges.functions import CompareJudge, FunctionJudge, load_function, load_judge, score_responses
+from reward.judges.functions import CompareJudge, FunctionJudge, load_judge, load_score_function, score_responses
+from reward.judges.user_code import load_function
 
 __all__ = [
     "CompareJudge",
@@ -27,5 +29,6 @@ __all__ = [
     "Verdict",
     "load_function",
     "load_judge",
+    "load_score_function",
     "score_responses",
 ]

@@ -1,24 +1,18 @@
 """Judges that are Python: a score of each response, a comparison, or an object with `compare`, as `module:callable`."""
 
 import hashlib
-import importlib
 import inspect
 import math
-import os
-import pkgutil
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from reward.errors import Failure, InputError
+from reward.errors import InputError
 from reward.judges.base import Comparison, Judge, Verdict
 from reward.judges.judge_settings import JudgeSettings
+from reward.judges.user_code import call_users_code, check_arguments, load_function, place_of
 from reward.records import Prompt
 
 ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
@@ -69,13 +63,13 @@ class CompareJudge:
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Return one verdict per comparison, in order. Raises `InputError` for anything else that comes back."""
         name = f"judge {_name_of(self.function)}"
-        with _users_code(name):
-            returned = self.function(
-                [c.prompt for c in comparisons],
-                [c.response_a for c in comparisons],
-                [c.response_b for c in comparisons],
-            )
-        return checked_verdicts(name, returned, len(comparisons))
+        columns = (
+            [c.prompt for c in comparisons],
+            [c.response_a for c in comparisons],
+            [c.response_b for c in comparisons],
+        )
+        returned = call_users_code(name, self.function, *columns)
+        return checked_verdicts(name, returned, len(comparisons), self.function)
 
 
 @dataclass(frozen=True)
@@ -88,21 +82,27 @@ class ForeignJudge:
 
     @property
     def sees_order(self) -> bool:
-        return bool(getattr(self.judge, "sees_order", True))
+        return bool(call_users_code(f"judge {self.identity!r}", getattr, self.judge, "sees_order", True))
 
     @property
     def batch_size(self) -> int:
-        return int(getattr(self.judge, "batch_size", 16))
+        return self._number("batch_size", 16)
 
     @property
     def concurrency(self) -> int:
-        return int(getattr(self.judge, "concurrency", 1))
+        return self._number("concurrency", 1)
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         name = f"judge {self.identity!r}"
-        with _users_code(name):
-            returned = self.judge.compare(comparisons)
-        return checked_verdicts(name, returned, len(comparisons))
+        returned = call_users_code(name, self.judge.compare, comparisons)
+        return checked_verdicts(name, returned, len(comparisons), self.judge.compare)
+
+    def _number(self, attribute: str, usual: int) -> int:
+        number = call_users_code(f"judge {self.identity!r}", getattr, self.judge, attribute, usual)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            message = f"judge {self.identity!r} has {attribute} {number!r}, which is a number from 1"
+            raise _wrong(message, getattr(type(self.judge), "compare", None))
+        return number
 
 
 def load_judge(path: str) -> Judge:
@@ -115,8 +115,12 @@ def load_judge(path: str) -> Judge:
     named = load_function(path)
     version = _version_of(named)
     if hasattr(named, "compare"):
-        with _users_code(f"judge {path!r}"):
-            return ForeignJudge(named() if inspect.isclass(named) else named, path, version)
+        made = call_users_code(f"judge {path!r}", named) if inspect.isclass(named) else named
+        judge = ForeignJudge(made, path, version)
+        check_arguments(path, made.compare, "comparisons")
+        assert judge.batch_size  # both are checked where they are asked for
+        assert judge.concurrency
+        return judge
     try:
         wanted = [
             p
@@ -127,7 +131,15 @@ def load_judge(path: str) -> Judge:
         return FunctionJudge(named, path, version=version)
     if len(wanted) == 3:
         return CompareJudge(named, path, version)
+    check_arguments(path, named, "prompts", "responses")
     return FunctionJudge(named, path, version=version)
+
+
+def load_score_function(path: str) -> ScoreFunction:
+    """The function that "module:callable" names. Raises `InputError` where it cannot take prompts and responses."""
+    function = load_function(path)
+    check_arguments(path, function, "prompts", "responses")
+    return function
 
 
 class FunctionKind:
@@ -148,33 +160,62 @@ def _version_of(named: Any) -> str:
         return ""
 
 
-def checked_verdicts(name: str, returned: Any, n: int) -> list[Verdict]:
+def checked_verdicts(name: str, returned: Any, n: int, function: Any = None) -> list[Verdict]:
     """Probabilities or verdicts as verdicts. Raises `InputError` naming the judge for anything else."""
     answers = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(answers, Sequence) or isinstance(answers, str) or len(answers) != n:
-        count = f"{len(answers)} answers" if isinstance(answers, Sequence) else type(returned).__name__
-        raise _wrong(f"{name} returned {count} for {n} comparisons")
+    if not isinstance(answers, Sequence) or isinstance(answers, str | bytes) or len(answers) != n:
+        is_list = isinstance(answers, Sequence) and not isinstance(answers, str | bytes)
+        count = f"{len(answers)} answers" if is_list else type(returned).__name__
+        raise _wrong(f"{name} returned {count} for {n} comparisons", function)
     verdicts: list[Verdict] = []
     for index, answer in enumerate(answers):
         verdict = answer if isinstance(answer, Verdict) else None
-        if verdict is None and isinstance(answer, Real) and not isinstance(answer, bool):
-            verdict = Verdict(float(answer))
-        if verdict is None or not (verdict.invalid or 0 <= verdict.preference <= 1):
-            raise _wrong(f"{name} returned {answer!r} for comparison {index}, not a probability in [0, 1]", index)
-        verdicts.append(_plain(verdict, name, index))
+        if verdict is None and (number := as_number(answer)) is not None and not isinstance(answer, bool):
+            verdict = Verdict(number)
+        if verdict is None or (plain := _plain(verdict)) is None:
+            message = f"{name} returned {_shown(answer)} for comparison {index}, not a probability in [0, 1]"
+            raise _wrong(message, function, index)
+        verdicts.append(plain)
     return verdicts
 
 
-def _plain(verdict: Verdict, name: str, index: int) -> Verdict:
-    """A user's verdict in plain floats; the preference of an invalid one is NaN, whatever the user gave."""
-    scores = {"score_a": verdict.score_a, "score_b": verdict.score_b}
+def _plain(verdict: Verdict) -> Verdict | None:
+    """A user's verdict in plain floats and texts, None where it is none; the preference of an invalid one is NaN."""
+    preference = math.nan if verdict.invalid else as_number(verdict.preference)
+    scores = {side: as_number(getattr(verdict, side)) for side in ("score_a", "score_b")}
+    texts = (verdict.raw, verdict.reason, verdict.invalid)
+    if any(
+        score is None or not math.isfinite(score)
+        for side, score in scores.items()
+        if getattr(verdict, side) is not None
+    ):
+        return None
+    if not all(text is None or isinstance(text, str) for text in texts):
+        return None
+    if preference is None or not (verdict.invalid or 0 <= preference <= 1):
+        return None
+    return replace(verdict, preference=preference, **scores)
+
+
+def as_number(value: Any) -> float | None:
+    """A real number as a float, ∞ where no float is as large; None for anything else."""
+    if not isinstance(value, Real):
+        return None
     try:
-        numbers = {side: None if score is None else float(score) for side, score in scores.items()}
-    except (TypeError, ValueError):
-        numbers = {"score_a": math.nan}
-    if not all(number is None or math.isfinite(number) for number in numbers.values()):
-        raise _wrong(f"{name} returned {verdict!r} for comparison {index}, whose scores are not numbers", index)
-    return replace(verdict, preference=math.nan if verdict.invalid else float(verdict.preference), **numbers)
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except Exception:  # a class of the user's that claims to be a number
+        return None
+
+
+def _shown(value: Any) -> str:
+    """What the user's code returned, short: its own `repr` may raise or be of any length."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def score_responses(function: ScoreFunction, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
@@ -183,96 +224,29 @@ def score_responses(function: ScoreFunction, prompts: Sequence[Prompt], response
     One-dimensional arrays and tensors are accepted. Raises `InputError` naming the function, also for what it raises.
     """
     name = f"score function {_name_of(function)}"
-    with _users_code(name):
-        returned: Any = function(prompts, responses)
+    returned = call_users_code(name, function, prompts, responses)
     scores = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(scores, Sequence) or isinstance(scores, str):
-        raise _wrong(f"{name} returned {type(returned).__name__}, not a list of numbers")
+    if not isinstance(scores, Sequence) or isinstance(scores, str | bytes):
+        raise _wrong(f"{name} returned {type(returned).__name__}, not a list of numbers", function)
     if len(scores) != len(responses):
-        raise _wrong(f"{name} returned {len(scores)} scores for {len(responses)} responses")
+        raise _wrong(f"{name} returned {len(scores)} scores for {len(responses)} responses", function)
+    numbers: list[float] = []
     for index, score in enumerate(scores):
-        if not isinstance(score, Real):
-            raise _wrong(f"{name} returned {score!r} for response {index}, not a number", index)
-        if not math.isfinite(score):
-            message = f"{name} returned {score!r} for response {index}, not a finite number"
+        number = as_number(score)
+        if number is None:
+            raise _wrong(f"{name} returned {_shown(score)} for response {index}, not a number", function, index)
+        if not math.isfinite(number):
+            message = f"{name} returned {_shown(score)} for response {index}, not a finite number{place_of(function)}"
             raise InputError(message, kind="not_finite", row=index + 1)
-    return [float(score) for score in scores]
+        numbers.append(number)
+    return numbers
 
 
-def load_function(path: str) -> Callable[..., Any]:
-    """Import what "module:callable" names; modules in the working directory are found too.
-
-    Raises `InputError` where the text has another form, the module or the name in it does not exist (with the nearest
-    one that does), the module needs a package that is not installed, or the name is not callable.
-    """
-    module_name, _, function_name = path.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
-        raise InputError(f"{path!r} does not name a function as 'module:callable'")
-    # A console script does not look for modules in the working directory. It comes last, so it hides no package.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if f"{module_name}.".startswith(f"{missing}."):
-            raise InputError(
-                f"{path!r} names the module {missing!r}, which is neither installed nor in the working directory",
-                kind="unknown",
-                fix=_nearest(missing, _modules_beside(missing)),
-            ) from error
-        raise InputError(
-            f"{path!r} needs the package {missing!r}, which is not installed", kind="not_installed"
-        ) from error
-    except ImportError as error:
-        raise InputError(f"{path!r} cannot be imported: {error}", kind="user_code") from error
-    except Exception as error:  # the module is the user's: its top level can raise anything
-        raise InputError(f"{path!r} cannot be imported: it raised {_describe(error)}", kind="user_code") from error
-
-    if not hasattr(module, function_name):
-        nearest = _nearest(function_name, dir(module))
-        raise InputError(f"module {module_name!r} has no {function_name!r}", kind="unknown", fix=nearest)
-    function = getattr(module, function_name)
-    if not callable(function):
-        raise InputError(f"{path!r} is not callable but {type(function).__name__}")
-    return function
-
-
-@contextmanager
-def _users_code(name: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into one `InputError`; our own failures pass as they are."""
-    try:
-        yield
-    except Failure:
-        raise
-    except Exception as error:
-        raise InputError(f"{name} raised {_describe(error)}", kind="user_code") from error
-
-
-def _wrong(message: str, index: int | None = None) -> InputError:
+def _wrong(message: str, function: Any, index: int | None = None) -> InputError:
     """What the user's code returned cannot be used; `index` counts its answers from 0."""
-    return InputError(message, kind="user_code", row=None if index is None else index + 1)
+    row = None if index is None else index + 1
+    return InputError(f"{message}{place_of(function)}", kind="user_code", row=row)
 
 
 def _name_of(function: Callable[..., Any]) -> str:
     return f"'{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}'"
-
-
-def _describe(error: Exception) -> str:
-    """The kind of an exception, what it says, and the line of the file that it was raised in."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}{f': {error}' if str(error) else ''}{place}"
-
-
-def _modules_beside(name: str) -> list[str]:
-    """The modules that there are in the place where `name` is not."""
-    parent = name.rpartition(".")[0]
-    folders = getattr(sys.modules[parent], "__path__", []) if parent else None  # None: all of sys.path
-    prefix = f"{parent}." if parent else ""
-    return [prefix + module.name for module in pkgutil.iter_modules(folders)]
-
-
-def _nearest(name: str, candidates: Sequence[str]) -> str | None:
-    matches = get_close_matches(name, candidates, n=1)
-    return f"did you mean {matches[0]!r}?" if matches else None

@@ -7,8 +7,9 @@ import hashlib
 import re
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2 import Template as JinjaTemplate
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from reward.errors import InputError
 from reward.judges.base import Comparison
@@ -69,7 +70,7 @@ def _load(name: str) -> JinjaTemplate:
         )
     # The text goes to a model and not to a browser, so nothing is escaped.
     loader = FileSystemLoader([path.parent, FOLDER])
-    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False)
+    environment = ImmutableSandboxedEnvironment(loader=loader, undefined=StrictUndefined, autoescape=False)
     try:
         return environment.get_template(path.name)
     except TemplateSyntaxError as error:

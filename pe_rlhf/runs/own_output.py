@@ -1,0 +1,58 @@
+"""Where a command may write: nothing of another kind that is there is overwritten or mixed with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from pe_rlhf.runs.layout import ComparisonFiles, EvaluationFiles
+from pe_rlhf.system.files import read_json
+from reward.errors import InputError
+
+
+def claim_evaluation(folder: Path, key: str = "--out") -> None:
+    """Raise `InputError` unless a folder is empty, not there, or one that `pe-rlhf evaluate` has written."""
+    files = EvaluationFiles(folder)
+    own = {files.responses("candidate"), files.responses("baseline"), files.verdicts, files.summary, files.report}
+    _claim(folder, {path.name for path in own}, "an evaluation", key)
+    if files.summary.exists() and not files.verdicts.exists():
+        raise _taken(folder, "results of something else than pe-rlhf evaluate", key)
+
+
+def claim_reward_evaluation(folder: Path, key: str = "--out") -> None:
+    """Raise `InputError` unless a folder is empty, not there, or one that `pe-rlhf evaluate-reward` has written."""
+    files = EvaluationFiles(folder)
+    _claim(folder, {files.summary.name, files.report.name}, "an evaluation of a reward model", key)
+    if files.summary.exists() and "accuracy" not in read_json(files.summary):
+        raise _taken(folder, "results of something else than pe-rlhf evaluate-reward", key)
+
+
+def claim_comparison(folder: Path, key: str = "--dir") -> None:
+    """Raise `InputError` unless a folder is empty, not there, or a comparison's."""
+    if not ComparisonFiles(folder).recipe.is_file():
+        _claim(folder, (), "a comparison", key)
+
+
+def claim_page(page: Path, key: str = "--to") -> None:
+    """Raise `InputError` for a file that is there and is no page of `pe-rlhf inspect`, or the JSON beside it."""
+    if page.suffix != ".html":
+        raise InputError(f"{key} {page}: a page is a file that ends with .html", key=key, file=page)
+    numbers = page.with_suffix(".json")
+    if numbers.exists() and not (numbers.is_file() and {"inits", "kernel"} <= read_json(numbers).keys()):
+        raise _taken(numbers, "something else than the numbers of such a page", key)
+    if page.is_dir() or (page.exists() and not numbers.exists()):
+        raise _taken(page, "something else than a page of pe-rlhf inspect", key)
+
+
+def _claim(folder: Path, own: Collection[str], what: str, key: str) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise _taken(folder, "a file", key)
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if foreign := [name for name in there if name not in own and not name.startswith(".")]:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise _taken(folder, f"{foreign[0]}{more}, which {what} does not have", key)
+
+
+def _taken(path: Path, what: str, key: str) -> InputError:
+    message = f"{key} {path} holds {what}" if path.is_dir() else f"{key} {path} is {what}"
+    return InputError(message, kind="exists", key=key, file=path, fix="name another place")
