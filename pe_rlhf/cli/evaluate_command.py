@@ -55,6 +55,7 @@ def evaluate(
     settings = validated(EvaluationSettings, tree, "settings", overrides or ())
 
     # Imported here: torch and transformers take seconds, and a mistake in the settings should be reported at once.
+    from pe_rlhf.evaluation.prompting import refuse_different_prompting
     from pe_rlhf.evaluation.responses import evaluate_pairs, responses_of, side_of
     from pe_rlhf.evaluation.sources import base_of_adapter, find_policy
     from pe_rlhf.report.evaluation_page import write_evaluation_report
@@ -76,9 +77,10 @@ def evaluate(
         )
     asked = _prompts(prompts, candidate, baseline)[:limit]
     sides = {
-        "candidate": side_of(candidate, asked, settings),
-        "baseline": side_of(baseline, asked, settings, anchor_of=trained),
+        "candidate": side_of("candidate", candidate, asked, settings),
+        "baseline": side_of("baseline", baseline, asked, settings, anchor_of=trained),
     }
+    refuse_different_prompting(sides["candidate"].prompting, sides["baseline"].prompting, settings)
     folder = out or Path("evaluations") / "-".join(map(slug, (candidate, "vs", baseline, settings.judge.kind)))
     claim_evaluation(folder)
     folder.mkdir(parents=True, exist_ok=True)

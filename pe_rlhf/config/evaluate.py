@@ -42,6 +42,12 @@ class EvaluationSettings(Section):
     server: ServerSettings = Field(
         default=ServerSettings(), description="how a candidate or baseline behind a server is asked"
     )
+    candidate_template: str = Field(
+        default="auto",
+        description="chat template of a local candidate: auto (its own), none (plain text), a template or its file",
+    )
+    baseline_template: str = Field(default="auto", description="chat template of a local baseline, likewise")
+    different_templates: bool = Field(default=False, description="compare two sides that are prompted differently")
     seed: int = Field(default=0, ge=0, description="seed of the responses")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="dtype of a local candidate or baseline; a run is loaded as its recipe says"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config.evaluate import EvaluationSettings
+from pe_rlhf.evaluation.prompting import Prompting, own_tokenizer, prompting_of
 from pe_rlhf.evaluation.sources import (
     ResponseSource,
     base_of_adapter,
@@ -50,12 +51,13 @@ class Side:
     identity: str
     load: Callable[[], ResponseSource] | None = None
     outputs: Sequence[str] | None = None
+    prompting: Prompting | None = None
 
 
 def side_of(
-    name: str, prompts: Sequence[Prompt], settings: EvaluationSettings, anchor_of: SavedRole | None = None
+    side: str, name: str, prompts: Sequence[Prompt], settings: EvaluationSettings, anchor_of: SavedRole | None = None
 ) -> Side:
-    """The side of that name; with `anchor_of` it is the anchor of that run.
+    """The `candidate` or `baseline` of that name; with `anchor_of` it is the anchor of that run.
 
     Raises `InputError` where there is nothing of that name, or a file lacks the output of a prompt.
     """
@@ -65,10 +67,18 @@ def side_of(
     if anchor_of is not None:
         recipe = anchor_of.recipe
         parts.append(None if recipe is None else [recipe.chat_template, recipe.backbone.dtype])
-        return Side(name, json.dumps(parts), load=partial(load_anchor, anchor_of, settings))
-    if not is_endpoint(name) and find_policy(name) is None and base_of_adapter(name) is None:
+    if anchor_of is None and is_endpoint(name):
+        return Side(name, json.dumps(parts), load=partial(load_source, name, settings, None))
+    found = anchor_of or find_policy(name)
+    base = None if found else base_of_adapter(name)
+    if found is None and base is None:
         check_model_name(name)
-    return Side(name, json.dumps(parts), load=partial(load_source, name, settings))
+    prompting = prompting_of(side, name, settings, found, base)
+    # By itself a model's or run's template goes with its name.
+    if getattr(settings, f"{side}_template") != "auto" or (base is not None and own_tokenizer(name) is not None):
+        parts.append(prompting.template)
+    load = partial(load_anchor, anchor_of) if anchor_of else partial(load_source, name)
+    return Side(name, json.dumps(parts), load=partial(load, settings, prompting.template), prompting=prompting)
 
 
 def _outputs_for(prompts: Sequence[Prompt], path: Path) -> list[str]:

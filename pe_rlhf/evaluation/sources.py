@@ -115,14 +115,14 @@ class ServerSource:
                 raise
 
 
-def load_anchor(found: SavedRole, settings: EvaluationSettings) -> ResponseSource:
-    """The anchor of a run's policy, with the prompts and in the dtype of the run."""
-    backbone, codec = found.load_base(dtype=settings.dtype, device=settings.device)
-    return LocalSource(backbone, ANCHOR, codec, settings)
+def load_anchor(found: SavedRole, settings: EvaluationSettings, template: str | None) -> ResponseSource:
+    """The anchor of a run's policy, in the dtype of the run."""
+    backbone, _ = found.load_base(dtype=settings.dtype, device=settings.device)
+    return LocalSource(backbone, ANCHOR, _codec(backbone, template), settings)
 
 
-def load_source(name: str, settings: EvaluationSettings) -> ResponseSource:
-    """The source of that name: `http(s)://…#MODEL`, a run, an adapter, or a model.
+def load_source(name: str, settings: EvaluationSettings, template: str | None) -> ResponseSource:
+    """The source of that name: `http(s)://…#MODEL`, a run, an adapter, or a model, prompted with a template.
 
     Raises `InputError` where there is nothing of that name.
     """
@@ -130,13 +130,19 @@ def load_source(name: str, settings: EvaluationSettings) -> ResponseSource:
         return ServerSource(name, settings)
     dtype, device = settings.dtype, settings.device
     if (found := find_policy(name)) is not None:
-        backbone, codec = found.load("policy", dtype=dtype, device=device)
-        return LocalSource(backbone, "policy", codec, settings)
+        backbone, _ = found.load("policy", dtype=dtype, device=device)
+        return LocalSource(backbone, "policy", _codec(backbone, template), settings)
     if (base := base_of_adapter(name)) is not None:
         backbone = load_merged(name, base, dtype=dtype, device=device)
     else:
         backbone = load_backbone(name, dtype=dtype, device=device)
-    return LocalSource(backbone, ANCHOR, codec_of(backbone, "auto"), settings)
+    return LocalSource(backbone, ANCHOR, _codec(backbone, template), settings)
+
+
+def _codec(backbone: Backbone, template: str | None) -> TextCodec:
+    """`template` is a Jinja template, None plain text."""
+    backbone.tokenizer.chat_template = template
+    return codec_of(backbone, "auto")
 
 
 def load_merged(adapter: str, base: str, *, dtype: str, device: str) -> Backbone:

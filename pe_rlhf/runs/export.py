@@ -28,6 +28,7 @@ from pe_rlhf.config.load import load_recipe, save_recipe
 from pe_rlhf.data.codec import find_template
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.whole import loading
 from pe_rlhf.runs.checkpoint import role_of_checkpoint, roles_of_checkpoints
 from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.runs.metrics import read_summary
@@ -120,6 +121,7 @@ def _write_export(found: SavedRole, form: Format, target: Path, dtype: Dtype | N
             for path in found.files.for_peft():
                 shutil.copyfile(path, scratch / path.name)
             _name_base(RoleFiles(scratch).adapter_config, found.base)
+            _write_tokenizer(found, scratch)
         write_whole(scratch / "README.md", model_card(found, form))
     return target
 
@@ -156,6 +158,16 @@ def _recipe(found: SavedRole) -> Recipe:
     return found.recipe or load_recipe(found.files.stage.recipe)
 
 
+def _write_tokenizer(found: SavedRole, path: Path) -> None:
+    """The base's tokenizer with the template that the role was trained with: an adapter is nothing without it."""
+    recipe = _recipe(found)
+    common = {"trust_remote_code": recipe.backbone.trust_remote_code, "revision": recipe.backbone.revision}
+    with loading(found.base, "model"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(found.base), **common)
+    tokenizer.chat_template = find_template(tokenizer, recipe.chat_template)
+    tokenizer.save_pretrained(path)
+
+
 def _write_merged(found: SavedRole, path: Path, dtype: Dtype | None) -> None:
     recipe = _recipe(found)
     if recipe.backbone.quantization != "none":
@@ -182,7 +194,8 @@ def write_merged(
 ) -> None:
     """Write a role as a checkpoint of its own, computed fresh, with the base's tokenizer; a head goes beside it.
 
-    `chat_template` takes the place of the tokenizer's own. Says which share of ΔW is left where the dtype is narrow.
+    `chat_template` takes the place of the tokenizer's own; None is plain text.
+    Says which share of ΔW is left where the dtype is narrow.
     """
     written = getattr(torch, dtype or settings.dtype)
     if written != torch.float32 and role in backbone.specs:
@@ -195,8 +208,7 @@ def write_merged(
     config = AutoConfig.from_pretrained(source, **common)
     config.dtype = dtype or settings.dtype
     tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
+    tokenizer.chat_template = chat_template  # None, too: a role that was trained on plain text is prompted with it
     state = merged_state(backbone, role, written)
     if role == "reward":
         config.num_labels, config.pad_token_id = 1, backbone.pad_token_id

@@ -1,0 +1,88 @@
+"""The template travels: exports carry it, and two sides that are prompted differently are not compared unasked."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pe_rlhf.config import Recipe
+from pe_rlhf.config.load import save_recipe
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.runs.export import export_role
+from pe_rlhf.runs.layout import RunFiles
+from pe_rlhf.runs.saved_roles import save_role
+from reward.errors import Failure
+from tests.runs import Outcome, read_jsonl, write_jsonl
+from tests.tiny import tiny_model
+
+CHAT = "{% for m in messages %}w9 {{ m.content }} w8{% endfor %}"
+
+
+@pytest.fixture
+def models(tmp_path: Path, saved_model: Callable[[PreTrainedModel], Path]) -> Path:
+    """`plain` and `chat`: the same model, with and without a template in its tokenizer; and prompts."""
+    folder = saved_model(tiny_model("llama"))
+    shutil.copytree(folder, tmp_path / "plain")
+    shutil.copytree(folder, tmp_path / "chat")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "chat")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "w3 w4"}, {"prompt": "w5"}])
+    return tmp_path
+
+
+def command(candidate: str, baseline: str | None, *options: str) -> list[str]:
+    against = [] if baseline is None else ["--against", baseline]
+    common = ["--judge", "length", "--prompts", "prompts.jsonl", "sampling.max_new_tokens=3"]
+    return ["evaluate", candidate, *against, *common, *options]
+
+
+@pytest.mark.parametrize(("candidate", "baseline"), [("chat", "plain"), ("plain", "chat")])
+def test_two_sides_that_are_prompted_differently(
+    models: Path, fails: Callable[..., Failure], cli: Callable[..., Outcome], candidate: str, baseline: str
+) -> None:
+    failure = fails(*command(candidate, baseline))
+    assert (failure.kind, failure.key) == ("conflict", "baseline_template")
+    assert not (models / "evaluations").exists()
+    assert cli(*command(candidate, baseline, "different_templates=true", "--out", "allowed")).code == 0
+    same = ["candidate_template=none", "baseline_template=none"]
+    assert cli(*command(candidate, baseline, *same, "--out", "same")).code == 0
+    # The same weights, prompt and seed: whatever differs would be the template.
+    answers = [
+        [row["response"] for row in read_jsonl(models / "same" / f"{side}.jsonl")[1:]]
+        for side in ("candidate", "baseline")
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_template_that_is_none(models: Path, fails: Callable[..., Failure]) -> None:
+    failure = fails(*command("chat", "chat", "candidate_template=absent.jinja"))
+    assert (failure.kind, failure.key) == ("missing", "candidate_template")
+
+
+@pytest.mark.parametrize(
+    ("base", "setting", "expected"),
+    [("plain", CHAT, CHAT), ("chat", "auto", CHAT), ("chat", "none", None), ("plain", "auto", None)],
+)
+def test_an_exported_adapter_is_prompted_as_it_was_trained(
+    models: Path, base: str, setting: str, expected: str | None, fails: Callable[..., Failure]
+) -> None:
+    backbone = load_backbone(models / base)
+    backbone.add_adapter("policy", init="pissa", rank=2)
+    ppo = {"prompts": "x", "reward": [{"function": "reward.scores:length"}]}
+    tree: dict[str, Any] = {"model": str(models / base), "chat_template": setting, "ppo": ppo}
+    run = RunFiles(models / "run")
+    run.folder.mkdir()
+    save_recipe(Recipe.model_validate(tree), run.recipe)
+    save_role(backbone, "policy", run.role("policy").folder)
+    for form in ("lora", "merged"):
+        exported = export_role(run.folder, form, models / form)  # type: ignore[arg-type]
+        assert AutoTokenizer.from_pretrained(exported).chat_template == expected
+    if (expected is None) != (base == "plain"):
+        failure = fails(*command("lora", None))  # against its base, which is prompted otherwise
+        assert (failure.kind, failure.key) == ("conflict", "baseline_template")
