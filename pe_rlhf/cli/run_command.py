@@ -46,6 +46,7 @@ def run(
     """
     loaded, target, stages = plan(recipe, overrides, run_dir, first, last)
 
+    from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
     from pe_rlhf.runs.layout import STAGE_INFO, RunFiles
     from pe_rlhf.stages.outcome_table import outcome_table
     from pe_rlhf.stages.pipeline import check_inputs, run_recipe
@@ -57,6 +58,9 @@ def run(
         typer.echo(f"{loaded.name}: {' → '.join(stages)} with {loaded.model}, into {target}; the recipe is valid")
         for stage in stages:
             typer.echo(f"  {stage}: {STAGE_INFO[stage].sentence}")
+        settled = settle(loaded)
+        typer.echo("\n".join(plan_lines(settled)))
+        refuse_impossible(settled)
         return
     start = "resume" if resume else "new" if first is None else "anew"
     summaries = run_recipe(loaded, target, stages, start, may_change or ())

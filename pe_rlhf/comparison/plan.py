@@ -66,7 +66,7 @@ class Plan:
         if not (kept := [stage for stage in stages if self.tree.get(stage) is not None]):
             return None
         tree = _with_stages(self.tree, kept)
-        return PlannedRun("shared stages", ComparisonFiles(self.root).shared, make_recipe(tree, self.path))
+        return PlannedRun("shared stages", ComparisonFiles(self.root).shared, _settled(tree, self.path))
 
     def runs(self, arm: Arm, lr_factor: float = 1.0) -> dict[int, PlannedRun]:
         """An arm's runs by seed, at its learning rate times a factor."""
@@ -77,7 +77,7 @@ class Plan:
         tree = self._tree(arm, self._trial_seed)
         if not (kept := [stage for stage in BEFORE_PPO if tree.get(stage) is not None]):
             return None
-        recipe = make_recipe(_with_stages(tree, kept), self.path)
+        recipe = _settled(_with_stages(tree, kept), self.path)
         folder = ComparisonFiles(self.root).trials / arm.slug / "base"
         return PlannedRun(f"{arm.name}, reward model of the trials", folder, recipe)
 
@@ -92,7 +92,7 @@ class Plan:
             tree["ppo"].pop("eval_every", None)
             _scale_learning_rates(tree, factor)
             folder = ComparisonFiles(self.root).trials / arm.slug / f"lr-x{factor:g}"
-            planned[factor] = PlannedRun(f"{arm.name}, lr × {factor:g}", folder, make_recipe(tree, self.path))
+            planned[factor] = PlannedRun(f"{arm.name}, lr × {factor:g}", folder, _settled(tree, self.path))
         return planned
 
     @property
@@ -103,7 +103,7 @@ class Plan:
         tree = self._tree(arm, seed)
         _scale_learning_rates(tree, lr_factor)
         folder = ComparisonFiles(self.root).runs / arm.slug / f"seed-{seed}"
-        return PlannedRun(f"{arm.name}, seed {seed}", folder, make_recipe(tree, self.path))
+        return PlannedRun(f"{arm.name}, seed {seed}", folder, _settled(tree, self.path))
 
     def _tree(self, arm: Arm, seed: int) -> Tree:
         """An arm's recipe, with what is shared taken from where it lies."""
@@ -121,7 +121,7 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
     two arms that come to the same.
     """
     tree = read_tree(path, overrides)
-    base = make_recipe(tree, path)
+    base = _settled(tree, path)
     if base.compare is None:
         raise InputError(f"{path}: there is no compare section, which names the arms; see compare_inits_small")
     if base.ppo is None:
@@ -219,3 +219,10 @@ def _scale_learning_rates(tree: Tree, factor: float) -> None:
     ppo["learning_rate"] = float(f"{factor * float(ppo.get('learning_rate', default)):.6g}")
     if ppo.get("value_learning_rate") is not None:
         ppo["value_learning_rate"] = float(f"{factor * float(ppo['value_learning_rate']):.6g}")
+
+
+def _settled(tree: dict[str, Any], path: Path) -> Recipe:
+    """A recipe with the defaults of this machine's device, which all runs of a comparison have to share."""
+    from pe_rlhf.model.device_plan import settle  # here: it imports torch, which takes seconds
+
+    return settle(make_recipe(tree, path))

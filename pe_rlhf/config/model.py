@@ -19,7 +19,9 @@ class BackboneConfig(Section):
     """How the base model is loaded."""
 
     # Not float16: its gradients underflow, the more so the more tokens a batch has.
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the frozen base model")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype of the frozen base model; default: on a GPU bfloat16"
+    )
     quantization: Literal["none", "4bit", "8bit"] = Field(
         default="none",
         description="quantise the frozen base with bitsandbytes: 4bit (NF4) or 8bit (LLM.int8); only with tuning:"

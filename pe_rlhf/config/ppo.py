@@ -104,7 +104,8 @@ class PPOConfig(Section):
     micro_batch_tokens: Positive = Field(
         default=1024,
         description="tokens in one forward pass with gradients, per process; passes without gradients take four"
-        " times as many; a row counts an eighth of the prefix that it shares with other rows",
+        " times as many; a row counts an eighth of the prefix that it shares with other rows; default: on a GPU as many"
+        " as the memory plan has room for, up to 32,768",
     )
     max_prompt_tokens: Positive = Field(
         default=512, description="longest prompt, tokens; longer ones are left out and counted"

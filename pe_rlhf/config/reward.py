@@ -27,7 +27,8 @@ class RewardConfig(Section):
     micro_batch_tokens: Positive = Field(
         default=1024,
         description="tokens in one forward pass with gradients, per process; passes without gradients take four"
-        " times as many; a row counts an eighth of the prefix that it shares with other rows",
+        " times as many; a row counts an eighth of the prefix that it shares with other rows; default: on a GPU as many"
+        " as the memory plan has room for, up to 32,768",
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="assumed share of wrong labels")
     centering: Rate = Field(

@@ -65,7 +65,9 @@ class SamplingConfig(SamplerConfig):
     temperature: float = Field(
         default=1.0, gt=0, description="divides the logits, in sampling and in every log-prob of policy and anchor"
     )
-    batch_size: Positive = Field(default=64, description="responses generated at once, per process")
+    batch_size: Positive = Field(
+        default=64, description="responses generated at once, per process; default: on a GPU 256"
+    )
     mismatch_limit: float | None = Field(
         default=None,
         gt=0,

@@ -13,6 +13,7 @@ from pe_rlhf.adapters.lora.init_registry import get_init, init_names
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe, RewardConfig
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.device_plan import settle
 from pe_rlhf.report.inspect_page import inspect_page
 from pe_rlhf.scoring.scorers import make_scorer
 from pe_rlhf.stages.add_roles import critic_start
@@ -41,6 +42,7 @@ def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) 
         raise InputError(message, kind="unknown", key="stage", fix=fix)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    recipe = settle(recipe)
     context: StageContext[RewardConfig | PPOConfig] = StageContext(recipe, run_dir, stage)
     backbone = context.backbone()
     adapter = recipe.adapter_for(stage)

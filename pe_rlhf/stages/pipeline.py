@@ -11,9 +11,10 @@ import torch
 
 from pe_rlhf.adapters.lora.init_registry import init_of
 from pe_rlhf.config import STAGES, Recipe, SamplerConfig
-from pe_rlhf.config.load import load_deepspeed_config, save_recipe
+from pe_rlhf.config.load import load_deepspeed_config, load_recipe, save_recipe
 from pe_rlhf.data.codec import read_template
 from pe_rlhf.data.rows import load_examples, load_preferences, load_prompts
+from pe_rlhf.model.device_plan import refuse_impossible, settle
 from pe_rlhf.model.names import check_model_name, resolve_model
 from pe_rlhf.optim.zero import init_processes
 from pe_rlhf.report.run_page import write_report
@@ -25,7 +26,7 @@ from pe_rlhf.scoring.model_judges import check_judge
 from pe_rlhf.scoring.scorers import find_reward
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.system.distributed import on_main
+from pe_rlhf.system.distributed import on_main, world_size
 from pe_rlhf.system.failures import ElsewhereError, Stopped, TrainingError, failure_noted
 from pe_rlhf.system.files import locked
 from pe_rlhf.system.memory import is_out_of_memory, reset_peak_memory
@@ -63,6 +64,8 @@ def run_recipe(
         torch.set_num_threads(recipe.threads)
     init_processes(recipe.deepspeed is not None)
     files = RunFiles(run_dir)
+    saved = load_recipe(files.recipe) if start != "new" and files.recipe.is_file() else None
+    recipe = on_main(lambda: settle(recipe, saved))
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
         resumption = on_main(lambda: find_resumption(recipe, run_dir, stages, start, may_change))
@@ -78,6 +81,7 @@ def run_recipe(
         if launched() and recipe.sft is None:
             # A model that is made here is made once: transformers saves nothing on other ranks.
             on_main(lambda: resolve_model(recipe.model))
+        on_main(lambda: refuse_impossible(recipe, world_size()))
         on_main(lambda: _prepare(held, recipe, run_dir, stages, start, resumption))
         on_main(lambda: files.failure.unlink(missing_ok=True))  # of an earlier try
         # No report before a stage has run: an unfinished one may have a line that a kill left half written.

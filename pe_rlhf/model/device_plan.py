@@ -1,0 +1,215 @@
+"""What a recipe leaves to the device: defaults by device, and whether the run fits into its memory.
+
+Defaults that differ on a GPU are in `GPU_DEFAULTS`; a key that the recipe sets stays as it is. They are resolved once,
+when a run starts, and `recipe.yaml` in its folder has them; a run that is resumed keeps its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+
+from pe_rlhf.config import PPOConfig, Recipe, RewardConfig, SamplingConfig
+from pe_rlhf.config.load import load_deepspeed_config
+from pe_rlhf.model.memory_plan import (
+    ADAPTER_STATES,
+    CONTEXT,
+    GIB,
+    HEAD_CHUNK,
+    SLACK,
+    WIDTH,
+    ModelShape,
+    Phase,
+    model_shape,
+    tokens_that_fit,
+    weight_bytes,
+)
+from pe_rlhf.system.processes import launched
+from reward.errors import InputError
+
+GPU_DEFAULTS: dict[str, Any] = {
+    "backbone.dtype": "bfloat16",
+    "preferences.sampling.batch_size": 256,
+    "preferences.judge.dtype": "bfloat16",
+    "ppo.rollout.batch_size": 256,
+    "evaluate.sampling.batch_size": 256,
+    "evaluate.judge.dtype": "bfloat16",
+}
+# By what the card has left beside weights and states.
+BY_MEMORY = ("reward.micro_batch_tokens", "ppo.micro_batch_tokens")
+FULL_STATES = 4 + 4 + 8  # bytes of a fully tuned weight besides itself: gradient, master, two moments
+USUAL_PROMPT = 512  # tokens of a prompt where the recipe has no limit
+
+
+def settle(recipe: Recipe, saved: Recipe | None = None) -> Recipe:
+    """The recipe with every default that depends on the device: those of the `saved` recipe where there is one.
+
+    Call it in every process; all ranks have cards of one kind.
+    """
+    settled = recipe.model_copy(deep=True)
+    on_gpu = is_on_gpu(recipe)
+    for key, value in GPU_DEFAULTS.items():
+        _set_unless_given(settled, key, value if on_gpu else None, saved)
+    shape = None
+    for key in BY_MEMORY:
+        if on_gpu and saved is None and not _is_given(settled, key):
+            shape = shape or shape_of_recipe(settled)
+            if shape is not None:
+                room = SLACK * device_bytes(settled) - _beside_activations(settled, shape)
+                _set_unless_given(settled, key, max(1024, tokens_that_fit(shape, settled.backbone, room)), None)
+        else:
+            _set_unless_given(settled, key, None, saved)
+    return settled
+
+
+def is_on_gpu(recipe: Recipe) -> bool:
+    device = recipe.backbone.device
+    return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+
+
+def device_bytes(recipe: Recipe) -> float:
+    """Memory of the device that the recipe names: of the card, or of the machine."""
+    return float(torch.cuda.mem_get_info()[1] if is_on_gpu(recipe) else psutil.virtual_memory().total)
+
+
+def shape_of_recipe(recipe: Recipe) -> ModelShape | None:
+    return model_shape(recipe.model, recipe.backbone, recipe.adapter)
+
+
+def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: bool = True) -> Iterator[Phase]:
+    """What every stage has in memory on one device, phase by phase.
+
+    ranks: over which ZeRO-3 splits the base; other settings hold the whole base on each device.
+    """
+    base = {"base": weight_bytes(shape, recipe.backbone, ranks if _is_zero3(recipe) else 1)}
+    base |= {"context": CONTEXT} if on_gpu else {}
+    if recipe.preferences is not None:
+        yield Phase("preferences", "sampling", base | _sampling(recipe, shape, recipe.preferences.sampling))
+    if (reward := recipe.reward) is not None:
+        roles = {"reward role": _role_bytes(recipe, shape, "reward")}
+        yield Phase("reward", "update", base | roles | _activations(recipe, shape, reward))
+    if (ppo := recipe.ppo) is not None:
+        trained = 2 * _role_bytes(recipe, shape, "ppo")
+        rewards = sum(source.adapter is not None for source in ppo.reward)
+        frozen = rewards * 4 * shape.adapter(recipe.adapter_for("ppo").rank)
+        roles = {"policy and value": trained, "reward adapters": frozen}
+        yield Phase("ppo", "sampling", base | roles | _sampling(recipe, shape, ppo.rollout, ppo.max_prompt_tokens))
+        yield Phase("ppo", "update", base | roles | {"logits": HEAD_CHUNK} | _activations(recipe, shape, ppo))
+    if recipe.evaluate is not None:
+        yield Phase("evaluate", "sampling", base | _sampling(recipe, shape, recipe.evaluate.sampling))
+
+
+def plan_lines(recipe: Recipe, ranks: int = 1) -> list[str]:
+    """The plan for people, one line a phase, or one that says that there is none."""
+    if (shape := shape_of_recipe(recipe)) is None:
+        return ["memory: no plan, transformers does not know the shape of this model from its config"]
+    on_gpu, room = is_on_gpu(recipe), device_bytes(recipe)
+    where = "card" if on_gpu else "machine"
+    lines = [f"memory (estimated; the {where} has {room / GIB:.1f} GiB):"]
+    for phase in memory_phases(recipe, shape, ranks, on_gpu=on_gpu):
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in phase.parts.items() if size >= 0.005 * GIB)
+        lines.append(f"  {phase.stage} {phase.name}: {phase.total / GIB:.2f} GiB ({parts})")
+    return lines
+
+
+def refuse_impossible(recipe: Recipe, ranks: int = 1, room: float | None = None) -> None:
+    """Raise `InputError` for a run that cannot fit on its GPU, with the numbers and the nearest that does.
+
+    room: bytes of the card; default: those of this machine's. A CPU's memory can be swapped: nothing is refused.
+    """
+    if room is None and not is_on_gpu(recipe):
+        return
+    room = device_bytes(recipe) if room is None else room
+    if (shape := shape_of_recipe(recipe)) is None:
+        return
+    for phase in memory_phases(recipe, shape, ranks):
+        # Prompts are shorter than they may be: a cache that might not fit is no reason to refuse.
+        if phase.total - phase.parts.get("cache", 0.0) <= room:
+            continue
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in phase.parts.items())
+        activations = phase.parts.get("activations", 0.0)
+        fitting = tokens_that_fit(shape, recipe.backbone, SLACK * room - (phase.total - activations))
+        key, fix = "backbone", "use backbone.quantization: 4bit, deepspeed: zero3 on more GPUs, or a smaller model"
+        if activations and fitting:
+            key = f"{phase.stage}.micro_batch_tokens"
+            fix = f"set {key}: {fitting}, or backbone.gradient_checkpointing: true"
+        elif "engine" in phase.parts:
+            key, fix = phase.stage, "use vLLM servers on other cards (mode: server), or engine: hf"
+        raise InputError(
+            f"{phase.stage} {phase.name} needs about {phase.total / GIB:.1f} GiB ({parts}), the card has"
+            f" {room / GIB:.1f}",
+            kind="memory",
+            key=key,
+            fix=fix,
+        )
+
+
+def _beside_activations(recipe: Recipe, shape: ModelShape) -> float:
+    """The most that an update has in memory besides its activations."""
+    updates = [phase for phase in memory_phases(recipe, shape, _ranks()) if "activations" in phase.parts]
+    return max((phase.total - phase.parts["activations"] for phase in updates), default=0.0)
+
+
+def _activations(recipe: Recipe, shape: ModelShape, config: RewardConfig | PPOConfig) -> dict[str, float]:
+    width, checkpointing = WIDTH[recipe.backbone.dtype], recipe.backbone.gradient_checkpointing
+    return {"activations": config.micro_batch_tokens * shape.kept_of_a_token(width, checkpointing=checkpointing)}
+
+
+def _sampling(
+    recipe: Recipe, shape: ModelShape, sampling: SamplingConfig, longest_prompt: int = USUAL_PROMPT
+) -> dict[str, float]:
+    """The KV cache, the logits of a token of each response, and an embedded engine's own copy of the weights."""
+    width = WIDTH[recipe.backbone.dtype]
+    cache = sampling.batch_size * (longest_prompt + sampling.max_new_tokens) * shape.cache_of_a_token(width)
+    if sampling.engine == "hf":
+        # transformers' cache grows by copies of a layer; the sampler makes fp32 probabilities of all logits.
+        return {"cache": cache * (1 + 1 / shape.layers), "logits": 4 * 4 * sampling.batch_size * shape.vocabulary}
+    if sampling.mode == "server":
+        return {}
+    return {"engine": shape.parameters * width + CONTEXT, "cache": cache}
+
+
+def _role_bytes(recipe: Recipe, shape: ModelShape, stage: str) -> float:
+    """A role that is trained: its weights, gradients and optimizer states."""
+    if recipe.tuning == "full":
+        return shape.parameters * (WIDTH[recipe.backbone.dtype] + FULL_STATES)
+    return ADAPTER_STATES * shape.adapter(recipe.adapter_for(stage).rank)
+
+
+def _is_zero3(recipe: Recipe) -> bool:
+    if recipe.deepspeed is None:
+        return False
+    return load_deepspeed_config(recipe.deepspeed).get("zero_optimization", {}).get("stage") == 3
+
+
+def _ranks() -> int:
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def _is_given(recipe: Recipe, key: str) -> bool:
+    """Whether the recipe sets a key, or has no section for it."""
+    *above, last = key.split(".")
+    node: Any = recipe
+    for name in above:
+        if (node := getattr(node, name)) is None:
+            return True
+    return last in node.model_fields_set
+
+
+def _set_unless_given(recipe: Recipe, key: str, value: Any, saved: Recipe | None) -> None:
+    """Set a key that the recipe leaves out, to the saved recipe's value where there is one."""
+    if _is_given(recipe, key):
+        return
+    *above, last = key.split(".")
+    node: Any = recipe
+    other: Any = saved
+    for name in above:
+        node, other = getattr(node, name), getattr(other, name, None)
+    if other is not None:
+        value = getattr(other, last)
+    if value is not None:
+        setattr(node, last, value)

@@ -1,0 +1,141 @@
+"""Defaults by device and the memory plan: by hand, against torch's own counts, and for a card that was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pe_rlhf.config import AdapterConfig, BackboneConfig, Recipe
+from pe_rlhf.config.load import make_recipe
+from pe_rlhf.model import device_plan
+from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.model.device_plan import memory_phases, refuse_impossible, settle
+from pe_rlhf.model.memory_plan import GIB, ModelShape, shape_of, tokens_that_fit, weight_bytes
+from reward.errors import InputError
+from tests.tiny import tiny_model
+
+# 2 blocks of width 10, an MLP of 20, one key head of 5, 100 tokens: numbers for the back of an envelope.
+SHAPE = ModelShape(
+    parameters=1000,
+    largest_layer=300,
+    linears=((10, 10), (10, 20)),
+    layers=2,
+    hidden=10,
+    inner=20,
+    keys=5,
+    vocabulary=100,
+)
+BF16 = BackboneConfig(dtype="bfloat16")
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    tree: dict[str, Any] = {"name": "x", "model": "random:tiny-llama", "reward": {"data": "pairs.jsonl"}}
+    tree |= {"ppo": {"prompts": "prompts.jsonl"}, "evaluate": {"prompts": "prompts.jsonl", "judge": "length"}}
+    for key, value in changes.items():
+        node, (*above, last) = tree, key.split("__")
+        for name in above:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return make_recipe(tree, Path("x.yaml"))
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_plan, "is_on_gpu", lambda recipe: True)
+    monkeypatch.setattr(device_plan, "device_bytes", lambda recipe: 80 * GIB)
+
+
+def test_on_a_cpu_nothing_changes() -> None:
+    recipe = recipe_of()
+    assert settle(recipe).model_dump() == recipe.model_dump()
+
+
+@pytest.mark.usefixtures("card")
+def test_on_a_gpu_what_the_recipe_leaves_out_is_the_gpus() -> None:
+    settled = settle(recipe_of())
+    assert (settled.backbone.dtype, settled.ppo.rollout.batch_size) == ("bfloat16", 256)  # type: ignore[union-attr]
+    assert settled.ppo.micro_batch_tokens == settled.reward.micro_batch_tokens == 32_768  # type: ignore[union-attr]
+    given = settle(recipe_of(backbone__dtype="float32", ppo__micro_batch_tokens=1024, ppo__rollout__batch_size=64))
+    assert (given.backbone.dtype, given.ppo.micro_batch_tokens) == ("float32", 1024)  # type: ignore[union-attr]
+    assert given.ppo.rollout.batch_size == 64  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("card")
+def test_a_resumed_run_keeps_its_own() -> None:
+    saved = recipe_of(backbone__dtype="float32", reward__micro_batch_tokens=2048, ppo__micro_batch_tokens=4096)
+    settled = settle(recipe_of(), saved)
+    assert settled.backbone.dtype == "float32"
+    assert settled.reward.micro_batch_tokens == 2048  # type: ignore[union-attr]
+    assert settled.ppo.micro_batch_tokens == 4096  # type: ignore[union-attr]
+    assert settled.ppo.rollout.batch_size == 64  # type: ignore[union-attr]
+
+
+def test_a_settled_recipe_stays_as_it_is() -> None:
+    once = settle(recipe_of())
+    assert settle(once) == once
+
+
+def test_counts_by_hand() -> None:
+    assert SHAPE.adapter(rank=4) == 4 * (10 + 10) + 4 * (10 + 20)
+    assert SHAPE.cache_of_a_token(2) == 2 * 2 * 5 * 2
+    assert SHAPE.kept_of_a_token(2) == 2 * (80 + 10 + 60) * 2
+    assert SHAPE.kept_of_a_token(2, checkpointing=True) == (80 + 10 + 60) * 2 + 2 * 10 * 2
+    assert weight_bytes(SHAPE, BF16) == 2000
+    assert weight_bytes(SHAPE, BF16, ranks_of_zero3=4) == (250 + 300) * 2
+    assert tokens_that_fit(SHAPE, BF16, room=600 * 5000) == 4096
+    assert tokens_that_fit(SHAPE, BF16, room=600 * 1000) == 0
+    assert tokens_that_fit(SHAPE, BF16, room=600 * 10**9) == 32_768
+
+
+def test_phases_by_hand() -> None:
+    recipe = recipe_of(backbone__dtype="bfloat16", ppo__micro_batch_tokens=2048, ppo__rollout__batch_size=8)
+    phases = {(phase.stage, phase.name): phase.parts for phase in memory_phases(recipe, SHAPE, on_gpu=False)}
+    adapter = 16 * (20 + 30)
+    assert phases["ppo", "update"]["activations"] == 2048 * 600
+    assert phases["ppo", "update"]["policy and value"] == 2 * 24 * adapter
+    assert phases["ppo", "update"]["reward adapters"] == 4 * adapter
+    assert phases["ppo", "sampling"]["cache"] == 8 * (512 + 64) * 40 * 1.5
+    assert phases["ppo", "sampling"]["logits"] == 16 * 8 * 100
+    assert phases["reward", "update"]["base"] == 2000
+
+
+def test_the_shape_is_that_of_the_loaded_model() -> None:
+    model = tiny_model("llama")
+    found = shape_of(model, model.config, AdapterConfig(rank=4))
+    backbone = load_backbone(model)
+    backbone.add_adapter("policy", rank=4)
+    assert found.parameters == sum(p.numel() for n, p in backbone.model.named_parameters() if ".adapters." not in n)
+    assert found.adapter(4) == sum(p.numel() for p in backbone.role_parameters("policy").values())
+    assert (found.layers, found.hidden, found.inner, found.keys) == (2, 32, 48, 16)
+
+
+def test_a_pass_that_was_measured() -> None:
+    """Qwen2.5-7B's shape on an H200: 36 GiB at 4,096 tokens in bf16, 55 at 8,192 (docs/gpus.md)."""
+    config = Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shape = shape_of(Qwen2ForCausalLM(config), config, AdapterConfig())
+    for tokens, measured in ((4096, 36), (8192, 55)):
+        planned = weight_bytes(shape, BF16) + tokens * shape.kept_of_a_token(2) + 12 * shape.adapter(16) + GIB
+        assert planned / GIB == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_plan_that_cannot_be_is_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = ModelShape(7 * 10**9, 10**9, ((3584, 3584),), 28, 3584, 18944, 512, 150_000)
+    monkeypatch.setattr(device_plan, "shape_of_recipe", lambda recipe: large)
+    settled = settle(recipe_of())
+    refuse_impossible(settled)
+    assert 4096 <= settled.ppo.micro_batch_tokens <= 12_288  # type: ignore[union-attr]
+    with pytest.raises(InputError) as raised:
+        refuse_impossible(recipe_of(backbone__dtype="bfloat16", ppo__micro_batch_tokens=32_768))
+    assert (raised.value.kind, raised.value.key) == ("memory", "ppo.micro_batch_tokens")
+    with pytest.raises(InputError) as raised:
+        refuse_impossible(settled, room=12 * GIB)
+    assert (raised.value.kind, raised.value.key) == ("memory", "backbone")
