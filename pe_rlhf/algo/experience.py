@@ -38,10 +38,11 @@ class Shaping:
 
 
 class Estimate(NamedTuple):
-    """Advantages and returns of each response token, zero at padding."""
+    """Advantages and returns of each response token, zero at padding; the score of each response after all rules."""
 
     advantages_BR: Tensor
     returns_BR: Tensor
+    shaped_B: Tensor
 
 
 def shape_and_estimate(
@@ -71,4 +72,6 @@ def shape_and_estimate(
         rewards_BR = rewards_BR * torch.rsqrt(masked_var(rewards_BR, mask_BR) + 1e-8)
     advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, gamma=shaping.gamma, lam=shaping.lam)
     # The returns stay as they are: the critic is to learn rewards in their own unit.
-    return Estimate(masked_whiten(advantages_BR, mask_BR) if shaping.whiten_advantages else advantages_BR, returns_BR)
+    if shaping.whiten_advantages:
+        advantages_BR = masked_whiten(advantages_BR, mask_BR)
+    return Estimate(advantages_BR, returns_BR, adjusted_B)

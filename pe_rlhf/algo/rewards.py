@@ -10,6 +10,11 @@ from torch import Tensor
 KLForm = Literal["convex", "penalty"]
 
 
+def kl_objective(reward: float, kl: float, *, beta: float, form: KLForm) -> float:
+    """What PPO maximises, (1−β)·r − β·KL (`convex`) or r − β·KL (`penalty`), of means over responses."""
+    return (1 - beta if form == "convex" else 1.0) * reward - beta * kl
+
+
 def adjust_scores(
     scores_B: Tensor,
     truncated_B: Tensor,

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from pe_rlhf.algo.rewards import kl_objective
 from pe_rlhf.comparison.plan import Arm, Plan
 from pe_rlhf.comparison.run_result import Row, Status
 from pe_rlhf.comparison.runner import refuse_changed, state_of
@@ -56,12 +57,16 @@ def choose(plan: Plan, arm: Arm) -> Choice:
 
 
 def objective(run: Path, kl: KLConfig) -> float:
-    """PPO's objective, (1−β)·r − β·KL or r − β·KL, over the last quarter of the steps; NaN where it is unknown."""
+    """PPO's objective, penalties included, over the last quarter of the steps; NaN where it is unknown.
+
+    Runs of earlier versions have no `reward_shaped`, and count by the reward before penalties.
+    """
     lines = read_jsonl(RunFiles(run).stage("ppo").metrics)
     last = lines[-max(1, len(lines) // 4) :]
-    weight = 1 - kl.beta if kl.form == "convex" else 1.0
-    values = [
-        math.nan if row["reward"] is None or row["kl"] is None else weight * row["reward"] - kl.beta * row["kl"]
-        for row in last
-    ]
+    values: list[float] = []
+    for row in last:
+        reward, distance = row.get("reward_shaped", row["reward"]), row["kl"]
+        if reward is None or distance is None:
+            return math.nan
+        values.append(kl_objective(reward, distance, beta=kl.beta, form=kl.form))
     return sum(values) / len(values) if values else math.nan

@@ -20,7 +20,11 @@ class OptimizerConfig(Section):
     )
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="β1 and β2 of AdamW")
     eps: float = Field(default=1e-5, gt=0, description="ε of AdamW")
-    weight_decay: Rate = Field(default=0.0, description="weight decay of AdamW, on adapters and heads")
+    weight_decay: Rate = Field(
+        default=0.0,
+        description="weight decay of AdamW, towards the anchor: of an adapter towards its initial A and B (towards 0"
+        " where B starts at 0), of a head towards 0; in the stage sft towards 0",
+    )
     lora_plus_ratio: float = Field(
         default=1.0, gt=0, description="LoRA+: learning rate of B divided by that of A; its paper uses 16"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +11,11 @@ from pe_rlhf.config.model import AdapterConfig
 from pe_rlhf.config.optimizer import OptimizerConfig
 from pe_rlhf.config.sampling import RolloutConfig
 from pe_rlhf.config.section import Data, Positive, Rate, Section, Share, refusal
+from pe_rlhf.system.progress import say
+
+FORMER_COEFFICIENT = 0.1  # the default that recipes of earlier versions were saved with
+
+_say_once = cache(say)
 
 
 class KLConfig(Section):
@@ -22,7 +28,10 @@ class KLConfig(Section):
         default="convex", description="objective: convex is (1−β)·r − β·KL, penalty is r − β·KL"
     )
     estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k1", description="estimator of the KL from log-probs; default with place: loss: k2"
+        default="k1",
+        description="estimator of the KL from log-probs; default with place: loss: k2, whose gradient there is that of"
+        " the KL of each token, without what the token does to the KL of later ones; that of k3 is the gradient of"
+        " KL(anchor, policy), not of the KL that is reported and held; k1 has none there and is refused",
     )
     place: Literal["reward", "loss"] = Field(
         default="reward", description="where the KL enters: in the reward of each token, or as a term of the loss"
@@ -41,7 +50,11 @@ class KLConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _k2_in_the_loss(cls, tree: Any) -> Any:
-        """k2's gradient in the loss is, on policy, that of k1 in the reward."""
+        """k2's gradient in the loss is, on policy, that of the KL of each token.
+
+        k1 in the reward has more: what a token does to the KL of later ones. k3's gradient in the loss is that of
+        KL(anchor, policy), and k1's is zero.
+        """
         wants_default = isinstance(tree, dict) and tree.get("place") == "loss" and "estimator" not in tree
         return {**tree, "estimator": "k2"} if wants_default else tree
 
@@ -116,8 +129,8 @@ class PPOConfig(Section):
     )
     value_init: Literal["reward", "fresh"] | None = Field(
         default=None,
-        description="start the critic as a copy of the reward adapter and head, or fresh; default: reward if a"
-        " reward adapter gives the scores",
+        description="start the critic as a copy of the reward adapter and head (scaled to the rewards of PPO), or"
+        " fresh; default: reward if a reward adapter gives the scores",
     )
     gamma: Share = Field(default=1.0, description="γ of GAE: discount per token")
     lam: Share = Field(default=0.95, description="λ of GAE: 1 uses returns only, 0 uses the critic's next value only")
@@ -125,7 +138,6 @@ class PPOConfig(Section):
     value_clip_range: float = Field(
         default=0.2, gt=0, description="clip the new value to this distance from the old one"
     )
-    value_coefficient: Rate = Field(default=0.1, description="weight of the value loss; the policy loss has weight 1")
     whiten_advantages: bool = Field(
         default=True, description="scale advantages to mean 0 and variance 1 over the tokens of a rollout"
     )
@@ -143,7 +155,7 @@ class PPOConfig(Section):
         description="steps between checkpoints; each is saved after its weights have produced a scored rollout",
     )
     keep_checkpoints: Positive = Field(
-        default=2, description="newest checkpoints to keep, besides the one with the highest reward less KL"
+        default=2, description="newest checkpoints to keep, besides the one with the best objective of `kl.form`"
     )
     eval_every: Positive | None = Field(
         default=None, description="steps between small evaluations by the judge of the evaluate section; default: none"
@@ -152,6 +164,19 @@ class PPOConfig(Section):
         default=32, description="prompts in each of these evaluations: the first ones of evaluate.prompts"
     )
     samples_every: Positive = Field(default=5, description="steps between samples in samples.jsonl")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _critics_loss_has_no_weight(cls, tree: Any) -> Any:
+        """Recipes of earlier versions have `value_coefficient`; it did little more than scale the clipped gradient."""
+        if not isinstance(tree, dict) or "value_coefficient" not in tree:
+            return tree
+        if tree["value_coefficient"] != FORMER_COEFFICIENT:
+            _say_once(
+                "ppo.value_coefficient does nothing: the critic has an optimizer of its own; use"
+                " ppo.value_learning_rate"
+            )
+        return {key: value for key, value in tree.items() if key != "value_coefficient"}
 
     @model_validator(mode="after")
     def _cross_checks(self) -> PPOConfig:

@@ -209,6 +209,14 @@ class ModelWithRoles(nn.Module):
         named = self._named(role, lambda module: dict(module.named_parameters()))
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
+    def role_starts(self, role: str) -> dict[str, Tensor]:
+        """The initial A0 and B0 by the names of A and B, of the layers where B0 is not zero: there the anchor is."""
+        if role in self.own_models:
+            return {}
+        initial = {"initial_A_RI": "lora_A", "initial_B_OR": "lora_B"}
+        parts = ((name.rpartition("."), tensor) for name, tensor in self._named(role, unique_tensors))
+        return {f"{layer}.{initial[last]}": tensor for (layer, _, last), tensor in parts if last in initial}
+
     def export_adapter(self, role: str, path: str | Path, rank: int | None = None) -> None:
         """Write a role as a plain PEFT LoRA of rank 2r (r where B0 is zero) for the original base; see `export.py`.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,30 @@ MASTER = "master"
 
 
 class PlainAdamW:
-    """torch's AdamW on the parameters themselves, or on fp32 copies of those that are narrower."""
+    """torch's AdamW on the parameters themselves, or on fp32 copies of those that are narrower.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
+    starts: what weight decay pulls a parameter to, by name; 0 without one.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        config: OptimizerConfig,
+        starts: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self._parameters = parameters
         self._masters = {name: p if is_wide(p) else nn.Parameter(p.detach().float()) for name, p in parameters.items()}
         self._adamw = adamw(list(self._masters.values()), config)
+        decay = config.weight_decay
+        self._pulls = [(self._masters[n], start, decay) for n, start in starts.items() if decay and n in parameters]
 
     def step(self, rate: float) -> None:
         narrow = [(p, self._masters[name]) for name, p in self._parameters.items() if p is not self._masters[name]]
         for parameter, master in narrow:
             master.grad = None if parameter.grad is None else parameter.grad.float()
         self._adamw.param_groups[0]["lr"] = rate
+        for master, start, decay in self._pulls:
+            pull(master, start, rate * decay)
         self._adamw.step()
         for parameter, master in narrow:
             parameter.data.copy_(master)
@@ -51,6 +64,12 @@ class PlainAdamW:
             moments = {m: tensors[f"{name}/{m}"].to(master.device, copy=True) for m in MOMENTS}
             step = torch.tensor(float(steps), device=master.device)  # where a fused AdamW reads it
             self._adamw.state[master] = {"step": step, **moments}
+
+
+def pull(parameter: Tensor, start: Tensor, share: float) -> None:
+    """Make the decay of AdamW's next step one towards `start`: (p + c)·(1 − share) = p − share·(p − start)."""
+    with torch.no_grad():
+        parameter.add_(start, alpha=share / (1 - share))
 
 
 def adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:

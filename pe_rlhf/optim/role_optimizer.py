@@ -11,7 +11,8 @@ Steps are made in fp32. Adapters and heads are fp32 anyway; weights of a narrowe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,11 +31,15 @@ CHECKPOINT_PREFIX = "engine/"  # of the optimizer's tensors in checkpoints, thos
 
 @dataclass(frozen=True)
 class RoleGroup:
-    """The parameters of one role by name, and the role's learning rate at full height."""
+    """The parameters of one role by name, and the role's learning rate at full height.
+
+    starts: what weight decay pulls a parameter to, by name; of one that is not there it is 0.
+    """
 
     role: str
     parameters: dict[str, nn.Parameter]
     learning_rate: float
+    starts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -77,7 +82,9 @@ class RoleOptimizer:
             _Slice(
                 group.role,
                 factor,
-                PlainAdamW(parameters, config) if deepspeed is None else ZeRO(parameters, config, deepspeed),
+                PlainAdamW(parameters, config, group.starts)
+                if deepspeed is None
+                else ZeRO(parameters, config, deepspeed, group.starts),
             )
             for group in groups
             for factor, parameters in learning_rate_groups(group.parameters, config.lora_plus_ratio)

@@ -6,6 +6,7 @@ The one file that imports DeepSpeed.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.optim.adamw import MASTER, MOMENTS, adamw, flatten, is_wide, unflatten
+from pe_rlhf.optim.adamw import MASTER, MOMENTS, adamw, flatten, is_wide, pull, unflatten
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import accelerator_environment, launched
 
@@ -29,9 +30,16 @@ class ZeRO:
     that every ZeRO stage supports.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig, deepspeed: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        config: OptimizerConfig,
+        deepspeed: dict[str, Any],
+        starts: Mapping[str, Tensor],
+    ) -> None:
         self._names, self._parameters = list(parameters), list(parameters.values())
         self._config, self._deepspeed = config, deepspeed
+        self._starts = starts if config.weight_decay else {}
 
     @cached_property
     def _copy(self) -> nn.Parameter:
@@ -47,6 +55,8 @@ class ZeRO:
         return engine
 
     def step(self, rate: float) -> None:
+        if self._starts:
+            self._pull(rate * self._config.weight_decay)
         self._step(rate, flatten([p.grad for p in self._parameters if p.grad is not None]).float())
         for parameter, value in zip(self._parameters, unflatten(self._copy.detach(), self._parameters), strict=True):
             parameter.data.copy_(value)
@@ -81,6 +91,17 @@ class ZeRO:
         self._engine.optimizer.param_groups[0]["lr"] = rate
         self._engine.backward((self._copy * gradient).sum())
         self._engine.step()
+
+    def _pull(self, share: float) -> None:
+        """`adamw.pull` on the copy, and on the whole of what ZeRO keeps of it."""
+        zero = {n: torch.zeros_like(p) for n, p in zip(self._names, self._parameters, strict=True)}
+        start = flatten([self._starts.get(name, zero[name]) for name in self._names]).float()
+        _ = self._engine
+        if not hasattr(self._copy, "_hp_mapping"):
+            return pull(self._copy, start, share)
+        whole = import_deepspeed().utils.safe_get_full_fp32_param(self._copy).clone()
+        pull(whole, start.to(whole.device), share)
+        return import_deepspeed().utils.safe_set_full_fp32_param(self._copy, whole)
 
     def _moment(self, moment: str) -> Tensor:
         """The whole moment, flat; every rank calls this."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from pe_rlhf.adapters.layer_statistics import StatisticsSource
 from pe_rlhf.adapters.lora.init_registry import get_init
 from pe_rlhf.adapters.specs import AdapterSpec
@@ -66,10 +68,10 @@ def add_critic(
     statistics: StatisticsSource,
     start_from: str | None,
 ) -> None:
-    """The critic, as a copy of the role `start_from`, or fresh where that is None."""
+    """The critic: a copy of the role `start_from`, its head scaled by `critic_scale`, or fresh where that is None."""
     if start_from is None:
-        add_role(context, backbone, role, adapter, statistics)
-    elif context.recipe.tuning == "full":
+        return add_role(context, backbone, role, adapter, statistics)
+    if context.recipe.tuning == "full":
         backbone.add_own_weights(role, start_from)
     elif start_from in backbone.own_models:
         raise InputError(
@@ -80,3 +82,13 @@ def add_critic(
         )
     else:
         backbone.copy_role(start_from, role)
+    with torch.no_grad():
+        for parameter in backbone.head(role).parameters():
+            parameter.mul_(critic_scale(context.config))
+    return None
+
+
+def critic_scale(config: PPOConfig) -> float:
+    """From the reward model's unit to that of PPO's rewards: the source's weight and, with kl.form: convex, 1 − β."""
+    weight = next((source.weight for source in config.reward if source.adapter is not None), 1.0)
+    return weight * (1 - config.kl.beta if config.kl.form == "convex" else 1.0)

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from pe_rlhf.algo.kl import adapt_beta
+from pe_rlhf.algo.rewards import kl_objective
 from pe_rlhf.config import KLConfig, PPOConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptOrder
@@ -122,7 +123,10 @@ def _add_roles(
     add_role(context, backbone, POLICY, adapter, anchor.policy_statistics())
     add_critic(context, backbone, VALUE, adapter, anchor.value_statistics(), start_from)
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
-    groups = [RoleGroup(role, backbone.role_parameters(role), rate) for role, rate in rates.items()]
+    groups = [
+        RoleGroup(role, backbone.role_parameters(role), rate, backbone.role_starts(role))
+        for role, rate in rates.items()
+    ]
     total_steps = config.steps * config.epochs * config.minibatches
     return RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed)
 
@@ -208,7 +212,7 @@ def _save(
 ) -> None:
     """`metrics` are those of the newest rollout: sampled from these weights, or before the update that made them."""
     config = context.config
-    score = metrics["reward"] - config.kl.beta * metrics["kl"]
+    score = kl_objective(metrics["reward_shaped"], metrics["kl"], beta=config.kl.beta, form=config.kl.form)
     tensors, specs = roles_in(backbone, POLICY, VALUE)
     tensors |= with_prefix(CHECKPOINT_PREFIX, optimizer.state(copy=False))
     save_checkpoint(context.folder, step, tensors, {"beta": beta} | specs, keep=config.keep_checkpoints, score=score)

@@ -50,6 +50,7 @@ def collect_experience(
 
     metrics = {
         "reward": scores_B.mean().item(),
+        "reward_shaped": estimate.shaped_B.mean().item(),
         "reward_std": scores_B.std(correction=0).item(),
         "kl": torch.where(mask_BR, old_BR - anchor_BR, 0.0).sum(dim=1).mean().item(),
         "kl_per_token": masked_mean(old_BR - anchor_BR, mask_BR).item(),
@@ -66,8 +67,9 @@ def collect_experience(
             key="ppo.value_learning_rate",
             fix="lower ppo.value_learning_rate",
         )
-    experience = Experience(sequences, mask_BR, old_BR, anchor_BR, values_BR, *estimate, weights_BR, scores_B)
-    return experience, metrics
+    advantages_BR, returns_BR, _ = estimate
+    estimates = (values_BR, advantages_BR, returns_BR)
+    return Experience(sequences, mask_BR, old_BR, anchor_BR, *estimates, weights_BR, scores_B), metrics
 
 
 def shaping_of(config: PPOConfig, beta: float) -> Shaping:

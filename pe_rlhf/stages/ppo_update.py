@@ -101,7 +101,7 @@ def _accumulate(
             clip_range=config.value_clip_range,
             tokens=tokens,
         )
-        optimizer.backward(share * config.value_coefficient * value.loss)
+        optimizer.backward(share * value.loss)
         if not counts:
             continue
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pe_rlhf.config import Recipe
+from pe_rlhf.config import PPOConfig, Recipe
 from pe_rlhf.config.load import bundled, find_recipe, load_recipe, read_tree, save_recipe
 from reward.errors import InputError, Kind
 from tests.failures import raises
@@ -28,7 +28,7 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
     assert ppo is not None
     assert reward is not None
     # The settings that PPO papers agree on.
-    assert (ppo.gamma, ppo.lam, ppo.clip_range, ppo.value_clip_range, ppo.value_coefficient) == (1, 0.95, 0.2, 0.2, 0.1)
+    assert (ppo.gamma, ppo.lam, ppo.clip_range, ppo.value_clip_range) == (1, 0.95, 0.2, 0.2)
     assert (ppo.kl.form, ppo.kl.estimator, ppo.kl.place, ppo.kl.controller) == ("convex", "k1", "reward", "fixed")
     assert (ppo.rollout.top_k, ppo.rollout.top_p, ppo.rollout.temperature) == (0, 1.0, 1.0)
     assert (ppo.optimizer.eps, ppo.whiten_advantages, ppo.whiten_rewards) == (1e-5, True, False)
@@ -224,3 +224,12 @@ def test_a_key_may_stand_in_front_of_a_merged_one(tmp_path: Path) -> None:
     path = tmp_path / "merged.yaml"
     path.write_text("a: {b: &mine {<<: {x: 1}, x: 2}}\nc: {<<: *mine, y: 3}\n")
     assert read_tree(path) == {"a": {"b": {"x": 2}}, "c": {"x": 2, "y": 3}, "name": "merged"}
+
+
+def test_the_weight_of_the_critics_loss_is_taken_and_said_to_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Recipes that earlier versions saved have it, most of them at its default."""
+    for value, words in ((0.1, 0), (0.7, 1), (0.7, 0)):
+        config = PPOConfig.model_validate({"prompts": "p.jsonl", "value_coefficient": value})
+        assert config == PPOConfig.model_validate({"prompts": "p.jsonl"})
+        said = capsys.readouterr()
+        assert (said.out + said.err).count("ppo.value_coefficient") == words

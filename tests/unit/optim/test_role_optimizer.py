@@ -63,7 +63,9 @@ def train(
     return norms
 
 
-def numpy_adamw(start: Arrays, steps: int) -> tuple[Arrays, list[dict[str, float]]]:
+def numpy_adamw(
+    start: Arrays, steps: int, pull: dict[str, np.ndarray] | None = None
+) -> tuple[Arrays, list[dict[str, float]]]:
     """AdamW (arXiv 1711.05101, algorithm 2) in float64 with the settings of `CONFIG`, a role at a time."""
     weights = {role: {name: w.astype(np.float64) for name, w in named.items()} for role, named in start.items()}
     first, second = ({r: {n: np.zeros_like(w) for n, w in ws.items()} for r, ws in weights.items()} for _ in "mv")
@@ -83,13 +85,30 @@ def numpy_adamw(start: Arrays, steps: int) -> tuple[Arrays, list[dict[str, float
                 m = first[role][name] = beta1 * first[role][name] + (1 - beta1) * g
                 v = second[role][name] = beta2 * second[role][name] + (1 - beta2) * g**2
                 corrected = (m / (1 - beta1 ** (step + 1))) / (np.sqrt(v / (1 - beta2 ** (step + 1))) + 1e-3)
-                named[name] = w - rate * 0.1 * w - rate * corrected
+                named[name] = w - rate * 0.1 * (w - (pull or {}).get(name, 0.0)) - rate * corrected
         all_norms.append(norms)
     return weights, all_norms
 
 
 def as_numpy(parameters: dict[str, dict[str, nn.Parameter]]) -> Arrays:
     return {role: {name: p.detach().numpy().copy() for name, p in named.items()} for role, named in parameters.items()}
+
+
+@pytest.mark.parametrize("deepspeed", [None, {}, {"zero_optimization": {"stage": 2}}], ids=["plain", "ds", "zero2"])
+def test_weight_decay_pulls_to_where_a_parameter_started(deepspeed: dict[str, Any] | None) -> None:
+    """Of both roles `a` has a place that it is pulled to; `b` and `head` are pulled to 0."""
+    if deepspeed is not None:
+        from pe_rlhf.optim.zero import init_processes
+
+        init_processes(wants_deepspeed=True)
+    for role, named in fresh().items():
+        place = np.full(SHAPES[role]["a"], 3.0)
+        start = {name: parameter.detach().numpy().copy() for name, parameter in named.items()}
+        expected, _ = numpy_adamw({role: start}, 5, {"a": place})
+        group = RoleGroup(role, named, RATES[role], {"a": torch.tensor(place, dtype=torch.float32)})
+        train(RoleOptimizer([group], CONFIG, TOTAL, deepspeed), {role: named}, range(5))
+        for name, parameter in named.items():
+            np.testing.assert_allclose(parameter.detach().numpy(), expected[role][name], atol=2e-6)
 
 
 def test_steps_are_those_of_adamw_written_out() -> None:

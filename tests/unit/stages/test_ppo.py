@@ -130,7 +130,7 @@ def test_a_critic_starts_at_zero_without_a_reward_adapter(tmp_path: Path) -> Non
 def test_a_critic_starts_from_the_reward_adapter(tmp_path: Path, value_init: str | None) -> None:
     tree = recipe(tmp_path, value_init=value_init)
     source = saved_reward(tree, tmp_path)
-    tree["ppo"]["reward"] = [{"adapter": source}]
+    tree["ppo"] |= {"reward": [{"adapter": source, "weight": 2.0}], "kl": {"beta": 0.1}}
     state = value_at_start(tree, tmp_path)
     reward = load_file(Path(source) / "role.safetensors")
     if value_init == "fresh":
@@ -138,13 +138,16 @@ def test_a_critic_starts_from_the_reward_adapter(tmp_path: Path, value_init: str
         return
     assert state.keys() == reward.keys()
     for name, tensor in reward.items():
-        torch.testing.assert_close(state[name], tensor, atol=1e-12, rtol=0, msg=name)
+        # The head in the unit of PPO's rewards: by hand 2·(1 − 0.1).
+        expected = 1.8 * tensor if name.startswith("head.") else tensor
+        torch.testing.assert_close(state[name], expected, atol=1e-7, rtol=0, msg=name)
 
 
 def test_a_critic_starts_from_the_runs_reward_adapter_where_a_function_scores(tmp_path: Path) -> None:
     pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     tree = recipe(tmp_path, value_init="reward") | {"reward": {"data": str(tmp_path / "pairs.jsonl"), "batch_size": 4}}
+    tree["ppo"] |= {"kl": {"form": "penalty"}}
     state = value_at_start(tree, tmp_path)
     reward = load_file(tmp_path / "run" / "reward" / "adapter" / "role.safetensors")
     assert state.keys() == reward.keys()
@@ -199,17 +202,20 @@ def test_the_schedule_ends_with_the_last_minibatch(tmp_path: Path) -> None:
     assert [line["lr_value"] for line in metrics(tmp_path)] == pytest.approx(means)
 
 
-def test_checkpoints_are_ranked_by_the_reward_minus_the_kl(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "weight"), [("convex", 0.7), ("penalty", 1.0)])
+def test_checkpoints_are_ranked_by_the_objective_penalties_included(tmp_path: Path, form: str, weight: float) -> None:
     """A checkpoint's score is that of the rollout from its own weights, which is the next step's; the last has none."""
-    settings = {"checkpoint_every": 1, "keep_checkpoints": 9, "kl": {"beta": 0.5}, "learning_rate": 5e-2}
-    run(recipe(tmp_path, steps=4, **settings), tmp_path / "run")
-    worth = [line["reward"] - 0.5 * line["kl"] for line in metrics(tmp_path)]
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 9, "learning_rate": 5e-2, "length_penalty": 0.2}
+    run(recipe(tmp_path, steps=4, kl={"beta": 0.3, "form": form}, **settings), tmp_path / "run")
+    for line in metrics(tmp_path):
+        assert line["reward_shaped"] == pytest.approx(line["reward"] - 0.2 * line["response_length"], abs=1e-5)
+    worth = [weight * line["reward_shaped"] - 0.3 * line["kl"] for line in metrics(tmp_path)]
     assert max(line["kl"] for line in metrics(tmp_path)) > 0.05
     states = [
         json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "ppo").glob("checkpoints/*/state.json"))
     ]
     assert [state["step"] for state in states] == [1, 2, 3, 4]
-    assert [state["score"] for state in states] == pytest.approx([*worth[1:], worth[-1]])
+    assert [state["score"] for state in states] == pytest.approx([*worth[1:], worth[-1]], abs=1e-5)
 
 
 def test_samples_of_a_step_that_is_repeated_are_there_once(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def naive_losses(
             statistics["value_clip_fraction"].append(float(value_is_clipped))
             statistics["entropy"].append(-(distribution_V.exp() * distribution_V).sum().item())
     means = {name: sum(values) / len(values) for name, values in statistics.items()}
-    return torch.stack(policy_terms).mean(), config.value_coefficient * torch.stack(value_terms).mean(), means
+    return torch.stack(policy_terms).mean(), torch.stack(value_terms).mean(), means
 
 
 def trainable(role: PlainRole, backbone: Backbone, name: str) -> dict[str, Tensor]:
@@ -134,7 +134,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "micro-batches": {"micro_batch_tokens": 16},
     "clips": {"clip_range": 0.05, "value_clip_range": 0.4},
-    "coefficient": {"value_coefficient": 0.7},
     "temperature": {"rollout": {"temperature": 0.6}},
     "k2 in the loss": {"kl": {"place": "loss", "estimator": "k2"}, "micro_batch_tokens": 16},
     "k3 in the loss": {"kl": {"place": "loss", "estimator": "k3"}, "rollout": {"temperature": 1.5}},
@@ -166,7 +165,7 @@ def test_gradients_are_those_of_the_whole_batch(name: str) -> None:
     assert 0 < expected["value_clip_fraction"] < 1
     for statistic, mean in expected.items():
         assert metrics[statistic] == pytest.approx(mean, abs=1e-4)
-    assert metrics["value_loss"] == pytest.approx(value_loss.item() / config.value_coefficient, abs=1e-4)
+    assert metrics["value_loss"] == pytest.approx(value_loss.item(), abs=1e-4)
     if config.kl.place == "reward":
         assert metrics["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-4)
     norms = {
