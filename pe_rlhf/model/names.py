@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -33,7 +36,10 @@ from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import seeded
 from reward.errors import InputError
 
-TINY_RANDOM_MODEL = "random:tiny-llama"
+TINY_RANDOM_MODEL, TINY_RANDOM_FOLDER = "random:tiny-llama", "tiny-random-llama-2"
+
+# Names of files are none: a mistyped one would otherwise be looked for on the hub.
+HUB_ID = re.compile(r"(?!.*\.(json|jsonl|gz|csv|txt|yaml|yml|safetensors|bin|gguf|parquet)$)[\w.-]+(/[\w.-]+)?")
 
 MODEL_CONFIG = "config.json"  # every model that transformers saves has one
 
@@ -60,8 +66,27 @@ def resolve_model(name: str) -> str:
     if name.startswith("pip:"):
         return str(_pip_model_dir(name.removeprefix("pip:")))
     if name == TINY_RANDOM_MODEL:
-        return str(_cached("tiny-random-llama-2", _make_tiny_random))
+        return str(_cached(TINY_RANDOM_FOLDER, _make_tiny_random))
     return str(Path(name).expanduser().resolve()) if _looks_local(name) else name
+
+
+def model_at_hand(name: str) -> str | None:
+    """As `resolve_model` where the model is there already: None where it would have to be made or fetched.
+
+    Raises `InputError` as `resolve_model` does.
+    """
+    check_model_name(name)
+    package = name.removeprefix("pip:")
+    if package != name or name == TINY_RANDOM_MODEL:
+        folder = TINY_RANDOM_FOLDER if package == name else f"{package}-{PIP_MODELS[package].version}"
+        made = cache_dir() / "models" / folder
+        return str(made) if (made / MODEL_CONFIG).is_file() else None
+    return resolve_model(name) if _looks_local(name) else _in_hub_cache(name)
+
+
+def _in_hub_cache(name: str) -> str | None:
+    found = try_to_load_from_cache(name, MODEL_CONFIG)
+    return name if isinstance(found, str) else None
 
 
 def check_model_name(name: str, key: str = "model") -> None:
@@ -76,10 +101,32 @@ def check_model_name(name: str, key: str = "model") -> None:
         raise InputError(
             f"{key}: {name!r} is not known; the random model is {TINY_RANDOM_MODEL}", kind="unknown", key=key
         )
+    if package != name or name == TINY_RANDOM_MODEL:
+        return
+    if not _looks_local(name) and not HUB_ID.fullmatch(name):
+        raise InputError(
+            f"{key}: {name!r} is neither a directory that is there nor a hub id, which is NAME or OWNER/NAME",
+            kind="missing",
+            key=key,
+            file=name,
+        )
+    if not _looks_local(name) and (near := _beside(Path(name))):
+        raise InputError(
+            f"{key}: there is no directory {name!r}", kind="missing", key=key, file=name, fix=f"did you mean {near!r}?"
+        )
     if _looks_local(name) and not (Path(name).expanduser() / MODEL_CONFIG).is_file():
         raise InputError(
             f"{key}: {name!r} is not a directory with a {MODEL_CONFIG}", kind="missing", key=key, file=name
         )
+
+
+def _beside(path: Path) -> str | None:
+    """A directory of nearly that name in the same folder: then the name is a mistyped one and no hub id."""
+    if path.parent == Path() or not path.parent.is_dir():
+        return None
+    names = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return str(path.parent / near[0]) if near else None
 
 
 def _looks_local(name: str) -> bool:

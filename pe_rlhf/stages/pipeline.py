@@ -26,6 +26,7 @@ from pe_rlhf.scoring.model_judges import check_judge
 from pe_rlhf.scoring.scorers import find_reward
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.preflight import check_model
 from pe_rlhf.system.distributed import on_main, world_size
 from pe_rlhf.system.failures import ElsewhereError, Stopped, TrainingError, failure_noted
 from pe_rlhf.system.files import locked
@@ -34,6 +35,7 @@ from pe_rlhf.system.processes import launched
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 from reward.judges import load_score_function
+from reward.records import Prompt
 
 RUN: dict[str, Callable[[StageContext[Any]], dict[str, Any]]] = {
     "sft": sft.run,
@@ -145,25 +147,32 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
         check_model_name(recipe.model)
     if launched() and "sft" in stages and "sft" not in finished:
         raise InputError(
-            "sft: TRL's trainer is for one process; run it first with `pe-rlhf run RECIPE --to sft`, then launch the"
-            " other stages with --resume"
+            "sft: TRL's trainer is for one process",
+            kind="conflict",
+            key="sft",
+            fix="run it first with `pe-rlhf run RECIPE --to sft`, then launch the other stages with --resume",
         )
     check_inits(recipe)
+    first: dict[str, Prompt] = {}
     for stage in stages:
         section = getattr(recipe, stage)
         check_installed(getattr(section, "rollout", None) or getattr(section, "sampling", None) or SamplerConfig())
         if (prompts := getattr(section, "prompts", None)) is not None:
-            load_prompts(prompts, f"{stage}.prompts")
+            first[stage] = load_prompts(prompts, f"{stage}.prompts")[0]
         if (judge := getattr(section, "judge", None)) is not None:
             check_judge(judge, run_dir)
     if recipe.sft is not None and "sft" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.sft, key)) is not None:
-                load_examples(source, f"sft.{key}", recipe.sft.max_bad_share)
+                examples, _ = load_examples(source, f"sft.{key}", recipe.sft.max_bad_share)
+                if examples and examples[0].prompt is not None:
+                    first.setdefault("sft", examples[0].prompt)
     if recipe.reward is not None and "reward" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.reward, key)) is not None:
-                load_preferences(source, f"reward.{key}", recipe.reward.max_bad_share)
+                records, _ = load_preferences(source, f"reward.{key}", recipe.reward.max_bad_share)
+                if records:
+                    first.setdefault("reward", records[0].prompt)
     if recipe.ppo is not None and "ppo" in stages:
         for source in recipe.ppo.reward:
             if source.function is not None:
@@ -172,6 +181,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
                 check_model_name(source.model, "ppo.reward.model")
             if source.adapter not in (None, "stage"):
                 find_reward(source.adapter, Path())
+    check_model(recipe, [stage for stage in stages if stage not in finished], first)
 
 
 def check_inits(recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ import pytest
 from pe_rlhf.model.names import resolve_model
 from reward.errors import Failure
 from tests.pairwise import every_pair
-from tests.runs import PAIRS, Tree, recipe, write_jsonl, write_recipe
+from tests.runs import PAIRS, Outcome, Tree, recipe, write_jsonl, write_recipe
 
 Fails = Callable[..., Failure]
 
@@ -143,3 +143,47 @@ def test_weights_that_are_cut_off(fails: Fails, tmp_path: Path, model_cache: Pat
 def test_what_a_model_cannot_do(fails: Fails, tmp_path: Path, changes: Tree, culprit: str) -> None:
     path = write_recipe(tmp_path, recipe("ppo", **changes))
     assert culprit in str(fails("run", path, "--run-dir", "out"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "key"),
+    [
+        ({"adapter__targets": ["q_prj"]}, "unknown", "adapter.targets"),
+        ({"adapter__rank": 10**9}, "conflict", "adapter.rank"),
+        ({"adapter__last_layers": 3}, "conflict", "adapter.last_layers"),
+        ({"ppo__adapter": {"targets": ["nowhere"]}}, "unknown", "adapter.targets"),
+        ({"ppo__rollout__max_new_tokens": 512}, "too_long", "ppo.rollout.max_new_tokens"),
+        ({"evaluate__sampling__max_new_tokens": 600}, "too_long", "evaluate.sampling.max_new_tokens"),
+        ({"chat_template": "{% for m in messages %}"}, "user_code", "chat_template"),
+        ({"chat_template": "{{ messages[0].nothing.below }}"}, "user_code", "chat_template"),
+        ({"chat_template": "{{ messages.__class__.__mro__[1].__subclasses__() }}"}, "user_code", "chat_template"),
+        ({"backbone__device": "cuda:99"}, "conflict", "backbone.device"),
+        ({"backbone__device": "meta"}, "conflict", "backbone.device"),
+        ({"model": "runs/a/b"}, "missing", "model"),
+        ({"model": "model.safetensors"}, "missing", "model"),
+        ({"model": "checkpoints/mdel"}, "missing", "model"),
+        ({"ppo__reward": [{"function": "takes_one:f"}]}, "user_code", None),
+        ({"evaluate__judge": "takes_one:f"}, "user_code", None),
+    ],
+)
+def test_a_dry_run_asks_the_model_and_the_functions(
+    fails: Fails, tmp_path: Path, changes: Tree, kind: str, key: str | None
+) -> None:
+    resolve_model("random:tiny-llama")
+    (tmp_path / "checkpoints/model").mkdir(parents=True)
+    (tmp_path / "takes_one.py").write_text("def f(prompts): return [0.0 for _ in prompts]\n")
+    failure = fails("run", write_recipe(tmp_path, recipe("ppo", "evaluate", **changes)), "--dry-run")
+    assert (failure.kind, failure.key) == (kind, key)
+
+
+def test_a_dry_run_shows_a_prompt_of_each_stage_as_the_model_reads_it(
+    cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    resolve_model("random:tiny-llama")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    path = write_recipe(tmp_path, recipe("reward", "ppo", chat_template=template))
+    outcome = cli("run", path, "--dry-run")
+    assert outcome.code == 0
+    shown = {line.partition(":")[0]: line for line in outcome.err.splitlines() if "as the model reads it" in line}
+    assert shown.keys() == {"reward", "ppo"}
+    assert "<user>Say something about the number 0" in shown["ppo"]
