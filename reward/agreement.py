@@ -14,13 +14,17 @@ from reward.winrate import win_rate
 
 @dataclass(frozen=True)
 class Agreement:
-    """accuracy: share of equal verdicts, with its interval. kappa: Cohen's, NaN where chance alone agrees fully."""
+    """accuracy: share of right verdicts, with its interval. kappa: Cohen's, NaN where chance alone agrees fully.
+
+    equal: share of equal verdicts, in which a tie beside a win is not half right.
+    """
 
     accuracy: float
     ci_low: float
     ci_high: float
     kappa: float
     n: int
+    equal: float
 
 
 def agreement(judge: Sequence[float], gold: Sequence[float]) -> Agreement:
@@ -38,4 +42,4 @@ def agreement(judge: Sequence[float], gold: Sequence[float]) -> Agreement:
     right = win_rate(np.where(equal_N, 1.0, np.where((judge_N == 0) & (gold_N != 0), 0.5, 0.0)))
     chance = sum(float((judge_N == v).mean() * (gold_N == v).mean()) for v in (-1, 0, 1))
     kappa = (float(equal_N.mean()) - chance) / (1 - chance) if chance < 1 else math.nan
-    return Agreement(right.win_rate, right.ci_low, right.ci_high, kappa, right.n)
+    return Agreement(right.win_rate, right.ci_low, right.ci_high, kappa, right.n, float(equal_N.mean()))

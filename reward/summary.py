@@ -6,11 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from reward.agreement import agreement
+from reward.agreement import Agreement, agreement
 from reward.errors import InputError
 from reward.length_control import length_controlled_win_rate
 from reward.verdicts import FIRST, SECOND, Verdict
@@ -124,12 +125,8 @@ def summarise(
         "bootstrap_high": high,
         "sign_test_p": sign_test(_cluster_means(preferences - 0.5, clusters)),
     }
-    line |= (
-        _order_metrics(valid)
-        | _label_mass(outcomes)
-        | _length_controlled(outcomes, difficulty, level)
-        | _human_metrics(valid)
-    )
+    line |= _order_metrics(valid) | _label_mass(outcomes) | _jury(valid)
+    line |= _length_controlled(outcomes, difficulty, level) | _human_metrics(valid)
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
 
 
@@ -155,6 +152,33 @@ def _label_mass(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Mean p(A) + p(B) of a chat model's first token, over all questions of which it is known."""
     known = [v.label_mass for outcome in outcomes for v in outcome.verdicts if v.label_mass is not None]
     return {"label_mass": float(np.mean(known))} if known else {}
+
+
+def _jury(valid: Sequence[Outcome]) -> dict[str, Any]:
+    """The win rate of each member of a jury, and how often two members decide alike, on average over members.
+
+    A member's votes on both orders are averaged; pairs on which one of two members has no vote are left out.
+    """
+    names = list(dict.fromkeys(name for outcome in valid for name in outcome.verdict.votes or ()))
+    votes = {name: [_vote(outcome, name) for outcome in valid] for name in names}
+    found: list[Agreement] = []
+    for one, other in combinations(names, 2):
+        both = [(a, b) for a, b in zip(votes[one], votes[other], strict=True) if not math.isnan(a + b)]
+        if both:
+            found.append(agreement([a for a, _ in both], [b for _, b in both]))
+    if not found:
+        return {}
+    kappas = [each.kappa for each in found if not math.isnan(each.kappa)]
+    return {
+        "jury_win_rates": {name: float(np.nanmean(cast)) for name, cast in votes.items() if not np.isnan(cast).all()},
+        "jury_agreement": float(np.mean([each.equal for each in found])),
+        "jury_kappa": float(np.mean(kappas)) if kappas else math.nan,
+    }
+
+
+def _vote(outcome: Outcome, name: str) -> float:
+    cast = [vote for v in outcome.verdicts if (vote := (v.votes or {}).get(name)) is not None]
+    return float(np.mean(cast)) if len(cast) == len(outcome.verdicts) else math.nan
 
 
 def _length_controlled(outcomes: Sequence[Outcome], difficulty: Sequence[float] | None, level: float) -> dict[str, Any]:

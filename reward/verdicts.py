@@ -13,6 +13,7 @@
 | `score_candidate`, `score_baseline` | optional: the scores of a judge that scores                                |
 | `human`        | optional: a person's preference, as `preference`                                                |
 | `label_mass`   | optional: p(A) + p(B) of a chat model's first token; low: it was about to say something else    |
+| `votes`        | optional: the preference of each member of a jury; null: no valid verdict                       |
 | `judge`, `judge_version` | optional: who gave the verdict; of each judge only its newest version counts          |
 
 AlpacaEval's `annotations.json` has `generator_2` (the candidate), `output_1`, `output_2` and a preference in [1, 2],
@@ -36,7 +37,7 @@ from reward.row_files import Row, in_line, number, probability, read_rows, whole
 FIRST, SECOND = "candidate_first", "baseline_first"
 ALPACA_COLUMNS = {"generator_2", "output_2", "len_output_2"}
 COLUMNS = {"score_a": "score_candidate", "score_b": "score_baseline"}  # the other fields are named as their columns
-OPTIONAL = ("difficulty", "human", "label_mass", "judge_version")  # columns that many judges do not write
+OPTIONAL = ("difficulty", "human", "label_mass", "judge_version", "votes")  # columns that many judges do not write
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Verdict:
     judge: str | None = None
     judge_version: str | None = None
     label_mass: float | None = None
+    votes: dict[str, float | None] | None = None
     key: str | None = None
 
     @property
@@ -78,7 +80,8 @@ class Verdict:
 
     def swap(self) -> Verdict:
         """The same answer to the swapped question."""
-        return replace(self, preference=1 - self.preference, score_a=self.score_b, score_b=self.score_a)
+        votes = self.votes and {name: None if p is None else 1 - p for name, p in self.votes.items()}
+        return replace(self, preference=1 - self.preference, score_a=self.score_b, score_b=self.score_a, votes=votes)
 
     @classmethod
     def not_understood(cls, why: str, raw: str | None = None, reason: str | None = None) -> Verdict:
@@ -115,6 +118,7 @@ class Verdict:
             sample=whole(row, "sample") or 0,
             human=probability(row, "human"),
             prompt=row.get("prompt"),
+            votes=votes if isinstance(votes := row.get("votes"), dict) else None,
             key=key if key is None or isinstance(key, str) else json.dumps(key),
             **{name: number(row, name) for name in numbers},
             **{name: row[name] for name in texts if isinstance(row.get(name), str)},

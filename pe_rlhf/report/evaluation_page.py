@@ -94,6 +94,9 @@ def _tiles(s: Row) -> list[Tile]:
     if (mass := s.get("label_mass")) is not None:
         detail = "of A and B as the judge's first token; low: it was about to say something else, and its text is read"
         tiles.append(Tile("Label mass", percent(mass), detail))
+    if (equal := s.get("jury_agreement")) is not None:
+        rates = ", ".join(f"{name} {percent(rate)}" for name, rate in s["jury_win_rates"].items())
+        tiles.append(Tile("Agreement of the jury", percent(equal), f"two members decide alike; win-rates: {rates}"))
     if s["invalid"]:
         tiles.append(Tile("Invalid", number(s["invalid"]), "pairs without a verdict that could be understood"))
     return tiles

@@ -31,7 +31,13 @@ from reward.asking import Pair, make_pairs
 from reward.summary import Outcome, summarise
 
 RESULTS = ("win_rate", "ci_low", "ci_high", "n", "wins", "ties", "losses", "invalid", "flip_share", "position_bias")
-RESULTS += ("label_mass", "length_controlled_win_rate", "length_controlled_ci_low", "length_controlled_ci_high")
+RESULTS += (
+    "label_mass",
+    "jury_agreement",
+    "length_controlled_win_rate",
+    "length_controlled_ci_low",
+    "length_controlled_ci_high",
+)
 
 
 def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:

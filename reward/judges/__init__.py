@@ -12,6 +12,7 @@
 | `llm`            | a chat model as a judge, over any `ChatBackend`                                       |
 | `answers`        | the verdict in a chat model's answer; `answer_words` has the patterns                 |
 | `templates`      | the prompts of chat models                                                            |
+| `jury`           | several judges as one                                                                 |
 | `chat_tokens`    | chats and labels as token ids, for local models                                       |
 | `hf_chat`        | the backend for a transformers model in this process                                  |
 | `endpoint`       | the backend for an OpenAI-compatible server; `server_errors` reads what it refuses    |

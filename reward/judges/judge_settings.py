@@ -40,10 +40,12 @@ class JudgeSettings(ServerSettings):
     """A judge with its settings. As plain text: `length`, `llm:MODEL`, `reward_model:RUN`, or `module:callable`."""
 
     kind: str = Field(
-        description="length, function, llm, reward_model, or a judge registered from Python; or KIND:TARGET"
+        description="length, function, llm, reward_model, jury, or a judge registered from Python; or KIND:TARGET"
     )
     target: str | None = Field(
-        default=None, description="llm: the model; reward_model: a run or a model; function: module:callable"
+        default=None,
+        description="llm: the model; reward_model: a run or a model; function: module:callable; jury: its judges,"
+        " separated by commas",
     )
     template: str = Field(
         default="general", description="llm: general, helpfulness, harmlessness, summarization, or a Jinja file"
@@ -68,6 +70,12 @@ class JudgeSettings(ServerSettings):
     gpu_memory_share: float = Field(
         default=0.5, gt=0, lt=1, description="llm with engine: vllm: share of the GPU's memory"
     )
+    members: list[str | dict[str, Any]] = Field(
+        default_factory=list, description="jury: its judges, as text or as sections"
+    )
+    vote: Literal["mean", "majority"] = Field(
+        default="mean", description="jury: mean of the verdicts, or 1, 0.5 or 0 by the majority of them"
+    )
     base_url: str | None = Field(
         default=None, description="llm: address of an OpenAI-compatible server; default: a local model"
     )
@@ -89,6 +97,19 @@ class JudgeSettings(ServerSettings):
         if self.engine == "vllm" and self.base_url:
             raise refusal("engine", "vllm is for a local model, base_url for a server; give one of them")
         return self
+
+    @field_validator("members")
+    @classmethod
+    def _are_judges(cls, members: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        for member in members:
+            cls.model_validate(_string_is_kind(member))
+        return members
+
+    @property
+    def judges(self) -> list[JudgeSettings]:
+        """The settings of a jury's members."""
+        named = [name.strip() for name in (self.target or "").split(",") if name.strip()]
+        return [type(self).model_validate(_string_is_kind(member)) for member in [*named, *self.members]]
 
     def needed_target(self, fix: str) -> str:
         """The target. Raises `InputError`, which says what to do, where there is none."""
