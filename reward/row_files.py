@@ -107,7 +107,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
 def _parsed(path: Path, line: int, text: str) -> Row:
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, line, f"not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise damaged(path, line, "not an object with named columns")
@@ -117,7 +117,7 @@ def _parsed(path: Path, line: int, text: str) -> Row:
 def _parsed_list(path: Path, text: str) -> list[Row]:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}", kind="unreadable", file=path) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: not a list of objects", kind="unreadable", file=path)

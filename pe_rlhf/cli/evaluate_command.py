@@ -62,6 +62,7 @@ def evaluate(
     from pe_rlhf.report.format import slug
     from pe_rlhf.runs.layout import EvaluationFiles
     from pe_rlhf.runs.own_output import claim_evaluation
+    from pe_rlhf.runs.saved_roles import is_endpoint
     from pe_rlhf.scoring.model_judges import check_judge, make_judge
     from pe_rlhf.system.files import locked
     from reward.asking import make_pairs
@@ -69,6 +70,14 @@ def evaluate(
     check_judge(settings.judge)
     trained = None if against else find_policy(candidate)
     baseline = against or (trained.base if trained else base_of_adapter(candidate))
+    if baseline is None and not Path(candidate).exists() and not is_endpoint(candidate):
+        raise InputError(
+            f"there is no run, adapter or file {candidate} here",
+            kind="missing",
+            key="CANDIDATE",
+            file=candidate,
+            fix="a model from the hub needs --against",
+        )
     if baseline is None:
         raise InputError(
             f"--against is missing: {candidate} is neither a run nor an adapter and has no base",

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from reward.errors import InputError
 
-HOST = re.compile(r"(\S+)\s+slots=([1-9]\d*)(\s+#.*)?")  # a line of a hostfile
+# The name goes to ssh, through a shell: it starts no option and holds nothing that a shell reads.
+HOST = re.compile(r"([\w:][\w.:-]*)\s+slots=([1-9]\d*)(\s+#.*)?")  # a line of a hostfile
 PORT_OF_SEVERAL_NODES = 29500
 
 

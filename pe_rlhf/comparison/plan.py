@@ -123,9 +123,17 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
     tree = read_tree(path, overrides)
     base = _settled(tree, path)
     if base.compare is None:
-        raise InputError(f"{path}: there is no compare section, which names the arms; see compare_inits_small")
+        raise InputError(
+            f"{path}: there is no compare section, which names the arms",
+            kind="missing",
+            key="compare",
+            file=path,
+            fix="see compare_inits_small",
+        )
     if base.ppo is None:
-        raise InputError(f"{path}: arms are compared by their PPO stage, and there is none")
+        raise InputError(
+            f"{path}: arms are compared by their PPO stage, and there is none", kind="missing", key="ppo", file=path
+        )
     where = (root or Path("comparisons") / base.name).absolute()
     plan = Plan(path, where, tree, base, base.compare, _arms(base.compare), overrides)
     _refuse_settings_without_effect(plan)

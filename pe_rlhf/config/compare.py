@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pe_rlhf.config.model import INIT_OPTIONS
-from pe_rlhf.config.section import Positive, Section, Share
+from pe_rlhf.config.section import Positive, Section, Share, refusal
 
 SHORT_KEYS = {
     "init": "adapter.init",
@@ -27,7 +27,7 @@ class TuneConfig(Section):
     @model_validator(mode="after")
     def _positive_factors(self) -> TuneConfig:
         if any(factor <= 0 for factor in self.lr_factors) or len(set(self.lr_factors)) != len(self.lr_factors):
-            raise ValueError("lr_factors: positive numbers, each once")
+            raise refusal("lr_factors", "positive numbers, each once", "invalid")
         return self
 
 
@@ -79,7 +79,7 @@ class CompareConfig(Section):
     def _seed_axis(cls, tree: Any) -> Any:
         if isinstance(tree, dict) and isinstance(grid := tree.get("grid"), dict) and "seed" in grid:
             if "seeds" in tree:
-                raise ValueError("give the seeds in seeds or in grid.seed, not in both")
+                raise refusal("grid.seed", "give the seeds in seeds or in grid.seed, not in both")
             rest = {key: values for key, values in grid.items() if key != "seed"}
             return {**tree, "grid": rest, "seeds": grid["seed"]}
         return tree
@@ -87,11 +87,11 @@ class CompareConfig(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> CompareConfig:
         if not self.grid and not self.arms:
-            raise ValueError("there are no arms: give grid, arms or both")
+            raise refusal("grid", "there are no arms: give grid, arms or both", "missing")
         if empty := [key for key, values in self.grid.items() if not values]:
-            raise ValueError(f"grid.{empty[0]} has no values")
+            raise refusal(f"grid.{empty[0]}", "it has no values", "empty")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError("seeds: whole numbers from 0 on, each once")
+            raise refusal("seeds", "whole numbers from 0 on, each once", "invalid")
         if self.tune and self.tune.seed in self.seeds:
-            raise ValueError(f"tune.seed: {self.tune.seed} is one of seeds; keep a seed of its own for the trials")
+            raise refusal("tune.seed", f"{self.tune.seed} is one of seeds; keep a seed of its own for the trials")
         return self

@@ -57,7 +57,7 @@ def load_deepspeed_config(name: str) -> dict[str, Any]:
         path = bundled("launch") / f"{name}.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         message = f"deepspeed: {path} cannot be read: {error}"
         raise InputError(message, kind=kind, key="deepspeed", file=path) from error
@@ -84,7 +84,7 @@ def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
         where = f" line {line}" if mark else ""
         message = f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}"
         raise InputError(message, kind="unreadable", file=path, row=line) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # bytes that are no text, numbers of thousands of digits
         raise InputError(f"{path}: cannot be read: {error}", kind="unreadable", file=path) from error
     if not isinstance(tree, dict):
         message = f"{path}: a recipe is a mapping of keys, this file holds {_describe(tree)}"
@@ -195,7 +195,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise InputError(f"override {override!r} is not of the form key.sub=value", kind="invalid", key=override)
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         message = f"override {override!r}: the value is not valid YAML"
         raise InputError(message, kind="unreadable", key=key) from error
     set_key(tree, key, value, f"override {override!r}")

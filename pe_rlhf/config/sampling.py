@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pe_rlhf.config.section import Positive, Section
+from pe_rlhf.config.section import Positive, Section, refusal
 
 
 class SamplerConfig(Section):
@@ -46,13 +46,13 @@ class SamplerConfig(Section):
     @model_validator(mode="after")
     def _engine_fits(self) -> SamplerConfig:
         if self.engine == "hf" and (self.mode == "server" or self.urls):
-            raise ValueError("mode and urls are vLLM's; set engine: vllm or leave them out")
+            raise refusal("engine", "mode and urls are vLLM's; set engine: vllm or leave them out")
         if self.mode == "server" and not self.urls:
-            raise ValueError("mode: server needs the servers' addresses in urls")
+            raise refusal("urls", "mode: server needs the servers' addresses in urls", "missing")
         if self.mode == "embedded" and self.urls:
-            raise ValueError("urls are for mode: server")
+            raise refusal("urls", "they are for mode: server")
         if wrong := [url for url in self.urls if not url.startswith(("http://", "https://"))]:
-            raise ValueError(f"urls: {wrong[0]!r} does not start with http:// or https://")
+            raise refusal("urls", f"{wrong[0]!r} does not start with http:// or https://", "invalid")
         return self
 
 
@@ -99,8 +99,9 @@ class RolloutConfig(SamplingConfig):
     @model_validator(mode="after")
     def _no_biased_sampling(self) -> RolloutConfig:
         if (self.top_k or self.top_p < 1) and not self.allow_truncated_sampling:
-            raise ValueError(
+            raise refusal(
+                "top_k" if self.top_k else "top_p",
                 "top_k and top_p change the distribution that the log-probs are of;"
-                " leave them off or set allow_truncated_sampling: true"
+                " leave them off or set allow_truncated_sampling: true",
             )
         return self

@@ -133,7 +133,7 @@ def test_trials_of_an_arm_with_its_own_reward_model_share_one(tmp_path: Path) ->
         ({"arms": [{"name": "a"}, {"name": "b", "rank": 2}]}, "the arms 'a' and 'b' come to the same run"),
         ({"grid": {"rnak": [1, 2]}}, "unknown key 'rnak'; did you mean 'name'|unknown key 'rnak'"),
         ({"grid": {"model.size": [1]}}, "compare, arm '1': model is 'random:tiny-llama' and has no 'size' below it"),
-        ({"grid": {"rank": []}}, "grid.rank has no values"),
+        ({"grid": {"rank": []}}, "grid.rank: it has no values"),
         ({"seeds": [1]}, "there are no arms"),
         ({"grid": {"rank": [1]}, "seeds": [1, 1]}, "each once"),
         ({"grid": {"rank": [1]}, "seeds": [1], "tune": {"lr_factors": [1], "seed": 1}}, "tune.seed: 1 is one of seeds"),

@@ -85,7 +85,7 @@ def test_answers_that_are_fine(response: list[int], logprobs: list[float]) -> No
     [
         ({"mode": "server"}, "set engine: vllm"),
         ({"engine": "vllm", "mode": "server"}, "needs the servers' addresses"),
-        ({"engine": "vllm", "urls": ["http://a:1"]}, "urls are for mode: server"),
+        ({"engine": "vllm", "urls": ["http://a:1"]}, "they are for mode: server"),
         ({"engine": "vllm", "mode": "server", "urls": ["a:1"]}, "'a:1' does not start with http"),
     ],
 )
