@@ -17,6 +17,7 @@ from pe_rlhf.report.charts import draw_lines, draw_reliability, points
 from pe_rlhf.report.format import conversation, duration, gibibytes, number, percent, preferred
 from pe_rlhf.report.page import Interval, Page, Plot, Sample, Section, Table, Text, Tile
 from pe_rlhf.runs.layout import STAGE_INFO, RunFiles, StageFiles
+from pe_rlhf.runs.learning_flags import ppo_flags, reward_flags
 from pe_rlhf.runs.over_optimisation import Row, judge_turned_down
 from pe_rlhf.system.files import read_json, read_jsonl, write_whole
 from reward.errors import InputError
@@ -118,6 +119,7 @@ def write_report(run_dir: Path) -> Path:
         alert=f"Failed: {failure.get('message', '')}" if failure and unfinished else "",
         tiles=_tiles(stages),
         sections=[
+            Section("Warnings", items=_warnings(stages)),
             _ppo(stages.get("ppo")),
             Section("Reward model", plots=_plots(stages.get("reward"), REWARD) + _reliability(stages.get("reward"))),
             Section("Supervised fine-tuning", plots=_plots(stages.get("sft"), SFT)),
@@ -147,6 +149,14 @@ def _read_recipe(path: Path) -> tuple[str, Row]:
     if not isinstance(recipe, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values", kind="unreadable", file=path)
     return text, recipe
+
+
+def _warnings(stages: dict[str, Stage]) -> list[str]:
+    """What the record says is wrong, of unfinished stages too."""
+    found = {"reward": reward_flags, "ppo": lambda _: ppo_flags(stages["ppo"].metrics)}
+    return [
+        f"{name}: {text}" for name, flags in found.items() if name in stages for text in flags(stages[name].summary)
+    ]
 
 
 def _tiles(stages: dict[str, Stage]) -> list[Tile]:

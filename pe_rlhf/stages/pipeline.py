@@ -219,6 +219,8 @@ def _run_stage(context: StageContext[Any]) -> None:
         if not is_out_of_memory(error):
             raise
         raise _out_of_memory(context.stage, error) from error
+    for warning in summary.get("warnings", []):
+        say(f"warning: {context.stage}: {warning}")
     say(f"{context.stage}: done in {summary['seconds']:.0f} s, {context.folder}")
 
 

@@ -24,6 +24,7 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
+from pe_rlhf.runs.learning_flags import ppo_flags
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.scorers import Scorer, make_scorer
 from pe_rlhf.stages.add_roles import add_critic, add_role, critic_start
@@ -162,11 +163,11 @@ def _timing(seconds: dict[str, float], tokens: int, epochs: int) -> dict[str, fl
 
 
 def _line(step: int, total: int, f: dict[str, float]) -> str:
+    rates = " ".join(f"{phase} {f[f'tokens_per_second_{phase}']:.0f}" for phase in ("rollout", "score", "update"))
     return (
-        f"ppo {step}/{total}: reward {f['reward']:.3f}, kl {f['kl']:.2f}, entropy {f['entropy']:.2f}, clipped"
-        f" {f['clip_fraction']:.3f}, value fit {f['explained_variance']:.2f}, length {f['response_length']:.1f}"
-        f", tokens/s rollout {f['tokens_per_second_rollout']:.0f} score {f['tokens_per_second_score']:.0f} update"
-        f" {f['tokens_per_second_update']:.0f}"
+        f"ppo {step}/{total}: reward {f['reward']:.3f}, kl {f['kl']:.2f}, entropy {f['entropy']:.2f}"
+        f", clip_fraction {f['clip_fraction']:.3f}, explained_variance {f['explained_variance']:.2f}"
+        f", length {f['response_length']:.1f}, tokens/s {rates}"
     )
 
 
@@ -234,4 +235,5 @@ def _summary(context: StageContext[PPOConfig], backbone: Backbone) -> dict[str, 
         ),
         "seconds": round(seconds, 2),
         **peak_memory(),
+        "warnings": ppo_flags(lines),
     }

@@ -25,6 +25,7 @@ from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.layout import RunFiles, StageFiles
+from pe_rlhf.runs.learning_flags import reward_flags
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
@@ -109,6 +110,7 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
         "seconds": round(seconds_before + time.monotonic() - start, 2),
         **peak_memory(),
     }
+    summary["warnings"] = reward_flags(summary)
     write_json(context.files.summary, summary)
     return summary
 

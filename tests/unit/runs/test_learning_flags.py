@@ -1,0 +1,79 @@
+"""Signs that nothing is learnt: each is said where it is there, and not where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pe_rlhf.runs.learning_flags import ppo_flags, reward_flags
+from tests.runs import Outcome, read_jsonl, recipe, write_recipe
+
+HEALTHY = {"reward_std": 0.5, "kl": 3.0, "entropy": 2.0, "explained_variance": 0.4, "truncated": 0.05}
+
+
+def rows(count: int = 12, **values: Any) -> list[dict[str, Any]]:
+    return [{"step": step + 1, **HEALTHY, **values} for step in range(count)]
+
+
+def named(flags: list[str]) -> list[str]:
+    return [flag.split()[0] for flag in flags]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "flagged"),
+    [(0.030, 0.564, True), (0.5, 0.9, True), (0.51, 0.9, False), (0.1, 0.4, True), (0.9, 1.0, False)],
+)
+def test_a_reward_model_whose_interval_holds_one_half(low: float, high: float, flagged: bool) -> None:
+    summary = {"eval_accuracy": 0.4, "eval_accuracy_low": low, "eval_accuracy_high": high, "eval_pairs": 7}
+    assert named(reward_flags(summary)) == (["eval_accuracy"] if flagged else [])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ([], []),
+        (rows(), []),
+        (rows(reward_std=0.0), ["reward_std"]),
+        ([*rows(), *rows(4, reward_std=0.0)], []),
+        (rows(kl=60.0), ["kl"]),
+        (rows(kl=-3.0), ["kl"]),
+        (rows(3, kl=-3.0), []),
+        ([*rows(1), *rows(1, entropy=0.1)], ["entropy"]),
+        ([*rows(1), *rows(1, entropy=0.3)], []),
+        (rows(10, explained_variance=-0.1), ["explained_variance"]),
+        (rows(9, explained_variance=-0.1), []),
+        ([*rows(1, explained_variance=-0.1), *rows(9, explained_variance=-0.1), *rows(1)], []),
+        (rows(truncated=1.0), ["truncated"]),
+        (rows(kl=None, entropy=None, reward_std=None), []),
+        ([{"step": 1}], []),
+    ],
+)
+def test_what_a_ppo_run_is_warned_of(metrics: list[dict[str, Any]], expected: list[str]) -> None:
+    assert named(ppo_flags(metrics)) == expected
+
+
+def test_a_warning_is_on_the_console_in_the_summary_and_on_the_page(
+    cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    (tmp_path / "same.py").write_text("def f(prompts, responses): return [1.0 for _ in responses]\n")
+    path = write_recipe(tmp_path, recipe("ppo", ppo__reward=[{"function": "same:f"}]))
+    outcome = cli("run", path, "--run-dir", "out")
+    assert outcome.code == 0
+    sign = "reward_std is 0 in the last 2 steps"
+    assert f"warning: ppo: {sign}" in outcome.err
+    assert sign in (tmp_path / "out/ppo/summary.json").read_text()
+    assert sign in (tmp_path / "out/report.html").read_text()
+
+
+def test_every_metric_of_a_run_is_in_the_glossary(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("reward", "ppo", "evaluate", ppo__eval_every=1))
+    assert cli("run", path, "--run-dir", "out").code == 0
+    glossary = (Path(__file__).parents[3] / "docs/metrics.md").read_text(encoding="utf-8")
+    written = {
+        name for file in (tmp_path / "out").rglob("metrics.jsonl") for row in read_jsonl(file) for name in row
+    } - {"step"}
+    short = {f"tokens_per_second_{phase}": f"`…_{phase}`" for phase in ("score", "update")}
+    assert {name for name in written if short.get(name, f"`{name}`") not in glossary} == set()
