@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from pe_rlhf.config.evaluate import EvaluationSettings
     from reward.records import Prompt
 
 RESPONSES = "a run, a PEFT adapter, a model, a server (http://HOST/v1#MODEL), or a file of outputs"
@@ -35,6 +36,13 @@ def evaluate(
         str | None,
         typer.Option(help="A data file or hub id with a column `prompt`; default: the prompts of a file of outputs."),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="alpaca_eval, arena_hard or mt_bench: its prompts, its baseline's answers and its template."),
+    ] = None,
+    suite_data: Annotated[
+        Path | None, typer.Option(help="The folder with the suite's files; default: they come from the hub.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of this evaluation; the same one resumes.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts, this many.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -52,6 +60,10 @@ def evaluate(
     apply_overrides(tree, overrides or ())
     if "judge" not in tree:
         raise InputError("--judge is missing", kind="missing", key="--judge")
+    if suite is not None:
+        from pe_rlhf.evaluation.suites import find_suite
+
+        find_suite(suite).set_defaults(tree)
     settings = validated(EvaluationSettings, tree, "settings", overrides or ())
 
     # Imported here: torch and transformers take seconds, and a mistake in the settings should be reported at once.
@@ -68,6 +80,9 @@ def evaluate(
     from reward.asking import make_pairs
 
     check_judge(settings.judge)
+    if suite is not None:
+        _evaluate_suite(suite, suite_data, candidate, against, out, limit, settings)
+        return
     trained = None if against else find_policy(candidate)
     baseline = against or (trained.base if trained else base_of_adapter(candidate))
     if baseline is None and not Path(candidate).exists() and not is_endpoint(candidate):
@@ -100,6 +115,42 @@ def evaluate(
         texts = {name: responses_of(side, asked, files.responses(name)) for name, side in sides.items()}
         pairs = make_pairs(asked, texts["candidate"], texts["baseline"])
         summary = evaluate_pairs(built, pairs, folder, (candidate, baseline), settings)
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+        typer.echo(f"report: {write_evaluation_report(folder, pairs).resolve()}", err=True)
+
+
+def _evaluate_suite(
+    name: str,
+    data: Path | None,
+    candidate: str,
+    against: str | None,
+    out: Path | None,
+    limit: int | None,
+    settings: EvaluationSettings,
+) -> None:
+    """The same for a suite; without `against` the baseline is the suite's."""
+    from pe_rlhf.evaluation.responses import evaluate_pairs
+    from pe_rlhf.evaluation.suite_run import suite_pairs
+    from pe_rlhf.evaluation.suites import find_suite
+    from pe_rlhf.report.evaluation_page import write_evaluation_report
+    from pe_rlhf.report.format import slug
+    from pe_rlhf.runs.own_output import claim_evaluation
+    from pe_rlhf.scoring.model_judges import make_judge
+    from pe_rlhf.system.files import locked
+    from reward.verdicts import read_difficulty
+
+    suite = find_suite(name)
+    items = suite.load(data, with_answers=against is None)
+    table = suite.difficulties(data)
+    difficulty = None if table is None else read_difficulty(table)
+    folder = out or Path("evaluations") / "-".join(map(slug, (candidate, name, settings.judge.kind)))
+    claim_evaluation(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        built = make_judge(settings.judge)
+        pairs = suite_pairs(items[:limit], candidate, against, folder, settings)
+        names = (candidate, against or suite.baseline)
+        summary = evaluate_pairs(built, pairs, folder, names, settings, suite, difficulty)
         typer.echo(json.dumps(summary, ensure_ascii=False))
         typer.echo(f"report: {write_evaluation_report(folder, pairs).resolve()}", err=True)
 

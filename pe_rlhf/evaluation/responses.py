@@ -25,6 +25,7 @@ from pe_rlhf.evaluation.sources import (
     load_source,
     read_outputs,
 )
+from pe_rlhf.evaluation.suites import Suite
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.runs.saved_roles import SavedRole, is_endpoint, weights_of
@@ -125,21 +126,29 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def evaluate_pairs(
-    judge: Judge, pairs: Sequence[Pair], folder: Path, names: tuple[str, str], settings: EvaluationSettings
+    judge: Judge,
+    pairs: Sequence[Pair],
+    folder: Path,
+    names: tuple[str, str],
+    settings: EvaluationSettings,
+    suite: Suite | None = None,
+    difficulty: Sequence[float] | None = None,
 ) -> Summary:
     """Have all pairs judged and write `verdicts.jsonl` and `summary.json`; `names` of candidate and baseline.
 
-    Raises as `judge_pairs`.
+    difficulty: of each prompt by position, for the length-controlled win-rate. Raises as `judge_pairs`.
     """
     candidate, baseline = names
     files = EvaluationFiles(folder)
     outcomes = ask_judge(
         judge, pairs, files.verdicts, title="judging", names=names, max_invalid=settings.max_invalid_share
     )
-    result = summarise(candidate, outcomes, level=settings.level)
+    result = summarise(candidate, outcomes, difficulty, settings.level)
     summary = {**result, "baseline": baseline, "judge": judge.identity}
     if version := getattr(judge, "version", ""):
         summary["judge_version"] = version
+    if suite is not None:
+        summary |= {"suite": suite.name, **suite.score(outcomes, result)}
     write_json(files.summary, summary)
     return summary
 
