@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,6 +19,8 @@ import typer
 from pe_rlhf.cli.ranks import Placement, launcher_command, ranks_here, read_hostfile
 from pe_rlhf.cli.run_command import plan, run
 from reward.errors import InputError
+
+PLAIN_OPTION = re.compile(r"[\w@%+=:,./-]+")
 
 
 def launch(
@@ -59,6 +63,11 @@ def launch(
     zero0 … zero3, zero3_offload, or a JSON file.
     """
     passed = arguments or []
+    if importlib.util.find_spec("deepspeed") is None:
+        message = "launch: DeepSpeed is not installed, whose launcher starts the processes"
+        raise InputError(message, kind="not_installed", key="launch", fix="pip install 'pe-rlhf[deepspeed]'")
+    if hostfile is not None and node_rank is None:
+        _check_words(passed)
     _check_run(passed)
     hosts = read_hostfile(hostfile) if hostfile else {f"node-{i}": ranks_here(num_procs) for i in range(num_nodes)}
     _check_nodes(len(hosts), num_nodes, hostfile, node_rank, master_addr)
@@ -70,6 +79,18 @@ def launch(
         typer.echo(shlex.join(command))
         return
     raise typer.Exit(_run(command))
+
+
+def _check_words(arguments: list[str]) -> None:
+    """Refuse what a shell would read: DeepSpeed passes the words to ssh in single quotes, and options without any."""
+    for word in arguments:
+        if "'" in word or "\n" in word or (word.startswith("-") and not PLAIN_OPTION.fullmatch(word)):
+            raise InputError(
+                f"{word!r} cannot be passed on to other nodes by ssh: a shell would read it",
+                kind="conflict",
+                key=word.partition("=")[0],
+                fix="write it into the recipe, or start each node with --node-rank",
+            )
 
 
 def _check_run(arguments: list[str]) -> None:

@@ -139,6 +139,13 @@ def read_role(folder: Path) -> SavedRole:
                 key=key,
                 file=files.description,
             )
+    if not said["role"].isidentifier():  # it becomes part of the names of files
+        raise InputError(
+            f"{files.description}: role {said['role']!r} is no name of a role",
+            kind="unreadable",
+            key="role",
+            file=files.description,
+        )
     spec = read_spec(said["spec"], files.description)
     return SavedRole(files, said["role"], _base_of(files, said["base_model"]), said["base_sha256"], spec)
 
