@@ -8,25 +8,30 @@
 | implicit, chat          | none     | messages; the same up to the last one, which is the assistant's           |
 | Anthropic hh transcript | none     | text `"\\n\\nHuman: … \\n\\nAssistant: …"`; the same up to the last turn  |
 
-The first four are TRL's preference types. As in TRL, a prompt of text beside whole chat dialogues is a copy of
-something the dialogues hold, and is ignored.
+The first four are TRL's preference types. As in TRL, a prompt of text beside whole dialogues is a copy of something the
+dialogues hold, and is ignored. A prompt that is a transcript itself is read as messages. The content of a message may
+be a list of parts of text. No prompt ends with an assistant's turn: the template would have that answered once more.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from reward.errors import InputError
+from reward.errors import InputError, Kind
 
 Message = dict[str, str]
 Prompt = str | list[Message]
+Columns = Mapping[str, Sequence[Any]]  # the other columns of the rows of prompts, by name
+NO_COLUMNS: Columns = {}
 Record = TypeVar("Record")
 
 TRANSCRIPT_START = "\n\nHuman:"
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
+TRANSCRIPT_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:|\n\nHuman:", re.DOTALL)
+WHOLE_DIALOGUES = "dialogues that are the same up to the last turn"
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -45,6 +50,10 @@ class PreferenceRecord:
     rejected_truncated: bool = False
 
 
+class Dropped(InputError):
+    """A row that is sound but from which nothing can be learnt, such as a tie: listed, and not counted as unusable."""
+
+
 @dataclass
 class BadRecord:
     """A row that cannot be used: its number, counted from 1, and why."""
@@ -61,44 +70,55 @@ def load_records(
 
 
 def parse_rows(
-    rows: Iterable[Mapping[str, object]],
+    rows: Iterable[Mapping[str, object] | InputError],
     parse: Callable[[Mapping[str, object]], Record],
     file: str,
     max_bad_share: float = 0.05,
     key: str | None = None,
+    kind: Kind | None = "invalid",
 ) -> tuple[list[Record], list[BadRecord]]:
     """Parse all rows; return the records, and separately the rows that could not be parsed.
 
     Args:
+        rows: an `InputError` in place of a row says why it could not be read.
         parse: raises `InputError` for a row that it cannot read.
         file, key: the data set and the recipe key that names it, for errors.
         max_bad_share: the share of rows that may be unusable.
+        kind: of the error where too many are; None: that of the first. Of rows that cannot be read it is `unreadable`.
 
     Raises `InputError` where there are no rows, where no row can be used, and where more than `max_bad_share` cannot;
     its `row` is the first of those.
     """
     records: list[Record] = []
-    bad: list[BadRecord] = []
+    left_out: list[BadRecord] = []
+    bad: list[tuple[int, InputError]] = []
     for number, row in enumerate(rows, start=1):
         try:
+            if isinstance(row, InputError):
+                raise row
             records.append(parse(row))
         except InputError as error:
-            bad.append(BadRecord(number, str(error)))
+            left_out.append(BadRecord(number, str(error)))
+            if not isinstance(error, Dropped):
+                bad.append((number, error))
 
     place = file if key is None else f"{key}: {file}"
-    total = len(records) + len(bad)
+    total = len(records) + len(left_out)
     if total == 0:
         raise InputError(f"{place}: there are no rows", kind="empty", key=key, file=file)
-    if bad:
-        first = f"the first is row {bad[0].row}: {bad[0].reason}"
-        if not records:
-            message = f"{place}: none of the {total} rows can be used; {first}"
-            raise InputError(message, kind="invalid", key=key, file=file, row=bad[0].row)
-        if len(bad) / total > max_bad_share:
-            share = f"{len(bad)} of {total} rows ({len(bad) / total:.1%})"
-            message = f"{place}: {share} cannot be used, more than the {max_bad_share:.1%} allowed; {first}"
-            raise InputError(message, kind="invalid", key=key, file=file, row=bad[0].row)
-    return records, bad
+    if not records and not bad:
+        message = f"{place}: all {total} rows were dropped; the first is row 1: {left_out[0].reason}"
+        raise InputError(message, kind="empty", key=key, file=file)
+    if bad and (not records or len(bad) / total > max_bad_share):
+        number, error = bad[0]
+        share = f"none of the {total} rows can be used"
+        if records:
+            share = f"{len(bad)} of {total} rows ({len(bad) / total:.1%}) cannot be used"
+            share += f", more than the {max_bad_share:.1%} allowed"
+        message = f"{place}: {share}; the first is row {number}: {error}"
+        of = error.kind if kind is None or error.kind == "unreadable" else kind
+        raise InputError(message, kind=of, key=key, file=file, row=number)
+    return records, left_out
 
 
 def parse_record(row: Mapping[str, object]) -> PreferenceRecord:
@@ -109,8 +129,8 @@ def parse_record(row: Mapping[str, object]) -> PreferenceRecord:
     """
     if not isinstance(row, Mapping):
         raise InputError("the row is not an object with named columns", kind="invalid")
-    prompt, chosen, rejected = _split_row(row)
-    parse_prompt(prompt)
+    prompt, chosen, rejected = split_row(row)
+    prompt = parse_prompt(prompt)
     for column, response in (("chosen", chosen), ("rejected", rejected)):
         if not response.strip():
             raise InputError(f"the {column} response is empty", kind="empty", key=column)
@@ -127,20 +147,51 @@ def parse_record(row: Mapping[str, object]) -> PreferenceRecord:
 
 
 def parse_prompt(value: object) -> Prompt:
-    """A prompt, checked: text, or chat messages with role and content each. Raises `InputError` with the reason.
+    """A prompt, checked: text, or chat messages with role and content each. A transcript becomes messages.
 
     Other keys of a message are dropped: the loader fills in every key that any row of the data set has.
+    Raises `InputError` with the reason, also where the last turn is the assistant's.
     """
     if not isinstance(value, str | list):
         raise InputError("the prompt must be text or a list of messages", kind="invalid", key="prompt")
-    prompt = value if isinstance(value, str) else parse_messages(value, "prompt")
+    prompt: Prompt
+    if isinstance(value, list):
+        prompt = parse_messages(value, "prompt")
+    elif TRANSCRIPT_PROMPT.match(value):
+        prompt = _transcript_messages("\n\n" + value.lstrip())
+        if prompt[-1]["role"] == "assistant" and not prompt[-1]["content"].strip():
+            prompt.pop()  # "Assistant:", after which the response comes
+    else:
+        prompt = value
     contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     if not any(content.strip() for content in contents):
         raise InputError("the prompt is empty", kind="empty", key="prompt")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        message = "the prompt ends with the assistant's turn, so that nothing is left to answer"
+        raise InputError(message, kind="invalid", key="prompt")
     return prompt
 
 
-def _split_row(row: Mapping[str, object]) -> tuple[Prompt, str, str]:
+def first_turn(prompt: Prompt) -> str:
+    """What a prompt begins with, a system's turn aside: dialogues that share it go on from one another."""
+    if isinstance(prompt, str):
+        return repr(prompt)
+    return repr([next((message for message in prompt if message["role"] != "system"), prompt[0])])
+
+
+def layout_of(row: Mapping[str, object]) -> str:
+    """What a row of preferences is taken for, in words."""
+    chosen = row.get("chosen")
+    if isinstance(chosen, list):
+        return "responses to a prompt of messages" if isinstance(row.get("prompt"), list) else WHOLE_DIALOGUES
+    if isinstance(chosen, str) and chosen.startswith(TRANSCRIPT_START):
+        return f"transcripts, {WHOLE_DIALOGUES}"
+    if row.get("prompt") is None:
+        return "texts whose common start is the prompt"
+    return "responses to a prompt of text" if isinstance(row["prompt"], str) else "responses to a prompt of messages"
+
+
+def split_row(row: Mapping[str, object]) -> tuple[Prompt, str, str]:
     """Tell the format by the types of the columns; return prompt, chosen and rejected response."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     for column, value in (("chosen", chosen), ("rejected", rejected)):
@@ -150,13 +201,13 @@ def _split_row(row: Mapping[str, object]) -> tuple[Prompt, str, str]:
         raise InputError("column 'prompt' must be text or a list of messages", kind="invalid", key="prompt")
 
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if isinstance(prompt, str):
-            return prompt, chosen, rejected
         if isinstance(prompt, list):
             return parse_messages(prompt, "prompt"), chosen, rejected
         if chosen.startswith(TRANSCRIPT_START) and rejected.startswith(TRANSCRIPT_START):
             return _split_dialogues(_transcript_messages(chosen), _transcript_messages(rejected))
-        return _split_texts(chosen, rejected)
+        if isinstance(prompt, str) and TRANSCRIPT_PROMPT.match(prompt):  # the space after "Assistant:" is the format's
+            return prompt, chosen.removeprefix(" "), rejected.removeprefix(" ")
+        return (prompt, chosen, rejected) if isinstance(prompt, str) else _split_texts(chosen, rejected)
 
     if isinstance(chosen, list) and isinstance(rejected, list):
         chosen_messages, rejected_messages = parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")
@@ -225,18 +276,35 @@ def _transcript_messages(text: str) -> list[Message]:
 
 
 def parse_messages(value: list[object], column: str) -> list[Message]:
-    """Check a list of chat messages; keep role and content of each."""
+    """Check a list of chat messages; keep role and content of each, the parts of a content joined."""
     if not value:
         raise InputError(f"column {column!r} holds no messages", kind="empty", key=column)
     messages: list[Message] = []
     for item in value:
-        role = item.get("role") if isinstance(item, Mapping) else None
-        content = item.get("content") if isinstance(item, Mapping) else None
+        if not isinstance(item, Mapping):
+            raise InputError(f"column {column!r} holds something that is no message", kind="invalid", key=column)
+        role, content = item.get("role"), _joined(item.get("content"), column)
+        if item.get("tool_calls") or item.get("function_call"):
+            raise InputError(f"column {column!r} holds tool calls", kind="invalid", key=column)
         if not isinstance(role, str) or not isinstance(content, str):
             message = f"column {column!r} holds a message without a text 'role' and a text 'content'"
             raise InputError(message, kind="invalid", key=column)
         messages.append({"role": role, "content": content})
     return messages
+
+
+def _joined(content: object, column: str) -> object:
+    """The text of a content that is a list of parts, as messages with pictures have it."""
+    if not isinstance(content, list):
+        return content
+    texts: list[str] = []
+    for part in content:
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str) or (isinstance(part, Mapping) and part.get("type", "text") != "text"):
+            kind = part.get("type", "unknown") if isinstance(part, Mapping) else type(part).__name__
+            raise InputError(f"column {column!r} holds a part that is no text: {kind}", kind="invalid", key=column)
+        texts.append(text)
+    return "".join(texts)
 
 
 def assistant_text(message: Message, column: str) -> str:
@@ -251,9 +319,13 @@ def _optional_number(row: Mapping[str, object], column: str) -> float | None:
     value = row.get(column)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.nan
+    if not math.isfinite(number):
         raise InputError(f"column {column!r} must be a finite number", kind="invalid", key=column)
-    return float(value)
+    return number
 
 
 def _optional_flag(row: Mapping[str, object], column: str) -> bool:

@@ -57,7 +57,7 @@ def number(row: Row, column: str) -> float | None:
         return None
     try:
         parsed = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         parsed = math.nan
     if math.isnan(parsed) and isinstance(value, float):  # pandas writes NaN for a missing value
         return None
@@ -96,6 +96,10 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(2**31 - 1)  # of a cell; a long response exceeds the default
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
+        names = reader.fieldnames or []
+        if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
+            message = f"{path}: the column {twice[0]!r} is there more than once"
+            raise InputError(message, kind="conflict", key=twice[0], file=path, row=1)
         for row in reader:
             if None in row:
                 raise damaged(path, reader.line_num, "more values than columns")

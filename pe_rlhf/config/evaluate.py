@@ -15,6 +15,7 @@ class EvaluateConfig(Section):
     """Compare the policy with the anchor on held-out prompts."""
 
     prompts: Data
+    max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
     judge: NamedJudge = Field(
         description="length, llm:MODEL, reward_model:RUN, module:callable, or a section with settings"
     )

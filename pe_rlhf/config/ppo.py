@@ -86,7 +86,9 @@ class RewardSource(Section):
     model: str | None = Field(default=None, description="a sequence-classification model with one label")
     trust_remote_code: bool = Field(default=False, description="model: run the code that comes with it")
     function: str | None = Field(
-        default=None, description="module:callable that takes (prompts, responses) and returns scores"
+        default=None,
+        description="module:callable that takes (prompts, responses) and columns of the prompts by their names,"
+        " and returns scores",
     )
     weight: float = Field(default=1.0, description="weight of these scores in the sum")
 
@@ -101,6 +103,7 @@ class PPOConfig(Section):
     """PPO with policy and value adapters and a KL to the anchor."""
 
     prompts: Data
+    max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
     adapter: AdapterConfig | None = Field(
         default=None,
         description="settings that differ from the recipe's adapter, for the policy, and for the critic with"

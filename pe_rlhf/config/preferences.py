@@ -13,6 +13,7 @@ class PreferencesConfig(Section):
     """Sample two responses for each prompt and have a judge label them."""
 
     prompts: Data
+    max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
     judge: NamedJudge = Field(
         description="length, llm:MODEL, reward_model:RUN, module:callable, or a section with settings"
     )

@@ -15,10 +15,19 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataSource(Section):
-    """A data set: a local file (json, jsonl, jsonl.gz, parquet, csv, txt) or a hub id. A plain string is its `path`."""
+    """A data set: a local file (json, jsonl, jsonl.gz, parquet, csv, txt), a folder, or a hub id. A plain string is its
+    `path`."""
 
     path: str = Field(
-        description="a file or a hub id; a file is looked for beside the recipe, then in the working directory"
+        description="a file, a folder of such files or of `save_to_disk`, or a hub id; what is local is looked for"
+        " beside the recipe, then in the working directory"
+    )
+    data_dir: str | None = Field(default=None, description="folder within the data set, such as `helpful-base`")
+    format: str | None = Field(
+        default=None,
+        description="the layout of a known data set: hh_rlhf, helpsteer2, helpsteer3, ultrafeedback,"
+        " ultrafeedback_binarized, shp, pku_saferlhf, tldr, nectar, arena, sharegpt, alpaca, implicit; default: by the"
+        " columns",
     )
     name: str | None = Field(default=None, description="configuration of a hub data set")
     split: str = Field(default="train", description="the split, or a slice of it: `train[:200]`, `train[10%:]`")

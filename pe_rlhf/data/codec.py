@@ -141,6 +141,10 @@ class TextCodec:
         text = self._decoded([*self._line_break, *ids])
         return text[1:] if self._line_break and text.startswith("\n") else self._decoded(ids)
 
+    def written(self, ids: list[int]) -> str:
+        """A whole row as the model reads it, special tokens included."""
+        return str(self.tokenizer.decode(ids))
+
     # ---- details -----------------------------------------------------------------------------------------------------
 
     def _rendered(self, prompt: Prompt, *, answered: bool = False) -> str:

@@ -84,11 +84,6 @@ class Pairs:
         return torch.tensor([pair_cost(*length, packed=packed) for length in lengths])
 
 
-def encode_pairs(records: Sequence[PreferenceRecord], codec: TextCodec, limit: int, pad_id: int) -> Pairs:
-    """Token ids of all records, by `encode_pair`."""
-    return Pairs([encode_pair(record, codec, limit) for record in records], pad_id)
-
-
 def encode_pair(record: PreferenceRecord, codec: TextCodec, limit: int) -> PairTokens:
     """Token ids of a record, a prompt and its longer response at most `limit` tokens.
 

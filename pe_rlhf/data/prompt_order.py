@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pe_rlhf.system.seeding import permutation
-from reward.records import Prompt
+from reward.records import Columns, Prompt
 
 
 @dataclass(frozen=True)
-class PromptBatch:
-    """The prompts of one step, as recipes give them and as token ids; repeated where several samples are wanted."""
+class PromptSet:
+    """Prompts as recipes give them and as token ids, with the other columns of their rows."""
 
     prompts: list[Prompt]
     ids: list[list[int]]
+    columns: Columns
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, rows: Sequence[int]) -> PromptSet:
+        """The prompts of those rows, which may be named more than once."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return PromptSet([self.prompts[row] for row in rows], [self.ids[row] for row in rows], columns)
 
 
 class PromptOrder:
     """Endless shuffled passes over the prompts; the batch of step n follows from the seed and n alone."""
 
-    def __init__(
-        self, prompts: list[Prompt], ids: list[list[int]], batch_size: int, samples_per_prompt: int, seed: int
-    ) -> None:
-        self._prompts, self._ids = prompts, ids
+    def __init__(self, prompts: PromptSet, batch_size: int, samples_per_prompt: int, seed: int) -> None:
+        self._prompts = prompts
         self._batch_size, self._samples, self._seed = batch_size, samples_per_prompt, seed
 
-    def batch(self, step: int) -> PromptBatch:
-        """The batch of a step, counted from 0; a batch may run over the end of one pass into the next."""
+    def batch(self, step: int) -> PromptSet:
+        """The batch of a step, counted from 0, each prompt as often as it is to be answered.
+
+        A batch may run over the end of one pass into the next.
+        """
         rows: list[int] = []
         position = step * self._batch_size
         while len(rows) < self._batch_size:
@@ -34,4 +45,4 @@ class PromptOrder:
             order = permutation(len(self._prompts), self._seed, "prompts", epoch)
             rows += order[offset : offset + self._batch_size - len(rows)]
         rows = [row for row in rows for _ in range(self._samples)]
-        return PromptBatch([self._prompts[row] for row in rows], [self._ids[row] for row in rows])
+        return self._prompts.take(rows)

@@ -1,114 +1,136 @@
-"""Data sets of a recipe, through the `datasets` library: local files and the hub, with column mapping."""
+"""Data sets of a recipe as prompts, preference pairs and examples to fine-tune on, unusable rows aside."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-import datasets
-
 from pe_rlhf.config import DataSource
-from pe_rlhf.data.examples import Example, has_format, parse_example
+from pe_rlhf.data.examples import COMPLETIONS, Example, has_format, parse_example
+from pe_rlhf.data.files import Row, Rows, ending
+from pe_rlhf.data.sources import load_rows
 from pe_rlhf.system.files import write_jsonl
 from pe_rlhf.system.processes import is_main
-from pe_rlhf.system.progress import console, say
+from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import permutation
 from reward.errors import InputError
-from reward.records import BadRecord, PreferenceRecord, Prompt, load_records, parse_prompt, parse_rows
+from reward.records import (
+    BadRecord,
+    PreferenceRecord,
+    Prompt,
+    layout_of,
+    parse_prompt,
+    parse_record,
+    parse_rows,
+    split_row,
+)
 
 Record = TypeVar("Record")
+T = TypeVar("T")
+PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected", "margin", "chosen_truncated", "rejected_truncated")
+EXAMPLE_COLUMNS = ("prompt", *COMPLETIONS, "messages", "text")
+MAX_BAD_SHARE = 0.05
+SHOWN = 300  # letters of the first row
+ASKS = ("question", "instruction", "query", "input", "problem", "context", "post")  # what others call a prompt
 
-# The builder of `datasets` for each ending of a local file.
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-LARGE = 50 * 2**20  # bytes: reading this takes seconds
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt and the other columns of its row, which reward functions see."""
+
+    prompt: Prompt
+    columns: dict[str, Any]
 
 
-def load_rows(source: DataSource, key: str) -> list[dict[str, Any]]:
-    """All rows of a data set, columns renamed to ours.
+def load_prompts(source: DataSource, key: str, max_bad_share: float = MAX_BAD_SHARE) -> list[Prompt]:
+    """The prompts of a data set, without their other columns."""
+    rows, _ = load_prompt_rows(source, key, lambda row: row, max_bad_share)
+    return [row.prompt for row in rows]
 
-    `key` is where the recipe names it, for errors. Raises `InputError` for a file that is missing, empty or malformed,
-    an unknown ending, and a split or a mapped column that does not exist.
+
+def load_prompt_rows(
+    source: DataSource, key: str, then: Callable[[PromptRow], T], max_bad_share: float = MAX_BAD_SHARE
+) -> tuple[list[T], list[BadRecord]]:
+    """Prompts, and separately the unusable rows.
+
+    They are the column `prompt` (in a .txt file the lines), else what the responses of preference pairs answer, else
+    the messages before a final one of the assistant. `then` is applied to each; what it refuses is unusable, too.
     """
-    arguments: dict[str, Any] = (
-        _local_file(source, key) if _looks_local(source.path) else {"path": source.path, "name": source.name}
-    )
-    local = "data_files" in arguments
-    # A download or a large file takes long enough to be watched: by the library's bar, or one line without a terminal.
-    slow = not local or Path(source.path).stat().st_size > LARGE
-    (datasets.enable_progress_bars if slow and console.is_terminal else datasets.disable_progress_bars)()
-    if slow and not console.is_terminal:
-        say(f"{key}: reading {source.path}")
-    try:
-        table = datasets.load_dataset(**arguments, split=source.split)
-    except Exception as error:  # the library raises a dozen classes, its own and pyarrow's
-        raise _explained(source, key, error) from error
-    rows = [dict(row) for row in table]
-    if not rows:
-        raise InputError(f"{key}: {source.path} has no rows", kind="empty", key=key, file=source.path)
-    for theirs in source.columns.values():
-        if theirs not in rows[0]:
-            message = f"{key}: {source.path} has no column {theirs!r}; it has {', '.join(rows[0])}"
-            raise InputError(message, kind="missing", key=f"{key}.columns", file=source.path)
-    return [_renamed(row, source.columns) for row in rows]
-
-
-def _local_file(source: DataSource, key: str) -> dict[str, str]:
-    """What `load_dataset` is given for a local file, after the checks that it would explain badly."""
-    path = Path(source.path)
-    where: dict[str, Any] = {"key": key, "file": source.path}
-    builder = BUILDERS.get(_ending(path))
-    if builder is None:
-        endings = ", ".join(BUILDERS)
-        raise InputError(f"{key}: {source.path} is none of {endings} (or .gz of one)", kind="unknown", **where)
-    if not path.is_file():
-        raise InputError(f"{key}: there is no file {source.path}", kind="missing", **where)
-    if path.stat().st_size == 0:
-        raise InputError(f"{key}: {source.path} is empty", kind="empty", **where)
-    return {"path": builder, "data_files": str(path)}
-
-
-def load_prompts(source: DataSource, key: str) -> list[Prompt]:
-    """The `prompt` column: texts, or lists of chat messages (`text` in a .txt file)."""
     rows = load_rows(source, key)
-    column = "text" if _ending(Path(source.path)) == ".txt" and not source.columns else "prompt"
-    _refuse_without(column, rows, source, key)
-    prompts: list[Prompt] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            prompts.append(parse_prompt(row[column]))
-        except InputError as error:
-            raise error.at(f"{key}: {source.path} row {number}", key=key, file=source.path, row=number) from error
-    return prompts
+    names = _names(rows)
+    given = "text" if ending(Path(source.path)) == ".txt" and not source.columns else "prompt"
+    if given in names or not names:  # without a row that can be read, the reasons are said below
+
+        def find(row: Row) -> Prompt:
+            return parse_prompt(row.get(given))
+
+    elif {"chosen", "rejected"} <= names:
+
+        def find(row: Row) -> Prompt:
+            return parse_prompt(split_row(row)[0])
+
+    elif "messages" in names:
+
+        def find(row: Row) -> Prompt:
+            return parse_prompt(_without_answer(row.get("messages")))
+
+    else:
+        raise _no_column("prompt", names, source, key)
+
+    def parse(row: Row) -> T:
+        others = {name: value for name, value in row.items() if name != given}
+        return then(PromptRow(find(row), others))
+
+    return parse_rows(rows, parse, source.path, max_bad_share, key, kind=None)
 
 
 def load_preferences(
-    source: DataSource, key: str, max_bad_share: float
-) -> tuple[list[PreferenceRecord], list[BadRecord]]:
-    """The preference pairs of a data set, and separately its unusable rows; see `reward.records`."""
+    source: DataSource, key: str, max_bad_share: float, then: Callable[[PreferenceRecord], T]
+) -> tuple[str, list[T], list[BadRecord]]:
+    """What the rows of a data set are taken for, its preference pairs, and its unusable rows; see `reward.records`.
+
+    `then` is applied to each pair; what it refuses is unusable, too.
+    """
     rows = load_rows(source, key)
+    names = _names(rows)
+    _refuse_unknown(source, key, PREFERENCE_COLUMNS)
     for column in ("chosen", "rejected"):
-        _refuse_without(column, rows, source, key)
-    return load_records(rows, source.path, max_bad_share, key)
+        if names and column not in names:
+            raise _no_column(column, names, source, key)
+    _refuse_guess(rows, names, source, key)
+    records, bad = parse_rows(rows, lambda row: then(parse_record(row)), source.path, max_bad_share, key)
+    return layout_of(next(row for row in rows if not isinstance(row, InputError))), records, bad
 
 
-def load_examples(source: DataSource, key: str, max_bad_share: float) -> tuple[list[Example], list[BadRecord]]:
-    """The rows of a data set to fine-tune on, and separately its unusable rows; see `examples.py`."""
+def load_examples(
+    source: DataSource, key: str, max_bad_share: float, then: Callable[[Example], T]
+) -> tuple[list[T], list[BadRecord]]:
+    """The rows of a data set to fine-tune on, and separately its unusable rows; see `examples.py`.
+
+    `then` is applied to each; what it refuses is unusable, too.
+    """
     rows = load_rows(source, key)
-    if not has_format(rows[0]):
+    names = _names(rows)
+    _refuse_unknown(source, key, EXAMPLE_COLUMNS)
+    if names and not has_format(names):
         raise InputError(
             f"{key}: {source.path} has neither the columns prompt and completion (or response), nor messages, nor text;"
-            f" it has {', '.join(rows[0])}",
+            f" it has {', '.join(sorted(names))}",
             kind="missing",
             key=key,
             file=source.path,
             fix="map them with columns: {completion: …}",
         )
-    return parse_rows(rows, parse_example, source.path, max_bad_share, key)
+    return parse_rows(rows, lambda row: then(parse_example(row)), source.path, max_bad_share, key)
+
+
+def say_first(key: str, count: int, what: str, text: str) -> None:
+    """Say in one line how many rows there are, and what the model reads of the first of them."""
+    shown = repr(text)
+    say(f"{key}: {count} {what}; the first: {shown if len(shown) <= SHOWN else f'{shown[:SHOWN]} …'}")
 
 
 def hold_out(
@@ -122,6 +144,13 @@ def hold_out(
     return train, [record for record in records if group(record) in chosen]
 
 
+def say_overlap(key: str, held_out: list[str], train: list[str]) -> None:
+    """Say how many rows to evaluate on begin as one that is trained on does."""
+    known = set(train)
+    if shared := sum(turn in known for turn in held_out):
+        say(f"{key}: {shared} of {len(held_out)} rows begin with the same turn as a row that is trained on")
+
+
 def note_bad_rows(path: Path, key: str, bad: list[BadRecord]) -> int:
     """Say which rows were left out, the first few, and list all of them in a file. Returns how many there are."""
     for record in bad[:5]:
@@ -132,50 +161,53 @@ def note_bad_rows(path: Path, key: str, bad: list[BadRecord]) -> int:
     return len(bad)
 
 
-def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """All at once, so that two columns can swap their names."""
-    kept = {name: value for name, value in row.items() if name not in columns.values()}
-    return kept | {ours: row[theirs] for ours, theirs in columns.items()}
+def _names(rows: Rows) -> set[str]:
+    return {name for row in rows if not isinstance(row, InputError) for name in row}
 
 
-def _refuse_without(column: str, rows: list[dict[str, Any]], source: DataSource, key: str) -> None:
-    if column not in rows[0]:
-        message = f"{key}: {source.path} has no column {column!r}; it has {', '.join(rows[0])}"
-        fix = f"map it with columns: {{{column}: …}}"
-        raise InputError(message, kind="missing", key=key, file=source.path, fix=fix)
+def _without_answer(messages: Any) -> Any:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    answered = isinstance(last, dict) and last.get("role") == "assistant"
+    return messages[:-1] if answered else messages
 
 
-def _looks_local(path: str) -> bool:
-    return Path(path).exists() or path.startswith((".", "/", "~")) or _ending(Path(path)) in BUILDERS
+def _refuse_unknown(source: DataSource, key: str, known: Collection[str]) -> None:
+    """A mapping to a name that means nothing here would leave its column out in silence."""
+    if source.format is not None:
+        return
+    for ours in source.columns:
+        if ours not in known:
+            near = get_close_matches(ours, known, n=1)
+            raise InputError(
+                f"{key}: columns: {ours!r} means nothing here; there are {', '.join(known)}",
+                kind="unknown",
+                key=f"{key}.columns",
+                file=source.path,
+                fix=f"did you mean {near[0]!r}?" if near else None,
+            )
 
 
-def _ending(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+def _refuse_guess(rows: Rows, names: set[str], source: DataSource, key: str) -> None:
+    """Two texts without a prompt would be read by their common start, though another column holds what they answer."""
+    if "prompt" in names or source.format is not None:
+        return
+    first = next((row for row in rows if not isinstance(row, InputError)), {})
+    texts = isinstance(first.get("chosen"), str) and layout_of(first).startswith("texts")
+    candidates = [name for name in ASKS if isinstance(first.get(name), str)]
+    if source.columns:
+        candidates += [name for name in names if name not in PREFERENCE_COLUMNS and isinstance(first.get(name), str)]
+    if texts and candidates:
+        raise InputError(
+            f"{key}: {source.path} has no column 'prompt', and its column {candidates[0]!r} may be it",
+            kind="missing",
+            key=f"{key}.columns",
+            file=source.path,
+            fix=f"map it with columns: {{prompt: {candidates[0]}}}, or say format: implicit if chosen and rejected hold"
+            " the prompt",
+        )
 
 
-def _explained(source: DataSource, key: str, error: Exception) -> InputError:
-    """What is wrong with a data set that could not be loaded, with the line in a JSONL file."""
-    path = Path(source.path)
-    where: dict[str, Any] = {"key": key, "file": source.path}
-    if _ending(path) == ".jsonl" and path.is_file():
-        opener = gzip.open if path.suffix == ".gz" else open
-        number = 0
-        try:
-            with opener(path, "rt", encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):  # noqa: B007  (used where a line is bad)
-                    if line.strip():
-                        json.loads(line)
-        except json.JSONDecodeError as mistake:
-            message = f"{key}: {source.path} line {number}: not valid JSON: {mistake.msg}"
-            return InputError(message, kind="unreadable", row=number, **where)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as mistake:
-            message = f"{key}: {source.path}: damaged or not text: {mistake}"
-            return InputError(message, kind="unreadable", **where)
-    reason = " ".join(str(error.__cause__ or error).split())[:300]
-    if "corresponds to no data" in reason:
-        message = f"{key}: {source.path} has no rows in split {source.split!r}"
-        asked = f"{key}.split" if "[" in source.split else key  # otherwise the file has no rows at all
-        return InputError(message, kind="empty", key=asked, file=source.path)
-    kind = "unknown" if "Unknown split" in reason else "unreadable" if path.is_file() else "missing"
-    message = f"{key}: could not load {source.path} (split {source.split!r}): {reason}"
-    return InputError(message, kind=kind, **where)
+def _no_column(column: str, names: set[str], source: DataSource, key: str) -> InputError:
+    message = f"{key}: {source.path} has no column {column!r}; it has {', '.join(sorted(names))}"
+    fix = f"map it with columns: {{{column}: …}}, or name its format"
+    return InputError(message, kind="missing", key=key, file=source.path, fix=fix)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config import DataSource
-from pe_rlhf.data.rows import load_rows
+from pe_rlhf.data.sources import load_rows
 from pe_rlhf.report.evaluation_page import write_reward_report
 from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.scoring.reward_judge import RewardScores, reward_scores
@@ -20,7 +20,7 @@ from reward.agreement import agreement
 from reward.errors import InputError
 from reward.judges import score_responses
 from reward.pair_metrics import ScoredPair, reward_metrics
-from reward.records import PreferenceRecord, parse_record
+from reward.records import PreferenceRecord, parse_record, parse_rows
 
 MAX_BAD_SHARE = 0.05
 
@@ -63,27 +63,14 @@ def evaluate_reward_model(
 def load_subset_records(pairs: str, limit: int | None) -> tuple[list[PreferenceRecord], list[str]]:
     """Pairs and the subset of each (`all` without such a column); unusable rows are left out, up to a share of 5 %."""
     rows = load_rows(DataSource(path=pairs), "PAIRS")[:limit]
-    records: list[PreferenceRecord] = []
-    subsets: list[str] = []
-    first_bad = ""
-    for number, row in enumerate(rows, start=1):
-        try:
-            records.append(parse_record(row))
-        except InputError as error:
-            first_bad = first_bad or f"row {number}: {error}"
-            continue
-        subsets.append(str(row.get("subset") or "all"))
-    bad = len(rows) - len(records)
-    if not records or bad > MAX_BAD_SHARE * len(rows):
-        raise InputError(
-            f"{pairs}: {bad} of {len(rows)} rows cannot be used; the first is {first_bad}",
-            kind="invalid" if rows else "empty",
-            key="PAIRS",
-            file=pairs,
-        )
+
+    def parse(row: Mapping[str, Any]) -> tuple[PreferenceRecord, str]:
+        return parse_record(row), str(row.get("subset") or "all")
+
+    found, bad = parse_rows(rows, parse, pairs, MAX_BAD_SHARE, "PAIRS")
     if bad:
-        say(f"{pairs}: left out {bad} unusable rows; the first is {first_bad}")
-    return records, subsets
+        say(f"{pairs}: left out {len(bad)} unusable rows; the first is row {bad[0].row}: {bad[0].reason}")
+    return [record for record, _ in found], [subset for _, subset in found]
 
 
 def _scores(

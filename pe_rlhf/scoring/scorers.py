@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -17,14 +18,19 @@ from pe_rlhf.system.distributed import all_rows, on_main, own_rows
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from reward.judges import load_score_function, score_responses
-from reward.records import Prompt
+from reward.records import NO_COLUMNS, Columns, Prompt
 
 
 class Scorer(Protocol):
     """Gives each response of a batch one number."""
 
-    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
-        """Scores _B, fp32, on the CPU, of responses given both as text and as tokens."""
+    def score(
+        self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
+    ) -> Tensor:
+        """Scores _B, fp32, on the CPU, of responses given both as text and as tokens.
+
+        `columns` are the other columns of the prompts' rows.
+        """
         ...
 
 
@@ -34,7 +40,9 @@ class AdapterScorer:
     def __init__(self, backbone: Backbone, role: str, micro_batch_tokens: int) -> None:
         self._backbone, self._role, self._budget = backbone, role, micro_batch_tokens
 
-    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
+    def score(
+        self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
+    ) -> Tensor:
         return for_each_row(self._backbone, self._role, sequences, self._budget, self._backbone.response_scores)
 
 
@@ -47,7 +55,9 @@ class ModelScorer:
     def __init__(self, classifier: Classifier, eos_token_ids: list[int]) -> None:
         self._classifier, self._eos_token_ids = classifier, torch.tensor(eos_token_ids)
 
-    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
+    def score(
+        self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
+    ) -> Tensor:
         last_B = sequences.ids_BT[torch.arange(len(sequences)), sequences.lengths_B - 1]
         cut = (~torch.isin(last_B, self._eos_token_ids)).tolist()
         own = own_rows(len(sequences))
@@ -56,13 +66,15 @@ class ModelScorer:
 
 
 class FunctionScorer:
-    """A Python function of prompts and responses, called on rank 0 and checked at every call."""
+    """A Python function of prompts, responses and columns, called on rank 0 and checked at every call."""
 
-    def __init__(self, path: str) -> None:
-        self._function = load_score_function(path)
+    def __init__(self, path: str, columns: Collection[str] = ()) -> None:
+        self._function = load_score_function(path, columns)
 
-    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
-        return torch.tensor(on_main(lambda: score_responses(self._function, prompts, responses)))
+    def score(
+        self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
+    ) -> Tensor:
+        return torch.tensor(on_main(lambda: score_responses(self._function, prompts, responses, columns)))
 
 
 class WeightedScorer:
@@ -71,23 +83,29 @@ class WeightedScorer:
     def __init__(self, parts: list[tuple[float, Scorer]]) -> None:
         self._parts = parts
 
-    def score(self, prompts: list[Prompt], responses: list[str], sequences: Sequences) -> Tensor:
-        weighted = [weight * scorer.score(prompts, responses, sequences) for weight, scorer in self._parts]
+    def score(
+        self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
+    ) -> Tensor:
+        weighted = [weight * scorer.score(prompts, responses, sequences, columns) for weight, scorer in self._parts]
         return torch.stack(weighted).sum(dim=0)
 
 
 def make_scorer(
-    sources: list[RewardSource], backbone: Backbone, run_dir: Path, micro_batch_tokens: int
+    sources: list[RewardSource],
+    backbone: Backbone,
+    run_dir: Path,
+    micro_batch_tokens: int,
+    columns: Collection[str] = (),
 ) -> tuple[WeightedScorer, list[str]]:
     """The scorer of a recipe's reward sources, and the roles that it has added to the backbone.
 
-    Reward adapters become roles `reward`, `reward_2`, …
+    Reward adapters become roles `reward`, `reward_2`, … Functions may ask for `columns`, which the prompts' rows have.
     """
     parts: list[tuple[float, Scorer]] = []
     roles: list[str] = []
     for source in sources:
         if source.function is not None:
-            scorer: Scorer = FunctionScorer(source.function)
+            scorer: Scorer = FunctionScorer(source.function, columns)
         elif source.model is not None:
             classifier = Classifier(
                 source.model,

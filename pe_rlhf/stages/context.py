@@ -11,7 +11,8 @@ from pe_rlhf.config import DataSource, Recipe, SamplingConfig
 from pe_rlhf.config.load import load_deepspeed_config
 from pe_rlhf.config.section import Section
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.rows import load_prompts
+from pe_rlhf.data.prompt_order import PromptSet
+from pe_rlhf.data.rows import MAX_BAD_SHARE, PromptRow, load_prompt_rows, note_bad_rows, say_first
 from pe_rlhf.model.backbone import Backbone, FastPath
 from pe_rlhf.optim.zero import shard_base
 from pe_rlhf.rollout.data_parallel import over_ranks
@@ -24,7 +25,6 @@ from pe_rlhf.system.distributed import world_size
 from pe_rlhf.system.progress import Advance, say
 from pe_rlhf.types import Rollout
 from reward.errors import InputError
-from reward.records import Prompt
 
 C = TypeVar("C", bound=Section)
 S = TypeVar("S", bound=Section)
@@ -144,8 +144,8 @@ class StageContext(Generic[C]):
         max_prompt_tokens: int | None = None,
         *,
         section: str | None = None,
-    ) -> tuple[list[Prompt], list[list[int]]]:
-        """The prompts of a data set and their token ids, except those too long to leave room for a response.
+    ) -> PromptSet:
+        """The prompts of a data set, without unusable ones and those too long to leave room for a response.
 
         `section` is the one that names the data set; default: the stage's own.
         """
@@ -159,8 +159,16 @@ class StageContext(Generic[C]):
                 key=f"{section}.{'rollout' if section == 'ppo' else 'sampling'}.max_new_tokens",
             )
         limit, key = min(room, max_prompt_tokens or room), f"{section}.prompts"
-        pairs = [(p, codec.encode_prompt(p)) for p in load_prompts(source, key)]
-        kept = [(prompt, ids) for prompt, ids in pairs if 0 < len(ids) <= limit]
+
+        def encode(row: PromptRow) -> tuple[PromptRow, list[int]]:
+            if not (ids := codec.encode_prompt(row.prompt)):
+                raise InputError("the prompt is empty as tokens", kind="empty", key="prompt")
+            return row, ids
+
+        share = getattr(getattr(self.recipe, section), "max_bad_share", MAX_BAD_SHARE)
+        pairs, bad = load_prompt_rows(source, key, encode, share)
+        note_bad_rows(self.files.left_out(key), key, bad)
+        kept = [(row, ids) for row, ids in pairs if len(ids) <= limit]
         if not kept:
             raise InputError(
                 f"{key}: every prompt of {source.path} is longer than {limit} tokens",
@@ -170,4 +178,8 @@ class StageContext(Generic[C]):
             )
         if len(kept) < len(pairs):
             say(f"{section}: left out {len(pairs) - len(kept)} of {len(pairs)} prompts, longer than {limit} tokens")
-        return [prompt for prompt, _ in kept], [ids for _, ids in kept]
+        rows, ids = [row for row, _ in kept], [ids for _, ids in kept]
+        say_first(key, len(rows), "prompts", codec.written(ids[0]))
+        names = dict.fromkeys(name for row in rows for name in row.columns)
+        columns = {name: [row.columns.get(name) for row in rows] for name in names}
+        return PromptSet([row.prompt for row in rows], ids, columns)

@@ -48,18 +48,17 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
     backbone = context.backbone()
     codec = context.codec(backbone)
     load_role(backbone, "policy", RunFiles(context.run_dir).role("policy").folder)
-    prompts, prompt_ids = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
-    clusters = [i for i in range(len(prompts)) for _ in range(config.samples_per_prompt)]
-    repeated, repeated_ids = [prompts[i] for i in clusters], [prompt_ids[i] for i in clusters]
+    asked = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
+    repeated = asked.take([i for i in range(len(asked)) for _ in range(config.samples_per_prompt)])
 
     rollouts: dict[str, Rollout] = {}
     with progress("evaluate: sampling", 2 * len(repeated), "responses") as advance:
-        sampler = context.sampler(backbone, "policy", config.sampling, prompt_ids, advance)
+        sampler = context.sampler(backbone, "policy", config.sampling, asked.ids, advance)
         for version, role in enumerate(("policy", "anchor")):
             sampler.sync(version, role)
-            rollouts[role] = sampler.generate(repeated_ids, derive_seed(context.recipe.seed, "evaluate", role))
+            rollouts[role] = sampler.generate(repeated.ids, derive_seed(context.recipe.seed, "evaluate", role))
     texts = {role: [codec.decode(ids) for ids in rollout.responses] for role, rollout in rollouts.items()}
-    pairs = make_pairs(repeated, texts["policy"], texts["anchor"])
+    pairs = make_pairs(repeated.prompts, texts["policy"], texts["anchor"])
     options: Any = {
         "title": "evaluate: judging",
         "names": ("policy", "anchor"),
@@ -69,9 +68,12 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
     result = summarise("policy", outcomes)
 
     # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
-    scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens)
+    scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens, asked.columns)
     sequences = {r: Sequences.pack(o.prompts, o.responses, backbone.pad_token_id) for r, o in rollouts.items()}
-    rewards = {role: scorer.score(repeated, texts[role], sequences[role]).mean().item() for role in rollouts}
+    rewards = {
+        role: scorer.score(repeated.prompts, texts[role], sequences[role], repeated.columns).mean().item()
+        for role in rollouts
+    }
     summary = {
         **{key: result[key] for key in RESULTS if key in result},
         **_policy_metrics(backbone, rollouts["policy"], sequences["policy"], config.sampling, ppo),

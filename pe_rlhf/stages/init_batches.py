@@ -10,7 +10,7 @@ the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
 from pe_rlhf.config import AdapterConfig, PPOConfig, RewardConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs
+from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.micro_batches import micro_batches
 from pe_rlhf.model.passes import for_each_token
@@ -39,7 +40,6 @@ from pe_rlhf.system.seeding import derive_seed, permutation
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from reward.losses import pairwise_loss
-from reward.records import Prompt
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ class AnchorRollouts:
         backbone: Backbone,
         scorer: Scorer,
         codec: TextCodec,
-        prompts: tuple[Sequence[Prompt], Sequence[list[int]]],
+        prompts: PromptSet,
         adapter: AdapterConfig,
         critic_start: str | None = None,
     ) -> None:
         self._context, self._backbone, self._scorer, self._codec = context, backbone, scorer, codec
-        self._texts, self._ids = prompts
+        self._prompts = prompts
         self._config, self._seed = context.config, context.recipe.seed
         self._adapter, self._critic_start = adapter, critic_start
         self._batch: AnchorBatch | None = None
@@ -165,12 +165,12 @@ class AnchorRollouts:
         if self._batch is not None:
             return self._batch
         config, backbone = self._config, self._backbone
-        rows, batches = _batch_rows(len(self._ids), need, self._adapter, self._seed, "ppo")
-        ids, seed = [self._ids[row] for row in rows], derive_seed(self._seed, "init rollout")
-        rollout = self._context.sample_once(backbone, ANCHOR, config.rollout, ids, seed)
+        rows, batches = _batch_rows(len(self._prompts), need, self._adapter, self._seed, "ppo")
+        asked, seed = self._prompts.take(rows), derive_seed(self._seed, "init rollout")
+        rollout = self._context.sample_once(backbone, ANCHOR, config.rollout, asked.ids, seed)
         sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
         texts = [self._codec.decode(response) for response in rollout.responses]
-        scores_B = self._scorer.score([self._texts[row] for row in rows], texts, sequences)
+        scores_B = self._scorer.score(asked.prompts, texts, sequences, asked.columns)
         mask_BR = sequences.mask_BR
         no_kl_BR = values_BR = torch.zeros(mask_BR.shape)  # at the anchor the KL is zero, token by token
         if (start := self._critic_start) is not None:

@@ -102,7 +102,7 @@ def _probe(context: StageContext[RewardConfig | PPOConfig], backbone: Backbone, 
         ppo: StageContext[PPOConfig] = StageContext(recipe, context.run_dir, "ppo")
         codec, new_tokens = context.codec(backbone), whole.rollout.max_new_tokens
         prompts = context.prompts(whole.prompts, codec, backbone, new_tokens, whole.max_prompt_tokens)
-        scorer, roles = make_scorer(whole.reward, backbone, context.run_dir, whole.micro_batch_tokens)
+        scorer, roles = make_scorer(whole.reward, backbone, context.run_dir, whole.micro_batch_tokens, prompts.columns)
         start = critic_start(ppo, backbone, roles)
         statistics = AnchorRollouts(ppo, backbone, scorer, codec, prompts, adapter, start).policy_statistics()
     (probe,) = statistics.probes("two gradients")

@@ -32,9 +32,9 @@ class JudgeEvaluation:
         self._role = role
         self._judge = make_judge(config.judge) if is_main() else None
         limit = config.sampling.max_new_tokens
-        prompts, ids = context.prompts(config.prompts, codec, backbone, limit, section="evaluate")
+        asked = context.prompts(config.prompts, codec, backbone, limit, section="evaluate")
         count = context.config.eval_prompts
-        self._prompts, self._ids = prompts[:count], ids[:count]
+        self._prompts, self._ids = asked.prompts[:count], asked.ids[:count]
         self._anchor: list[str] = []
 
     def is_due(self, step: int) -> bool:

@@ -13,7 +13,7 @@ from pe_rlhf.adapters.lora.init_registry import init_of
 from pe_rlhf.config import STAGES, Recipe, SamplerConfig
 from pe_rlhf.config.load import load_deepspeed_config, load_recipe, save_recipe
 from pe_rlhf.data.codec import read_template
-from pe_rlhf.data.rows import load_examples, load_preferences, load_prompts
+from pe_rlhf.data.rows import MAX_BAD_SHARE, load_examples, load_preferences, load_prompt_rows
 from pe_rlhf.model.device_plan import refuse_impossible, settle
 from pe_rlhf.model.names import check_model_name, resolve_model
 from pe_rlhf.optim.zero import init_processes
@@ -158,25 +158,28 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
         section = getattr(recipe, stage)
         check_installed(getattr(section, "rollout", None) or getattr(section, "sampling", None) or SamplerConfig())
         if (prompts := getattr(section, "prompts", None)) is not None:
-            first[stage] = load_prompts(prompts, f"{stage}.prompts")[0]
+            share = getattr(section, "max_bad_share", MAX_BAD_SHARE)
+            rows, _ = load_prompt_rows(prompts, f"{stage}.prompts", lambda row: row, share)
+            first[stage] = rows[0].prompt
+            if recipe.ppo is not None and stage in ("ppo", "evaluate"):
+                for source in recipe.ppo.reward:
+                    if source.function is not None:
+                        load_score_function(source.function, {name for row in rows for name in row.columns})
         if (judge := getattr(section, "judge", None)) is not None:
             check_judge(judge, run_dir)
     if recipe.sft is not None and "sft" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.sft, key)) is not None:
-                examples, _ = load_examples(source, f"sft.{key}", recipe.sft.max_bad_share)
+                examples, _ = load_examples(source, f"sft.{key}", recipe.sft.max_bad_share, lambda row: row)
                 if examples and examples[0].prompt is not None:
                     first.setdefault("sft", examples[0].prompt)
     if recipe.reward is not None and "reward" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.reward, key)) is not None:
-                records, _ = load_preferences(source, f"reward.{key}", recipe.reward.max_bad_share)
-                if records:
-                    first.setdefault("reward", records[0].prompt)
+                _, records, _ = load_preferences(source, f"reward.{key}", recipe.reward.max_bad_share, lambda row: row)
+                first.setdefault("reward", records[0].prompt)
     if recipe.ppo is not None and "ppo" in stages:
         for source in recipe.ppo.reward:
-            if source.function is not None:
-                load_score_function(source.function)
             if source.model is not None:
                 check_model_name(source.model, "ppo.reward.model")
             if source.adapter not in (None, "stage"):

@@ -19,7 +19,7 @@ from pe_rlhf.algo.kl import adapt_beta
 from pe_rlhf.algo.rewards import kl_objective
 from pe_rlhf.config import KLConfig, PPOConfig
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.prompt_order import PromptOrder
+from pe_rlhf.data.prompt_order import PromptOrder, PromptSet
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptimizer
@@ -52,12 +52,13 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     backbone = context.backbone()
     codec = context.codec(backbone)
     new_tokens = config.rollout.max_new_tokens
-    texts, ids = context.prompts(config.prompts, codec, backbone, new_tokens, config.max_prompt_tokens)
-    prompts = PromptOrder(texts, ids, config.batch_size, config.rollout.samples_per_prompt, seed)
-    scorer, reward_roles = make_scorer(config.reward, backbone, context.run_dir, config.micro_batch_tokens)
+    asked = context.prompts(config.prompts, codec, backbone, new_tokens, config.max_prompt_tokens)
+    prompts = PromptOrder(asked, config.batch_size, config.rollout.samples_per_prompt, seed)
+    budget, columns = config.micro_batch_tokens, asked.columns
+    scorer, reward_roles = make_scorer(config.reward, backbone, context.run_dir, budget, columns)
     start_from = critic_start(context, backbone, reward_roles)
-    optimizer = _add_roles(context, backbone, scorer, codec, (texts, ids), start_from)
-    sampler = context.sampler(backbone, POLICY, config.rollout, ids)
+    optimizer = _add_roles(context, backbone, scorer, codec, asked, start_from)
+    sampler = context.sampler(backbone, POLICY, config.rollout, asked.ids)
     judge = JudgeEvaluation(context, backbone, codec, POLICY) if config.eval_every is not None else None
     first_step, beta = _resume(context, backbone, optimizer)
     writer = context.metrics(first_step)
@@ -74,7 +75,7 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
                 _refuse_other_version(rollout, step)
                 sampled = time.monotonic()
                 # 2. to 4. anchor log-probs, values, scores; rewards shaped with the KL; advantages and returns
-                experience, metrics = collect_experience(backbone, scorer, codec, batch.prompts, rollout, beta, config)
+                experience, metrics = collect_experience(backbone, scorer, codec, batch, rollout, beta, config)
                 _refuse_high_kl(metrics["kl"], config)
                 scored = time.monotonic()
                 # Only weights whose rollout was scored are kept: a run that fails goes on from sound ones.
@@ -113,7 +114,7 @@ def _add_roles(
     backbone: Backbone,
     scorer: Scorer,
     codec: TextCodec,
-    prompts: tuple[list[Prompt], list[list[int]]],
+    prompts: PromptSet,
     start_from: str | None,
 ) -> RoleOptimizer:
     """The policy, fresh; the critic from the role `start_from`, or fresh; the optimizer that trains both."""

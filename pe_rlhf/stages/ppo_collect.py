@@ -12,6 +12,7 @@ from pe_rlhf.algo.kl import kl_estimate
 from pe_rlhf.algo.masked import explained_variance, masked_mean
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.passes import for_each_token
 from pe_rlhf.model.roles import ANCHOR
@@ -19,7 +20,6 @@ from pe_rlhf.rollout.mismatch_limit import mismatch_metrics, truncates
 from pe_rlhf.scoring.scorers import Scorer
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.types import Experience, Rollout, Sequences
-from reward.records import Prompt
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def collect_experience(
     backbone: Backbone,
     scorer: Scorer,
     codec: TextCodec,
-    prompts: list[Prompt],
+    prompts: PromptSet,
     rollout: Rollout,
     beta: float,
     config: PPOConfig,
@@ -40,7 +40,8 @@ def collect_experience(
     # 2. anchor log-probs, values, scores
     anchor_BR = response_logprobs(backbone, ANCHOR, sequences, config)
     values_BR = for_each_token(backbone, "value", sequences, config.micro_batch_tokens, backbone.response_values)
-    scores_B = scorer.score(prompts, [codec.decode(ids) for ids in rollout.responses], sequences)
+    texts = [codec.decode(ids) for ids in rollout.responses]
+    scores_B = scorer.score(prompts.prompts, texts, sequences, prompts.columns)
     old_BR, weights_BR, mismatch = _old_logprobs(backbone, rollout, sequences, anchor_BR, config)
 
     # 3. and 4. one reward per token, the KL at each and the score at the last; advantages and returns

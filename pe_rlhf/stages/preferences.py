@@ -41,8 +41,8 @@ def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
     judge = make_judge(config.judge) if is_main() else None
     backbone = context.backbone()
     codec = context.codec(backbone)
-    prompts, prompt_ids = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
-    prompts, prompt_ids = prompts * config.pairs_per_prompt, prompt_ids * config.pairs_per_prompt
+    asked = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
+    prompts, prompt_ids = asked.prompts * config.pairs_per_prompt, asked.ids * config.pairs_per_prompt
 
     # 1. two responses for each prompt, from the anchor
     seed = derive_seed(context.recipe.seed, "preferences")

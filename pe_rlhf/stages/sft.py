@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import DataSource, SFTConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.examples import Example
-from pe_rlhf.data.rows import hold_out, load_examples, note_bad_rows
+from pe_rlhf.data.rows import hold_out, load_examples, note_bad_rows, say_first, say_overlap
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.export import write_merged
 from pe_rlhf.runs.layout import StageFiles
@@ -28,10 +27,12 @@ from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import progress, say
 from pe_rlhf.system.stop_signals import stop_requests
 from reward.errors import InputError
+from reward.records import first_turn
 
 ROLE = "sft"
 NO_LOSS = -100
 PEFT_PREFIX = "base_model.model."
+Encoded = tuple[Example, list[int], list[int]]
 
 
 def run(context: StageContext[SFTConfig]) -> dict[str, Any]:
@@ -111,13 +112,16 @@ def _write_model(context: StageContext[SFTConfig], backbone: Backbone, template:
 def load_rows(context: StageContext[SFTConfig], codec: TextCodec, limit: int) -> tuple[Dataset, Dataset]:
     """Tokenised rows to train on and held-out ones. Raises `InputError` where either has no rows."""
     config = context.config
-    examples, key = _examples(context.files, config.data, "sft.data", config), "sft.data"
+
+    def encoded(source: DataSource, key: str) -> list[Encoded]:
+        return _examples(context.files, source, key, config, codec, limit)
+
+    examples = encoded(config.data, "sft.data")
     if config.eval_data is not None:
-        key = "sft.eval_data"
-        train, held_out = examples, _examples(context.files, config.eval_data, key, config)
+        train, held_out = examples, encoded(config.eval_data, "sft.eval_data")
+        say_overlap("sft.eval_data", [_turn(row) for row in held_out], [_turn(row) for row in train])
     else:
-        share, seed = config.eval_share, context.recipe.seed
-        train, held_out = hold_out(examples, lambda e: repr(e.prompt or e.response), share, seed, "sft held out")
+        train, held_out = hold_out(examples, _turn, config.eval_share, context.recipe.seed, "sft held out")
     if not train or not held_out:
         raise InputError(
             f"sft.data: {len(examples)} rows are too few to hold out a share of {config.eval_share}",
@@ -126,46 +130,39 @@ def load_rows(context: StageContext[SFTConfig], codec: TextCodec, limit: int) ->
             file=config.data.path,
             fix="add rows, raise sft.eval_share, or give sft.eval_data",
         )
-    with progress("sft: tokenising", len(train) + len(held_out), "rows") as advance:
-        return (
-            encode_rows(train, "sft.data", codec, limit, config.completion_only, advance),
-            encode_rows(held_out, key, codec, limit, config.completion_only, advance),
-        )
+    return _table(train), _table(held_out)
 
 
-def _examples(files: StageFiles, source: DataSource, key: str, config: SFTConfig) -> list[Example]:
-    examples, bad = load_examples(source, key, config.max_bad_share)
+def _examples(
+    files: StageFiles, source: DataSource, key: str, config: SFTConfig, codec: TextCodec, limit: int
+) -> list[Encoded]:
+    """The usable rows of a data set with their tokens; a row without a token to learn is an unusable one."""
+    whole = not config.completion_only
+    examples, bad = load_examples(source, key, config.max_bad_share, lambda e: (e, *encode_row(e, codec, limit, whole)))
     note_bad_rows(files.left_out(key), key, bad)
+    say_first(key, len(examples), "rows", codec.written(examples[0][1]))
     return examples
 
 
-def encode_rows(
-    examples: list[Example],
-    key: str,
-    codec: TextCodec,
-    limit: int,
-    completion_only: bool,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Dataset:
-    """`input_ids` of at most `limit` tokens, and `labels`: the same, but −100 where there is no loss.
+def encode_row(example: Example, codec: TextCodec, limit: int, whole: bool) -> tuple[list[int], list[int]]:
+    """At most `limit` token ids, and labels: the same, but −100 where there is no loss; on the prompt if `whole`.
 
-    A row without a token to learn is left out. The first token of a row is never learnt: nothing predicts it.
+    The first token of a row is never learnt: nothing predicts it. Raises `InputError` where no token is left.
     """
-    ids, labels = [], []
-    for example in examples:
-        if example.prompt is None:
-            prompt, response = [], codec.encode_text(example.response)[:limit]
-        else:
-            prompt, (response,) = codec.encode_within(example.prompt, [(example.response, False)], limit)
-        row = np.array(prompt + response, dtype=np.int32)
-        label = row.copy()
-        label[: max(1, len(prompt) if completion_only else 1)] = NO_LOSS
-        if (label != NO_LOSS).any():
-            ids.append(row)
-            labels.append(label)
-        advance(1)
-    if not ids:
-        raise InputError(f"{key}: no row has a token to learn", kind="empty", key=key)
-    if len(ids) < len(examples):
-        say(f"{key}: left out {len(examples) - len(ids)} of {len(examples)} rows without a token to learn")
-    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+    if example.prompt is None:
+        prompt, response = [], codec.encode_text(example.response)[:limit]
+    else:
+        prompt, (response,) = codec.encode_within(example.prompt, [(example.response, False)], limit)
+    ids, given = prompt + response, 1 if whole else max(1, len(prompt))
+    if len(ids) <= given or response == [codec.end_token_id]:
+        raise InputError("there is no token to learn", kind="empty")
+    return ids, [NO_LOSS] * given + ids[given:]
+
+
+def _table(rows: list[Encoded]) -> Dataset:
+    columns = {"input_ids": [ids for _, ids, _ in rows], "labels": [labels for _, _, labels in rows]}
+    return Dataset.from_dict({name: [np.array(row, dtype=np.int32) for row in c] for name, c in columns.items()})
+
+
+def _turn(row: Encoded) -> str:
+    return first_turn(row[0].prompt or row[0].response)

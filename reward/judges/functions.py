@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -13,9 +13,9 @@ from reward.errors import InputError
 from reward.judges.base import Comparison, Judge, Verdict
 from reward.judges.judge_settings import JudgeSettings
 from reward.judges.user_code import call_users_code, check_arguments, load_function, place_of
-from reward.records import Prompt
+from reward.records import NO_COLUMNS, Columns, Prompt
 
-ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
+ScoreFunction = Callable[..., Sequence[float]]
 CompareFunction = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], Sequence[float | Verdict]]
 
 
@@ -112,7 +112,7 @@ def load_judge(path: str) -> Judge:
     or a class with `compare` is a judge itself. Its `version` is a hash of its source file: when the file changes,
     earlier verdicts are not reused. Raises `InputError` for anything else, as `load_function` does.
     """
-    named = load_function(path)
+    named: Any = load_function(path)
     version = _version_of(named)
     if hasattr(named, "compare"):
         made = call_users_code(f"judge {path!r}", named) if inspect.isclass(named) else named
@@ -135,11 +135,37 @@ def load_judge(path: str) -> Judge:
     return FunctionJudge(named, path, version=version)
 
 
-def load_score_function(path: str) -> ScoreFunction:
-    """The function that "module:callable" names. Raises `InputError` where it cannot take prompts and responses."""
+def load_score_function(path: str, columns: Collection[str] = ()) -> ScoreFunction:
+    """The function that "module:callable" names.
+
+    Raises `InputError` where it cannot take prompts and responses, or wants a column that the data does not have.
+    """
     function = load_function(path)
-    check_arguments(path, function, "prompts", "responses")
+    positional, named = _arguments(function, "prompts", "responses", dict.fromkeys(columns, ()))
+    check_arguments(path, function, *positional, named=named)
     return function
+
+
+def _arguments(function: Any, prompts: Any, responses: Any, columns: Columns) -> tuple[list[Any], dict[str, Any]]:
+    """What a score function is called with: prompts, responses, and by their names the columns that it takes.
+
+    A function of TRL's, which calls responses `completions`, gets both by name.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some builtins have no signature
+        return [prompts, responses], {}
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    own = {"prompts": prompts, "completions": responses} if "completions" in parameters else {}
+    first = set(own) or set(list(parameters)[:2])
+    named = {
+        name: values
+        for name, values in columns.items()
+        if name not in first and name.isidentifier() and (everything or name in parameters)
+    }
+    if not own:
+        return [prompts, responses], named
+    return [], {name: value for name, value in own.items() if everything or name in parameters} | named
 
 
 class FunctionKind:
@@ -218,13 +244,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def score_responses(function: ScoreFunction, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+def score_responses(
+    function: ScoreFunction, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = NO_COLUMNS
+) -> list[float]:
     """Call a score function and check what it returns: one finite number per response.
 
+    columns: the other columns of the prompts' rows; the function gets those that its arguments name, all with `**`.
     One-dimensional arrays and tensors are accepted. Raises `InputError` naming the function, also for what it raises.
     """
     name = f"score function {_name_of(function)}"
-    returned = call_users_code(name, function, prompts, responses)
+    positional, named = _arguments(function, prompts, responses, columns)
+    returned = call_users_code(name, function, *positional, **named)
     scores = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(scores, Sequence) or isinstance(scores, str | bytes):
         raise _wrong(f"{name} returned {type(returned).__name__}, not a list of numbers", function)

@@ -15,9 +15,10 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,7 +36,7 @@ class _TooLong(BaseException):
     """A call is over its time limit; no `except Exception` of the user's catches it."""
 
 
-def call_users_code(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def call_users_code(name: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """What the user's function returns; `name` is what messages call it.
 
     Raises `InputError` for whatever it raises, and after `PE_RLHF_FUNCTION_TIMEOUT` seconds. Our own failures and
@@ -46,9 +47,9 @@ def call_users_code(name: str, function: Callable[..., Any], *arguments: Any) ->
         with _waiting(name):
             if threading.current_thread() is threading.main_thread():
                 with _alarm(limit):
-                    returned = function(*arguments)
+                    returned = function(*arguments, **named)
             else:
-                returned = _worker().call(function, arguments, limit)
+                returned = _worker().call(partial(function, **named), arguments, limit)
     except (Failure, KeyboardInterrupt):
         raise
     except _TooLong as error:
@@ -90,12 +91,13 @@ def load_function(path: str) -> Callable[..., Any]:
     return found[1]
 
 
-def check_arguments(path: str, function: Callable[..., Any], *names: str) -> None:
-    """Raise `InputError` where a function cannot be called with that many arguments; `names` are what they are."""
+def check_arguments(path: str, function: Callable[..., Any], *names: str, named: Collection[str] = ()) -> None:
+    """Raise `InputError` where a function cannot be called with that many arguments, `names` in their order, and with
+    those that are `named`."""
     try:
-        inspect.signature(function).bind(*names)
+        inspect.signature(function).bind(*names, **dict.fromkeys(named))
     except TypeError as error:
-        message = f"{path!r} cannot be called with ({', '.join(names)}): {error}{place_of(function)}"
+        message = f"{path!r} cannot be called with ({', '.join([*names, *named])}): {error}{place_of(function)}"
         raise _failed(message, function) from error
     except ValueError:  # some builtins have no signature
         return

@@ -21,8 +21,10 @@ import torch
 
 from pe_rlhf.config import DataSource, PPOConfig, RewardConfig, RolloutConfig
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.preference_pairs import Pairs, encode_pairs
-from pe_rlhf.data.rows import load_prompts, load_rows
+from pe_rlhf.data.preference_pairs import Pairs, encode_pair
+from pe_rlhf.data.prompt_order import PromptSet
+from pe_rlhf.data.rows import load_prompts
+from pe_rlhf.data.sources import load_rows
 from pe_rlhf.model.backbone import Backbone, FastPath, load_backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.rollout.hf import HFRollout
@@ -61,8 +63,9 @@ def ppo_steps(
     for step in range(steps):
         start = time.perf_counter()
         batch = prompts[step * PROMPTS : (step + 1) * PROMPTS]
-        rollout = sampler.generate([codec.encode_prompt(prompt) for prompt in batch], seed=step)
-        experience, _ = collect_experience(backbone, scorer, codec, batch, rollout, config.kl.beta, config)
+        asked = PromptSet(batch, [codec.encode_prompt(prompt) for prompt in batch], {})
+        rollout = sampler.generate(asked.ids, seed=step)
+        experience, _ = collect_experience(backbone, scorer, codec, asked, rollout, config.kl.beta, config)
         update(backbone, optimizer, experience, config.kl.beta, config, seed=0, step=step)
         seconds.append(time.perf_counter() - start)
         tokens.append(int(experience.sequences.lengths_B.sum()))
@@ -78,7 +81,7 @@ def reward_steps(
     add(backbone, "reward")
     optimizer = RoleOptimizer([RoleGroup("reward", backbone.role_parameters("reward"), 1e-4)], config.optimizer, steps)
     codec = TextCodec(backbone.tokenizer, "none")
-    pairs = _short(encode_pairs(records, codec, limit=10**6, pad_id=backbone.pad_token_id))
+    pairs = _short(Pairs([encode_pair(record, codec, 10**6) for record in records], backbone.pad_token_id))
     seconds, tokens = [], []
     for step in range(steps):
         rows = list(range(step * PAIRS, (step + 1) * PAIRS))

@@ -68,22 +68,22 @@ def test_a_file_with_some_bad_rows(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}", "answer": f"a{i}" if i != 3 else ""} for i in range(8)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     source = DataSource(path=str(path), columns={"prompt": "question", "completion": "answer"})
-    examples, bad = load_examples(source, "sft.data", 0.2)
+    examples, bad = load_examples(source, "sft.data", 0.2, lambda row: row)
     assert examples == [Example(f"q{i}", f"a{i}") for i in range(8) if i != 3]
     assert [(record.row, record.reason) for record in bad] == [(4, "the response is empty")]
     with raises("invalid", key="sft.data", file=path, row=4):
-        load_examples(source, "sft.data", 0.1)
+        load_examples(source, "sft.data", 0.1, lambda row: row)
 
 
 def test_a_file_without_the_columns(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
     with raises("missing", key="sft.data", file=path):
-        load_examples(DataSource(path=str(path)), "sft.data", 0.1)
+        load_examples(DataSource(path=str(path)), "sft.data", 0.1, lambda row: row)
 
 
 def test_a_text_file_is_a_row_a_line(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("one line\nand another\n")
-    examples, _ = load_examples(DataSource(path=str(tmp_path / "rows.txt")), "sft.data", 0.0)
+    examples, _ = load_examples(DataSource(path=str(tmp_path / "rows.txt")), "sft.data", 0.0, lambda row: row)
     assert examples == [Example(None, "one line"), Example(None, "and another")]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pe_rlhf.data.prompt_order import PromptOrder
+from pe_rlhf.data.prompt_order import PromptOrder, PromptSet
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
 IDS = [[100 + i] for i in range(10)]
 
 
 def order(batch_size: int, samples: int = 1, seed: int = 0) -> PromptOrder:
-    return PromptOrder(list(PROMPTS), IDS, batch_size, samples, seed)
+    return PromptOrder(PromptSet(list(PROMPTS), IDS, {"number": list(range(len(PROMPTS)))}), batch_size, samples, seed)
 
 
 def drawn(prompts: PromptOrder, steps: int) -> list[str]:
@@ -55,4 +55,5 @@ def test_a_batch_larger_than_the_data_takes_some_prompts_again() -> None:
 def test_text_and_ids_belong_together() -> None:
     for step in range(5):
         batch = order(7, samples=2).batch(step)
+        assert [PROMPTS[number] for number in batch.columns["number"]] == batch.prompts
         assert batch.ids == [IDS[PROMPTS.index(str(prompt))] for prompt in batch.prompts]

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pe_rlhf.config import DataSource
-from pe_rlhf.data.rows import load_preferences, load_prompts, load_rows, note_bad_rows
+from pe_rlhf.data.rows import load_preferences, load_prompts, note_bad_rows
+from pe_rlhf.data.sources import load_rows
 from reward.records import BadRecord
 from tests.failures import raises
 from tests.runs import read_jsonl, write_jsonl
@@ -102,7 +103,7 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
     source = DataSource(path=str(path), columns=columns)
     assert load_rows(source, "key") == [{"prompt_id": 7, "prompt": "q", "chosen": "g", "rejected": "b"}]
     assert load_prompts(source, "key") == ["q"]
-    records, bad = load_preferences(source, "key", max_bad_share=0.0)
+    _, records, bad = load_preferences(source, "key", 0.0, lambda row: row)
     assert [(r.prompt, r.chosen, r.rejected) for r in records] == [("q", "g", "b")]
     assert bad == []
 
@@ -148,7 +149,7 @@ def test_a_few_bad_pairs_are_handed_back_with_their_reasons(tmp_path: Path) -> N
     rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": "r"} for i in range(10)]
     rows[4]["chosen"] = "r"
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    records, bad = load_preferences(DataSource(path=str(path)), "key", max_bad_share=0.1)
+    _, records, bad = load_preferences(DataSource(path=str(path)), "key", 0.1, lambda row: row)
     assert [record.prompt for record in records] == [f"p{i}" for i in range(10) if i != 4]
     assert [(row.row, row.reason) for row in bad] == [(5, "the chosen and the rejected response are equal")]
 
@@ -164,7 +165,7 @@ def test_a_name_without_an_ending_is_a_hub_id(tmp_path: Path, monkeypatch: pytes
 def test_reading_a_large_file_shows_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], size: int, said: list[str]
 ) -> None:
-    monkeypatch.setattr("pe_rlhf.data.rows.LARGE", size)
+    monkeypatch.setattr("pe_rlhf.data.sources.LARGE", size)
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a prompt"}\n')
     load_rows(DataSource(path=str(path)), "key")

@@ -20,6 +20,7 @@ from pe_rlhf.adapters.layer_statistics import LayerStatistics
 from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe, RewardConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs, PairTokens
+from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.stages.context import StageContext
@@ -43,7 +44,7 @@ ADAPTER = AdapterConfig(init="lora_ga", rank=RANK, init_options={"batch_size": 3
 class SumOfIds:
     """A reward that differs from response to response."""
 
-    def score(self, prompts: object, responses: object, sequences: Sequences) -> Tensor:
+    def score(self, prompts: object, responses: object, sequences: Sequences, columns: object = None) -> Tensor:
         return torch.tensor([float(sum(response) % 7) for _, response in rows_of(sequences)])
 
 
@@ -131,7 +132,7 @@ def stage(
     codec = TextCodec(tiny_tokenizer, "none")
     texts = [" ".join(f"w{i}" for i in ids) for ids in PROMPTS]
     context: StageContext[PPOConfig] = StageContext(Recipe(model="unused", seed=SEED, ppo=config), tmp_path, "ppo")
-    rollouts = AnchorRollouts(context, backbone, SumOfIds(), codec, (texts, PROMPTS), ADAPTER)
+    rollouts = AnchorRollouts(context, backbone, SumOfIds(), codec, PromptSet([*texts], PROMPTS, {}), ADAPTER)
     if request.param == "policy":
         return rollouts.policy_statistics(), lambda model: of_the_policy_loss(model, backbone, config)
     return rollouts.value_statistics(), lambda model: of_the_value_loss(model, backbone, config)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.prompt_order import PromptOrder
+from pe_rlhf.data.prompt_order import PromptOrder, PromptSet
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.runs.saved_roles import save_role
@@ -67,7 +67,7 @@ def test_a_bf16_base_trains_fp32_adapters(tmp_path: Path, init: str) -> None:
     # follows from the padding too, so the rows stand here as the trainer has them: longest first, padded on the right.
     backbone = load_backbone(tree["model"], dtype="bfloat16")
     ids = [backbone.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    batch = PromptOrder(list(PROMPTS), ids, 6, 1, seed=0).batch(0)
+    batch = PromptOrder(PromptSet(list(PROMPTS), ids, {}), 6, 1, seed=0).batch(0)
     config = PPOConfig.model_validate(tree["ppo"])
     rollout = HFRollout(backbone, "anchor", config.rollout).generate(batch.ids, derive_seed(0, "rollout", 0))
     rows = list(zip(rollout.prompts, rollout.responses, rollout.logprobs, strict=True))
@@ -245,7 +245,7 @@ def test_the_critic_of_an_init_s_rollouts_is_the_one_that_training_starts_from(t
     perturb(backbone, "reward", 0.2)
     codec = TextCodec(backbone.tokenizer, "none")
     context: StageContext[PPOConfig] = StageContext(Recipe.model_validate(tree), tmp_path, "ppo")
-    prompts = (PROMPTS, [codec.encode_prompt(prompt) for prompt in PROMPTS])
+    prompts = PromptSet([*PROMPTS], [codec.encode_prompt(prompt) for prompt in PROMPTS], {})
     adapter = AdapterConfig(init="lora_ga", rank=2)
     advantages = []
     for start in (None, "reward"):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.scorers import AdapterScorer
@@ -54,8 +55,8 @@ def collected(
     backbone: Backbone, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, config: PPOConfig
 ) -> tuple[Experience, dict[str, float]]:
     scorer = AdapterScorer(backbone, "reward", config.micro_batch_tokens)
-    prompts = [tokenizer.decode(ids) for ids in rollout.prompts]
-    return collect_experience(backbone, scorer, TextCodec(tokenizer), prompts, rollout, BETA, config)  # type: ignore[arg-type]
+    prompts = PromptSet([str(tokenizer.decode(ids)) for ids in rollout.prompts], rollout.prompts, {})
+    return collect_experience(backbone, scorer, TextCodec(tokenizer), prompts, rollout, BETA, config)
 
 
 # ---- the naive implementation ---------------------------------------------------------------------------------------

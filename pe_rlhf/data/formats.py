@@ -1,0 +1,283 @@
+"""Data sets as their authors publish them, turned into rows of ours: `format: NAME` in any data source.
+
+A converter takes one row and gives the columns that it holds: `prompt`, `chosen` and `rejected` with a `margin` where
+the data says how much better, or `messages`, or `prompt` and `completion`. It raises `InputError` for a row that is not
+of the format, and `Dropped` for a tie. Pairs of scores become the best response against the worst.
+
+| format                 | data sets                                                                                  |
+|------------------------|--------------------------------------------------------------------------------------------|
+| implicit               | texts that begin with their prompt; TRL's implicit format                                   |
+| hh_rlhf                | Anthropic/hh-rlhf                                                                           |
+| helpsteer2             | nvidia/HelpSteer2: its scores (two rows a prompt) or its preferences                        |
+| helpsteer3             | nvidia/HelpSteer3, preferences                                                              |
+| ultrafeedback          | openbmb/UltraFeedback: four completions with scores                                         |
+| ultrafeedback_binarized| HuggingFaceH4/ultrafeedback_binarized, trl-lib's and argilla's                              |
+| shp                    | stanfordnlp/SHP                                                                             |
+| pku_saferlhf           | PKU-Alignment/PKU-SafeRLHF; by safety: columns: {better_response_id: safer_response_id}     |
+| tldr                   | openai/summarize_from_feedback (comparisons), CarperAI's and trl-lib's                      |
+| nectar                 | berkeley-nest/Nectar: seven ranked answers                                                  |
+| arena                  | lmsys/chatbot_arena_conversations, lmsys/lmsys-arena-human-preference-55k, lmarena-ai's     |
+| sharegpt               | `conversations` of `from` and `value`, also with chosen and rejected                        |
+| alpaca                 | instruction, input and output, also with chosen and rejected                                |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from pe_rlhf.data.files import Row, Rows
+from reward.errors import InputError
+from reward.records import TRANSCRIPT_START, Dropped
+
+Converter = Callable[[Row], dict[str, Any]]
+FORMATS: dict[str, Converter] = {}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
+ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
+
+
+def register_format(name: str) -> Callable[[Converter], Converter]:
+    """Make a converter known as `format: NAME`. Raises `InputError` for a name that is taken."""
+
+    def register(converter: Converter) -> Converter:
+        if name in FORMATS:
+            raise InputError(f"there is a format {name!r} already", kind="exists", key="format")
+        FORMATS[name] = converter
+        return converter
+
+    return register
+
+
+def converted(rows: Rows, name: str, key: str, file: str) -> Rows:
+    """All rows in our columns; one that cannot be converted is an `InputError` in its place."""
+    if (converter := FORMATS.get(name)) is None:
+        near = get_close_matches(name, FORMATS, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else None
+        message = f"{key}: there is no format {name!r}; there are {', '.join(sorted(FORMATS))}"
+        raise InputError(message, kind="unknown", key=f"{key}.format", file=file, fix=fix)
+    found: Rows = []
+    for row in _side_by_side(rows) if name == "helpsteer2" else rows:
+        try:
+            found.append(row if isinstance(row, InputError) else converter(row))
+        except InputError as error:
+            found.append(error)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            reason = f"not of the format {name}: {type(error).__name__}: {error}"
+            found.append(InputError(reason, kind="invalid", key="format"))
+    return found
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@register_format("implicit")
+def _implicit(row: Row) -> dict[str, Any]:
+    return dict(row)
+
+
+@register_format("hh_rlhf")
+def _hh_rlhf(row: Row) -> dict[str, Any]:
+    for column in ("chosen", "rejected"):
+        if not row[column].startswith(TRANSCRIPT_START):
+            raise InputError(f"the {column} text is no transcript that begins with 'Human:'", key=column)
+    return {"chosen": row["chosen"], "rejected": row["rejected"]}
+
+
+@register_format("helpsteer2")
+def _helpsteer2(row: Row) -> dict[str, Any]:
+    if "preference_strength" in row:  # below 0: the first is better
+        first, second, strength = row["response_1"], row["response_2"], -_number(row, "preference_strength")
+    elif "others" in row:
+        first, second = row["response"], row["others"]["response"]
+        strength = _number(row, "helpfulness") - _number(row["others"], "helpfulness")
+    else:
+        return {"prompt": _helpsteer_prompt(row["prompt"]), "completion": row["response"]}
+    return {"prompt": _helpsteer_prompt(row["prompt"]), **_ordered(first, second, strength)}
+
+
+@register_format("helpsteer3")
+def _helpsteer3(row: Row) -> dict[str, Any]:
+    strength = -_number(row, "overall_preference")  # −3: the first is much better
+    return {"prompt": row["context"], **_ordered(row["response1"], row["response2"], strength)}
+
+
+@register_format("ultrafeedback")
+def _ultrafeedback(row: Row) -> dict[str, Any]:
+    scored = [(_number(answer, "overall_score"), answer["response"]) for answer in row["completions"]]
+    return {"prompt": row["instruction"], **_extremes(scored)}
+
+
+@register_format("ultrafeedback_binarized")
+def _ultrafeedback_binarized(row: Row) -> dict[str, Any]:
+    if "chosen_response" in row:
+        names = ("chosen_response", "rejected_response", "chosen_avg_rating", "rejected_avg_rating")
+    elif "chosen-rating" in row:
+        names = ("chosen", "rejected", "chosen-rating", "rejected-rating")
+    else:
+        names = ("chosen", "rejected", "score_chosen", "score_rejected")
+    better, worse, high, low = (row.get(name) for name in names)
+    found: dict[str, Any] = {"chosen": better, "rejected": worse}
+    if isinstance(better, str):  # otherwise they are whole dialogues, the prompt included
+        found["prompt"] = row.get("prompt") or row["instruction"]
+    if high is not None and low is not None:
+        if high == low:
+            raise Dropped("a tie: both responses have the same score", kind="conflict")
+        found["margin"] = float(high) - float(low)
+        if found["margin"] < 0:  # a few rows are labelled against their scores
+            found["margin"] = 0.0
+    return found
+
+
+@register_format("shp")
+def _shp(row: Row) -> dict[str, Any]:
+    """`score_ratio`: how many times the votes of the other; its logarithm is a difference of rewards."""
+    sign = 1 if _number(row, "labels") == 1 else -1
+    ratio = row.get("score_ratio")
+    pair = _ordered(row["human_ref_A"], row["human_ref_B"], sign)
+    margin = None if ratio is None else math.log(max(1.0, float(ratio)))
+    return {"prompt": row["history"], **pair, "margin": margin}
+
+
+@register_format("pku_saferlhf")
+def _pku_saferlhf(row: Row) -> dict[str, Any]:
+    better = _index(row, "better_response_id")
+    return {"prompt": row["prompt"], "chosen": row[f"response_{better}"], "rejected": row[f"response_{1 - better}"]}
+
+
+@register_format("tldr")
+def _tldr(row: Row) -> dict[str, Any]:
+    if "summaries" in row:
+        info, choice = row["info"], _index(row, "choice")
+        post = info.get("post") or info["article"]
+        heads = [("SUBREDDIT: r/", info.get("subreddit")), ("TITLE: ", info.get("title"))]
+        start = "".join(f"{head}{text}\n\n" for head, text in heads if text)
+        texts = [summary["text"] for summary in row["summaries"]]
+        said = {"chosen": texts[choice], "rejected": texts[1 - choice]}
+        return {"prompt": f"{start}POST: {post}\n\nTL;DR:", **said}
+    if "chosen" in row:
+        return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    return {"prompt": row["prompt"], "completion": row["completion"] if "completion" in row else row["label"]}
+
+
+@register_format("nectar")
+def _nectar(row: Row) -> dict[str, Any]:
+    """The first in rank against the last; ranks are no strengths, so there is no margin."""
+    scored = [(-_number(answer, "rank"), answer["answer"]) for answer in row["answers"]]
+    return {"prompt": row["prompt"], **_extremes(scored), "margin": None}
+
+
+@register_format("arena")
+def _arena(row: Row) -> dict[str, Any]:
+    if "winner" in row:
+        sides = {"model_a": 1, "model_b": -1}
+        said, first, second = sides.get(row["winner"], 0), row["conversation_a"], row["conversation_b"]
+    else:
+        said = int(_number(row, "winner_model_a") - _number(row, "winner_model_b"))
+        asked, *answers = (json.loads(row[name]) for name in ("prompt", "response_a", "response_b"))
+        first, second = ([*_dialogue(asked, answer)] for answer in answers)
+    if len(first) > 2 and first[:-1] != second[:-1]:
+        raise Dropped("the dialogues part before their last turn", kind="conflict")
+    return _ordered(first, second, said) | {"margin": None}
+
+
+# ---- dialogues -------------------------------------------------------------------------------------------------------
+
+
+@register_format("sharegpt")
+def _sharegpt(row: Row) -> dict[str, Any]:
+    said = row.get("conversations") or row["conversation"]
+    if system := row.get("system"):
+        said = [{"from": "system", "value": system}, *said]
+    messages = [_turn(turn) for turn in said]
+    if "chosen" not in row:
+        return {"messages": messages}
+    return {"prompt": messages, "chosen": [_turn(row["chosen"])], "rejected": [_turn(row["rejected"])]}
+
+
+@register_format("alpaca")
+def _alpaca(row: Row) -> dict[str, Any]:
+    asked = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    prompt: list[dict[str, str]] = [{"role": "user", "content": asked}]
+    if system := row.get("system"):
+        prompt.insert(0, {"role": "system", "content": system})
+    if "chosen" in row:
+        return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
+    return {"prompt": prompt, "completion": row["output"]}
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _ordered(first: Any, second: Any, strength: float) -> dict[str, Any]:
+    """The better one as `chosen`; `strength` is positive where that is the first."""
+    if strength == 0:
+        raise Dropped("a tie", kind="conflict")
+    chosen, rejected = (first, second) if strength > 0 else (second, first)
+    return {"chosen": chosen, "rejected": rejected, "margin": float(abs(strength))}
+
+
+def _extremes(scored: list[tuple[float, Any]]) -> dict[str, Any]:
+    best, worst = max(scored, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
+    return _ordered(best[1], worst[1], best[0] - worst[0])
+
+
+def _number(row: Mapping[str, Any], column: str) -> float:
+    value = row[column]
+    if isinstance(value, bool) or value is None or not math.isfinite(number := float(value)):
+        raise InputError(f"column {column!r} is {value!r}, not a number", key=column)
+    return number
+
+
+def _index(row: Mapping[str, Any], column: str) -> int:
+    """Which of two responses: 0 or 1."""
+    value = _number(row, column)
+    if value == -1:
+        raise Dropped("a tie", kind="conflict")
+    if value not in (0, 1):
+        raise InputError(f"column {column!r} is {row[column]!r}, not 0 or 1", key=column)
+    return int(value)
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    role = turn.get("from") or turn.get("role")
+    if role not in ROLES:
+        what = "tool calls" if role in ("function_call", "observation", "tool", "function") else f"the role {role!r}"
+        raise InputError(f"a turn of the dialogue holds {what}", key="conversations")
+    return {"role": ROLES[role], "content": turn["value"] if "value" in turn else turn.get("content")}
+
+
+def _dialogue(asked: list[str], answers: list[str]) -> list[dict[str, str]]:
+    turns = zip(asked, answers, strict=True)
+    sides = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(sides, turn, strict=True)]
+
+
+def _helpsteer_prompt(text: str) -> Any:
+    """Several turns are one text with marks between them."""
+    first, *others = re.split(r"<extra_id_1>(User|Assistant)\n", text)
+    messages = [{"role": "user", "content": first.strip("\n") if others else first}]
+    for role, said in zip(others[::2], others[1::2], strict=True):
+        messages.append({"role": role.lower(), "content": said.strip("\n")})
+    if len(messages) > 1 and not messages[-1]["content"]:
+        messages.pop()
+    return messages if others else text
+
+
+def _side_by_side(rows: Rows) -> Rows:
+    """HelpSteer2's scores: the two responses to a prompt are rows one after the other, which become one.
+
+    The first of the two becomes `others` of the second; a row without a fellow stays as it is.
+    """
+    found: Rows = []
+    for row in rows:
+        before = found[-1] if found else None
+        plain = isinstance(row, Mapping) and isinstance(before, Mapping) and "helpfulness" in row
+        if plain and "others" not in before and before.get("prompt") == row.get("prompt"):  # type: ignore[union-attr]
+            found[-1] = {**before, "others": row}  # type: ignore[dict-item]
+        else:
+            found.append(row)
+    return found

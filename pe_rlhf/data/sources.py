@@ -1,0 +1,142 @@
+"""Where the rows of a data set come from: a local file or folder, or the hub through `datasets`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from pe_rlhf.config import DataSource
+from pe_rlhf.data.files import READERS, Row, Rows, ending, read_file
+from pe_rlhf.data.formats import converted
+from pe_rlhf.system.progress import console, say
+from reward.errors import InputError
+
+LARGE = 50 * 2**20  # bytes: reading this takes seconds
+ENDINGS = (*READERS, ".parquet")
+
+
+def load_rows(source: DataSource, key: str) -> Rows:
+    """All rows of a data set, columns renamed to ours, and converted where it names a format.
+
+    `key` is where the recipe names it, for errors. A row that cannot be read is an `InputError` in its place. Raises
+    `InputError` for a file that is missing, empty or damaged, an unknown ending, and a split, a mapped column or a
+    format that does not exist.
+    """
+    local = _looks_local(source.path)
+    rows = _local_rows(source, key) if local else _hub_rows(source, key)
+    if not rows:
+        raise InputError(f"{key}: {source.path} has no rows", kind="empty", key=key, file=source.path)
+    names = list(dict.fromkeys(name for row in rows if not isinstance(row, InputError) for name in row))
+    for theirs in source.columns.values():
+        if names and theirs not in names:
+            message = f"{key}: {source.path} has no column {theirs!r}; it has {', '.join(names)}"
+            raise InputError(message, kind="missing", key=f"{key}.columns", file=source.path)
+    renamed: Rows = [row if isinstance(row, InputError) else _renamed(row, source.columns) for row in rows]
+    return renamed if source.format is None else converted(renamed, source.format, key, source.path)
+
+
+def _local_rows(source: DataSource, key: str) -> Rows:
+    path = Path(source.path).expanduser()
+    path = path / source.data_dir if source.data_dir else path
+    if path.is_dir():
+        if saved := [name for name in ("state.json", "dataset_dict.json") if (path / name).is_file()]:
+            return _saved_rows(path, saved[0], source, key)
+        files = sorted(file for file in path.rglob("*") if file.is_file() and ending(file) in ENDINGS)
+        split = source.split.split("[")[0]
+        if named := [file for file in files if split in file.relative_to(path).as_posix()]:
+            files, source = named, _as_train(source, split)
+        if not files:
+            raise InputError(f"{key}: {path} holds no file of rows", kind="missing", key=key, file=source.path)
+    else:
+        files = [path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    if size > LARGE:
+        say(f"{key}: reading {source.path}")
+    rows: Rows = []
+    for file in files:
+        rows += _parquet_rows(file, key) if ending(file) == ".parquet" else read_file(file, key)
+    if not rows:
+        raise InputError(f"{key}: {source.path} is empty", kind="empty", key=key, file=source.path)
+    return _sliced(rows, source, key)
+
+
+def _sliced(rows: Rows, source: DataSource, key: str) -> Rows:
+    """The slice that a split names, in the words of `datasets`; files know of one split, train."""
+    where: dict[str, Any] = {"file": source.path}
+    asked = [part.split("[")[0] for part in source.split.split("+")]
+    if unknown := [name for name in asked if name != "train"]:
+        message = f"{key}: {source.path} has no split {unknown[0]!r}; files have the split 'train' only"
+        raise InputError(message, kind="unknown", key=key, **where)
+    try:
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({"train": len(rows)})
+    except (ValueError, AssertionError) as error:
+        message = f"{key}: {source.path} has no split {source.split!r}: {error}"
+        raise InputError(message, kind="invalid", key=f"{key}.split", **where) from error
+    kept = [row for part in parts for row in rows[part.from_ : part.to]]
+    if not kept:
+        message = f"{key}: {source.path} has no rows in split {source.split!r}"
+        raise InputError(message, kind="empty", key=f"{key}.split", **where)
+    return kept
+
+
+def _parquet_rows(path: Path, key: str) -> Rows:
+    if not path.is_file():
+        raise InputError(f"{key}: there is no file {path}", kind="missing", key=key, file=str(path))
+    datasets.disable_progress_bars()
+    try:
+        return [dict(row) for row in datasets.load_dataset("parquet", data_files=str(path), split="train")]
+    except Exception as error:  # the library raises a dozen classes, its own and pyarrow's
+        message = f"{key}: {path} cannot be read: {_reason(error)}"
+        raise InputError(message, kind="unreadable", key=key, file=str(path)) from error
+
+
+def _saved_rows(path: Path, kind: str, source: DataSource, key: str) -> Rows:
+    """Rows that `save_to_disk` wrote: of one split, or of several."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:
+        message = f"{key}: {path} cannot be read: {_reason(error)}"
+        raise InputError(message, kind="unreadable", key=key, file=source.path) from error
+    if isinstance(saved, datasets.Dataset):
+        return _sliced([dict(row) for row in saved], source, key)
+    name = source.split.split("[")[0]
+    if name not in saved:
+        message = f"{key}: {source.path} has no split {name!r}; it has {', '.join(map(str, saved))}"
+        raise InputError(message, kind="unknown", key=key, file=source.path)
+    return _sliced([dict(row) for row in saved[name]], _as_train(source, name), key)
+
+
+def _as_train(source: DataSource, split: str) -> DataSource:
+    """The source where that split has been found and is all there is."""
+    return source.model_copy(update={"split": source.split.replace(split, "train", 1)})
+
+
+def _hub_rows(source: DataSource, key: str) -> Rows:
+    # A download takes long enough to be watched: by the library's bar, or one line without a terminal.
+    (datasets.enable_progress_bars if console.is_terminal else datasets.disable_progress_bars)()
+    if not console.is_terminal:
+        say(f"{key}: reading {source.path}")
+    try:
+        table = datasets.load_dataset(source.path, source.name, data_dir=source.data_dir, split=source.split)
+        return [dict(row) for row in table]
+    except Exception as error:  # the library raises a dozen classes, its own and pyarrow's
+        reason = _reason(error)
+        kind = "unknown" if "Unknown split" in reason else "missing"
+        message = f"{key}: could not load {source.path} (split {source.split!r}): {reason}"
+        raise InputError(message, kind=kind, key=key, file=source.path) from error
+
+
+def _renamed(row: Row, columns: dict[str, str]) -> Row:
+    """All at once, so that two columns can swap their names."""
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return kept | {ours: row.get(theirs) for ours, theirs in columns.items()}
+
+
+def _looks_local(path: str) -> bool:
+    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or ending(Path(path)) in ENDINGS
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:300]

@@ -1,0 +1,333 @@
+"""Rows as the authors of known data sets publish them: what becomes of them, and what is left out with its reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from pe_rlhf.config import DataSource
+from pe_rlhf.data.rows import load_examples, load_preferences, load_prompts
+from reward.errors import Kind
+from reward.records import PreferenceRecord
+from tests.failures import raises
+from tests.runs import Tree, write_jsonl
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def source(tmp_path: Path, name: str | None, rows: list[Tree], **settings: Any) -> DataSource:
+    return DataSource(path=str(write_jsonl(tmp_path / "rows.jsonl", rows)), format=name, **settings)
+
+
+ARENA_55K = {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]'}
+PAIRS: dict[str, tuple[Tree, tuple[Any, str, str, float | None], Tree]] = {
+    # row, (prompt, chosen, rejected, margin), a row that is left out
+    "hh_rlhf": (
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        ([user("q")], "a", "b", None),
+        {"chosen": "Human: q", "rejected": "b"},
+    ),
+    "helpsteer2": (
+        {"prompt": "q", "response_1": "b", "response_2": "a", "preference_strength": 2},
+        ("q", "a", "b", 2.0),
+        {"prompt": "q", "response_1": "b", "response_2": "a", "preference_strength": 0},
+    ),
+    "helpsteer3": (
+        {"context": [user("q")], "response1": "a", "response2": "b", "overall_preference": -2},
+        ([user("q")], "a", "b", 2.0),
+        {"context": [user("q")], "response1": "a", "response2": "b", "overall_preference": 0},
+    ),
+    "ultrafeedback": (
+        {
+            "instruction": "q",
+            "completions": [{"response": r, "overall_score": s} for r, s in (("c", 5), ("a", 7.5), ("b", 3))],
+        },
+        ("q", "a", "b", 4.5),
+        {"instruction": "q", "completions": [{"response": r, "overall_score": 5} for r in "ab"]},
+    ),
+    "ultrafeedback_binarized": (
+        {
+            "prompt": "q",
+            "chosen": [user("q"), said("a")],
+            "rejected": [user("q"), said("b")],
+            "score_chosen": 8.5,
+            "score_rejected": 8.0,
+        },
+        ([user("q")], "a", "b", 0.5),
+        {"prompt": "q", "chosen": [user("q"), said("a")], "rejected": [user("p"), said("b")]},
+    ),
+    "shp": (
+        {"history": "q", "human_ref_A": "b", "human_ref_B": "a", "labels": 0, "score_ratio": 1.0},
+        ("q", "a", "b", 0.0),
+        {"history": "q", "human_ref_A": "b"},
+    ),
+    "pku_saferlhf": (
+        {"prompt": "q", "response_0": "b", "response_1": "a", "better_response_id": 1, "safer_response_id": 0},
+        ("q", "a", "b", None),
+        {"prompt": "q", "response_0": "b", "response_1": "a", "better_response_id": 2},
+    ),
+    "tldr": (
+        {
+            "info": {"post": "P", "subreddit": "s", "title": "T"},
+            "summaries": [{"text": " b"}, {"text": " a"}],
+            "choice": 1,
+        },
+        ("SUBREDDIT: r/s\n\nTITLE: T\n\nPOST: P\n\nTL;DR:", " a", " b", None),
+        {"info": {"post": "P"}, "summaries": [{"text": " b"}], "choice": 1},
+    ),
+    "nectar": (
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant: ",
+            "answers": [{"answer": a, "rank": r} for a, r in (("c", 2.0), ("b", 3.0), ("a", 1.0))],
+        },
+        ([user("q")], "a", "b", None),
+        {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": []},
+    ),
+    "arena": (
+        {"winner": "model_b", "conversation_a": [user("q"), said("b")], "conversation_b": [user("q"), said("a")]},
+        ([user("q")], "a", "b", None),
+        {"winner": "tie", "conversation_a": [user("q"), said("b")], "conversation_b": [user("q"), said("a")]},
+    ),
+    "sharegpt": (
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        ([user("q")], "a", "b", None),
+        {"conversations": [{"from": "function_call", "value": "{}"}], "chosen": {}, "rejected": {}},
+    ),
+    "alpaca": (
+        {"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"},
+        ([user("q\n\ni")], "a", "b", None),
+        {"input": "i", "chosen": "a", "rejected": "b"},
+    ),
+    "implicit": (
+        {"chosen": "q: a", "rejected": "q: b", "input": "x"},
+        ("q:", " a", " b", None),
+        {"chosen": "a", "rejected": "b"},
+    ),
+}
+OTHERS: list[tuple[str, Tree, tuple[Any, str, str, float | None]]] = [
+    ("arena", {**ARENA_55K, "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}, ([user("q")], "b", "a", None)),
+    ("shp", {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}, ("q", "a", "b", None)),
+    ("tldr", {"prompt": "q", "chosen": "a", "rejected": "b"}, ("q", "a", "b", None)),
+    (
+        "ultrafeedback_binarized",
+        {"instruction": "q", "chosen_response": "a", "rejected_response": "b", "chosen_avg_rating": 4.0}
+        | {"rejected_avg_rating": 1.5},
+        ("q", "a", "b", 2.5),
+    ),
+    (
+        "helpsteer2",
+        {"prompt": "q<extra_id_1>Assistant\na\n<extra_id_1>User\nr\n", "response_1": "a", "response_2": "b"}
+        | {"preference_strength": -1},
+        ([user("q"), said("a"), user("r")], "a", "b", 1.0),
+    ),
+]
+
+
+def as_tuple(record: PreferenceRecord) -> tuple[Any, str, str, float | None]:
+    return record.prompt, record.chosen, record.rejected, record.margin
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_every_format_and_what_is_left_out(tmp_path: Path, name: str) -> None:
+    row, expected, refused = PAIRS[name]
+    data = source(tmp_path, name, [row, refused, row])
+    _, records, left_out = load_preferences(data, "reward.data", 0.5, lambda record: record)
+    assert [as_tuple(record) for record in records] == [expected] * 2
+    assert [bad.row for bad in left_out] == [2]
+    assert left_out[0].reason
+    assert load_prompts(data, "ppo.prompts", 0.5)[0] == expected[0]
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), OTHERS)
+def test_pairs_of_other_makes(tmp_path: Path, name: str, row: Tree, expected: tuple[Any, ...]) -> None:
+    _, records, left_out = load_preferences(source(tmp_path, name, [row]), "reward.data", 0, lambda record: record)
+    assert ([as_tuple(record) for record in records], left_out) == ([expected], [])
+
+
+def test_helpsteer2_scores_are_pairs_of_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": p, "response": r, "helpfulness": h} for p, r, h in (("p", "a", 4), ("p", "b", 1), ("q", "c", 2))]
+    data = source(tmp_path, "helpsteer2", [*rows, {"prompt": "q", "response": "d", "helpfulness": 2}])
+    _, records, left_out = load_preferences(data, "reward.data", 0, lambda record: record)
+    assert [as_tuple(record) for record in records] == [("p", "a", "b", 3.0)]
+    assert len(left_out) == 1  # a tie
+
+
+def test_ties_are_listed_and_do_not_count_as_unusable(tmp_path: Path) -> None:
+    row, _, tie = PAIRS["arena"]
+    _, records, left_out = load_preferences(source(tmp_path, "arena", [tie, row, tie]), "reward.data", 0, lambda r: r)
+    assert (len(records), [bad.row for bad in left_out]) == (1, [1, 3])
+    with raises("empty", key="reward.data"):
+        load_preferences(source(tmp_path, "arena", [tie]), "reward.data", 1, lambda record: record)
+
+
+def test_columns_are_renamed_before_the_format_reads_them(tmp_path: Path) -> None:
+    safer = source(
+        tmp_path, "pku_saferlhf", [PAIRS["pku_saferlhf"][0]], columns={"better_response_id": "safer_response_id"}
+    )
+    _, records, _ = load_preferences(safer, "reward.data", 0, lambda record: record)
+    assert as_tuple(records[0]) == ("q", "b", "a", None)
+
+
+EXAMPLES: list[tuple[str, Tree, tuple[Any, str]]] = [
+    (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+        ([{"role": "system", "content": "s"}, user("q")], "a"),
+    ),
+    ("alpaca", {"instruction": "q", "input": "", "output": "a"}, ([user("q")], "a")),
+    ("tldr", {"prompt": "q", "label": "a"}, ("q", "a")),
+    ("helpsteer2", {"prompt": "q", "response": "a", "helpfulness": 3}, ("q", "a")),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), EXAMPLES)
+def test_examples_and_their_prompts(tmp_path: Path, name: str, row: Tree, expected: tuple[Any, str]) -> None:
+    data = source(tmp_path, name, [row])
+    examples, _ = load_examples(data, "sft.data", 0, lambda example: example)
+    assert [(example.prompt, example.response) for example in examples] == [expected]
+    assert load_prompts(data, "ppo.prompts") == [expected[0]]
+
+
+def test_a_format_that_there_is_not(tmp_path: Path) -> None:
+    data = source(tmp_path, "helpstear3", [PAIRS["helpsteer3"][0]])
+    with raises("unknown", key="reward.data.format", fix="did you mean 'helpsteer3'?"):
+        load_preferences(data, "reward.data", 0, lambda record: record)
+
+
+# ---- prompts out of other data ------------------------------------------------------------------------------------
+
+
+def test_prompts_out_of_preference_data(tmp_path: Path) -> None:
+    rows = [
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, [user("q")]),
+        ({"chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]}, [user("q")]),
+        ({"messages": [user("q"), said("a")]}, [user("q")]),
+        ({"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"}, [user("q"), said("a"), user("r")]),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}]},
+            [user("qr")],
+        ),
+    ]
+    for row, expected in rows:
+        assert load_prompts(source(tmp_path, None, [row]), "ppo.prompts") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "x"}, {"prompt": "chosen"}),
+        ({"chosen": [user("q"), said("a")], "rejected": []}, {"prompt": "chosen"}),
+        ({"messages": [user("q"), said("a")]}, {"prompt": "messages"}),
+        ({"prompt": [user("q"), {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}, {}),
+        ({"prompt": [{"role": "user", "content": [{"type": "image", "url": "u"}]}]}, {}),
+    ],
+)
+def test_what_is_no_prompt(tmp_path: Path, row: Tree, columns: dict[str, str]) -> None:
+    with raises("invalid", key="ppo.prompts", row=1):
+        load_prompts(source(tmp_path, None, [row], columns=columns), "ppo.prompts")
+
+
+# ---- mappings that match nothing, layouts that were guessed -------------------------------------------------------
+
+
+RENAMED = {"chosen": "good", "rejected": "bad"}
+TEXTS = {"good": "The a", "bad": "The b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "kind"),
+    [
+        ({"q": "q", **TEXTS}, {"promt": "q", **RENAMED}, "unknown"),
+        ({"q": "q", **TEXTS}, RENAMED, "missing"),
+        ({"question": "q", "chosen": "The a", "rejected": "The b"}, {}, "missing"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"margin": "marign"}, "missing"),
+    ],
+)
+def test_a_mapping_that_means_nothing_is_refused(
+    tmp_path: Path, row: Tree, columns: dict[str, str], kind: Kind
+) -> None:
+    with raises(kind, key="reward.data.columns"):
+        load_preferences(source(tmp_path, None, [row], columns=columns), "reward.data", 0, lambda record: record)
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+GOOD = json.dumps({"prompt": "q"}).encode()
+BAD_LINES = {
+    "null": b"null",
+    "a number": b"3",
+    "a list": b"[1]",
+    "undecodable": b'{"prompt": "\xff\xfe"}',
+    "half a pair": b'{"prompt": "\\ud83d"}',
+    "deep": b'{"prompt": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+    "huge": b'{"prompt": ' + b"9" * 6_000 + b"}",
+    "cut": b'{"prompt": "q',
+    "empty": b'{"prompt": ""}',
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+@pytest.mark.parametrize("place", [0, 20])
+def test_a_line_that_cannot_be_read_is_an_unusable_row(tmp_path: Path, name: str, place: int) -> None:
+    lines = [GOOD] * 20
+    lines.insert(place, BAD_LINES[name])
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    data = DataSource(path=str(tmp_path / "a.jsonl"))
+    assert load_prompts(data, "ppo.prompts", 0.05) == ["q"] * 20
+    with raises("empty" if name == "empty" else "unreadable", key="ppo.prompts", row=place + 1):
+        load_prompts(data, "ppo.prompts", 0.01)
+
+
+def test_a_number_beyond_a_float_is_no_margin(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}
+    with raises("invalid", row=1):
+        load_preferences(source(tmp_path, None, [row]), "reward.data", 0, lambda record: record)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.txt", b"\x1f\x8b\x08\x00rest", "unreadable"),
+        ("a.jsonl", b"PAR1rest", "unreadable"),
+        ("a.jsonl", '{"prompt": "q"}'.encode("utf-16"), "unreadable"),
+        ("a.csv", b"prompt,prompt\na,b\n", "conflict"),
+        ("a.csv", b"prompt,id\na,b,c\n", "unreadable"),
+        ("a.csv", b"prompt,id\n\xff,b\n", "unreadable"),
+    ],
+)
+def test_a_file_that_is_not_what_its_ending_says(tmp_path: Path, name: str, content: bytes, kind: Kind) -> None:
+    (tmp_path / name).write_bytes(content)
+    with raises(kind, key="ppo.prompts", file=tmp_path / name):
+        load_prompts(DataSource(path=str(tmp_path / name)), "ppo.prompts")
+
+
+def test_folders_of_shards_and_of_save_to_disk(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([{"prompt": "c"}, {"prompt": "d"}])
+    shards = tmp_path / "shards" / "plain"
+    shards.mkdir(parents=True)
+    write_jsonl(shards / "train-00000.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    table.to_parquet(str(shards / "train-00001.parquet"))
+    write_jsonl(shards / "test-00000.jsonl", [{"prompt": "e"}])
+    folder = DataSource(path=str(tmp_path / "shards"), data_dir="plain")
+    assert load_prompts(folder, "key") == ["a", "b", "c", "d"]
+    assert load_prompts(folder.model_copy(update={"split": "test"}), "key") == ["e"]
+    datasets.DatasetDict({"train": table, "prefs": table.select([1])}).save_to_disk(str(tmp_path / "saved"))
+    saved = DataSource(path=str(tmp_path / "saved"))
+    assert load_prompts(saved.model_copy(update={"split": "train[:1]"}), "key") == ["c"]
+    assert load_prompts(saved.model_copy(update={"split": "prefs"}), "key") == ["d"]
+    with raises("unknown", key="key"):
+        load_prompts(saved.model_copy(update={"split": "test"}), "key")
