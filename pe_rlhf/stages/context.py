@@ -12,7 +12,7 @@ from pe_rlhf.config.load import load_deepspeed_config
 from pe_rlhf.config.section import Section
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptSet
-from pe_rlhf.data.rows import MAX_BAD_SHARE, PromptRow, load_prompt_rows, note_bad_rows, say_first
+from pe_rlhf.data.rows import MAX_BAD_SHARE, PromptRow, load_prompt_rows, note_bad_rows
 from pe_rlhf.model.backbone import Backbone, FastPath
 from pe_rlhf.optim.zero import shard_base
 from pe_rlhf.rollout.data_parallel import over_ranks
@@ -179,7 +179,6 @@ class StageContext(Generic[C]):
         if len(kept) < len(pairs):
             say(f"{section}: left out {len(pairs) - len(kept)} of {len(pairs)} prompts, longer than {limit} tokens")
         rows, ids = [row for row, _ in kept], [ids for _, ids in kept]
-        say_first(key, len(rows), "prompts", codec.written(ids[0]))
         names = dict.fromkeys(name for row in rows for name in row.columns)
         columns = {name: [row.columns.get(name) for row in rows] for name in names}
         return PromptSet([row.prompt for row in rows], ids, columns)

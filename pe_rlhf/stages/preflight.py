@@ -51,7 +51,7 @@ def check_model(recipe: Recipe, stages: list[str], prompts: dict[str, Prompt]) -
     for stage in stages:
         _check_tokens(recipe, stage, config)
         if stage in prompts:
-            say(f"{stage}: the first prompt, as the model reads it: {_shortened(codec.render(prompts[stage]))}")
+            say(f"{stage}: the first prompt, as the model reads it: {_shortened(_rendered(codec, prompts[stage]))}")
     if recipe.tuning == "adapter":
         _check_adapters(recipe, stages, config)
 
@@ -87,6 +87,17 @@ def _check_adapters(recipe: Recipe, stages: list[str], config: PretrainedConfig)
                 kind="conflict",
                 key="adapter.rank",
             )
+
+
+def _rendered(codec: TextCodec, prompt: Prompt) -> str:
+    """A row that the template refuses is an unusable one; a template that refuses any prompt is an error."""
+    try:
+        return codec.render(prompt)
+    except InputError as error:
+        try:
+            return f"{codec.render('Hi')} (of another text, since the template refuses the row)"
+        except InputError:
+            raise error from None
 
 
 def _shortened(text: str) -> str:
