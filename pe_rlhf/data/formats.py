@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from pe_rlhf.data.files import Row, Rows
+from pe_rlhf.data.local_files import Row, Rows
 from reward.errors import InputError
 from reward.records import TRANSCRIPT_START, Dropped
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pe_rlhf.config import DataSource
+from pe_rlhf.data.data_sources import load_rows
 from pe_rlhf.data.examples import COMPLETIONS, Example, has_format, parse_example
-from pe_rlhf.data.files import Row, Rows, ending
-from pe_rlhf.data.sources import load_rows
+from pe_rlhf.data.local_files import Row, Rows, ending
 from pe_rlhf.system.files import write_jsonl
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import say

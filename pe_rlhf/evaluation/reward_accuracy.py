@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config import DataSource
-from pe_rlhf.data.sources import load_rows
+from pe_rlhf.data.data_sources import load_rows
 from pe_rlhf.report.evaluation_page import write_reward_report
 from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.scoring.reward_judge import RewardScores, reward_scores

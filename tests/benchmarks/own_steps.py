@@ -21,10 +21,10 @@ import torch
 
 from pe_rlhf.config import DataSource, PPOConfig, RewardConfig, RolloutConfig
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.data_sources import load_rows
 from pe_rlhf.data.preference_pairs import Pairs, encode_pair
 from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.data.rows import load_prompts
-from pe_rlhf.data.sources import load_rows
 from pe_rlhf.model.backbone import Backbone, FastPath, load_backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.rollout.hf import HFRollout

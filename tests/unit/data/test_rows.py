@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pe_rlhf.config import DataSource
+from pe_rlhf.data.data_sources import load_rows
 from pe_rlhf.data.rows import load_preferences, load_prompts, note_bad_rows
-from pe_rlhf.data.sources import load_rows
 from reward.records import BadRecord
 from tests.failures import raises
 from tests.runs import read_jsonl, write_jsonl
@@ -165,7 +165,7 @@ def test_a_name_without_an_ending_is_a_hub_id(tmp_path: Path, monkeypatch: pytes
 def test_reading_a_large_file_shows_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], size: int, said: list[str]
 ) -> None:
-    monkeypatch.setattr("pe_rlhf.data.sources.LARGE", size)
+    monkeypatch.setattr("pe_rlhf.data.data_sources.LARGE", size)
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a prompt"}\n')
     load_rows(DataSource(path=str(path)), "key")

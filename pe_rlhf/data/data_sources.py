@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 
 from pe_rlhf.config import DataSource
-from pe_rlhf.data.files import READERS, Row, Rows, ending, read_file
 from pe_rlhf.data.formats import converted
+from pe_rlhf.data.local_files import READERS, Row, Rows, ending, read_file
 from pe_rlhf.system.progress import console, say
 from reward.errors import InputError
 
