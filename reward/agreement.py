@@ -36,7 +36,7 @@ def agreement(judge: Sequence[float], gold: Sequence[float]) -> Agreement:
     """
     if len(judge) != len(gold) or not judge:
         kind = "invalid" if judge else "empty"
-        raise InputError(f"{len(judge)} verdicts cannot be compared with {len(gold)}", kind=kind)
+        raise InputError(f"{len(judge)} verdicts cannot be compared with {len(gold)}", kind=kind, key="preference")
     judge_N, gold_N = (np.sign(np.asarray(values, dtype=np.float64) - 0.5) for values in (judge, gold))
     equal_N = judge_N == gold_N
     right = win_rate(np.where(equal_N, 1.0, np.where((judge_N == 0) & (gold_N != 0), 0.5, 0.0)))

@@ -214,7 +214,7 @@ def _features(len_candidate: Numbers, len_baseline: Numbers, difficulty: Numbers
     array = {name: np.asarray(c, dtype=np.float64) for name, c in columns.items() if c is not None}
     for name, values in array.items():
         if len(values) != n:
-            raise InputError(f"there are {n} preferences but {len(values)} values of {name}", key=name)
+            raise InputError(f"there are {n} preferences but {len(values)} values of {name}", kind="invalid", key=name)
         if not np.isfinite(values).all():
             row = int(np.argmin(np.isfinite(values)))
             raise InputError(f"{name} {row} is not a finite number", kind="not_finite", key=name, row=row + 1)

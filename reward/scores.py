@@ -68,6 +68,9 @@ def _vader_analyzer() -> Any:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
         raise InputError(
-            "reward.scores:vader needs vaderSentiment", kind="not_installed", fix="pip install 'pe-rlhf[demo]'"
+            "reward.scores:vader needs vaderSentiment",
+            kind="not_installed",
+            key="reward.scores:vader",
+            fix="pip install 'pe-rlhf[demo]'",
         ) from error
     return SentimentIntensityAnalyzer()

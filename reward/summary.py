@@ -88,6 +88,7 @@ def pair_up(verdicts: Iterable[Verdict]) -> list[Outcome]:
         if verdict.order in pair:
             raise InputError(
                 f"{verdict.candidate} has two verdicts on prompt {verdict.position} in the order {verdict.order}",
+                kind="conflict",
                 key="order",
             )
         pair[verdict.order] = verdict

@@ -104,7 +104,7 @@ class Verdict:
             )
         preference, order, key = probability(row, "preference"), row.get("order") or None, row.get("key")
         if order not in (None, FIRST, SECOND):
-            raise InputError(f"order is {order!r}, not {FIRST} or {SECOND}", key="order")
+            raise InputError(f"order is {order!r}, not {FIRST} or {SECOND}", kind="invalid", key="order")
         texts = ("raw", "reason", "invalid", "response_candidate", "response_baseline", "judge", "judge_version")
         numbers = ("len_candidate", "len_baseline", "difficulty", "label_mass")
         return cls(
@@ -178,7 +178,7 @@ def read_difficulty(path: Path) -> list[float]:
             )
         found.setdefault(len(found) if index is None else index, value)
     if sorted(found) != list(range(len(found))):
-        raise InputError(f"{path}: the index does not run from 0 without a gap", key="index", file=path)
+        raise InputError(f"{path}: the index does not run from 0 without a gap", kind="invalid", key="index", file=path)
     return [found[i] for i in range(len(found))]
 
 
@@ -188,7 +188,9 @@ def _alpaca_verdict(row: Row, seen: Counter[str]) -> Verdict:
     if preference == 0:  # a draw in early files
         preference = 1.5
     if preference is not None and not 1 <= preference <= 2:
-        raise InputError(f"preference is {preference}, outside of AlpacaEval's range [1, 2]", key="preference")
+        raise InputError(
+            f"preference is {preference}, outside of AlpacaEval's range [1, 2]", kind="invalid", key="preference"
+        )
     position = whole(row, "position")
     return Verdict(
         math.nan if preference is None else preference - 1,

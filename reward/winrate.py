@@ -135,7 +135,7 @@ def normal_quantile(level: float) -> float:
 
 def _checked_level(level: float) -> float:
     if not 0 < level < 1:
-        raise InputError(f"the level of an interval is {level}, not between 0 and 1", key="level")
+        raise InputError(f"the level of an interval is {level}, not between 0 and 1", kind="invalid", key="level")
     return level
 
 
@@ -143,12 +143,15 @@ def checked_preferences(preferences: Sequence[float] | np.ndarray) -> np.ndarray
     """As an array. Raises `InputError` where there are none or one is no probability."""
     value_N = np.asarray(preferences, dtype=np.float64)
     if value_N.size == 0:
-        raise InputError("there are no preferences to take a win rate of", kind="empty")
+        raise InputError("there are no preferences to take a win rate of", kind="empty", key="preference")
     bad_N = ~((value_N >= 0) & (value_N <= 1))  # also true for NaN
     if bad_N.any():
         index = int(np.argmax(bad_N))
         raise InputError(
-            f"preference {index} is {value_N[index]}, not a probability in [0, 1]", key="preference", row=index + 1
+            f"preference {index} is {value_N[index]}, not a probability in [0, 1]",
+            kind="invalid",
+            key="preference",
+            row=index + 1,
         )
     return value_N
 
@@ -158,6 +161,6 @@ def cluster_codes(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:
     if clusters is None:
         return np.arange(n)
     if len(clusters) != n:
-        raise InputError(f"there are {n} preferences but {len(clusters)} cluster names")
+        raise InputError(f"there are {n} preferences but {len(clusters)} cluster names", kind="invalid", key="clusters")
     code_of: dict[Hashable, int] = {}
     return np.array([code_of.setdefault(cluster, len(code_of)) for cluster in clusters])

@@ -26,7 +26,8 @@ def evaluate(
         ),
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="length, llm:MODEL, reward_model:RUN or MODEL, or your own module:callable.")
+        str | None,
+        typer.Option(help="length, llm:MODEL, reward_model:RUN or MODEL, jury:ONE,TWO, or your own module:callable."),
     ] = None,
     against: Annotated[
         str | None,

@@ -85,7 +85,7 @@ def _scores(
             try:
                 scores = score_responses(partial(function, cut=cut), [record.prompt for record in batch] * 2, texts)
             except InputError as error:
-                raise TrainingError(f"{name}: {error}", kind=error.kind) from error
+                raise TrainingError(f"{name}: {error}", kind=error.kind, key="MODEL", row=error.row) from error
             found += zip(scores[: len(batch)], scores[len(batch) :], strict=True)
             advance(len(batch))
     return found

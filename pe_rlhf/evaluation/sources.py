@@ -79,7 +79,9 @@ class ServerSource:
 
         base_url, _, model = url.partition("#")
         if not model:
-            raise InputError(f"{url} names no model of the server", kind="missing", fix=f"use {url}#MODEL")
+            raise InputError(
+                f"{url} names no model of the server", kind="missing", key="server", fix=f"use {url}#MODEL"
+            )
         self._endpoint = Endpoint(model, base_url, settings.server, keep=frozenset({"temperature", "max_tokens"}))
         self._sampling, self._seed = settings.sampling, settings.seed
 

@@ -136,7 +136,9 @@ def _add_roles(
 def _refuse_other_version(rollout: Rollout, step: int) -> None:
     if rollout.version != step:
         raise TrainingError(
-            f"version {rollout.version} of the policy was sampled from, the trainer is at {step}", kind="mismatch"
+            f"version {rollout.version} of the policy was sampled from, the trainer is at {step}",
+            kind="mismatch",
+            key="ppo.rollout",
         )
 
 

@@ -115,7 +115,7 @@ def load_judge(path: str) -> Judge:
     named: Any = load_function(path)
     version = _version_of(named)
     if hasattr(named, "compare"):
-        made = call_users_code(f"judge {path!r}", named) if inspect.isclass(named) else named
+        made: Any = call_users_code(f"judge {path!r}", named) if inspect.isclass(named) else named
         judge = ForeignJudge(made, path, version)
         check_arguments(path, made.compare, "comparisons")
         assert judge.batch_size  # both are checked where they are asked for

@@ -38,7 +38,9 @@ def judge_settings(judge: str | JudgeSettings) -> JudgeSettings:
     if not colon:
         return settings
     if settings.target is not None:
-        raise InputError(f"judge: kind {settings.kind!r} names a target, and target another one", key="judge.target")
+        raise InputError(
+            f"judge: kind {settings.kind!r} names a target, and target another one", kind="conflict", key="judge.target"
+        )
     found = (
         {"kind": kind, "target": target or None} if kind in _KINDS else {"kind": "function", "target": settings.kind}
     )

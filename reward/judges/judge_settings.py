@@ -136,10 +136,12 @@ def api_key(base_url: str, variable: str) -> str:
     Raises `InputError` where the address is none, the key can't be sent, or there is none for a server elsewhere.
     """
     if wrong := wrong_address(base_url):
-        raise InputError(f"{base_url!r} {wrong}", key="base_url")
+        raise InputError(f"{base_url!r} {wrong}", kind="invalid", key="base_url")
     key = os.environ.get(variable, "").strip()  # a file that a secret comes from often ends in a newline
     if not (key.isascii() and key.isprintable()):
-        raise InputError(f"the key in {variable} has characters that no HTTP header can have", key="api_key_env")
+        raise InputError(
+            f"the key in {variable} has characters that no HTTP header can have", kind="invalid", key="api_key_env"
+        )
     if not key and (urlsplit(base_url).hostname or "") not in ("localhost", "127.0.0.1", "::1"):
         raise InputError(
             f"the environment variable {variable} with the key for {base_url} is not set",

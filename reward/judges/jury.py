@@ -25,7 +25,11 @@ class Jury:
     def __init__(self, judges: Sequence[Judge], vote: Literal["mean", "majority"] = "mean") -> None:
         names = [judge.identity for judge in judges]
         if len(set(names)) < max(2, len(names)):
-            raise InputError("judge.members: a jury needs at least two judges, each another one", key="judge.members")
+            raise InputError(
+                "judge.members: a jury needs at least two judges, each another one",
+                kind="conflict",
+                key="judge.members",
+            )
         self._judges, self._vote = list(judges), vote
         self.identity = f"jury {vote} of {', '.join(names)}"
         versions = [getattr(judge, "version", "") for judge in judges]

@@ -22,4 +22,6 @@ class LengthKind:
 
     def check(self, settings: JudgeSettings, run_dir: Path | None = None) -> None:
         if settings.target:
-            raise InputError(f"judge: length takes no target, not {settings.target!r}", key="judge.target")
+            raise InputError(
+                f"judge: length takes no target, not {settings.target!r}", kind="invalid", key="judge.target"
+            )
