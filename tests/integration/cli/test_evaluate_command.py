@@ -332,7 +332,7 @@ def test_a_response_that_was_cut_is_scored_without_an_end(cli: Callable[..., Out
     for cut in (True, False):
         scores = reward_scores(str(tmp_path / "run"), as_trained=True)(prompts, responses, [cut] * len(prompts))
         for prompt, response, score in zip(prompts, responses, scores, strict=True):
-            end = [] if cut else [codec.eos_token_id]
+            end = [] if cut else [codec.end_token_id]
             ids = codec.encode_prompt(prompt), [*codec.tokenizer(response, add_special_tokens=False).input_ids, *end]
             whole = ids[1][:15]
             with torch.no_grad(), backbone.role("reward"):
