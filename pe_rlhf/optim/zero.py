@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_rlhf.config import OptimizerConfig
+from pe_rlhf.model.loading import use_sound_attention
 from pe_rlhf.optim.adamw import MASTER, MOMENTS, adamw, flatten, is_wide, pull, unflatten
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import accelerator_environment, launched
@@ -149,11 +150,25 @@ def init_processes(wants_deepspeed: bool) -> None:
     import_deepspeed().init_distributed(verbose=False)
 
 
-def shard_base(model: nn.Module, deepspeed: dict[str, Any]) -> None:
-    """Split a frozen base over the ranks by ZeRO-3; each layer's weights are gathered when a pass reaches it."""
+def shard_base(model: nn.Module, deepspeed: dict[str, Any], device: torch.device) -> None:
+    """Split a frozen base on the CPU over the ranks by ZeRO-3, with its parts on `device`.
+
+    One layer at a time is whole on a device. A pass gathers each layer's weights when it reaches it.
+    """
     config = {**_common(deepspeed), "zero_optimization": dict(deepspeed.get("zero_optimization", {}))}
     config["zero_optimization"].pop("offload_optimizer", None)
-    import_deepspeed().initialize(model=model, config=config)
+    library = import_deepspeed()
+    for module in model.modules():
+        if own := list(module.parameters(recurse=False)):
+            for parameter in own:
+                # A copy: DeepSpeed writes into it, and would make a page of memory of each page of the file.
+                parameter.data = parameter.data.to(device, copy=True)
+            library.zero.Init(module=nn.ParameterList(own), config_dict_or_path=config)
+    for buffer in model.buffers():  # DeepSpeed leaves them where they are
+        buffer.data = buffer.data.to(device)
+    if device.type == "cuda":
+        use_sound_attention()  # the model was not there yet when the backbone was made
+    library.initialize(model=model, config=config)
 
 
 def _role_config(deepspeed: dict[str, Any]) -> dict[str, Any]:

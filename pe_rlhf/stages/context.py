@@ -14,6 +14,7 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.data.rows import MAX_BAD_SHARE, PromptRow, load_prompt_rows, note_bad_rows
 from pe_rlhf.model.backbone import Backbone, FastPath
+from pe_rlhf.model.loading import find_device
 from pe_rlhf.optim.zero import shard_base
 from pe_rlhf.rollout.data_parallel import over_ranks
 from pe_rlhf.rollout.interface import RolloutEngine
@@ -21,7 +22,7 @@ from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import codec_of, load_base, starting_model
-from pe_rlhf.system.distributed import world_size
+from pe_rlhf.system.distributed import on_main, world_size
 from pe_rlhf.system.progress import Advance, say
 from pe_rlhf.types import Rollout
 from reward.errors import InputError
@@ -69,8 +70,13 @@ class StageContext(Generic[C]):
         """The model that the stages start from, loaded fresh: they hand over through folders, never through memory."""
         settings = self.recipe.backbone
         fast = FastPath(settings.packing, settings.trunk_cache_mib, settings.gradient_checkpointing)
-        backbone = load_base(self.recipe, starting_model(self.recipe, self.run_dir), fast=fast)
-        if (deepspeed := self.deepspeed) is not None and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        deepspeed = self.deepspeed or {}
+        splits = deepspeed.get("zero_optimization", {}).get("stage") == 3
+        # What is to be split goes to the GPUs layer by layer: there it may fit only in parts. On the CPU the weights
+        # are pages of the checkpoint's files, which all ranks of a machine share.
+        device = "cpu" if splits else None
+        backbone = load_base(self.recipe, starting_model(self.recipe, self.run_dir), device, fast=fast)
+        if splits:
             if settings.quantization != "none":
                 raise InputError(
                     "backbone.quantization: ZeRO-3 cannot split a quantised base",
@@ -78,8 +84,8 @@ class StageContext(Generic[C]):
                     key="backbone.quantization",
                     fix="use deepspeed: zero2 or less",
                 )
-            _ = backbone.anchor_sha256  # while the weights are whole
-            shard_base(backbone.model, deepspeed)
+            backbone.anchor_sha256 = on_main(backbone.base_fingerprint)  # while the weights are whole
+            shard_base(backbone.model, deepspeed, find_device(settings.device))
         return backbone
 
     @property
