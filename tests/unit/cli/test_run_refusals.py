@@ -79,38 +79,40 @@ def test_a_judge_that_fails_is_named(fails: Fails, tmp_path: Path, body: str, cu
 
 
 @pytest.mark.parametrize(
-    ("changes", "culprit"),
+    ("changes", "kind", "key"),
     [
-        ({"deepspeed": "zero7"}, "zero7"),
-        ({"chat_template": "absent.jinja"}, "absent.jinja"),
-        ({"chat_template": "latin.jinja"}, "latin.jinja"),
-        ({"evaluate__judge": "llm"}, "llm"),
-        ({"evaluate__judge": "llm:./nowhere"}, "./nowhere"),
-        ({"evaluate__judge": "length:3"}, "3"),
-        ({"evaluate__judge": "reward_model"}, "reward_model"),
-        ({"evaluate__judge": "reward_model:./nowhere"}, "./nowhere"),
-        ({"ppo__reward": [{"model": "./nowhere"}]}, "./nowhere"),
-        ({"ppo__reward": [{"adapter": "nowhere/reward"}]}, "nowhere/reward"),
-        ({"ppo__value_init": "reward"}, "ppo.value_init"),
-        ({"adapter__targets": []}, "adapter.targets"),
-        ({"adapter__init": "pisa"}, "'pissa'"),
-        ({"model": "./folder"}, "./folder"),
-        ({"model": "folder"}, "folder"),
-        ({"model": "pip:nothing"}, "nothing"),
-        ({"model": "random:tiny"}, "random:tiny"),
+        ({"deepspeed": "zero7"}, "unknown", "deepspeed"),
+        ({"chat_template": "absent.jinja"}, "missing", "chat_template"),
+        ({"chat_template": "latin.jinja"}, "unreadable", "chat_template"),
+        ({"evaluate__judge": "llm"}, "missing", "judge.target"),
+        ({"evaluate__judge": "llm:./nowhere"}, "missing", "judge: llm"),
+        ({"evaluate__judge": "length:3"}, "invalid", "judge.target"),
+        ({"evaluate__judge": "reward_model"}, "missing", "judge.target"),
+        ({"evaluate__judge": "reward_model:./nowhere"}, "missing", "judge: reward_model"),
+        ({"ppo__reward": [{"model": "./nowhere"}]}, "missing", "ppo.reward.model"),
+        ({"ppo__reward": [{"adapter": "nowhere/reward"}]}, "missing", "ppo.reward.adapter"),
+        ({"ppo__value_init": "reward"}, "missing", "ppo.value_init"),
+        ({"adapter__targets": []}, "invalid", "adapter.targets"),
+        ({"adapter__init": "pisa"}, "unknown", "adapter.init"),
+        ({"model": "./folder"}, "missing", "model"),
+        ({"model": "folder"}, "missing", "model"),
+        ({"model": "pip:nothing"}, "unknown", "model"),
+        ({"model": "random:tiny"}, "unknown", "model"),
     ],
 )
-def test_a_dry_run_finds_it_already(fails: Fails, tmp_path: Path, changes: Tree, culprit: str) -> None:
+def test_a_dry_run_finds_it_already(fails: Fails, tmp_path: Path, changes: Tree, kind: str, key: str) -> None:
     (tmp_path / "latin.jinja").write_bytes("{{ 'ü' }}".encode("latin-1"))
     (tmp_path / "folder").mkdir()
     path = write_recipe(tmp_path, recipe("ppo", "evaluate", **changes))
-    assert culprit in str(fails("run", path, "--dry-run"))
+    failure = fails("run", path, "--dry-run")
+    assert (failure.kind, failure.key) == (kind, key)
 
 
 def test_a_tracker_that_is_not_installed(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     path = write_recipe(tmp_path, recipe("ppo", tracking__wandb=True))
-    assert "pip install 'pe-rlhf[wandb]'" in str(fails("run", path, "--dry-run"))
+    failure = fails("run", path, "--dry-run")
+    assert (failure.kind, failure.key) == ("not_installed", "tracking.wandb")
 
 
 @pytest.mark.parametrize("size", [0, 7, 300])
@@ -120,29 +122,31 @@ def test_weights_that_are_cut_off(fails: Fails, tmp_path: Path, model_cache: Pat
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
     path = write_recipe(tmp_path, recipe("ppo", model="./model"))
-    assert "./model" in str(fails("run", path, "--run-dir", "out"))
+    failure = fails("run", path, "--run-dir", "out")
+    assert (failure.kind, failure.key, failure.file) == ("unreadable", "model", "./model")
 
 
 @pytest.mark.parametrize(
-    ("changes", "culprit"),
+    ("changes", "kind", "key"),
     [
-        ({"model": "some/hub-id"}, "some/hub-id"),
-        ({"adapter__targets": ["nowhere"]}, "nowhere"),
-        ({"adapter__init": "pissa", "adapter__rank": 33}, "33"),
-        ({"backbone__device": "cuda:99"}, "cuda:99"),
-        ({"backbone__device": "toaster"}, "toaster"),
-        ({"backbone__attention": "none_at_all"}, "none_at_all"),
-        ({"chat_template": "{% if %}"}, "Say something about"),  # the prompt that it fails on
-        ({"chat_template": "{{ raise_exception('no system') }}"}, "no system"),
-        ({"chat_template": "{{ 1 / 0 }}"}, "division by zero"),
-        ({"ppo__rollout__max_new_tokens": 600}, "600"),
-        ({"ppo__max_prompt_tokens": 5}, "5"),
-        ({"ppo__reward": [{"model": "some/hub-id"}]}, "some/hub-id"),
+        ({"model": "some/hub-id"}, "unreadable", "model"),
+        ({"adapter__targets": ["nowhere"]}, "unknown", "adapter.targets"),
+        ({"adapter__init": "pissa", "adapter__rank": 33}, "conflict", "adapter.rank"),
+        ({"backbone__device": "cuda:99"}, "conflict", "backbone.device"),
+        ({"backbone__device": "toaster"}, "conflict", "backbone.device"),
+        ({"backbone__attention": "none_at_all"}, "unreadable", "model"),
+        ({"chat_template": "{% if %}"}, "user_code", "chat_template"),
+        ({"chat_template": "{{ raise_exception('no system') }}"}, "user_code", "chat_template"),
+        ({"chat_template": "{{ 1 / 0 }}"}, "user_code", "chat_template"),
+        ({"ppo__rollout__max_new_tokens": 600}, "too_long", "ppo.rollout.max_new_tokens"),
+        ({"ppo__max_prompt_tokens": 5}, "too_long", "ppo.prompts"),
+        ({"ppo__reward": [{"model": "some/hub-id"}]}, "unreadable", "ppo.reward.model"),
     ],
 )
-def test_what_a_model_cannot_do(fails: Fails, tmp_path: Path, changes: Tree, culprit: str) -> None:
+def test_what_a_model_cannot_do(fails: Fails, tmp_path: Path, changes: Tree, kind: str, key: str) -> None:
     path = write_recipe(tmp_path, recipe("ppo", **changes))
-    assert culprit in str(fails("run", path, "--run-dir", "out"))
+    failure = fails("run", path, "--run-dir", "out")
+    assert (failure.kind, failure.key) == (kind, key)
 
 
 @pytest.mark.parametrize(
