@@ -15,6 +15,7 @@ from pe_rlhf.config.load import load_deepspeed_config, load_recipe, save_recipe
 from pe_rlhf.data.codec import read_template
 from pe_rlhf.data.rows import MAX_BAD_SHARE, load_examples, load_preferences, load_prompt_rows
 from pe_rlhf.model.device_plan import refuse_impossible, settle
+from pe_rlhf.model.loading import find_device
 from pe_rlhf.model.names import check_model_name, resolve_model
 from pe_rlhf.optim.zero import init_processes
 from pe_rlhf.report.run_page import write_report
@@ -67,6 +68,7 @@ def run_recipe(
     init_processes(recipe.deepspeed is not None)
     files = RunFiles(run_dir)
     saved = load_recipe(files.recipe) if start != "new" and files.recipe.is_file() else None
+    find_device(recipe.backbone.device)  # one that is not here has no memory to plan for
     recipe = on_main(lambda: settle(recipe, saved))
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
