@@ -44,6 +44,10 @@ class Recipe(Section):
         description="auto: the tokenizer's template if it has one; none: plain text; otherwise a Jinja template"
         " or its file",
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the chat template, such as `enable_thinking: false` or `date_string: 01 Jan 2026`",
+    )
     deepspeed: str | None = Field(
         default=None,
         description="ZeRO stage: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file; default: no DeepSpeed",

@@ -8,7 +8,7 @@ it was sampled, labelled or trained on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,20 @@ class TextCodec:
     """Encodes prompts and responses for one tokenizer.
 
     `chat_template` is the recipe's key: `auto`, `none`, a Jinja template, or the path of one. `eos_token_ids` are those
-    that end what the model samples; `end_token_id` is the one of them that ends a labelled response.
+    that end what the model samples; `end_token_id` is the one of them that ends a labelled response. `arguments` go to
+    the template, such as `enable_thinking`.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: str = "auto", eos_token_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str = "auto",
+        eos_token_ids: Sequence[int] = (),
+        arguments: Mapping[str, Any] | None = None,
     ):
         self.tokenizer = tokenizer
         self.template = find_template(tokenizer, chat_template)
+        self._arguments = dict(arguments or {})
         own = tokenizer.eos_token_id
         ends = [*([own] if isinstance(own, int) else []), *eos_token_ids]
         self._end_ids = frozenset(ends)
@@ -157,7 +163,11 @@ class TextCodec:
             return transcript(marked)
         try:
             text = self.tokenizer.apply_chat_template(
-                marked, chat_template=self.template, tokenize=False, add_generation_prompt=not answered
+                marked,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=not answered,
+                **self._arguments,
             )
         except Exception as error:  # a template is a program: it can fail in any way
             start = repr(messages[0]["content"])[:60]

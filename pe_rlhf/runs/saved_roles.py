@@ -58,8 +58,8 @@ def load_base(recipe: Recipe, model: str, device: str | None = None, fast: FastP
     )
 
 
-def codec_of(backbone: Backbone, chat_template: str) -> TextCodec:
-    return TextCodec(backbone.tokenizer, chat_template, backbone.eos_token_ids)
+def codec_of(backbone: Backbone, chat_template: str, arguments: dict[str, Any] | None = None) -> TextCodec:
+    return TextCodec(backbone.tokenizer, chat_template, backbone.eos_token_ids, arguments)
 
 
 # ---- writing, reading ------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class SavedRole:
             backbone = load_backbone(self.base, dtype=dtype, device=device)
             return backbone, codec_of(backbone, "auto")
         backbone = load_base(self.recipe, self.base, device)
-        return backbone, codec_of(backbone, self.recipe.chat_template)
+        return backbone, codec_of(backbone, self.recipe.chat_template, self.recipe.chat_template_kwargs)
 
     def load(self, role: str, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
         """As `load_base`, with this on it as a role of that name."""

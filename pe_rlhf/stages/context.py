@@ -96,7 +96,7 @@ class StageContext(Generic[C]):
         return load_deepspeed_config(self.recipe.deepspeed)
 
     def codec(self, backbone: Backbone) -> TextCodec:
-        return codec_of(backbone, self.recipe.chat_template)
+        return codec_of(backbone, self.recipe.chat_template, self.recipe.chat_template_kwargs)
 
     def sampler(
         self,

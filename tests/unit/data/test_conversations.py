@@ -92,6 +92,20 @@ def test_special_tokens_in_messages_are_text(name: str) -> None:
     assert [i for i in response if i in special] == [codec.end_token_id]
 
 
+def test_arguments_of_the_template() -> None:
+    family = FAMILIES["qwen3"]
+    thinking, silent = (TextCodec(family.tokenizer(), arguments=a) for a in ({}, {"enable_thinking": False}))
+    assert silent.render("Hi") == thinking.render("Hi") + "<think>\n\n</think>\n\n"
+    # The template's own rendering of a whole answered dialogue, up to its end.
+    prompt, response = silent.encode_pair("Hi", "Yes.")
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    whole = family.tokenizer().apply_chat_template(said, return_dict=False)
+    assert prompt + response == list(whole)[: len(prompt + response)]  # type: ignore[arg-type]
+    wrong = TextCodec(family.tokenizer(), arguments={"tokenize": True})
+    with raises("user_code", key="chat_template"):
+        wrong.render("Hi")
+
+
 # ---- tokenizers that set a space before every text -----------------------------------------------------------------
 
 
