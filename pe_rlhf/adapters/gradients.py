@@ -116,15 +116,22 @@ def _visit_gradients(
     probe = probes[0]
 
     def see(name: str, x: Tensor, dy: Tensor) -> None:
+        if batches > 1:
+            x, dy = by_rows(name, x, probe.mask_BT), by_rows(name, dy, probe.mask_BT)
         rows = [probe.batch_B == batch if batches > 1 else None for batch in range(batches)]
-        found = [weight_gradient(name, x, dy, part) for part in rows]
+        found = [weight_gradient(x, dy, part) for part in rows]
         sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
         if at_once and not open_passes[name]:
             finish(name)
 
     def finish(name: str) -> None:
         if name not in sums:
-            raise InputError(f"the loss does not depend on the layer {name}: there is no gradient to start it from")
+            raise InputError(
+                f"the loss does not depend on the layer {name}: there is no gradient to start it from",
+                kind="conflict",
+                key="adapter.init",
+                fix="leave it out by adapter.exclude",
+            )
         take(name, LayerStatistics(tuple(sums.pop(name))))
         done.add(name)
 
@@ -137,13 +144,26 @@ def _visit_gradients(
             finish(name)
 
 
-def weight_gradient(name: str, x: Tensor, dy: Tensor, rows: Tensor | None = None) -> Tensor:
+def weight_gradient(x: Tensor, dy: Tensor, rows: Tensor | None = None) -> Tensor:
     """G_OI = Σ dY·Xᵀ over all tokens, or those of some rows of the batch; fp32. Padding has no part in it: dY is 0."""
     if rows is not None:
-        if x.dim() != 3 or len(x) != len(rows):
-            raise InputError(f"the layer {name} does not see its inputs row by row, which this init needs")
         x, dy = x[rows.to(x.device)], dy[rows.to(dy.device)]
     return dy.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+
+
+def by_rows(name: str, x: Tensor, mask_BT: Tensor) -> Tensor:
+    """A layer's inputs or outputs as _BTI: OPT and many experts see all tokens one after the other.
+
+    Raises `InputError` for a layer that sees only some of the tokens.
+    """
+    if x.shape[:-1].numel() != mask_BT.numel():
+        raise InputError(
+            f"the layer {name} does not see its inputs row by row, which this init needs",
+            kind="conflict",
+            key="adapter.init",
+            fix="leave it out by adapter.exclude",
+        )
+    return x.reshape(*mask_BT.shape, -1)
 
 
 def _visit_inputs(
@@ -173,9 +193,7 @@ def _visit_inputs(
 
 def input_sums(name: str, x: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, int]:
     """Σ x·xᵀ, Σ x and the number of a layer's inputs at real tokens; fp32."""
-    if x.shape[:2] != mask_BT.shape:
-        raise InputError(f"the layer {name} does not see its inputs row by row, which this init needs")
-    real_NI = x[mask_BT.to(x.device)].float()
+    real_NI = by_rows(name, x, mask_BT)[mask_BT.to(x.device)].float()
     return real_NI.T @ real_NI, real_NI.sum(dim=0), len(real_NI)
 
 

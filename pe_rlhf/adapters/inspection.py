@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.gradients import Probe, input_sums, watched, weight_gradient
+from pe_rlhf.adapters.gradients import Probe, by_rows, input_sums, watched, weight_gradient
 from pe_rlhf.adapters.layer import weight_out_in
 from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics
 from pe_rlhf.adapters.lora.init_registry import InitContext, init_of
@@ -120,9 +120,10 @@ def inspect_inits(
     def see(name: str, x: Tensor, dy: Tensor) -> None:
         weight_OI = weight_out_in(layers[name]).float()
         tokens = Tokens.of(x, dy, samples_B, probe.mask_BT)
-        G_OI = weight_gradient(name, x, dy)
+        x, dy = by_rows(name, x, probe.mask_BT), by_rows(name, dy, probe.mask_BT)
+        G_OI = weight_gradient(x, dy)
         second, first, number = input_sums(name, x, probe.mask_BT)
-        halves = tuple(weight_gradient(name, x, dy, probe.batch_B == half) for half in (0, 1))
+        halves = tuple(weight_gradient(x, dy, probe.batch_B == half) for half in (0, 1))
         moments = InputMoments(second / number, first / number, number)
         of_W, of_G = full_svd(weight_OI), full_svd(G_OI)
         result.kernel += tokens.kernel(tokens.x_NI, tokens.dy_NO)

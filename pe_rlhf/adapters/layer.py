@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,13 +75,17 @@ class WrappedLayer(nn.Module):
             return y
         return self.adapters[role](x, y, self.base)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the base has: models ask for `weight.dtype`, `in_features` and the like."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
     @property
     def can_merge(self) -> bool:
         """Whether the base is a plain product with a weight that is whole here: not quantised, not split by ZeRO-3."""
-        weight = self.base._parameters.get("weight")
-        is_product = type(self.base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(self.base)
-        is_plain = type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES
-        return is_product and is_plain and not is_sharded(self.base)
+        return has_plain_weight(self.base) and has_forward_of_linear(self.base)
 
     def merge(self, role: str) -> None:
         """Compute the role by `W0 + ΔW` as it is now, a copy beside the base, until it is unmerged."""
@@ -120,15 +124,46 @@ def _dequantised(base: nn.Module) -> Tensor:
         else:
             weight = dequantize_module_weight(base).detach()
     except Exception as error:  # it is the quantisation library's, of which there are several: it can raise anything
-        raise InputError(f"the weight of a {type(base).__name__} cannot be dequantised here: {error}") from error
+        raise InputError(
+            f"the weight of a {type(base).__name__} cannot be dequantised here: {error}",
+            kind="conflict",
+            key="backbone.quantization",
+        ) from error
     if not weight.is_floating_point():
-        raise InputError(f"the weight of a {type(base).__name__} is quantised in a way that is not known here")
+        raise InputError(
+            f"the weight of a {type(base).__name__} is quantised in a way that is not known here",
+            kind="conflict",
+            key="backbone.quantization",
+        )
     return weight
 
 
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether a module's weight is a matrix of numbers that is whole here: not quantised, not split by ZeRO-3."""
+    weight = module._parameters.get("weight")
+    return type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES and not is_sharded(module)
+
+
+def has_forward_of_linear(module: nn.Module) -> bool:
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(module)
+
+
+@torch.no_grad()
 def is_wrappable(module: nn.Module) -> bool:
-    """Whether a module is a linear map that adapters can be put on."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether adapters can be put on a module: a linear one, one tensor in and one of its output features out.
+
+    A subclass with a forward pass of its own is tried: Falcon's gives a tensor, PhiMoE's router a tuple.
+    """
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    if has_forward_of_linear(module) or not has_plain_weight(module):
+        return True
+    weight_OI = like_out_in(module, module.weight)  # type: ignore[arg-type]  # that it is a tensor was checked
+    try:
+        y = module(torch.zeros(1, weight_OI.shape[1], dtype=weight_OI.dtype, device=weight_OI.device))
+    except Exception:  # whatever it raises for what it does not take
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, weight_OI.shape[0])
 
 
 def merged_weight(layer: WrappedLayer, role: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,11 +6,17 @@ PEFT and vLLM load it as it is, in bf16 too, and the base needs no patch.
 
 from __future__ import annotations
 
+import copy
+import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from peft import LoraConfig, TaskType
+import torch
+from peft import LoraConfig, PeftModel, TaskType
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.layer import Adapter, LowRankFactors
 from pe_rlhf.system.tensor_files import save_tensors
@@ -33,7 +39,7 @@ def export_peft(
 
     Args:
         layers: the adapters by module name.
-        all_names: the names of all layers that PEFT could put an adapter on.
+        all_names: the names of all modules of the model, which PEFT looks for targets among.
         path: the directory to write.
         rank: fill a smaller rank up to this one with zeros.
     """
@@ -66,6 +72,30 @@ def export_peft(
     config.target_modules = _short_names(set(layers), all_names)
     config.save_pretrained(str(path))
     save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}, path / "adapter_model.safetensors")
+
+
+def peft_refusal(layers: Mapping[str, nn.Module], model: PreTrainedModel, *, all_names: list[str]) -> str | None:
+    """Why PEFT would load other weights than were exported, or None where it loads these.
+
+    It is tried on an empty model. PEFT takes the names of some mixtures' dense layers for those of their experts, and
+    refuses layers of some state-space models.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = type(model)(copy.deepcopy(model.config))
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_peft(layers, None, role="policy", base_model="", all_names=all_names, path=Path(scratch))
+        written = load_file(Path(scratch) / "adapter_model.safetensors")
+        try:
+            loaded = PeftModel.from_pretrained(plain, scratch, low_cpu_mem_usage=True)
+        except Exception as error:  # whatever PEFT raises for what it does not take
+            return f"PEFT does not load it: {' '.join(str(error).split())}"
+    found = {n.replace(".default.", "."): p for n, p in loaded.named_parameters() if ".lora_" in n}
+    if other := sorted(found.keys() ^ written.keys()):
+        return f"PEFT would put it on other weights, such as {other[0].removeprefix('base_model.model.')}"
+    other = next((name for name in written if found[name].shape != written[name].shape), None)
+    return other and f"PEFT would give {other.removeprefix('base_model.model.')} another shape"
 
 
 def _factors(adapter: Adapter | nn.Module) -> LowRankFactors:

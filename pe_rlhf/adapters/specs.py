@@ -30,7 +30,8 @@ class AdapterSpec:
     @classmethod
     def on(cls, model: PreTrainedModel, settings: AdapterConfig) -> AdapterSpec:
         """The adapter that these settings describe on a model. Raises `InputError` where no layer matches."""
-        return cls(settings, tuple(find_targets(model, settings.targets, settings.last_layers)))
+        found = find_targets(model, settings.targets, settings.last_layers, settings.exclude)
+        return cls(settings, tuple(found))
 
     @property
     def scale(self) -> float:
@@ -98,7 +99,11 @@ def new_adapters(
         def make(name: str, found: LayerStatistics) -> None:
             weight_OI, generator = weight(name), torch.Generator().manual_seed(seed(name))
             context = InitContext(weight_OI.float(), settings.rank, spec.scale, generator, options, found)
-            adapter = AnchoredLoRA(*init(context), scale=spec.scale, dropout=settings.dropout)
+            try:
+                factors = init(context)
+            except InputError as error:
+                raise error.at(f"the layer {name}") from error
+            adapter = AnchoredLoRA(*factors, scale=spec.scale, dropout=settings.dropout)
             made[name] = adapter.to(weight_OI.device)
             advance(1)
 

@@ -3,62 +3,216 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pe_rlhf.adapters.layer import WrappedLayer, is_wrappable
+from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
 # The names that model families give to the module that holds the attention projections.
-ATTENTION_MODULES = frozenset({"attn", "attention", "self_attn", "self_attention"})
+ATTENTION_MODULES = frozenset({"attn", "attention", "self_attn", "self_attention", "linear_attn"})
 
 Targets = str | list[str]
 
+_WITHOUT_EFFECT: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+_SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear map of the model by its name in the unwrapped model, except the language-model head."""
-    head = model.get_output_embeddings()
+    """Every linear map of the language model that it calls, by its name in the unwrapped model, except the head."""
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    idle = _WITHOUT_EFFECT.get(model, frozenset())
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, WrappedLayer) or (is_wrappable(module) and module is not head):
-            if name.endswith(".base"):
-                continue
+        if not name.startswith(prefix) or name.endswith(".base") or name in idle:
+            continue
+        if isinstance(module, WrappedLayer) or (module is not head and is_wrappable(module)):
             found[name] = module
     return found
 
 
-def find_targets(model: PreTrainedModel, targets: Targets, last_layers: int | None = None) -> list[str]:
-    """Module names for `all-linear`, `attention`, or a list of names or name endings (PEFT's suffix rule).
+def note_layers_without_effect(model: PreTrainedModel, run: Callable[[], Tensor]) -> None:
+    """Find the linear modules that an adapter would not change anything by, and leave them out from now on.
 
-    `last_layers` keeps only those of the last blocks: backward passes then end there. Raises `InputError` where a
-    listed name matches nothing.
+    Their weight is read and they are not called (Mamba's `dt_proj`, which PEFT cannot adapt either), or what they give
+    only chooses among tokens (DeepSeek-V3.2's indexer). `run` makes a pass and gives its logits.
+    """
+    outputs: dict[str, Tensor] = {}
+    called: set[str] = set()
+    read: set[str] = set()
+    without: set[str] = set()
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    before = [module._parameters for module in linear.values()]
+    embeddings: nn.Module = model.get_input_embeddings()
+    hooks = [
+        embeddings.register_forward_hook(lambda _module, _inputs, states: states.detach().requires_grad_().clone())
+    ]
+    for name, module in linear.items():
+
+        def note(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
+            called.add(name)
+            if isinstance(output, Tensor):
+                outputs[name] = output
+
+        hooks.append(module.register_forward_hook(note))
+        module.__dict__["_parameters"] = _Noting(module._parameters, lambda name=name: read.add(name))
+    try:
+        with torch.enable_grad():
+            logits = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, parameters in zip(linear.values(), before, strict=True):
+            module.__dict__["_parameters"] = parameters
+    depending = {name: output for name, output in outputs.items() if output.requires_grad}
+    if logits.requires_grad:
+        with torch.enable_grad():
+            total = logits.float().sum()
+        found = torch.autograd.grad(total, list(depending.values()), allow_unused=True) if depending else ()
+        without = {name for name, gradient in zip(depending, found, strict=True) if gradient is None}
+        without |= outputs.keys() - depending.keys()
+    names = (read - called) | without
+    _WITHOUT_EFFECT[model] = frozenset(name.removesuffix(".base") for name in names)
+
+
+class _Noting(dict[str, nn.Parameter | None]):
+    """A module's parameters that say when one is read."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter | None], note: Callable[[], None]) -> None:
+        super().__init__(parameters)
+        self._note = note
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        self._note()
+        return super().__getitem__(name)
+
+
+def share_without_adapter(model: PreTrainedModel) -> tuple[float, list[str]]:
+    """Which share of the language model's matrices no adapter can be put on, and how they are called.
+
+    Embeddings and the head are left out. Experts that are fused into one parameter are the usual case.
+    """
+    decoder: nn.Module = model.get_decoder()
+    linear = {id(weight) for module in linear_modules(model).values() for weight in module.parameters()}
+    tables = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}
+    matrices = {n: weight for n, weight in decoder.named_parameters() if weight.dim() > 1 and id(weight) not in tables}
+    matrices = {name: weight for name, weight in matrices.items() if ".adapters." not in name}
+    left = {name: weight.numel() for name, weight in matrices.items() if id(weight) not in linear}
+    total = sum(weight.numel() for weight in matrices.values())
+    large = (name.removesuffix(".weight") for name, size in left.items() if size > 0.001 * total)
+    return sum(left.values()) / max(total, 1), sorted({".".join(name.split(".")[-2:]) for name in large})
+
+
+def module_names(model: PreTrainedModel) -> list[str]:
+    """The names of all modules of the unwrapped model."""
+    return [name for name, _ in model.named_modules() if not re.search(r"\.(base|adapters)(\.|$)", name)]
+
+
+def shared_weights(model: PreTrainedModel) -> set[str]:
+    """The linear modules whose weight is another one's too (Zamba's), which can have one adapter each all the same."""
+    by_weight: dict[int, list[str]] = {}
+    for name, module in linear_modules(model).items():
+        base = module.base if isinstance(module, WrappedLayer) else module
+        by_weight.setdefault(id(base.weight), []).append(name)
+    return {name for names in by_weight.values() if len(names) > 1 for name in names}
+
+
+def say_what_is_left_out(
+    model: PreTrainedModel, names: Sequence[str], targets: Targets, last_layers: int | None = None
+) -> None:
+    """Say, once for a model, what gets no adapter although the word for the targets suggests it."""
+    line = _what_is_left_out(model, list(names), targets, last_layers)
+    if line is not None and line not in _SAID.setdefault(model, set()):
+        _SAID[model].add(line)
+        say(line)
+
+
+def _what_is_left_out(
+    model: PreTrainedModel, names: list[str], targets: Targets, last_layers: int | None
+) -> str | None:
+    if targets == "all-linear":
+        share, left = share_without_adapter(model)
+        if share > 0.01:
+            return f"adapter: {share:.0%} of the language model's weights can have none: {', '.join(left)}"
+    if targets == "attention":
+        candidates = _in_last_layers(list(linear_modules(model)), last_layers)
+        if bare := len(_blocks(candidates) - _blocks(names)):
+            return f"adapter: in {bare} blocks no attention is known, and they get none"
+    return None
+
+
+def find_targets(
+    model: PreTrainedModel, targets: Targets, last_layers: int | None = None, exclude: Targets | None = None
+) -> list[str]:
+    """Module names for `all-linear`, `attention`, a regular expression, or a list of names or name endings.
+
+    Expressions and endings are as PEFT's `target_modules`. `last_layers` keeps only those of the last blocks: backward
+    passes then end there. `exclude` takes an expression or a list too.
+
+    Raises `InputError` where a listed name or an expression matches nothing, and where nothing is left.
     """
     names = _in_last_layers(list(linear_modules(model)), last_layers)
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     if targets == "all-linear":
-        return names
-    if targets == "attention":
+        chosen = names
+    elif targets == "attention":
         # By the parent's name, since GPT-2 calls the output projections of attention and MLP both `c_proj`.
         chosen = [name for name in names if name.split(".")[-2:][0] in ATTENTION_MODULES]
         if not chosen:
-            raise InputError(
-                "adapter.targets: no attention layers are known for this model",
-                kind="conflict",
-                key="adapter.targets",
-                fix=f"name some of {', '.join(endings)}",
-            )
-        return chosen
-    wanted = [targets] if isinstance(targets, str) else targets
-    for target in wanted:
+            raise _unmatched("no attention layers are known for this model", names, "conflict")
+    else:
+        chosen = _matching(model, names, targets, "adapter.targets")
+    if exclude:
+        left_out = set(_matching(model, names, exclude, "adapter.exclude"))
+        chosen = [name for name in chosen if name not in left_out]
+    if not chosen:
+        raise InputError("adapter.exclude: no layer is left", kind="empty", key="adapter.exclude")
+    return chosen
+
+
+def _matching(model: PreTrainedModel, names: list[str], wanted: Targets, key: str) -> list[str]:
+    """The names that match an expression, or that are or end in one of those listed; in the model's order."""
+    if isinstance(wanted, str):
+        try:
+            if found := [name for name in names if re.fullmatch(wanted, name)]:
+                return found
+        except re.error as error:
+            raise InputError(f"{key}: {wanted!r} is no regular expression: {error}", key=key) from error
+    listed = [wanted] if isinstance(wanted, str) else wanted
+    for target in listed:
         if not any(_matches(name, target) for name in names):
-            raise InputError(
-                f"adapter.targets: no layer of this model is called {target!r}",
-                kind="unknown",
-                key="adapter.targets",
-                fix=f"name some of {', '.join(endings)}",
-            )
-    return [name for name in names if any(_matches(name, target) for target in wanted)]
+            raise _unmatched(f"no layer of this model is called {target!r}{_reason(model, target)}", names, key=key)
+    return [name for name in names if any(_matches(name, target) for target in listed)]
+
+
+def _reason(model: PreTrainedModel, target: str) -> str:
+    """Why a name that the model has is no target."""
+    if any(_matches(name, target) for name in _WITHOUT_EFFECT.get(model, ())):
+        return ", where an adapter would have an effect: the model reads its weight itself, or only chooses by it"
+    fused = {name.rsplit(".", 1)[-1] for name, weight in model.get_decoder().named_parameters() if weight.dim() == 3}
+    if fused and (any(target in name for name in fused) or target in ("gate_proj", "up_proj", "w1", "w2", "w3")):
+        return f"; its experts are fused into {', '.join(sorted(fused))}, which adapters cannot be put on"
+    if any(_matches(name, target) for name, _ in model.named_modules()):
+        return ", among the linear ones of its language model that take and give one tensor"
+    return ""
+
+
+def _unmatched(
+    what: str, names: list[str], kind: Literal["unknown", "conflict"] = "unknown", key: str = "adapter.targets"
+) -> InputError:
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    return InputError(f"{key}: {what}", kind=kind, key=key, fix=f"name some of {', '.join(endings)}")
+
+
+def _blocks(names: list[str]) -> set[int]:
+    return {int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
 
 
 def _in_last_layers(names: list[str], count: int | None) -> list[str]:

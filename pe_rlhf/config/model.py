@@ -60,7 +60,12 @@ class AdapterConfig(Section):
         default="standard", description="standard: alpha/rank; rslora: alpha/√rank"
     )
     targets: str | list[str] = Field(
-        default="all-linear", description="layers that get an adapter: all-linear, attention, or a list of module names"
+        default="all-linear",
+        description="layers that get an adapter: all-linear, attention, a list of module names or their endings, or a"
+        " regular expression over whole names, as PEFT's target_modules",
+    )
+    exclude: str | list[str] = Field(
+        default_factory=list, description="layers that get none: a list of names or endings, or a regular expression"
     )
     last_layers: Positive | None = Field(
         default=None,

@@ -11,7 +11,6 @@ anchor is the base with no adapter at all, and a role is a context manager:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import ModelOutput
 
+from pe_rlhf.adapters.targets import note_layers_without_effect
 from pe_rlhf.algo.logprobs import pieces_of, token_logprobs
 from pe_rlhf.model.fast.block_checkpointing import BlockCheckpointing
 from pe_rlhf.model.fast.gated_mlp import lighten_mlps
@@ -31,6 +31,7 @@ from pe_rlhf.model.fast.packed_attention import enable_packing, is_packing_enabl
 from pe_rlhf.model.fast.packing import Packing
 from pe_rlhf.model.fast.rms_norm import shorten_norms
 from pe_rlhf.model.fast.trunk import TokenRows, TrunkCache
+from pe_rlhf.model.identity import fingerprint
 from pe_rlhf.model.loading import (
     DTYPES,
     eos_token_ids,
@@ -42,8 +43,8 @@ from pe_rlhf.model.loading import (
     position_arguments,
     use_sound_attention,
 )
-from pe_rlhf.model.probes import check_model, decoder_of, logits_of, use_published_attention
-from pe_rlhf.model.roles import ModelWithRoles
+from pe_rlhf.model.probes import check_model, decoder_of, logits_of, probe_tokens, use_published_attention
+from pe_rlhf.model.role_exports import RolesToExport
 from pe_rlhf.system.distributed import is_sharded, max_over_ranks, world_size
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -110,7 +111,7 @@ def load_backbone(
     return Backbone(loaded, tokenizer or own_tokenizer, str(model), fast)
 
 
-class Backbone(ModelWithRoles):
+class Backbone(RolesToExport):
     """A causal language model with its weights frozen, and what each role on it computes."""
 
     def __init__(
@@ -132,6 +133,7 @@ class Backbone(ModelWithRoles):
         self.train(False)
         use_published_attention(model)
         check_model(model)
+        note_layers_without_effect(model, lambda: model(input_ids=probe_tokens(model), use_cache=False).logits)
         keep_states_together(model)
         shorten_norms(model)
         lighten_mlps(model)
@@ -181,13 +183,7 @@ class Backbone(ModelWithRoles):
 
     def base_fingerprint(self) -> str:
         """SHA-256 over the base weights, names and shapes included: the identity of the anchor, whatever its name."""
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            if ".adapters." in name:
-                continue
-            digest.update(f"{name.replace('.base.', '.')} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint(self.model)
 
     @cached_property
     def anchor_sha256(self) -> str:

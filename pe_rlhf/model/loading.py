@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.round_trip import check_round_trip
 from pe_rlhf.model.whole import check_vocabulary, load_whole, loading
 from pe_rlhf.system.progress import console
 from reward.errors import InputError
@@ -68,6 +69,7 @@ def load_causal_lm(
         **quantised,
     )
     check_vocabulary(model, tokenizer, name, key)
+    check_round_trip(tokenizer, name, key)
     if quantised:
         modules: list[Any] = list(model.modules())
         for module in modules:

@@ -26,12 +26,6 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return named.model if model.get_output_embeddings() is not None and hasattr(model, "model") else model
 
 
-def text_decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The language model in `decoder_of`: where a model sees pictures too, what sees them is left out."""
-    found = model.get_decoder()
-    return found if isinstance(found, nn.Module) else model
-
-
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits from the decoder's last hidden states, of any leading shape."""
     projection = model.get_output_embeddings()
@@ -43,6 +37,12 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     if multiplier != 1:
         logits = logits * multiplier
     return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def probe_tokens(model: PreTrainedModel) -> Tensor:
+    """A few tokens _1T of the model's vocabulary, on its device."""
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    return torch.arange(2, 2 + PROBE_TOKENS, device=model.device).remainder(vocabulary)[None]
 
 
 def use_published_attention(model: PreTrainedModel) -> None:
@@ -64,8 +64,7 @@ def check_model(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module):
         raise _refused(f"{name} has no language-model head")
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    probe_BT = torch.arange(2, 2 + PROBE_TOKENS, device=model.device).remainder(vocabulary)[None]
+    probe_BT = probe_tokens(model)
     # bf16 rounds to 0.4 %, and there the two ways of computing may differ in the order of roundings.
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
     own_BTV = probe_BT[..., None]
@@ -83,7 +82,7 @@ def check_model(model: PreTrainedModel) -> None:
             amplify.remove()
         if not _same(own_BTV, found_BTV, tolerance):
             raise _refused(f"{name} computes its logits in a way that is not supported")
-    probe_BT[:, -1] = 1 % vocabulary
+    probe_BT[:, -1] = probe_BT[:, 0]
     if not _same(own_BTV[:, :-1], model(input_ids=probe_BT, use_cache=False).logits[:, :-1].float(), tolerance):
         raise _refused(f"{name} lets tokens attend to later ones")
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_rlhf.adapters.layer import RoleState, WrappedLayer, like_out_in, merged_weight, unwrap, weight_out_in
+from pe_rlhf.adapters.layer import RoleState, WrappedLayer, unwrap, weight_out_in
 from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource
-from pe_rlhf.adapters.peft_export import export_peft
 from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, adapter_settings, new_adapters, saved_adapter
-from pe_rlhf.adapters.targets import linear_modules
+from pe_rlhf.adapters.targets import say_what_is_left_out
 from pe_rlhf.config import AdapterConfig
 from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.model.tensors import set_tensors, unique_tensors, with_prefix, without_prefix
@@ -65,7 +63,8 @@ class ModelWithRoles(nn.Module):
     def role(self, name: str) -> Iterator[Self]:
         """Play a role: within the block its adapter is on. Roles nest; the one before is back after the block."""
         if name not in self.roles:
-            raise InputError(f"there is no role {name!r} on this backbone; there are {', '.join(self.roles)}")
+            message = f"there is no role {name!r} on this backbone; there are {', '.join(self.roles)}"
+            raise InputError(message, kind="unknown", key=name)
         before = self._state.active
         self._state.active = None if name == ANCHOR else name
         try:
@@ -120,6 +119,7 @@ class ModelWithRoles(nn.Module):
         """
         self._refuse_taken(role)
         spec = AdapterSpec.on(self.model, settings or adapter_settings(**named))
+        say_what_is_left_out(self.model, spec.modules, spec.settings.targets, spec.settings.last_layers)
         adapters = new_adapters(spec, self.base_weight, lambda name: derive_seed(seed, role, name), statistics)
         self._install(role, spec, adapters, self._new_head(role))
 
@@ -146,7 +146,7 @@ class ModelWithRoles(nn.Module):
         """How a role's adapter was made. Raises `InputError` for a role that has none."""
         spec = self.specs.get(role)
         if not isinstance(spec, AdapterSpec):
-            raise InputError(f"there is no adapter {role!r} on this backbone")
+            raise InputError(f"there is no adapter {role!r} on this backbone", kind="unknown", key=role)
         return spec
 
     def copy_role(self, source: str, target: str) -> None:
@@ -181,7 +181,8 @@ class ModelWithRoles(nn.Module):
         except (InputError, torch.OutOfMemoryError):
             raise
         except (KeyError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"what was saved does not fit role {role!r} on {self.name}") from error
+            message = f"what was saved does not fit role {role!r} on {self.name}"
+            raise InputError(message, kind="unreadable", key=role) from error
         return self._install(role, spec, adapters, head)
 
     def head(self, role: str) -> ScalarHead:
@@ -195,7 +196,8 @@ class ModelWithRoles(nn.Module):
         try:
             set_tensors(dict(self._named(role, unique_tensors)), state)
         except ValueError as error:
-            raise InputError(f"the saved tensors are not those of role {role!r} on {self.name}") from error
+            message = f"the saved tensors are not those of role {role!r} on {self.name}"
+            raise InputError(message, kind="unreadable", key=role) from error
 
     def role_state(self, role: str, *, copy: bool = True) -> dict[str, Tensor]:
         """All tensors of a role by name, on the CPU: A, B, their initial values or the model's own, and the head.
@@ -217,64 +219,6 @@ class ModelWithRoles(nn.Module):
         parts = ((name.rpartition("."), tensor) for name, tensor in self._named(role, unique_tensors))
         return {f"{layer}.{initial[last]}": tensor for (layer, _, last), tensor in parts if last in initial}
 
-    def export_adapter(self, role: str, path: str | Path, rank: int | None = None) -> None:
-        """Write a role as a plain PEFT LoRA of rank 2r (r where B0 is zero) for the original base; see `export.py`.
-
-        `rank` fills a smaller one up with zeros. Raises `InputError` for a role with weights of its own.
-        """
-        if role in self.own_models:
-            raise InputError(f"the {role} was fully tuned and is no adapter; it can be exported as a merged checkpoint")
-        layers = {name: layer.adapters[role] for name, layer in self._layers(role)}
-        head = self.heads[role] if role in self.heads else None  # noqa: SIM401  (a ModuleDict has no get)
-        names = list(linear_modules(self.model))
-        export_peft(layers, head, role=role, base_model=self.name, all_names=names, path=Path(path), rank=rank)
-
-    def export_rank(self, role: str) -> int:
-        """The rank that `export_adapter` writes unless told otherwise."""
-        return max(layer.adapters[role].factors().A_RI.shape[0] for _, layer in self._layers(role))  # type: ignore[operator]
-
-    def merged_tensors(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The base's checkpoint, name by name, with `W0 + ΔW` of a role in it; computed fresh, the base is not touched.
-
-        A tensor that the model has under two names comes once, under the first. `dtype` is the base's if left out.
-        """
-        own = {} if role not in self.own_models else self._own_tensors(role)
-        layers = {} if role == ANCHOR else dict(self._layers(role))
-        for name, tensor in unique_tensors(self.model).items():
-            plain, layer = name.replace(".base.", "."), layers.get(name.removesuffix(".base.weight"))
-            if ".adapters." in name:
-                continue
-            if layer is not None:
-                yield plain, merged_weight(layer, role, dtype)
-            else:
-                whole = own.get(plain, tensor)
-                yield plain, whole if dtype is None or not whole.is_floating_point() else whole.to(dtype)
-
-    def merged_share(self, role: str, dtype: torch.dtype | None = None) -> float:
-        """Share of a role's change that is left in `merged_tensors` of that dtype: Σ⟨kept, ΔW⟩ / Σ‖ΔW‖²; 1 without one.
-
-        In bf16 a quarter may be left after one step of a LoRA, and all but a tenth after twenty.
-        """
-        kept, whole = 0.0, 0.0
-        for _, layer in self._layers(role) if role in self.specs else []:
-            change_OI = layer.adapters[role].delta_weight().double()  # type: ignore[operator]
-            base_OI = weight_out_in(layer.base).double()
-            merged_OI = like_out_in(layer.base, merged_weight(layer, role, dtype)).double()
-            kept += float(((merged_OI - base_OI) * change_OI).sum())
-            whole += float((change_OI**2).sum())
-        return kept / whole if whole else 1.0
-
-    def weight_changes(self, role: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Base weight _OI and change ΔW_OI, fp32, of each linear layer that a role may have changed, layer by layer."""
-        for _, layer in self._layers(role):
-            yield weight_out_in(layer.base), layer.adapters[role].delta_weight()  # type: ignore[operator]
-        if role in self.own_models:
-            own = self._own_tensors(role)
-            for name, module in linear_modules(self.model).items():
-                base = module.base if isinstance(module, WrappedLayer) else module
-                if (trained := own.get(f"{name}.weight")) is not None:
-                    yield weight_out_in(base), like_out_in(base, trained).float() - weight_out_in(base).float()
-
     def train(self, mode: bool = True) -> Self:
         """Turn dropout of adapters on or off. The base stays as it is: it has none."""
         super().train(False)
@@ -288,7 +232,7 @@ class ModelWithRoles(nn.Module):
 
     def _refuse_taken(self, role: str) -> None:
         if role in self.roles or not role.isidentifier():
-            raise InputError(f"cannot add a role {role!r}: the name is taken or is not an identifier")
+            raise InputError(f"cannot add a role {role!r}: the name is taken or is not an identifier", kind="exists")
 
     def _new_head(self, role: str) -> ScalarHead | None:
         if not role.startswith(HEAD_ROLES):
@@ -334,16 +278,18 @@ class ModelWithRoles(nn.Module):
     def _plain_copy(self, source: str, *, whole: bool) -> nn.Module:
         """A model without adapters that computes what a role does, all of it trainable; its decoder unless `whole`."""
         if is_sharded(self.model):
-            raise InputError("tuning: full: the base has to be whole on each process: not with zero3")
+            message = "tuning: full: the base has to be whole on each process: not with zero3"
+            raise InputError(message, kind="conflict", key="tuning")
         if source in self.own_models:
             if whole and source in self.heads:
-                raise InputError(f"{source} has no language-model head of its own that a copy could start from")
+                message = f"{source} has no language-model head of its own that a copy could start from"
+                raise InputError(message, kind="conflict", key=source)
             own = copy.deepcopy(self._own_model(source))
             return own if whole else decoder_of(own)
         model = copy.deepcopy(self.model)
         unwrap(model, source)
         if not all(parameter.is_floating_point() for parameter in model.parameters()):
-            raise InputError("tuning: full: a quantised base cannot be trained")
+            raise InputError("tuning: full: a quantised base cannot be trained", kind="conflict", key="tuning")
         return (model if whole else decoder_of(model)).requires_grad_(True)
 
     def _wrap(self, name: str) -> WrappedLayer:
@@ -358,7 +304,8 @@ class ModelWithRoles(nn.Module):
     def _layers(self, role: str) -> list[tuple[str, WrappedLayer]]:
         if role not in self.specs:
             known = ", ".join(self.specs) or "none"
-            raise InputError(f"there is no adapter {role!r} on this backbone; there are {known}")
+            message = f"there is no adapter {role!r} on this backbone; there are {known}"
+            raise InputError(message, kind="unknown", key=role)
         named = ((name, module) for name, module in self.model.named_modules() if isinstance(module, WrappedLayer))
         return [(name, layer) for name, layer in named if role in layer.adapters]
 

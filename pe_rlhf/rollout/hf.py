@@ -70,6 +70,11 @@ class HFRollout:
         finish: list[FinishReason] = [self._finish(ids) for ids in responses]
         return Rollout(prompts, responses, logprobs, finish, self._version)
 
+    @property
+    def reading(self) -> Reading:
+        """What prompts of more than one token are read like; found in the first rollout."""
+        return self._readings[False]
+
     def _batches(self, prompts: list[list[int]]) -> list[tuple[list[int], Reading]]:
         """Indices of the prompts of each batch, and how it is read."""
         if not self._readings:

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pe_rlhf.adapters.specs import FullSpec
 from pe_rlhf.config import BackboneConfig, Recipe
 from pe_rlhf.config.load import load_recipe, save_recipe
 from pe_rlhf.data.codec import find_template
@@ -146,11 +147,19 @@ def model_card(found: SavedRole, form: Format) -> str:
         base_model=found.base,
         base_sha256=found.base_sha256,
         spec=found.spec.as_json(),
-        rank=None if found.is_full else read_json(found.files.adapter_config)["r"],
+        rank=_exported_rank(found),
         chat_template=recipe.chat_template,
         numbers=numbers,
         stage=stage.folder.name,
     )
+
+
+def _exported_rank(found: SavedRole) -> int | None:
+    """The rank of PEFT's files, or of the adapter where there are none; None without an adapter."""
+    if isinstance(found.spec, FullSpec):
+        return None
+    path = found.files.adapter_config
+    return read_json(path)["r"] if path.is_file() else found.spec.settings.rank
 
 
 def _recipe(found: SavedRole) -> Recipe:
@@ -206,13 +215,23 @@ def write_merged(
     source = resolve_model(backbone.name)
     common = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     config = AutoConfig.from_pretrained(source, **common)
+    if not isinstance(config, type(backbone.model.config)):  # of a checkpoint of which only the text part was loaded
+        config = config.get_text_config(decoder=True)
     config.dtype = dtype or settings.dtype
     tokenizer = AutoTokenizer.from_pretrained(source, **common)
     tokenizer.chat_template = chat_template  # None, too: a role that was trained on plain text is prompted with it
     state = merged_state(backbone, role, written)
     if role == "reward":
         config.num_labels, config.pad_token_id = 1, backbone.pad_token_id
-        plain = _empty(AutoModelForSequenceClassification, config)
+        try:
+            plain = _empty(AutoModelForSequenceClassification, config)
+        except ValueError as error:
+            raise InputError(
+                f"transformers has no classifier of the type {config.model_type!r}, which a merged reward would be",
+                kind="conflict",
+                key="format",
+                fix="export it with --format lora",
+            ) from error
         state = {name: tensor for name, tensor in state.items() if name in plain.state_dict()}
         state["score.weight"] = backbone.head("reward").weight.detach()[None].to(written)
     else:

@@ -16,10 +16,12 @@ from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import USUAL, Backbone, FastPath, load_backbone
+from pe_rlhf.model.identity import changed_settings, function_settings
 from pe_rlhf.model.names import MODEL_CONFIG
 from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import new_folder, read_json, write_json
+from pe_rlhf.system.progress import say
 from pe_rlhf.system.tensor_files import about_tensors, load_tensors, save_tensors
 from reward.errors import InputError
 
@@ -117,12 +119,18 @@ def save_role(backbone: Backbone, role: str, folder: Path) -> None:
 def _write_role(backbone: Backbone, role: str, folder: Path) -> None:
     with new_folder(folder) as scratch:
         files = RoleFiles(scratch)
-        if not isinstance(backbone.specs[role], FullSpec):
+        refusal = None if isinstance(backbone.specs[role], FullSpec) else backbone.peft_refusal(role)
+        if refusal is not None:
+            say(f"{role}: no PEFT files are written ({refusal}); pe-rlhf export --format merged makes a checkpoint")
+        elif not isinstance(backbone.specs[role], FullSpec):
             backbone.export_adapter(role, scratch)
         spec = backbone.specs[role].as_json()
         # With the tensors, too: another rank, alpha or init in role.json would make another role of the same tensors.
         save_tensors(backbone.role_state(role, copy=False), files.tensors, {"spec": json.dumps(spec, sort_keys=True)})
-        description = {"role": role, "base_model": backbone.name, "base_sha256": backbone.anchor_sha256}
+        description: dict[str, Any] = {"role": role, "base_model": backbone.name}
+        description |= {"base_sha256": backbone.anchor_sha256, "base_config": function_settings(backbone.model)}
+        if refusal is not None:
+            description["peft_refusal"] = refusal
         checksums = {path.name: _sha256(path) for path in files.for_peft()}
         write_json(files.description, {**description, "spec": spec, "sha256": checksums})
 
@@ -168,7 +176,16 @@ def check_peft_files(found: SavedRole) -> None:
 
     Of a role that was saved without checksums it is only seen whether they can be read.
     """
-    checksums = read_json(found.files.description).get("sha256", {})
+    said = read_json(found.files.description)
+    if refusal := said.get("peft_refusal"):
+        raise InputError(
+            f"{found.folder} has no PEFT files: {refusal}",
+            kind="conflict",
+            key="format",
+            file=found.folder,
+            fix="export it with --format merged",
+        )
+    checksums = said.get("sha256", {})
     for path in found.files.for_peft():
         expected = checksums.get(path.name) if isinstance(checksums, dict) else ""
         if path.suffix == ".safetensors":
@@ -205,6 +222,14 @@ def load_role(backbone: Backbone, role: str, folder: Path) -> None:
             f"{folder} was trained on another base ({found.base}) than {backbone.name} in"
             f" {str(backbone.model.dtype).removeprefix('torch.')}",
             kind="changed",
+            file=folder,
+        )
+    saved = read_json(found.files.description).get("base_config", {})
+    if changed := changed_settings(saved if isinstance(saved, dict) else {}, backbone.model):
+        raise InputError(
+            f"{folder} was trained on {found.base} with another config: {', '.join(changed)}",
+            kind="changed",
+            key="base_config",
             file=folder,
         )
     try:

@@ -8,37 +8,49 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pe_rlhf.model.fast.trunk import blocks_of
 
 
 class BlockCheckpointing:
     """Recomputes each block's activations in the backward pass, in the role they were computed in.
+
+    The blocks' own forward passes are wrapped. Transformers' switch is left alone: it asks for train mode, some models
+    have none, and Zamba has one inside the other, whose recomputation matches the wrong tensors.
 
     `role_now` gives a context manager for the role that is active when it is called: a backward pass may run when that
     role has long been left.
     """
 
     def __init__(self, model: PreTrainedModel, role_now: Callable[[], AbstractContextManager[Any]]) -> None:
-        model.gradient_checkpointing_enable()
-        model.disable_input_require_grads()  # or blocks below the first adapter would be computed backwards, too
-        self._blocks: list[Any] = [m for m in model.modules() if hasattr(m, "_gradient_checkpointing_func")]
-        recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), role_now()))
-        for block in self._blocks:
-            block._gradient_checkpointing_func = recompute
-            block.gradient_checkpointing = False
+        marked = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        inner = {id(part) for block in marked for part in block.modules() if part is not block}
+        self._blocks = [block for block in marked if id(block) not in inner] or blocks_of(model)
+        self._run = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), role_now()))
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """On within a forward pass that wants gradients, and off again: generation would lose its KV cache under it."""
+        """On within a forward pass that wants gradients, and off again: generation would compute twice under it."""
         if not torch.is_grad_enabled():
             yield
             return
-        # Transformers asks for train mode too. The blocks' own flags alone are set; what is in them stays as it is.
+        before = [vars(block).get("forward") for block in self._blocks]
         for block in self._blocks:
-            block.gradient_checkpointing = block.training = True
+            block.forward = partial(self._run, block.forward)
         try:
             yield
         finally:
-            for block in self._blocks:
-                block.gradient_checkpointing = block.training = False
+            for block, forward in zip(self._blocks, before, strict=True):
+                _set_forward(block, forward)
+
+
+def _set_forward(block: nn.Module, forward: Any) -> None:
+    """Give a block back what it had in place of its class's forward pass, or None."""
+    if forward is None:
+        del block.forward
+    else:
+        block.forward = forward

@@ -21,14 +21,20 @@ from pe_rlhf.model.micro_batches import micro_batches
 from pe_rlhf.types import Sequences
 
 
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of the language model, in their order; none where they are no list of the length that it says."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    modules = model.get_decoder().modules()
+    lists = (module for module in modules if isinstance(module, nn.ModuleList) and len(module) == count)
+    return list(next(lists, []))
+
+
 class FrozenTrunk:
     """What lies between the embeddings and the first block with an adapter, in any role."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        count = getattr(model.config, "num_hidden_layers", None)
-        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
-        self._blocks: list[nn.Module] = list(next(lists, []))
+        self._blocks = blocks_of(model)
         self._others: int | None = None
 
     @property
@@ -91,6 +97,7 @@ class TrunkCache:
         self._bytes_of_a_token = size * model.dtype.itemsize
         self._rows: dict[bytes, Tensor] = {}
         self._depth = 0
+        self._sound: dict[int, bool] = {}  # by depth
 
     def __len__(self) -> int:
         """How many rows are kept."""
@@ -112,10 +119,31 @@ class TrunkCache:
         self._rows, self._depth = {}, self._trunk.depth
         for index in micro_batches(rows.lengths_B, token_budget, padded=True):
             part = rows.take(index)
+            if self._depth not in self._sound:
+                self._sound[self._depth] = self._is_sound(lambda part=part: run(part))
+            if not self._sound[self._depth]:
+                return
             states_BTH = self._trunk.states(lambda part=part: run(part))
             for key, hidden_TH, length in zip(_keys(part), states_BTH, part.lengths_B.tolist(), strict=True):
                 self._rows[key] = hidden_TH[:length].clone()
             advance(len(index))
+
+    def _is_sound(self, run: Callable[[], Any]) -> bool:
+        """Whether a pass that is given the states has the hidden states of a whole one.
+
+        Not where blocks hand on more than these: Gemma 3n has several streams, and some blocks share keys.
+        """
+        try:
+            expected_BTH, states_BTH = run(), self._trunk.states(run)
+            if not isinstance(states_BTH, Tensor) or states_BTH.shape[:-1] != expected_BTH.shape[:-1]:
+                return False
+            with self._trunk.given(states_BTH):
+                found_BTH = run()
+            return torch.allclose(found_BTH, expected_BTH, rtol=1e-2, atol=1e-4)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model's blocks raise for what they do not expect
+            return False
 
     def one_pass(self, sequences: Sequences, packing: Packing | None) -> AbstractContextManager[None]:
         """Within it the states of these rows are given, where all of them are kept; otherwise nothing changes."""

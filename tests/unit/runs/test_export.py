@@ -13,14 +13,24 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
+from pe_rlhf.config import BackboneConfig
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.model.names import resolve_model
-from pe_rlhf.runs.export import export_role
+from pe_rlhf.runs.export import export_role, write_merged
 from pe_rlhf.runs.saved_roles import load_role
 from reward.errors import Failure, InputError
+from tests.model_types import MODELS, build
 from tests.runs import Outcome, recipe, write_recipe
+from tests.tiny import perturb, role_logits
 
 Cli = Callable[..., Outcome]
 IDS_BT = torch.tensor([[5, 6, 7, 8, 9], [20, 21, 22, 23, 24]])
@@ -160,3 +170,19 @@ def test_a_checkpoint_is_exported(cli: Cli, refused: Callable[..., str], tmp_pat
         with pytest.raises(InputError) as raised:
             export_role(Path("run"), "lora", **options)
         assert (raised.value.kind, raised.value.file) == (kind, None if file == Path("None") else str(file))
+
+
+@torch.no_grad()
+def test_the_text_part_of_a_composite_checkpoint_is_exported_as_that(
+    saved_model: Callable[[PreTrainedModel], Path], tmp_path: Path
+) -> None:
+    """transformers loads Qwen3.5's text model from a config that has a vision part as well."""
+    sizes = build("qwen3_5_text").config.to_dict()
+    config = Qwen3_5Config(text_config=sizes, vision_config=MODELS["qwen3_5"]["vision_config"])
+    backbone = load_backbone(saved_model(Qwen3_5ForConditionalGeneration(config)))
+    backbone.add_adapter("policy", init="pissa", rank=1)
+    perturb(backbone, "policy")
+    write_merged(backbone, "policy", BackboneConfig(), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = role_logits(backbone, "policy", IDS_BT)
+    torch.testing.assert_close(merged(input_ids=IDS_BT).logits, expected, atol=2e-5, rtol=1e-4)

@@ -1,0 +1,299 @@
+"""What works with a model, found by comparing each thing that a role computes with plain transformers.
+
+The oracle is a plain model with ΔW = s·(BA − B0A0) added to its weights by hand, run on each row without padding.
+`python -m tests.model_matrix > docs/models.md` writes the page.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from pe_rlhf.adapters.specs import AdapterSpec
+from pe_rlhf.adapters.targets import shared_weights
+from pe_rlhf.config import SamplingConfig
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.probes import decoder_of
+from pe_rlhf.rollout.hf import HFRollout
+from pe_rlhf.rollout.reading import Reading
+from pe_rlhf.runs.export import merged_state
+from pe_rlhf.system.progress import console
+from pe_rlhf.types import Sequences
+from reward.errors import InputError
+from tests.failures import raises
+from tests.model_types import MODELS, build
+from tests.tiny import perturb, randomise_head, rows_of, set_fast
+
+START = [2, 0, 4, 5]
+PROMPTS = [[*START, 6, 7], [*START, 8], [*START, 6, 7], [*START, 9, 10, 1, 12]]
+RESPONSES = [[20, 21, 0, 1], [22, 23, 24, 25, 26], [27], [28, 29]]
+TOLERANCE = 2e-4  # of the greatest number; state-space models add up in another order with a cache
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model can do; `refused` is the sentence where it can do nothing.
+
+    Attributes:
+        packed: whether batches are packed.
+        trunk: whether a frozen trunk is computed once.
+        reading: what sampling reads together.
+        peft: "" where PEFT loads the export as what it is, else why there is none.
+    """
+
+    refused: str = ""
+    packed: bool = False
+    trunk: bool = False
+    reading: Reading = Reading.EQUAL_ONCE
+    peft: str = ""
+
+
+def check(name: str) -> Outcome:
+    """Try everything with one model. AssertionError says what is wrong, `Outcome` what there is."""
+    try:
+        backbone = load_backbone(build(name))
+        add_roles(backbone)
+    except InputError as error:
+        return Outcome(refused=str(error))
+    sequences = Sequences.pack(PROMPTS, RESPONSES, pad_id=0)
+    check_step_0(backbone, name, sequences)
+    for role in ("policy", "value", "reward"):
+        perturb(backbone, role, 0.1)
+    for role in ("value", "reward"):
+        randomise_head(backbone, role)
+    expected = {role: oracle(backbone, name, role, sequences) for role in ("policy", "value", "reward")}
+    ways = [{"packing": True}, {"packing": False}, {"packing": False, "gradient_checkpointing": True}]
+    for way in ways if backbone.can_pack else ways[1:]:
+        set_fast(backbone, **{"packing": True, "gradient_checkpointing": False} | way)
+        for role, wanted in expected.items():
+            compare(f"{role} {way}", numbers(backbone, role, sequences), wanted)
+    set_fast(backbone, packing=True, gradient_checkpointing=False)
+    reading = check_sampling(backbone, name)
+    check_merged(backbone, name, sequences)
+    return Outcome("", backbone.can_pack, check_trunk(name, sequences), reading, check_peft(backbone, name, sequences))
+
+
+def add_roles(backbone: Backbone, last_layers: int | None = None) -> None:
+    for role, init in {"policy": "pissa", "value": "lora", "reward": "milora"}.items():
+        backbone.add_adapter(role, init=init, rank=1, alpha=2, last_layers=last_layers)
+
+
+def plain(name: str) -> PreTrainedModel:
+    """Transformers' own model; a cap on attention needs eager."""
+    model = build(name)
+    if "attn_logit_softcapping" in MODELS[name]:
+        model.set_attn_implementation("eager")
+    return model
+
+
+def with_delta(backbone: Backbone, name: str, role: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The plain model with a role's ΔW in its weights, and the weights that have one, by module name."""
+    model, state = plain(name), backbone.role_state(role)
+    spec = backbone.adapter_spec(role)
+    weights = {}
+    model.requires_grad_(False)
+    for module_name in spec.modules:
+        module = model.get_submodule(module_name)
+        assert isinstance(module.weight, torch.nn.Parameter)
+        delta_OI = change(state, module_name, spec)
+        # A new one: Zamba's blocks share theirs, and each has a ΔW of its own.
+        module.weight = torch.nn.Parameter(module.weight + (delta_OI.T if isinstance(module, Conv1D) else delta_OI))
+        weights[module_name] = module.weight
+    return model, weights
+
+
+def change(state: dict[str, Tensor], name: str, spec: AdapterSpec) -> Tensor:
+    product = state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
+    if f"{name}.initial_A_RI" in state:
+        product = product - state[f"{name}.initial_B_OR"] @ state[f"{name}.initial_A_RI"]
+    return spec.scale * product
+
+
+def oracle(backbone: Backbone, name: str, role: str, sequences: Sequences) -> dict[str, Tensor]:
+    """What a role should compute, and the gradients of A and B of the sum of it: s·BᵀG and s·GAᵀ."""
+    model, weights = with_delta(backbone, name, role)
+    for weight in weights.values():
+        weight.requires_grad_()
+    found, entropies = [], []
+    for prompt, response in rows_of(sequences):
+        ids_1T = torch.tensor([prompt + response])
+        if role == "policy":
+            logprobs_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(-1)[len(prompt) - 1 :]
+            found.append(logprobs_TV[torch.arange(len(response)), torch.tensor(response)])
+            entropies.append(-(logprobs_TV.exp() * logprobs_TV).sum(-1)[: len(response)].detach())
+            continue
+        hidden_TH = decoder_of(model)(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+        head = backbone.head(role)
+        numbers_T = hidden_TH @ head.weight.detach() + head.bias.detach()
+        found.append(numbers_T[len(prompt) - 1 : -1] if role == "value" else numbers_T[-1:])
+    numbers_N = torch.cat(found)
+    numbers_N.sum().backward()
+    state, scale = backbone.role_state(role), backbone.adapter_spec(role).scale
+    result = {"numbers": numbers_N.detach()} | ({"entropies": torch.cat(entropies)} if entropies else {})
+    for module_name, weight in weights.items():
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        G_OI = gradient.T if isinstance(model.get_submodule(module_name), Conv1D) else gradient
+        result[f"{module_name}.lora_A"] = scale * state[f"{module_name}.lora_B"].T @ G_OI
+        result[f"{module_name}.lora_B"] = scale * G_OI @ state[f"{module_name}.lora_A"].T
+    return result
+
+
+def numbers(backbone: Backbone, role: str, sequences: Sequences) -> dict[str, Tensor]:
+    """What the backbone computes of the same."""
+    parameters = {n: p for n, p in backbone.role_parameters(role).items() if not n.startswith("head.")}
+    result = {}
+    with backbone.role(role):
+        if role == "policy":
+            numbers_N, entropies_N = backbone.response_logprobs(sequences)
+            result["entropies"] = entropies_N.detach()
+        elif role == "value":
+            numbers_N = backbone.response_values(sequences)
+        else:
+            numbers_N = backbone.response_scores(sequences)
+    gradients = torch.autograd.grad(numbers_N.sum(), list(parameters.values()), allow_unused=True)
+    for (key, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        result[key] = torch.zeros_like(parameter) if gradient is None else gradient
+    return result | {"numbers": numbers_N.detach()}
+
+
+def compare(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys(), what
+    largest = max(float(t.abs().max()) for key, t in expected.items() if ".lora_" in key)
+    for key, wanted in expected.items():
+        size = largest if ".lora_" in key else max(1.0, float(wanted.abs().max()))
+        error = float((found[key] - wanted).abs().max())
+        assert error <= 5 * TOLERANCE * size, f"{what}: {key} differs by {error:.2g}, where the largest is {size:.2g}"
+
+
+@torch.no_grad()
+def check_step_0(backbone: Backbone, name: str, sequences: Sequences) -> None:
+    anchor = backbone(sequences.ids_BT).logits
+    assert torch.equal(anchor, plain(name)(input_ids=sequences.ids_BT).logits), "the anchor is not the model"
+    with backbone.role("policy"):
+        assert torch.equal(backbone(sequences.ids_BT).logits, anchor), "the policy does not start as the anchor"
+
+
+@torch.no_grad()
+def check_sampling(backbone: Backbone, name: str) -> Reading:
+    """Log-probs of what was sampled, with equal and ragged prompts, against the plain model on each row."""
+    prompts = [*PROMPTS, [3], [3], [13, 14, 15]]
+    sampler = HFRollout(backbone, "policy", SamplingConfig(max_new_tokens=4, batch_size=4))
+    rollout = sampler.generate(prompts, seed=0)
+    model, _ = with_delta(backbone, name, "policy")
+    for prompt, response, logprobs in zip(rollout.prompts, rollout.responses, rollout.logprobs, strict=True):
+        logprobs_TV = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].log_softmax(-1)
+        expected = logprobs_TV[len(prompt) - 1 :][torch.arange(len(response)), torch.tensor(response)]
+        error = float((torch.tensor(logprobs) - expected).abs().max())
+        assert error <= 5 * TOLERANCE, f"sampling differs by {error:.2g}"
+    return sampler.reading
+
+
+@torch.no_grad()
+def check_merged(backbone: Backbone, name: str, sequences: Sequences) -> None:
+    """The merged checkpoint in a plain model of its kind; there is none where layers share a weight."""
+    merged = plain(name)
+    if shared_weights(backbone.model):
+        with raises("conflict", key="adapter.targets"):
+            merged_state(backbone, "policy")
+        return
+    merged.load_state_dict(merged_state(backbone, "policy"))
+    expected, _ = with_delta(backbone, name, "policy")
+    same(f"merged {name}", merged(input_ids=sequences.ids_BT).logits, expected(input_ids=sequences.ids_BT).logits)
+
+
+@torch.no_grad()
+def check_peft(backbone: Backbone, name: str, sequences: Sequences) -> str:
+    """The exported adapter in PEFT; why there is none, or ""."""
+    if (reason := backbone.peft_refusal("policy")) is not None:
+        return reason
+    with tempfile.TemporaryDirectory() as folder:
+        backbone.export_adapter("policy", Path(folder))
+        loaded = PeftModel.from_pretrained(plain(name), folder)
+    expected, _ = with_delta(backbone, name, "policy")
+    same("PEFT", loaded(input_ids=sequences.ids_BT).logits, expected(input_ids=sequences.ids_BT).logits)
+    return ""
+
+
+def check_trunk(name: str, sequences: Sequences) -> bool:
+    """Adapters on the last block: whether the rest is computed once, and what comes of it."""
+    backbone = load_backbone(build(name))
+    set_fast(backbone, trunk_cache_mib=64)
+    backbone = load_backbone(backbone.model, fast=backbone.fast)
+    add_roles(backbone, last_layers=1)
+    for role in ("policy", "value"):
+        perturb(backbone, role, 0.1)
+    randomise_head(backbone, "value")
+    backbone.compute_once(sequences, token_budget=40)
+    for role in ("policy", "value"):
+        compare(f"{role} on a trunk", numbers(backbone, role, sequences), oracle(backbone, name, role, sequences))
+    return len(backbone._trunk) > 0
+
+
+def same(what: str, found: Tensor, expected: Tensor) -> None:
+    error, size = float((found - expected).abs().max()), float(expected.abs().max())
+    assert error <= TOLERANCE * max(1.0, size), f"{what}: logits differ by {error:.2g}, where the largest is {size:.2g}"
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+HEAD = """# Models
+
+Each row is a tiny random model of that type. Log-probs, entropies, values, scores, their gradients, sampling, the
+merged checkpoint and the export to PEFT are compared with plain transformers, row by row, in every run of the tests.
+`tests/model_matrix.py` writes this page.
+
+- **Packed**: no padding is computed, and a start that rows share is computed once. Other models compute padded rows,
+  with the same numbers.
+- **Trunk**: with `adapter.last_layers`, the blocks below are computed once.
+- **Sampling** by transformers (`engine: hf`): what is read in one pass.
+- **PEFT**: whether `adapter/` is written as an adapter of PEFT. Otherwise a role has `role.safetensors` only, and
+  `pe-rlhf export runs/mine --format merged` writes a checkpoint.
+
+| model type | packed | trunk | sampling | PEFT |
+|---|---|---|---|---|
+"""
+READS = {
+    Reading.EQUAL_ONCE: "equal prompts once",
+    Reading.PADDED: "padded rows",
+    Reading.EQUAL_LENGTHS: "rows of one length",
+    Reading.SINGLY: "row by row",
+    Reading.WITHOUT_CACHE: "row by row, no cache",
+}
+
+
+def row_of(name: str, outcome: Outcome) -> str:
+    """A model's line of the page."""
+    if outcome.refused:
+        return f"| `{name}` | {outcome.refused} |"
+    yes = {True: "yes", False: "–"}
+    cells = (yes[outcome.packed], yes[outcome.trunk], READS[outcome.reading], outcome.peft or "yes")
+    return f"| `{name}` | {' | '.join(cells)} |"
+
+
+def page() -> str:
+    outcomes = {name: check(name) for name in sorted(MODELS)}
+    good = [row_of(name, outcome) for name, outcome in outcomes.items() if not outcome.refused]
+    refused = [row_of(name, outcome) for name, outcome in outcomes.items() if outcome.refused]
+    end = "\n\n## Refused\n\n| model type | the sentence |\n|---|---|\n"
+    return HEAD + "\n".join(good) + end + "\n".join(refused) + "\n"
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    console.quiet = True
+    transformers_logging.set_verbosity_error()
+    sys.stdout.write(page())
+
+
+if __name__ == "__main__":
+    main()
