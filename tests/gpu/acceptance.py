@@ -11,6 +11,7 @@ that the script itself stays right.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from pe_rlhf.config.load import load_recipe
 from tests.gpu import numerics, speed
 from tests.gpu.harness import Bench
 
@@ -29,28 +31,40 @@ SMOKE_FIGURES = ("reward", "kl", "entropy", "policy_loss")
 
 
 def smoke(bench: Bench, folder: Path) -> None:
-    """The smoke recipe through the command line on this device, in fp32 as on the CPU, and in bf16."""
-    devices = [("cpu", "float32"), *(((bench.device.type, d) for d in ("float32", "bfloat16")) if bench.cuda else ())]
+    """The smoke recipe through the command line: fp32 as on the CPU, the device's own defaults, a split bf16 base."""
+    card = bench.device.type
+    runs: dict[str, list[str]] = {"cpu float32": ["backbone.device=cpu", "backbone.dtype=float32"]}
+    if bench.cuda:
+        runs[f"{card} float32"] = ["backbone.dtype=float32"]
+        runs[f"{card} defaults"] = []
+        if importlib.util.find_spec("deepspeed") is not None:
+            runs[f"{card} zero3"] = ["deepspeed=zero3"]
     first: dict[str, dict[str, float]] = {}
-    for device, dtype in devices:
-        run = folder / f"smoke-{device}-{dtype}"
-        settings = [f"backbone.device={device}", f"backbone.dtype={dtype}", "ppo.steps=2"]
-        command = [sys.executable, "-m", "pe_rlhf", "run", "smoke", *settings, "--run-dir", str(run)]
+    for name, settings in runs.items():
+        run = folder / f"smoke-{name.replace(' ', '-')}"
+        command = [sys.executable, "-m", "pe_rlhf", "run", "smoke", *settings, "ppo.steps=2", "--run-dir", str(run)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         last = "" if ended.returncode == 0 else f": {ended.stderr.strip().splitlines()[-1:]}"
-        what = f"pe-rlhf run smoke, {device}, {dtype}: exit code"
+        what = f"pe-rlhf run smoke, {name}: exit code"
         bench.expect("8", what, f"{ended.returncode}{last}", "0", ended.returncode == 0)
         if ended.returncode == 0:
             lines = (run / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            first[f"{device} {dtype}"] = json.loads(lines[0])
-    if len(first) == len(devices) and bench.cuda:
-        own, wide = first["cpu float32"], first[f"{bench.device.type} float32"]
+            first[name] = json.loads(lines[0])
+            recipe = load_recipe(run / "recipe.yaml")
+            assert recipe.ppo is not None
+            found = f"{recipe.backbone.dtype}, {recipe.ppo.micro_batch_tokens:,}"
+            bench.note("8", f"dtype and micro_batch_tokens, {name}", found)
+    if len(first) == len(runs) and bench.cuda:
+        own, wide = first["cpu float32"], first[f"{card} float32"]
         differs = max(abs(own[k] - wide[k]) for k in SMOKE_FIGURES if k in own and k in wide)
         bench.expect("8", "first step on the card against the CPU's, fp32", differs, "< 1e-3", differs < 1e-3)
-        for name, limit in ((f"{bench.device.type} float32", 1e-3), (f"{bench.device.type} bfloat16", 0.05)):
-            found = first[name].get("logprob_mismatch")
-            if found is not None:
-                bench.expect("8", f"sampler against trainer, {name}", found, f"< {limit}", found < limit)
+        for name, metrics in first.items():
+            limit = 1e-3 if "float32" in name else 0.05
+            if (mismatch := metrics.get("logprob_mismatch")) is not None:
+                bench.expect("8", f"sampler against trainer, {name}", mismatch, f"< {limit}", mismatch < limit)
+            if name.endswith("zero3"):  # the same run, with a base that is gathered layer by layer
+                differs = max(abs(metrics[k] - first[f"{card} defaults"][k]) for k in SMOKE_FIGURES if k in metrics)
+                bench.expect("8", "first step with a split base against a whole one", differs, "< 1e-2", differs < 1e-2)
 
 
 def main() -> None:
