@@ -270,7 +270,7 @@ OTHERS = [
     Bad(("launch", "recipe.yaml", "--hostfile", "hosts"), "invalid", "--hostfile", {"hosts": "a;b slots=1\n"}),
     Bad(("launch", "recipe.yaml", "--hostfile", "hosts"), "invalid", "--hostfile", {"hosts": "-oX slots=1\n"}),
     Bad(("launch", "recipe.yaml", "--hostfile", "hosts"), "unreadable", "--hostfile", {"hosts": b"\xff\xfe"}),
-    Bad(("launch", "recipe.yaml", "name='x", "--hostfile", "hosts"), "unreadable", "name", {"hosts": "a slots=1\n"}),
+    Bad(("launch", "recipe.yaml", "name='x", "--hostfile", "hosts"), "conflict", "name", {"hosts": "a slots=1\n"}),
     Bad(("launch", "recipe.yaml", "--master-port", "0"), USAGE),
     Bad(("launch", "recipe.yaml", "--master-port", "70000"), USAGE),
     Bad(("launch", "recipe.yaml", "--master-port", "x"), USAGE),
