@@ -257,7 +257,7 @@ merged checkpoint and the export to PEFT are compared with plain transformers, r
 - **Trunk**: with `adapter.last_layers`, the blocks below are computed once.
 - **Sampling** by transformers (`engine: hf`): what is read in one pass.
 - **PEFT**: whether `adapter/` is written as an adapter of PEFT. Otherwise a role has `role.safetensors` only, and
-  `pe-rlhf export runs/mine --format merged` writes a checkpoint.
+  `pe-rlhf export RUN --format merged` writes a checkpoint.
 
 | model type | packed | trunk | sampling | PEFT |
 |---|---|---|---|---|

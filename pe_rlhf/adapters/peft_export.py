@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
@@ -90,7 +91,7 @@ def peft_refusal(layers: Mapping[str, nn.Module], model: PreTrainedModel, *, all
         try:
             loaded = PeftModel.from_pretrained(plain, scratch, low_cpu_mem_usage=True)
         except Exception as error:  # whatever PEFT raises for what it does not take
-            return f"PEFT does not load it: {' '.join(str(error).split())}"
+            return f"PEFT does not load it: {shorten(str(error), 160, placeholder=' …')}"
     found = {n.replace(".default.", "."): p for n, p in loaded.named_parameters() if ".lora_" in n}
     if other := sorted(found.keys() ^ written.keys()):
         return f"PEFT would put it on other weights, such as {other[0].removeprefix('base_model.model.')}"

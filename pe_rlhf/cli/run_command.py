@@ -59,7 +59,7 @@ def run(
         for stage in stages:
             typer.echo(f"  {stage}: {STAGE_INFO[stage].sentence}")
         settled = settle(loaded)
-        typer.echo("\n".join(plan_lines(settled)))
+        typer.echo("\n".join(plan_lines(settled, stages)))
         refuse_impossible(settled)
         return
     start = "resume" if resume else "new" if first is None else "anew"

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from pe_rlhf.algo.logprobs import CHUNK
 from pe_rlhf.config import PPOConfig, Recipe, RewardConfig, SamplingConfig
 from pe_rlhf.config.load import load_deepspeed_config
 from pe_rlhf.model.memory_plan import (
@@ -45,10 +46,10 @@ FULL_STATES = 4 + 4 + 8  # bytes of a fully tuned weight besides itself: gradien
 USUAL_PROMPT = 512  # tokens of a prompt where the recipe has no limit
 
 
-def settle(recipe: Recipe, saved: Recipe | None = None) -> Recipe:
+def settle(recipe: Recipe, saved: Recipe | None = None, *, fetch: bool = False) -> Recipe:
     """The recipe with every default that depends on the device: those of the `saved` recipe where there is one.
 
-    Call it in every process; all ranks have cards of one kind.
+    What depends on the model's shape is left at the CPU's default where the model is not here yet, unless `fetch`.
     """
     settled = recipe.model_copy(deep=True)
     on_gpu = is_on_gpu(recipe)
@@ -57,7 +58,7 @@ def settle(recipe: Recipe, saved: Recipe | None = None) -> Recipe:
     shape = None
     for key in BY_MEMORY:
         if on_gpu and saved is None and not _is_given(settled, key):
-            shape = shape or shape_of_recipe(settled)
+            shape = shape or shape_of_recipe(settled, fetch=fetch)
             if shape is not None:
                 room = SLACK * device_bytes(settled) - _beside_activations(settled, shape)
                 _set_unless_given(settled, key, max(1024, tokens_that_fit(shape, settled.backbone, room)), None)
@@ -76,8 +77,8 @@ def device_bytes(recipe: Recipe) -> float:
     return float(torch.cuda.mem_get_info()[1] if is_on_gpu(recipe) else psutil.virtual_memory().total)
 
 
-def shape_of_recipe(recipe: Recipe) -> ModelShape | None:
-    return model_shape(recipe.model, recipe.backbone, recipe.adapter)
+def shape_of_recipe(recipe: Recipe, *, fetch: bool = False) -> ModelShape | None:
+    return model_shape(recipe.model, recipe.backbone, recipe.adapter, fetch=fetch)
 
 
 def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: bool = True) -> Iterator[Phase]:
@@ -98,21 +99,23 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
         frozen = rewards * 4 * shape.adapter(recipe.adapter_for("ppo").rank)
         roles = {"policy and value": trained, "reward adapters": frozen}
         yield Phase("ppo", "sampling", base | roles | _sampling(recipe, shape, ppo.rollout, ppo.max_prompt_tokens))
-        yield Phase("ppo", "update", base | roles | {"logits": HEAD_CHUNK} | _activations(recipe, shape, ppo))
+        logits = {"logits": HEAD_CHUNK if on_gpu else 4 * 4 * CHUNK * shape.vocabulary}
+        yield Phase("ppo", "update", base | roles | logits | _activations(recipe, shape, ppo))
     if recipe.evaluate is not None:
         yield Phase("evaluate", "sampling", base | _sampling(recipe, shape, recipe.evaluate.sampling))
 
 
-def plan_lines(recipe: Recipe, ranks: int = 1) -> list[str]:
-    """The plan for people, one line a phase, or one that says that there is none."""
+def plan_lines(recipe: Recipe, stages: list[str], ranks: int = 1) -> list[str]:
+    """The plan of some stages for people, one line a phase, or one that says that there is none."""
     if (shape := shape_of_recipe(recipe)) is None:
-        return ["memory: no plan, transformers does not know the shape of this model from its config"]
+        return ["memory: no plan, since the model is not on this machine yet or its config does not say its shape"]
     on_gpu, room = is_on_gpu(recipe), device_bytes(recipe)
     where = "card" if on_gpu else "machine"
     lines = [f"memory (estimated; the {where} has {room / GIB:.1f} GiB):"]
     for phase in memory_phases(recipe, shape, ranks, on_gpu=on_gpu):
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in phase.parts.items() if size >= 0.005 * GIB)
-        lines.append(f"  {phase.stage} {phase.name}: {phase.total / GIB:.2f} GiB ({parts})")
+        if phase.stage in stages:
+            parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in phase.parts.items())
+            lines.append(f"  {phase.stage} {phase.name}: {phase.total / GIB:.2f} GiB ({parts})")
     return lines
 
 

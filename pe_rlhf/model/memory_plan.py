@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import AdapterConfig, BackboneConfig
-from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.names import model_at_hand, resolve_model
 
 GIB = 2**30
 WIDTH = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.6}  # bytes of a weight
@@ -77,11 +77,18 @@ class Phase:
         return sum(self.parts.values())
 
 
-def model_shape(name: str, settings: BackboneConfig, adapter: AdapterConfig) -> ModelShape | None:
-    """The shape of a model by its config, or None where transformers cannot make it from that."""
+def model_shape(
+    name: str, settings: BackboneConfig, adapter: AdapterConfig, *, fetch: bool = False
+) -> ModelShape | None:
+    """The shape of a model by its config, or None where transformers cannot make it from that.
+
+    Without `fetch` also where the model is not on this machine yet.
+    """
     common = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     try:
-        config = AutoConfig.from_pretrained(resolve_model(name), **common)
+        if (path := resolve_model(name) if fetch else model_at_hand(name)) is None:
+            return None
+        config = AutoConfig.from_pretrained(path, **common)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     except Exception:  # the plan is an extra: what is wrong with the model is said where it is loaded

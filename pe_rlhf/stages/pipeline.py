@@ -69,7 +69,7 @@ def run_recipe(
     files = RunFiles(run_dir)
     saved = load_recipe(files.recipe) if start != "new" and files.recipe.is_file() else None
     find_device(recipe.backbone.device)  # one that is not here has no memory to plan for
-    recipe = on_main(lambda: settle(recipe, saved))
+    recipe = on_main(lambda: settle(recipe, saved, fetch=True))
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
         resumption = on_main(lambda: find_resumption(recipe, run_dir, stages, start, may_change))

@@ -290,8 +290,14 @@ def test_templates_show_everything_once_and_dialogues_as_such(name: str) -> None
     ]
     comparison = Pair(dialogue, "mine & more", "theirs", 0)
     text = JudgePrompt(name).render(Comparison(dialogue, comparison.candidate, comparison.baseline), reasoning=False)
-    for part in ("First <question>", "Second question", "[Response A]\nmine & more\n", "[Response B]\ntheirs\n"):
+    for part in ("First <question>", "Second question", "]\nmine & more\n[", "]\ntheirs\n["):
         assert text.count(part) == 1
+    assert text.index("mine & more") < text.index("theirs")
+    if name in ("arena_hard", "mt_bench"):  # the suites' own form, and labels
+        assert "[[A" in text
+        return
+    assert "[Response A]\nmine & more\n" in text
+    assert "[Response B]\ntheirs\n" in text
     if name != "summarization":
         assert "User: First <question>\nAssistant: An answer\nUser: Second question" in text
     assert text.endswith("A or B, and nothing else.")

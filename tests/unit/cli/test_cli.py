@@ -199,7 +199,8 @@ def test_a_dry_run_says_the_plan_and_leaves_nothing(
     plan = "recipe: reward → ppo with random:tiny-llama, into runs/recipe; the recipe is valid"
     first, *stages = outcome.out.splitlines()
     assert first == plan
-    assert [line.split(":")[0].strip() for line in stages] == ["reward", "ppo"]
+    # The memory of each phase is planned only where the model is at hand.
+    assert [line.split(":")[0].strip() for line in stages] == ["reward", "ppo", "memory"]
     assert contents(tmp_path) == before
     assert not (tmp_path / "runs").exists()
     # No model: in an empty cache, none is made.

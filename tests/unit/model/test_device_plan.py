@@ -129,7 +129,7 @@ def test_a_pass_that_was_measured() -> None:
 @pytest.mark.usefixtures("card")
 def test_a_plan_that_cannot_be_is_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     large = ModelShape(7 * 10**9, 10**9, ((3584, 3584),), 28, 3584, 18944, 512, 150_000)
-    monkeypatch.setattr(device_plan, "shape_of_recipe", lambda recipe: large)
+    monkeypatch.setattr(device_plan, "shape_of_recipe", lambda recipe, fetch=False: large)
     settled = settle(recipe_of())
     refuse_impossible(settled)
     assert 4096 <= settled.ppo.micro_batch_tokens <= 12_288  # type: ignore[union-attr]

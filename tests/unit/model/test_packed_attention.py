@@ -127,7 +127,7 @@ def test_blocks_can_be_recomputed(role: str, batch: str) -> None:
     backbone, sequences = trained("llama"), BATCHES[batch][0]()
     expected, gradients = outputs(backbone, role, sequences)
     set_fast(backbone, gradient_checkpointing=True)
-    with counted_calls(backbone.model.get_decoder().layers[0]) as calls:  # type: ignore[union-attr]
+    with counted_calls(backbone.model.get_decoder().layers[0].mlp) as calls:  # type: ignore[union-attr]
         found, found_gradients = outputs(backbone, role, sequences)
     assert len(calls) == 3  # two passes, and once more in the backward pass
     assert torch.equal(found, expected)
