@@ -21,10 +21,9 @@ import torch
 
 from pe_rlhf.config import DataSource, PPOConfig, RewardConfig, RolloutConfig
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.data_sources import load_rows
 from pe_rlhf.data.preference_pairs import Pairs, encode_pair
 from pe_rlhf.data.prompt_order import PromptSet
-from pe_rlhf.data.rows import load_prompts
+from pe_rlhf.data.rows import load_preferences, load_prompts
 from pe_rlhf.model.backbone import Backbone, FastPath, load_backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.rollout.hf import HFRollout
@@ -32,7 +31,6 @@ from pe_rlhf.scoring.scorers import AdapterScorer
 from pe_rlhf.stages.ppo_collect import collect_experience
 from pe_rlhf.stages.ppo_update import update
 from pe_rlhf.stages.reward import accumulate
-from reward.records import load_records
 
 PROMPTS, NEW_TOKENS, PAIRS, MAX_TOKENS = 16, 48, 16, 512
 
@@ -77,11 +75,12 @@ def reward_steps(
 ) -> tuple[list[float], list[int]]:
     """16 preference pairs per optimizer step, in file order; pairs over 512 tokens are left out, as TRL does."""
     config = RewardConfig(micro_batch_tokens=micro_batch_tokens)
-    records, _ = load_records(load_rows(DataSource(path=str(data)), "--data"), str(data))
     add(backbone, "reward")
     optimizer = RoleOptimizer([RoleGroup("reward", backbone.role_parameters("reward"), 1e-4)], config.optimizer, steps)
     codec = TextCodec(backbone.tokenizer, "none")
-    pairs = _short(Pairs([encode_pair(record, codec, 10**6) for record in records], backbone.pad_token_id))
+    source = DataSource(path=str(data))
+    _, encoded, _ = load_preferences(source, "--data", config.max_bad_share, lambda row: encode_pair(row, codec, 10**6))
+    pairs = _short(Pairs(encoded, backbone.pad_token_id))
     seconds, tokens = [], []
     for step in range(steps):
         rows = list(range(step * PAIRS, (step + 1) * PAIRS))
