@@ -276,7 +276,9 @@ def row_of(name: str, outcome: Outcome) -> str:
     if outcome.refused:
         return f"| `{name}` | {outcome.refused} |"
     yes = {True: "yes", False: "–"}
-    cells = (yes[outcome.packed], yes[outcome.trunk], READS[outcome.reading], outcome.peft or "yes")
+    # PEFT's own words follow a colon; some of them come in the order of a set.
+    peft = outcome.peft.partition(": ")[0] or "yes"
+    cells = (yes[outcome.packed], yes[outcome.trunk], READS[outcome.reading], peft)
     return f"| `{name}` | {' | '.join(cells)} |"
 
 

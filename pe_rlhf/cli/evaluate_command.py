@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from pe_rlhf.config.evaluate import EvaluationSettings
+    from pe_rlhf.runs.saved_roles import SavedRole
     from reward.records import Prompt
 
 RESPONSES = "a run, a PEFT adapter, a model, a server (http://HOST/v1#MODEL), or a file of outputs"
@@ -53,29 +54,15 @@ def evaluate(
     A judge that sees an order is asked in both orders. Every verdict is on disk before the next question, so the same
     command goes on with an interrupted evaluation. report.html in its folder shows the pairs side by side.
     """
-    from pe_rlhf.config.evaluate import EvaluationSettings
-    from pe_rlhf.config.load import apply_overrides, validated
-    from reward.errors import InputError
-
-    tree: dict[str, Any] = {} if judge is None else {"judge": judge}
-    apply_overrides(tree, overrides or ())
-    if "judge" not in tree:
-        raise InputError("--judge is missing", kind="missing", key="--judge")
-    if suite is not None:
-        from pe_rlhf.evaluation.suites import find_suite
-
-        find_suite(suite).set_defaults(tree)
-    settings = validated(EvaluationSettings, tree, "settings", overrides or ())
+    settings = _settings(judge, suite, overrides or [])
 
     # Imported here: torch and transformers take seconds, and a mistake in the settings should be reported at once.
     from pe_rlhf.evaluation.prompting import refuse_different_prompting
     from pe_rlhf.evaluation.responses import evaluate_pairs, responses_of, side_of
-    from pe_rlhf.evaluation.sources import base_of_adapter, find_policy
     from pe_rlhf.report.evaluation_page import write_evaluation_report
     from pe_rlhf.report.format import slug
     from pe_rlhf.runs.layout import EvaluationFiles
     from pe_rlhf.runs.own_output import claim_evaluation
-    from pe_rlhf.runs.saved_roles import is_endpoint
     from pe_rlhf.scoring.model_judges import check_judge, make_judge
     from pe_rlhf.system.files import locked
     from reward.asking import make_pairs
@@ -84,22 +71,7 @@ def evaluate(
     if suite is not None:
         _evaluate_suite(suite, suite_data, candidate, against, out, limit, settings)
         return
-    trained = None if against else find_policy(candidate)
-    baseline = against or (trained.base if trained else base_of_adapter(candidate))
-    if baseline is None and not Path(candidate).exists() and not is_endpoint(candidate):
-        raise InputError(
-            f"there is no run, adapter or file {candidate} here",
-            kind="missing",
-            key="CANDIDATE",
-            file=candidate,
-            fix="a model from the hub needs --against",
-        )
-    if baseline is None:
-        raise InputError(
-            f"--against is missing: {candidate} is neither a run nor an adapter and has no base",
-            kind="missing",
-            key="--against",
-        )
+    baseline, trained = _baseline(candidate, against)
     asked = _prompts(prompts, candidate, baseline)[:limit]
     sides = {
         "candidate": side_of("candidate", candidate, asked, settings),
@@ -118,6 +90,50 @@ def evaluate(
         summary = evaluate_pairs(built, pairs, folder, (candidate, baseline), settings)
         typer.echo(json.dumps(summary, ensure_ascii=False))
         typer.echo(f"report: {write_evaluation_report(folder, pairs).resolve()}", err=True)
+
+
+def _settings(judge: str | None, suite: str | None, overrides: list[str]) -> EvaluationSettings:
+    """The settings of an evaluation; those of a suite are defaults. Raises `InputError` where there is no judge."""
+    from pe_rlhf.config.evaluate import EvaluationSettings
+    from pe_rlhf.config.load import apply_overrides, validated
+    from reward.errors import InputError
+
+    tree: dict[str, Any] = {} if judge is None else {"judge": judge}
+    apply_overrides(tree, overrides)
+    if "judge" not in tree:
+        raise InputError("--judge is missing", kind="missing", key="--judge")
+    if suite is not None:
+        from pe_rlhf.evaluation.suites import find_suite
+
+        find_suite(suite).set_defaults(tree)
+    return validated(EvaluationSettings, tree, "settings", overrides)
+
+
+def _baseline(candidate: str, against: str | None) -> tuple[str, SavedRole | None]:
+    """What the candidate is compared with, and the candidate's own role where that is its anchor.
+
+    Raises `InputError` where the candidate has no base and no baseline is named.
+    """
+    from pe_rlhf.evaluation.sources import base_of_adapter, find_policy
+    from pe_rlhf.runs.saved_roles import is_endpoint
+    from reward.errors import InputError
+
+    trained = None if against else find_policy(candidate)
+    if baseline := against or (trained.base if trained else base_of_adapter(candidate)):
+        return baseline, trained
+    if not Path(candidate).exists() and not is_endpoint(candidate):
+        raise InputError(
+            f"there is no run, adapter or file {candidate} here",
+            kind="missing",
+            key="CANDIDATE",
+            file=candidate,
+            fix="a model from the hub needs --against",
+        )
+    raise InputError(
+        f"--against is missing: {candidate} is neither a run nor an adapter and has no base",
+        kind="missing",
+        key="--against",
+    )
 
 
 def _evaluate_suite(

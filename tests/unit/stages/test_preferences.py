@@ -16,6 +16,7 @@ from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 from reward.judges import Comparison
+from reward.judges.judge_settings import JudgeSettings
 from reward.records import load_records
 from tests.runs import Tree, read_jsonl
 from tests.stage_support import byte_model, run, write_prompts
@@ -26,7 +27,7 @@ NEW_TOKENS = 10
 ENDS = list(range(0, 258, 12))
 
 
-def recipe(folder: Path, judge: str = "reward.scores:length", **settings: Any) -> Tree:
+def recipe(folder: Path, judge: str | Tree = "reward.scores:length", **settings: Any) -> Tree:
     model = byte_model(folder / "model", pad_is_eos=True, initializer_range=0.3, eos_token_id=ENDS)
     preferences = {
         "prompts": write_prompts(folder / "prompts.jsonl", PROMPTS),
@@ -99,10 +100,12 @@ def test_a_minimum_margin_drops_close_pairs(tmp_path: Path) -> None:
 
 def test_a_chat_model_labels_in_both_orders(tmp_path: Path) -> None:
     judge_model = byte_model(tmp_path / "judge", pad_is_eos=True, initializer_range=0.4, max_position_embeddings=2048)
-    summary = run(recipe(tmp_path, f"llm:{judge_model}"), tmp_path / "run")["preferences"]
+    # Random weights give the labels next to no probability; their ratio is a verdict all the same, if it is asked for.
+    settings = JudgeSettings(kind="llm", target=str(judge_model), verdict="probabilities", min_label_mass=0)
+    summary = run(recipe(tmp_path, settings.model_dump()), tmp_path / "run")["preferences"]
     responses = sampled(recipe(tmp_path))
     firsts, seconds = responses[: len(PROMPTS)], responses[len(PROMPTS) :]
-    judge = make_judge(f"llm:{judge_model}")
+    judge = make_judge(settings)
     expected, flips = [], 0
     for (prompt, first, _), (_, second, _) in zip(firsts, seconds, strict=True):
         (forward,) = judge.compare([Comparison(prompt, first, second)])
@@ -120,7 +123,7 @@ def test_a_chat_model_labels_in_both_orders(tmp_path: Path) -> None:
     # Without scores the margin is that of the probabilities.
     margins = sorted(2 * row["preference"] - 1 for row in rows)
     between = (margins[0] + margins[-1]) / 2
-    run(recipe(tmp_path, f"llm:{judge_model}", min_margin=between), tmp_path / "wide" / "run")
+    run(recipe(tmp_path, settings.model_dump(), min_margin=between), tmp_path / "wide" / "run")
     assert pairs(tmp_path / "wide") == [row for row in rows if 2 * row["preference"] - 1 > between]
 
 
