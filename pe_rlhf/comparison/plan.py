@@ -233,4 +233,5 @@ def _settled(tree: dict[str, Any], path: Path) -> Recipe:
     """A recipe with the defaults of this machine's device, which all runs of a comparison have to share."""
     from pe_rlhf.model.device_plan import settle  # here: it imports torch, which takes seconds
 
-    return settle(make_recipe(tree, path))
+    # With the model's config, wherever it is: the runs' recipes have every key, so that none would settle it later.
+    return settle(make_recipe(tree, path), fetch=True)
