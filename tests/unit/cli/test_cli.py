@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import typer
 
+from pe_rlhf.model.names import resolve_model
 from reward.errors import Failure, Kind
 from tests.runs import Outcome, contents, recipe, write_recipe
 
@@ -194,19 +195,27 @@ def test_a_dry_run_says_the_plan_and_leaves_nothing(
 ) -> None:
     path = write_recipe(tmp_path, recipe(*ALL))
     before, models = contents(tmp_path), contents(model_cache)
+    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path / "no-models"))
     outcome = cli("run", path, "--dry-run", "--from", "reward", "--to", "ppo")
     assert outcome.code == 0
     plan = "recipe: reward → ppo with random:tiny-llama, into runs/recipe; the recipe is valid"
     first, *stages = outcome.out.splitlines()
     assert first == plan
-    # The memory of each phase is planned only where the model is at hand.
+    # The memory of each phase is planned only where the model is at hand. In an empty cache, none is made.
     assert [line.split(":")[0].strip() for line in stages] == ["reward", "ppo", "memory"]
     assert contents(tmp_path) == before
+    assert contents(model_cache) == models
+
+
+def test_a_dry_run_plans_the_memory_of_a_model_that_is_at_hand(
+    cli: Cli, tmp_path: Path, model_cache: Path
+) -> None:
+    resolve_model("random:tiny-llama")
+    path, models = write_recipe(tmp_path, recipe(*ALL)), contents(model_cache)
+    outcome = cli("run", path, "--dry-run", "--from", "reward", "--to", "ppo")
+    phases = [line.split(":")[0].split("(")[0].strip() for line in outcome.out.splitlines()[3:]]
+    assert phases == ["memory", "reward update", "ppo sampling", "ppo update"]
     assert not (tmp_path / "runs").exists()
-    # No model: in an empty cache, none is made.
-    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path / "no-models"))
-    assert cli("run", path, "--dry-run").code == 0
-    assert not (tmp_path / "no-models").exists()
     assert contents(model_cache) == models
 
 
