@@ -207,9 +207,7 @@ def test_a_dry_run_says_the_plan_and_leaves_nothing(
     assert contents(model_cache) == models
 
 
-def test_a_dry_run_plans_the_memory_of_a_model_that_is_at_hand(
-    cli: Cli, tmp_path: Path, model_cache: Path
-) -> None:
+def test_a_dry_run_plans_the_memory_of_a_model_that_is_at_hand(cli: Cli, tmp_path: Path, model_cache: Path) -> None:
     resolve_model("random:tiny-llama")
     path, models = write_recipe(tmp_path, recipe(*ALL)), contents(model_cache)
     outcome = cli("run", path, "--dry-run", "--from", "reward", "--to", "ppo")
