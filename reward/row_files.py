@@ -62,7 +62,7 @@ def number(row: Row, column: str) -> float | None:
     if math.isnan(parsed) and isinstance(value, float):  # pandas writes NaN for a missing value
         return None
     if not math.isfinite(parsed):
-        raise InputError(f"{column} is {value!r}, not a number", key=column)
+        raise InputError(f"{column} is {value!r}, not a number", kind="invalid", key=column)
     return parsed
 
 
@@ -70,7 +70,7 @@ def probability(row: Row, column: str) -> float | None:
     """As `number`, in [0, 1]."""
     value = number(row, column)
     if value is not None and not 0 <= value <= 1:
-        raise InputError(f"{column} is {value:g}, not a probability in [0, 1]", key=column)
+        raise InputError(f"{column} is {value:g}, not a probability in [0, 1]", kind="invalid", key=column)
     return value
 
 
@@ -78,7 +78,7 @@ def whole(row: Row, column: str) -> int | None:
     """As `number`, a whole one from 0."""
     value = number(row, column)
     if value is not None and (value < 0 or value != int(value)):
-        raise InputError(f"{column} is {value:g}, not a whole number from 0", key=column)
+        raise InputError(f"{column} is {value:g}, not a whole number from 0", kind="invalid", key=column)
     return None if value is None else int(value)
 
 

@@ -184,7 +184,7 @@ def _matching(model: PreTrainedModel, names: list[str], wanted: Targets, key: st
             if found := [name for name in names if re.fullmatch(wanted, name)]:
                 return found
         except re.error as error:
-            raise InputError(f"{key}: {wanted!r} is no regular expression: {error}", key=key) from error
+            raise InputError(f"{key}: {wanted!r} is no regular expression: {error}", kind="invalid", key=key) from error
     listed = [wanted] if isinstance(wanted, str) else wanted
     for target in listed:
         if not any(_matches(name, target) for name in names):

@@ -88,6 +88,7 @@ def _parse_only(text: str | None) -> Only:
     if match is None:
         raise InputError(
             f"--only {text}: no such part",
+            kind="unknown",
             key="--only",
             fix="give shared, trials, runs, report, K/N, trials:K/N or runs:K/N",
         )
@@ -95,7 +96,7 @@ def _parse_only(text: str | None) -> Only:
     if part:
         return Only((part,), Share())
     if not 1 <= int(number) <= int(count):
-        raise InputError(f"--only {text}: K must be between 1 and N", key="--only")
+        raise InputError(f"--only {text}: K must be between 1 and N", kind="invalid", key="--only")
     return Only((of_part,) if of_part else ("trials", "runs"), Share(int(number), int(count)))
 
 
@@ -159,6 +160,6 @@ def _submit(plan: Plan, how: str) -> None:
     from pe_rlhf.comparison.submit import slurm_script, submit
 
     if how not in ("slurm", "print"):
-        raise InputError(f"--submit {how}: no such way", key="--submit", fix="give slurm or print")
+        raise InputError(f"--submit {how}: no such way", kind="unknown", key="--submit", fix="give slurm or print")
     script = slurm_script(plan)
     typer.echo(script if how == "print" else submit(script))

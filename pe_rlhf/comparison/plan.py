@@ -148,7 +148,12 @@ def _arms(config: CompareConfig) -> list[Arm]:
     arms = [_arm(tree, len(config.grid)) for tree in [*trees, *config.arms]]
     for index, arm in enumerate(arms):
         if any(arm.slug == other.slug for other in arms[:index]):
-            raise InputError(f"compare: there are two arms {arm.name!r}; give one of them another name")
+            raise InputError(
+                f"compare: there are two arms {arm.name!r}",
+                kind="conflict",
+                key="compare.arms",
+                fix="give one of them another name",
+            )
     return arms
 
 
@@ -184,7 +189,11 @@ def _refuse_settings_without_effect(plan: Plan) -> None:
             section = key.partition(".")[0]
             if key == "seed" or (section in shared and plan.tree.get(section) is not None):
                 reason = "seeds are compare.seeds" if key == "seed" else f"compare.share: {plan.config.share}"
-                raise InputError(f"compare: arm {arm.name!r} sets {key}, which has no effect on it ({reason})")
+                raise InputError(
+                    f"compare: arm {arm.name!r} sets {key}, which has no effect on it ({reason})",
+                    kind="conflict",
+                    key=key,
+                )
 
 
 def _refuse_equal_arms(plan: Plan) -> None:
@@ -193,7 +202,11 @@ def _refuse_equal_arms(plan: Plan) -> None:
         recipe = next(iter(plan.runs(arm).values())).recipe
         content = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
         if content in seen:
-            raise InputError(f"compare: the arms {seen[content]!r} and {arm.name!r} come to the same run")
+            raise InputError(
+                f"compare: the arms {seen[content]!r} and {arm.name!r} come to the same run",
+                kind="conflict",
+                key="compare.arms",
+            )
         seen[content] = arm.name
 
 

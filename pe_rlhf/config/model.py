@@ -112,5 +112,6 @@ def parse_options(init: str, schema: type[Section], given: dict[str, Any]) -> Se
         option = ".".join(map(str, first["loc"]))
         raise InputError(
             f"{option} of the init {init!r}: {first['msg']} (got {first['input']!r})",
+            kind="invalid",
             key=f"adapter.init_options.{option}",
         ) from error

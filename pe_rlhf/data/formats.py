@@ -83,7 +83,9 @@ def _implicit(row: Row) -> dict[str, Any]:
 def _hh_rlhf(row: Row) -> dict[str, Any]:
     for column in ("chosen", "rejected"):
         if not row[column].startswith(TRANSCRIPT_START):
-            raise InputError(f"the {column} text is no transcript that begins with 'Human:'", key=column)
+            raise InputError(
+                f"the {column} text is no transcript that begins with 'Human:'", kind="invalid", key=column
+            )
     return {"chosen": row["chosen"], "rejected": row["rejected"]}
 
 
@@ -228,7 +230,7 @@ def _extremes(scored: list[tuple[float, Any]]) -> dict[str, Any]:
 def _number(row: Mapping[str, Any], column: str) -> float:
     value = row[column]
     if isinstance(value, bool) or value is None or not math.isfinite(number := float(value)):
-        raise InputError(f"column {column!r} is {value!r}, not a number", key=column)
+        raise InputError(f"column {column!r} is {value!r}, not a number", kind="invalid", key=column)
     return number
 
 
@@ -238,7 +240,7 @@ def _index(row: Mapping[str, Any], column: str) -> int:
     if value == -1:
         raise Dropped("a tie", kind="conflict")
     if value not in (0, 1):
-        raise InputError(f"column {column!r} is {row[column]!r}, not 0 or 1", key=column)
+        raise InputError(f"column {column!r} is {row[column]!r}, not 0 or 1", kind="invalid", key=column)
     return int(value)
 
 
@@ -246,7 +248,7 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     role = turn.get("from") or turn.get("role")
     if role not in ROLES:
         what = "tool calls" if role in ("function_call", "observation", "tool", "function") else f"the role {role!r}"
-        raise InputError(f"a turn of the dialogue holds {what}", key="conversations")
+        raise InputError(f"a turn of the dialogue holds {what}", kind="invalid", key="conversations")
     return {"role": ROLES[role], "content": turn["value"] if "value" in turn else turn.get("content")}
 
 

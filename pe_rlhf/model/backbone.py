@@ -98,7 +98,7 @@ def load_backbone(
         return Backbone(model, tokenizer, fast=fast)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise InputError(f"load_backbone: dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        raise InputError(f"load_backbone: dtype {dtype!r} is none of {', '.join(DTYPES)}", kind="unknown", key="dtype")
     loaded, own_tokenizer = load_causal_lm(
         str(model),
         dtype=dtype,
@@ -144,7 +144,7 @@ class Backbone(RolesToExport):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
-            raise InputError("this backbone was made without a tokenizer")
+            raise InputError("this backbone was made without a tokenizer", kind="missing", key="tokenizer")
         return self._tokenizer
 
     @property

@@ -64,6 +64,7 @@ def check_config(config: PretrainedConfig, name: str, key: str) -> None:
     if positions is not None and (not isinstance(positions, int) or positions < 1):
         raise InputError(
             f"{key}: {name!r} has max_position_embeddings {positions!r} in its config; it is a number from 1",
+            kind="invalid",
             key=key,
             file=name,
         )

@@ -124,7 +124,9 @@ def import_deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise TrainingError(
-            "training on several processes needs DeepSpeed: pip install 'pe-rlhf[deepspeed]'"
+            "training on several processes needs DeepSpeed",
+            kind="not_installed",
+            fix="pip install 'pe-rlhf[deepspeed]'",
         ) from error
     # Its own reduction for CPUs, which nothing here asks for, is compiled at the first start, under a lock file that
     # stays when the process is killed: every later start would wait for it for ever.

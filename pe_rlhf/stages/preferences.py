@@ -69,7 +69,11 @@ def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
     labelled = (_row(pair, outcome, *ends) for pair, outcome, ends in zip(pairs, outcomes, cuts, strict=True))
     rows = [row for row in labelled if row is not None and _margin(row) > config.min_margin]
     if not rows:
-        raise InputError(f"preferences.judge: {config.judge.kind} found no difference in any of {len(pairs)} pairs")
+        raise InputError(
+            f"preferences.judge: {config.judge.kind} found no difference in any of {len(pairs)} pairs",
+            kind="empty",
+            key="preferences.judge",
+        )
     write_jsonl(context.files.preferences, rows)
 
     summary = {

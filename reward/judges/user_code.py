@@ -72,7 +72,7 @@ def load_function(path: str) -> Callable[..., Any]:
     """
     module_name, _, function_name = path.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
-        raise InputError(f"{path!r} does not name a function as 'module:callable'")
+        raise InputError(f"{path!r} does not name a function as 'module:callable'", kind="invalid")
     # A console script does not look for modules in the working directory. It comes last, so it hides no package.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -87,7 +87,11 @@ def load_function(path: str) -> Callable[..., Any]:
         file = getattr(module, "__file__", None)
         raise InputError(f"module {module_name!r} has no {function_name!r}", kind="unknown", file=file, fix=nearest)
     if not callable(found[1]):
-        raise InputError(f"{path!r} is not callable but {type(found[1]).__name__}")
+        raise InputError(
+            f"{path!r} is not callable but {type(found[1]).__name__}",
+            kind="user_code",
+            file=getattr(module, "__file__", None),
+        )
     return found[1]
 
 
@@ -191,7 +195,9 @@ def _limit() -> float:
     except ValueError:
         limit = -1.0
     if not 0 < limit < threading.TIMEOUT_MAX:
-        raise InputError(f"{LIMIT_VARIABLE}={said} is not a number of seconds above 0", key=LIMIT_VARIABLE)
+        raise InputError(
+            f"{LIMIT_VARIABLE}={said} is not a number of seconds above 0", kind="invalid", key=LIMIT_VARIABLE
+        )
     return limit
 
 

@@ -1,12 +1,15 @@
 """Failures have kinds and fields, and leave them in `failure.json`."""
 
+import ast
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pe_rlhf.system.failures import Stopped, TrainingError, failure_noted
-from reward.errors import InputError
+from reward.errors import Failure, InputError
+from tests.paths import ROOT
 
 
 def noted(folder: Path) -> dict[str, object]:
@@ -51,3 +54,46 @@ def test_what_says_nothing_of_the_run_leaves_its_failure_as_it_is(error: Excepti
     with pytest.raises(type(error)), failure_noted(path):
         raise error
     assert path.read_text(encoding="utf-8") == "{}"
+
+
+def failures_made(tree: ast.AST, names: set[str]) -> Iterator[ast.Call]:
+    """Calls of the classes of failures, as `InputError(…)` or `errors.InputError(…)`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in names:
+                yield node
+
+
+def test_every_failure_says_its_kind() -> None:
+    files = {
+        path: ast.parse(path.read_text("utf-8"))
+        for room in ("pe_rlhf", "reward")
+        for path in (ROOT / room).rglob("*.py")
+    }
+    classes = [node for tree in files.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    names = {Failure.__name__}
+    for _ in range(4):  # subclasses of subclasses
+        names |= {
+            node.name
+            for node in classes
+            if names & {getattr(base, "id", "") for base in node.bases}
+            and not any(getattr(part, "name", "") == "__init__" for part in node.body)  # it says its kind itself
+        }
+    assert {"InputError", "TrainingError", "JudgeError"} < names
+    calls = [(path, call) for path, tree in files.items() for call in failures_made(tree, names)]
+    assert len(calls) > 200
+    # `None`: the fields of another failure, passed on as **fields.
+    silent = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path, call in calls
+        if not {"kind", None} & {keyword.arg for keyword in call.keywords}
+    ]
+    assert silent == []
+
+
+def test_the_walk_sees_a_failure_without_a_kind() -> None:
+    made = list(
+        failures_made(ast.parse("raise errors.InputError('x')\nraise InputError('x', kind='empty')"), {"InputError"})
+    )
+    assert [[keyword.arg for keyword in call.keywords] for call in made] == [[], ["kind"]]
