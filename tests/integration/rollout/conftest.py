@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pe_rlhf.config import BackboneConfig, RolloutConfig
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
+from pe_rlhf.rollout.vllm.server import ServerVLLM
 from tests.integration.rollout.serving import serve
-from tests.integration.rollout.vllm_support import ENDS, LONGEST, NEW_TOKENS, config
+from tests.integration.rollout.vllm_support import ENDS, LONGEST, NEW_TOKENS, Make, config
 from tests.tiny import ALL_INITS, add_role, tiny_model, train_role
 
 
@@ -57,6 +59,22 @@ def vllm_server(vllm_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     options = ["--max-model-len", str(LONGEST + NEW_TOKENS), "--kv-cache-memory-bytes", "16m"]
     with serve(str(vllm_model), tmp_path_factory.mktemp("server"), *options) as url:
         yield url
+
+
+@pytest.fixture
+def make(policies: Backbone, tmp_path: Path) -> Iterator[Make]:
+    """Engines on servers of those addresses; they are closed after the test, and have to leave the base behind."""
+    engines = []
+
+    def call(*urls: str, backbone: Backbone = policies, role: str = "pissa", **changes: Any) -> ServerVLLM:
+        settings = config(**{"mode": "server", "urls": list(urls), "timeout": 60, "start_timeout": 60, **changes})
+        engines.append(ServerVLLM(backbone, role, settings, folder=tmp_path, longest_prompt=LONGEST))
+        return engines[-1]
+
+    yield call
+    for engine in engines:
+        engine.close()
+    assert not list(tmp_path.glob("pe-rlhf-*"))
 
 
 def new_engine(backbone: Backbone, settings: RolloutConfig, folder: Path) -> EmbeddedVLLM:

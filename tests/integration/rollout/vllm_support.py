@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import openai
 import torch
 
 from pe_rlhf.config import RolloutConfig
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.rollout.vllm.server import ServerVLLM
 from pe_rlhf.types import Rollout, Sequences
 from tests.tiny import EOS, PAD
 
 ENDS = [EOS, 7, 9, 30]  # several, so that many responses end before the limit
 PROMPTS = [[5, 6, 7], [8], [9, PAD, 11, 12, 13, 14, 15], [20, 21]] * 4
+Make = Callable[..., ServerVLLM]
+MODES = ["adapter", "merged"]
 LONGEST, NEW_TOKENS, TEMPERATURE = 40, 20, 0.8
 
 
@@ -28,3 +33,13 @@ def difference(backbone: Backbone, role: str, rollout: Rollout, temperature: flo
         trainer_N, _ = backbone.response_logprobs(sequences, temperature)
     sampler_N = torch.tensor([value for row in rollout.logprobs for value in row])
     return float((trainer_N - sampler_N).abs().max())
+
+
+def adapters(url: str) -> list[str]:
+    """The names of the adapters that a server has."""
+    models = openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list()
+    return [card.id for card in models if (card.model_extra or {})["parent"]]
+
+
+def post(url: str, body: dict[str, Any]) -> None:
+    openai.OpenAI(base_url=url, api_key="none", timeout=60).post(url, cast_to=object, body=body)

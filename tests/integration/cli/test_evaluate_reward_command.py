@@ -1,0 +1,56 @@
+"""`pe-rlhf evaluate-reward`: reward models on pairs and on responses that were cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pe_rlhf.runs.saved_roles import find_role
+from pe_rlhf.scoring.reward_judge import reward_scores
+from tests.runs import PAIRS, Outcome, recipe, write_jsonl, write_recipe
+
+
+def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe("reward", reward__epochs=6, reward__learning_rate=0.02))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    pairs = [pair | {"subset": "even" if i % 2 == 0 else "odd"} for i, pair in enumerate(PAIRS)]
+    write_jsonl(tmp_path / "subset_pairs.jsonl", pairs)
+    outcome = cli("evaluate-reward", "run", "subset_pairs.jsonl", "--second", "run/reward", "--out", "e")
+    assert outcome.code == 0, outcome
+    line = json.loads(outcome.out, parse_constant=pytest.fail)  # NaN is no JSON
+    assert line["n"] == 8
+    assert {name: subset["n"] for name, subset in line["subsets"].items()} == {"even": 4, "odd": 4}
+    assert line["agreement"] == 1.0  # with itself
+    assert line["ci_low"] <= line["accuracy"] <= line["ci_high"]
+    assert line["length"]["longer_is_better"] + line["length"]["shorter_is_better"] == 8 - sum(
+        len(p["chosen"]) == len(p["rejected"]) for p in PAIRS
+    )
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "Reliability" in page
+    assert "Agreement with the second model" in page
+    judged = cli("evaluate", "run", *["--judge", "length"])
+    assert judged.code == 2  # a run without a ppo stage has no policy
+    asked = ["--against", "random:tiny-llama", "--prompts", "prompts.jsonl", "--judge", "length"]
+    reward = cli("evaluate", "run/reward", *asked)
+    assert reward.errors[0].endswith("run/reward holds no policy; it holds reward")
+
+
+def test_a_response_that_was_cut_is_scored_without_an_end(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """As the reward stage trains on it; and no longer pair than there is seen."""
+    path = write_recipe(tmp_path, recipe("reward", reward__max_length=16))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    prompts, responses = [row["prompt"] for row in PAIRS], [row["chosen"] + " and on and on" for row in PAIRS]
+    backbone, codec = find_role(tmp_path / "run", "reward").load("reward", dtype="float32", device="cpu")
+    for cut in (True, False):
+        scores = reward_scores(str(tmp_path / "run"), as_trained=True)(prompts, responses, [cut] * len(prompts))
+        for prompt, response, score in zip(prompts, responses, scores, strict=True):
+            end = [] if cut else [codec.end_token_id]
+            ids = codec.encode_prompt(prompt), [*codec.tokenizer(response, add_special_tokens=False).input_ids, *end]
+            whole = ids[1][:15]
+            with torch.no_grad(), backbone.role("reward"):
+                expected = backbone(torch.tensor([[*ids[0][-(16 - len(whole)) :], *whole]])).logits[0, 0].item()
+            assert score == pytest.approx(expected, abs=1e-4)
