@@ -5,8 +5,12 @@ Code never reads the sentence. It reads `kind` and the fields, which `failure.js
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
+
+T = TypeVar("T")
 
 Kind = Literal[
     # the user's input
@@ -98,3 +102,19 @@ class JudgeError(Failure, RuntimeError):
     """
 
     exit_code = 3
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The nearest of the names that there are, as the `fix` of a failure; None where none is near."""
+    near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else None
+
+
+def look_up(registry: Mapping[str, T], name: str, message: str, key: str, file: str | None = None) -> T:
+    """What is registered under a name. Raises `InputError` with the message, the names and the nearest of them."""
+    if name not in registry:
+        known = ", ".join(sorted(registry))
+        raise InputError(
+            f"{message}; there are {known}", kind="unknown", key=key, file=file, fix=did_you_mean(name, registry)
+        )
+    return registry[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 import types
 import typing
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pe_rlhf.config import Recipe
-from reward.errors import Kind
+from reward.errors import Kind, did_you_mean
 
 UNION_BRANCHES = ("str", "list[str]")
 
@@ -44,8 +43,7 @@ def explain_validation_error(error: ValidationError, schema: type[BaseModel] = R
     elif first["type"] == "extra_forbidden":
         kind = "unknown"
         known = _fields_at(schema, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        hint = did_you_mean(location[-1], known, 0.5) or f"known here: {', '.join(known)}"
         text = f"unknown key {key!r}; {hint}"
     elif first["type"] == "missing":
         kind, text = "missing", f"{key} is missing"

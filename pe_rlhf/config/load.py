@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from yaml.composer import ComposerError
 from pe_rlhf.config import DataSource, Recipe
 from pe_rlhf.config.explain import explain_validation_error
 from pe_rlhf.system.files import write_whole
-from reward.errors import InputError
+from reward.errors import InputError, did_you_mean
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -37,10 +36,8 @@ def find_recipe(name: str) -> Path:
     if path.suffix not in (".yaml", ".yml") and (named := bundled("recipes") / f"{name}.yaml").is_file():
         return named
     known = sorted(p.stem for p in bundled("recipes").glob("*.yaml"))
-    hint = difflib.get_close_matches(name, known, n=1)
     message = f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}"
-    fix = f"did you mean {hint[0]!r}?" if hint else None
-    raise InputError(message, kind="missing", key="RECIPE", file=name, fix=fix)
+    raise InputError(message, kind="missing", key="RECIPE", file=name, fix=did_you_mean(name, known))
 
 
 def load_deepspeed_config(name: str) -> dict[str, Any]:

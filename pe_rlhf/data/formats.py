@@ -27,11 +27,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from pe_rlhf.data.local_files import Row, Rows
-from reward.errors import InputError
+from reward.errors import InputError, look_up
 from reward.records import TRANSCRIPT_START, Dropped
 
 Converter = Callable[[Row], dict[str, Any]]
@@ -54,11 +53,7 @@ def register_format(name: str) -> Callable[[Converter], Converter]:
 
 def converted(rows: Rows, name: str, key: str, file: str) -> Rows:
     """All rows in our columns; one that cannot be converted is an `InputError` in its place."""
-    if (converter := FORMATS.get(name)) is None:
-        near = get_close_matches(name, FORMATS, n=1)
-        fix = f"did you mean {near[0]!r}?" if near else None
-        message = f"{key}: there is no format {name!r}; there are {', '.join(sorted(FORMATS))}"
-        raise InputError(message, kind="unknown", key=f"{key}.format", file=file, fix=fix)
+    converter = look_up(FORMATS, name, f"{key}: there is no format {name!r}", f"{key}.format", file)
     found: Rows = []
     for row in _side_by_side(rows) if name == "helpsteer2" else rows:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from pe_rlhf.system.files import write_jsonl
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import permutation
-from reward.errors import InputError
+from reward.errors import InputError, did_you_mean
 from reward.records import (
     BadRecord,
     PreferenceRecord,
@@ -177,13 +176,12 @@ def _refuse_unknown(source: DataSource, key: str, known: Collection[str]) -> Non
         return
     for ours in source.columns:
         if ours not in known:
-            near = get_close_matches(ours, known, n=1)
             raise InputError(
                 f"{key}: columns: {ours!r} means nothing here; there are {', '.join(known)}",
                 kind="unknown",
                 key=f"{key}.columns",
                 file=source.path,
-                fix=f"did you mean {near[0]!r}?" if near else None,
+                fix=did_you_mean(ours, known),
             )
 
 

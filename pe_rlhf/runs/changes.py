@@ -6,7 +6,6 @@ is, except the length of its training: then the stage goes on from its last chec
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pe_rlhf.runs.checkpoint import newest_step
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.system.files import append_jsonl, read_jsonl
-from reward.errors import InputError
+from reward.errors import InputError, did_you_mean
 
 # What a stage that is there already means: an error, to go on from it, or to put it aside and run it anew.
 Start = Literal["new", "resume", "anew"]
@@ -97,8 +96,7 @@ def _check_keys(recipe: Recipe, may_change: Sequence[str], changes: dict[str, Va
                 fix=f"write --may-change {name} {key}",
             )
         if not any(is_below(each, key) for each in known):
-            near = difflib.get_close_matches(key, known, n=1)
-            fix = f"did you mean {near[0]!r}?" if near else "docs/recipe.md has the keys"
+            fix = did_you_mean(key, known) or "docs/recipe.md has the keys"
             raise InputError(f"--may-change {key}: a recipe has no such key", kind="unknown", key=key, fix=fix)
         earlier = read_jsonl(RunFiles(run_dir).changes, may_be_cut=True)
         # The same command once more, as a cluster runs it, has nothing left to change.

@@ -6,7 +6,10 @@ healthy ranges.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean as mean
 from typing import Any
 
 Row = dict[str, Any]
@@ -34,65 +37,70 @@ def reward_flags(summary: Row) -> list[str]:
 
 def ppo_flags(metrics: Sequence[Row]) -> list[str]:
     """What is wrong with a PPO run, by its metrics so far."""
-    if not metrics:
-        return []
-    checks = (_rewards, _kl, _entropy, _critic, _truncated)
-    return [sentence for check in checks if (sentence := check(metrics))]
+    return [sentence for flag in PPO_FLAGS if (sentence := flag.sentence(metrics))]
 
 
-def _rewards(metrics: Sequence[Row]) -> str:
-    recent = _values(metrics[-RECENT:], "reward_std")
-    if not recent or max(recent) > 0:
-        return ""
-    return (
-        f"reward_std is 0 in the last {len(recent)} steps: all responses score alike, so nothing is learnt; look at"
-        " the reward function, use easier prompts or a larger ppo.batch_size"
-    )
+@dataclass(frozen=True)
+class Flag:
+    """What is wrong where `is_wrong` holds for the values of a metric in the newest steps.
+
+    `says` follows the metric's name; it may show the values' first, last, mean and their number n.
+    """
+
+    metric: str
+    steps: int
+    is_wrong: Callable[[Sequence[float]], bool]
+    says: str
+
+    def sentence(self, metrics: Sequence[Row]) -> str:
+        """The sentence, or "" where nothing is wrong or the metric was not logged."""
+        values = [value for row in metrics[-self.steps :] if isinstance(value := row.get(self.metric), int | float)]
+        if not values or not self.is_wrong(values):
+            return ""
+        shown = self.says.format(first=values[0], last=values[-1], mean=mean(values), n=len(values))
+        return f"{self.metric} {shown}"
 
 
-def _kl(metrics: Sequence[Row]) -> str:
-    recent = _values(metrics[-RECENT:], "kl")
-    mean = sum(recent) / len(recent) if recent else 0.0
-    if mean > FAR_KL:
-        return f"kl is {mean:.1f} nats per response, over {FAR_KL:g}: raise ppo.kl.beta or set ppo.kl.limit"
-    if mean < NEGATIVE_KL and len(recent) == RECENT:
-        return (
-            f"kl is {mean:.1f} nats per response over {RECENT} steps, which no KL is: look at logprob_mismatch, and"
-            " use a larger ppo.batch_size"
-        )
-    return ""
-
-
-def _entropy(metrics: Sequence[Row]) -> str:
-    values = _values(metrics, "entropy")
-    if len(values) < 2 or values[0] <= 0 or values[-1] >= LOW_ENTROPY * values[0]:
-        return ""
-    return (
-        f"entropy fell from {values[0]:.2f} to {values[-1]:.3f} nats per token: the policy repeats itself; raise"
-        " ppo.kl.beta or lower ppo.learning_rate"
-    )
-
-
-def _critic(metrics: Sequence[Row]) -> str:
-    recent = _values(metrics[-LONG:], "explained_variance")
-    if len(recent) < LONG or max(recent) >= 0:
-        return ""
-    return (
-        f"explained_variance has been below 0 for {LONG} steps: the critic is worse than a constant; raise"
-        " ppo.value_learning_rate, or start it from the reward model (ppo.value_init: reward)"
-    )
-
-
-def _truncated(metrics: Sequence[Row]) -> str:
-    recent = _values(metrics[-RECENT:], "truncated")
-    mean = sum(recent) / len(recent) if recent else 0.0
-    if mean < CUT:
-        return ""
-    return (
-        f"truncated is {mean:.2f}: nearly all responses are cut at max_new_tokens, and none is seen to end; raise"
-        " ppo.rollout.max_new_tokens or set ppo.missing_eos_penalty, unless short responses are what you want"
-    )
-
-
-def _values(rows: Sequence[Row], metric: str) -> list[float]:
-    return [value for row in rows if isinstance(value := row.get(metric), int | float)]
+PPO_FLAGS = (
+    Flag(
+        "reward_std",
+        RECENT,
+        lambda values: max(values) <= 0,
+        "is 0 in the last {n} steps: all responses score alike, so nothing is learnt; look at the reward function, use"
+        " easier prompts or a larger ppo.batch_size",
+    ),
+    Flag(
+        "kl",
+        RECENT,
+        lambda values: mean(values) > FAR_KL,
+        f"is {{mean:.1f}} nats per response, over {FAR_KL:g}: raise ppo.kl.beta or set ppo.kl.limit",
+    ),
+    Flag(
+        "kl",
+        RECENT,
+        lambda values: len(values) == RECENT and mean(values) < NEGATIVE_KL,
+        "is {mean:.1f} nats per response over {n} steps, which no KL is: look at logprob_mismatch, and use a larger"
+        " ppo.batch_size",
+    ),
+    Flag(
+        "entropy",
+        sys.maxsize,
+        lambda values: values[0] > 0 and values[-1] < LOW_ENTROPY * values[0],
+        "fell from {first:.2f} to {last:.3f} nats per token: the policy repeats itself; raise ppo.kl.beta or lower"
+        " ppo.learning_rate",
+    ),
+    Flag(
+        "explained_variance",
+        LONG,
+        lambda values: len(values) == LONG and max(values) < 0,
+        "has been below 0 for {n} steps: the critic is worse than a constant; raise ppo.value_learning_rate, or start"
+        " it from the reward model (ppo.value_init: reward)",
+    ),
+    Flag(
+        "truncated",
+        RECENT,
+        lambda values: mean(values) >= CUT,
+        "is {mean:.2f}: nearly all responses are cut at max_new_tokens, and none is seen to end; raise"
+        " ppo.rollout.max_new_tokens or set ppo.missing_eos_penalty, unless short responses are what you want",
+    ),
+)

@@ -6,11 +6,10 @@ A kind is a factory of `JudgeSettings`. A factory may also have a method `check(
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from reward.errors import InputError
+from reward.errors import InputError, look_up
 from reward.judges.base import Judge
 from reward.judges.functions import FunctionKind
 from reward.judges.judge_settings import JudgeSettings
@@ -65,12 +64,4 @@ def check_judge(judge: str | JudgeSettings, run_dir: Path | None = None) -> None
 
 
 def _factory(kind: str) -> JudgeFactory:
-    if kind not in _KINDS:
-        close = difflib.get_close_matches(kind, _KINDS, n=1)
-        raise InputError(
-            f"judge: {kind!r} is neither one of {', '.join(judge_kinds())} nor module:callable",
-            kind="unknown",
-            key="judge",
-            fix=f"did you mean {close[0]!r}?" if close else None,
-        )
-    return _KINDS[kind]
+    return look_up(_KINDS, kind, f"judge: {kind!r} is neither a kind of judge nor module:callable", "judge")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, TemplateSyn
 from jinja2 import Template as JinjaTemplate
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from reward.errors import InputError
+from reward.errors import InputError, did_you_mean
 from reward.judges.base import Comparison
 from reward.records import Message, Prompt
 
@@ -61,12 +60,11 @@ def template_names() -> list[str]:
 def _load(name: str) -> JinjaTemplate:
     path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.jinja2"
     if not path.is_file() or name == "base":
-        close = difflib.get_close_matches(name, template_names(), n=1)
         raise InputError(
             f"judge.template: {name!r} is neither one of {', '.join(template_names())} nor a file",
             kind="unknown",
             key="judge.template",
-            fix=f"did you mean {close[0]!r}?" if close else None,
+            fix=did_you_mean(name, template_names()),
         )
     # The text goes to a model and not to a browser, so nothing is escaped.
     loader = FileSystemLoader([path.parent, FOLDER])

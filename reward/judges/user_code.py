@@ -15,15 +15,14 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from reward.errors import Failure, InputError
+from reward.errors import Failure, InputError, did_you_mean
 
 LIMIT_VARIABLE = "PE_RLHF_FUNCTION_TIMEOUT"
 USUAL_LIMIT = 3600.0  # seconds of one call
@@ -83,7 +82,7 @@ def load_function(path: str) -> Callable[..., Any]:
         raise
     found = call_users_code(repr(path), lambda: (hasattr(module, function_name), getattr(module, function_name, None)))
     if not found[0]:
-        nearest = _nearest(function_name, dir(module))
+        nearest = did_you_mean(function_name, dir(module))
         file = getattr(module, "__file__", None)
         raise InputError(f"module {module_name!r} has no {function_name!r}", kind="unknown", file=file, fix=nearest)
     if not callable(found[1]):
@@ -146,7 +145,7 @@ def _import(path: str, module_name: str) -> Any:
             raise InputError(
                 f"{path!r} names the module {missing!r}, which is neither installed nor in the working directory",
                 kind="unknown",
-                fix=_nearest(missing, _modules_beside(missing)),
+                fix=did_you_mean(missing, _modules_beside(missing)),
             ) from error
         raise InputError(
             f"{path!r} needs the package {missing!r}, which is not installed", kind="not_installed"
@@ -169,11 +168,6 @@ def _modules_beside(name: str) -> list[str]:
     folders = getattr(sys.modules[parent], "__path__", []) if parent else None  # None: all of sys.path
     prefix = f"{parent}." if parent else ""
     return [prefix + module.name for module in pkgutil.iter_modules(folders)]
-
-
-def _nearest(name: str, candidates: Sequence[str]) -> str | None:
-    matches = get_close_matches(name, candidates, n=1)
-    return f"did you mean {matches[0]!r}?" if matches else None
 
 
 def _reopen_streams() -> str:
