@@ -24,6 +24,7 @@ from pe_rlhf.cli.export_command import export
 from pe_rlhf.cli.inspect_command import inspect
 from pe_rlhf.cli.launch_command import launch
 from pe_rlhf.cli.run_command import run
+from pe_rlhf.cli.serve_reward_command import serve_reward
 from pe_rlhf.cli.winrate_command import winrate
 from pe_rlhf.system.failures import IN_USE, ElsewhereError, Failure, Stopped
 from pe_rlhf.system.processes import is_main, launched, openmp_environment
@@ -65,6 +66,7 @@ app.command("launch", context_settings={"ignore_unknown_options": True})(launch)
 app.command("compare")(compare)
 app.command("evaluate")(evaluate)
 app.command("evaluate-reward")(evaluate_reward)
+app.command("serve-reward")(serve_reward)
 app.command("winrate")(winrate)
 app.command("inspect")(inspect)
 app.command("export")(export)

@@ -8,10 +8,11 @@ from pe_rlhf.config.compare import CollapseConfig, CompareConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
 from pe_rlhf.config.model import AdapterConfig, BackboneConfig
 from pe_rlhf.config.optimizer import OptimizerConfig, RewardOptimizerConfig
-from pe_rlhf.config.ppo import KLConfig, PPOConfig, RewardSource
+from pe_rlhf.config.ppo import KLConfig, PPOConfig
 from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.recipe import STAGES, Recipe, TrackingConfig
 from pe_rlhf.config.reward import RewardConfig
+from pe_rlhf.config.reward_source import RewardSource
 from pe_rlhf.config.sampling import RolloutConfig, SamplerConfig, SamplingConfig
 from pe_rlhf.config.section import DataSource, Section
 from pe_rlhf.config.sft import SFTConfig, SFTOptimizerConfig

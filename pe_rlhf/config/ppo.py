@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from pe_rlhf.config.model import AdapterConfig
 from pe_rlhf.config.optimizer import OptimizerConfig
+from pe_rlhf.config.reward_source import RewardSource
 from pe_rlhf.config.sampling import RolloutConfig
 from pe_rlhf.config.section import Data, Positive, Rate, Section, Share, refusal
 from pe_rlhf.system.progress import say
@@ -74,28 +75,6 @@ class KLConfig(Section):
     def _adaptive_from_something(self) -> KLConfig:
         if self.controller == "adaptive" and self.beta == 0:
             raise refusal("controller", "adaptive multiplies beta, and 0 stays 0; start from a beta above 0")
-        return self
-
-
-class RewardSource(Section):
-    """One source of scores: exactly one of adapter, model and function, with a weight."""
-
-    adapter: str | None = Field(
-        default=None, description="a run, or a reward stage's directory; `stage` is this run's own reward stage"
-    )
-    model: str | None = Field(default=None, description="a sequence-classification model with one label")
-    trust_remote_code: bool = Field(default=False, description="model: run the code that comes with it")
-    function: str | None = Field(
-        default=None,
-        description="module:callable that takes (prompts, responses) and columns of the prompts by their names,"
-        " and returns scores",
-    )
-    weight: float = Field(default=1.0, description="weight of these scores in the sum")
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> RewardSource:
-        if sum(source is not None for source in (self.adapter, self.model, self.function)) != 1:
-            raise refusal("", "name exactly one of adapter, model and function")
         return self
 
 

@@ -1,4 +1,4 @@
-"""Scores of responses: reward adapters on the shared backbone, another model, a Python function, and weighted sums."""
+"""Scores of responses: reward adapters on the shared backbone, another model, a function, a server, and their sum."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.runs.saved_roles import SavedRole, find_role, load_role
 from pe_rlhf.scoring.classifier import Classifier
+from pe_rlhf.scoring.remote import RemoteScorer, check_columns, was_cut
 from pe_rlhf.system.distributed import all_rows, on_main, own_rows
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -58,8 +59,7 @@ class ModelScorer:
     def score(
         self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
     ) -> Tensor:
-        last_B = sequences.ids_BT[torch.arange(len(sequences)), sequences.lengths_B - 1]
-        cut = (~torch.isin(last_B, self._eos_token_ids)).tolist()
+        cut = was_cut(sequences, self._eos_token_ids)
         own = own_rows(len(sequences))
         texts = ([prompts[i] for i in own], [responses[i] for i in own], [cut[i] for i in own])
         return torch.tensor(all_rows(self._classifier.score(*texts).tolist(), len(sequences)))
@@ -115,6 +115,10 @@ def make_scorer(
                 trust_remote_code=source.trust_remote_code,
             )
             scorer = ModelScorer(classifier, backbone.eos_token_ids)
+        elif source.url is not None:
+            check_columns(source.server.columns, columns)
+            scorer = RemoteScorer(source.url, source.server, backbone.eos_token_ids)
+            on_main(scorer.check_server)
         else:
             roles.append(f"reward_{len(roles) + 1}" if roles else "reward")
             load_role(backbone, roles[-1], find_reward(source.adapter, run_dir).folder)

@@ -24,6 +24,7 @@ from pe_rlhf.runs.changes import Resumption, Start, find_resumption, note_change
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import check_tracking, read_summary
 from pe_rlhf.scoring.model_judges import check_judge
+from pe_rlhf.scoring.remote import check_columns
 from pe_rlhf.scoring.scorers import find_reward
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
@@ -164,9 +165,11 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
             rows, _ = load_prompt_rows(prompts, f"{stage}.prompts", lambda row: row, share)
             first[stage] = rows[0].prompt
             if recipe.ppo is not None and stage in ("ppo", "evaluate"):
+                columns = {name for row in rows for name in row.columns}
                 for source in recipe.ppo.reward:
+                    check_columns(source.server.columns, columns)
                     if source.function is not None:
-                        load_score_function(source.function, {name for row in rows for name in row.columns})
+                        load_score_function(source.function, columns)
         if (judge := getattr(section, "judge", None)) is not None:
             check_judge(judge, run_dir)
     if recipe.sft is not None and "sft" in stages:

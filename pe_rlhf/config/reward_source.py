@@ -1,0 +1,56 @@
+"""Where the scores of PPO come from: one section for each source."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator, model_validator
+
+from pe_rlhf.config.section import Positive, Section, refusal
+from reward.judges.judge_settings import wrong_address
+
+KINDS = ("adapter", "model", "function", "url")
+
+
+class ScoreServer(Section):
+    """How a remote scorer is asked."""
+
+    batch_size: Positive = Field(default=64, description="responses in one request")
+    concurrency: Positive = Field(default=4, description="requests at the same time")
+    timeout: float = Field(default=60.0, gt=0, description="seconds for one request, its answer included")
+    attempts: Positive = Field(default=6, description="tries of a request that fails for a temporary reason")
+    columns: list[str] = Field(default_factory=list, description="columns of the prompts that are sent too")
+    api_key_env: str | None = Field(
+        default=None, description="environment variable with a key, sent as `Authorization: Bearer`; default: no key"
+    )
+
+
+class RewardSource(Section):
+    """One source of scores: exactly one of adapter, model, function and url, with a weight."""
+
+    adapter: str | None = Field(
+        default=None, description="a run, or a reward stage's directory; `stage` is this run's own reward stage"
+    )
+    model: str | None = Field(default=None, description="a sequence-classification model with one label")
+    trust_remote_code: bool = Field(default=False, description="model: run the code that comes with it")
+    function: str | None = Field(
+        default=None,
+        description="module:callable that takes (prompts, responses) and columns of the prompts by their names,"
+        " and returns scores",
+    )
+    url: str | None = Field(
+        default=None, description="a server that scores by the protocol of docs/rewards.md, as `pe-rlhf serve-reward`"
+    )
+    server: ScoreServer = Field(default=ScoreServer(), description="url: how it is asked")
+    weight: float = Field(default=1.0, description="weight of these scores in the sum")
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str | None) -> str | None:
+        if url is not None and (wrong := wrong_address(url)):
+            raise refusal("url", f"{url!r} {wrong}", "invalid")
+        return url
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> RewardSource:
+        if sum(getattr(self, kind) is not None for kind in KINDS) != 1:
+            raise refusal("", f"name exactly one of {', '.join(KINDS[:-1])} and {KINDS[-1]}")
+        return self

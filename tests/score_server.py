@@ -1,0 +1,93 @@
+"""A real scorer on loopback that gives lengths, by a protocol written down here again, and misbehaves as it is told."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+# Gets the number of the request, from 0: what goes wrong with it, as `Handler._fault` knows it, or None.
+Faults = Callable[[int], Any]
+
+
+@dataclass
+class ScoreServer:
+    """How it answers, and what it was asked."""
+
+    faults: Faults = lambda number: None
+    url: str = ""
+    requests: int = 0
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@contextmanager
+def running(server: ScoreServer) -> Iterator[ScoreServer]:
+    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
+    http.daemon_threads = True
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    server.url = f"http://127.0.0.1:{http.server_address[1]}"
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+def _handler(server: ScoreServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Nothing into the tests' output."""
+
+        def do_GET(self) -> None:
+            self._send(404, b"no such page")  # a scorer of a user's own may have no page of its health
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with server.lock:
+                number, server.requests = server.requests, server.requests + 1
+                server.bodies.append(body)
+                server.keys.append(self.headers["Authorization"])
+            assert self.path == "/score"
+            fault = server.faults(number)
+            if fault is None:
+                scores = [float(len(response)) for response in body["responses"]]
+                return self._send(200, json.dumps({"scores": scores}).encode())
+            return self._fault(fault, len(body["responses"]))
+
+        def _fault(self, fault: Any, count: int) -> None:
+            if fault == "drop":
+                return self.connection.close()
+            if fault == "drip":  # a byte at a time, for ever
+                self.send_response(200)
+                self.end_headers()
+                with suppress(OSError):
+                    for _ in range(100):
+                        self.wfile.write(b" ")
+                        self.wfile.flush()
+                        time.sleep(0.1)
+                return None
+            if fault == "hang":
+                time.sleep(5)
+                return None
+            if isinstance(fault, int):
+                return self._send(fault, b"no")
+            if isinstance(fault, bytes):
+                return self._send(200, fault)
+            return self._send(200, json.dumps({"scores": fault(count)}).encode())
+
+        def _send(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    return Handler
