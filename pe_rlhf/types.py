@@ -113,8 +113,8 @@ class Experience:
 
     Attributes:
         old_logprobs_BR: log-probs of the policy that sampled, nats.
-        values_BR: the critic's estimates before the update.
-        advantages_BR, returns_BR: from GAE; advantages are whitened unless the recipe says otherwise.
+        advantages_BR: from the estimator of the recipe, whitened where that says so.
+        values_BR, returns_BR: the critic's estimates before the update, and what it is to learn; None without a critic.
         weights_BR: importance weights of the trainer's log-probs against the sampler's; 1 unless asked for.
         anchor_logprobs_BR: log-probs of the anchor, nats.
         scores_B: the score of each response before the KL.
@@ -124,8 +124,8 @@ class Experience:
     mask_BR: Tensor
     old_logprobs_BR: Tensor
     anchor_logprobs_BR: Tensor
-    values_BR: Tensor
+    values_BR: Tensor | None
     advantages_BR: Tensor
-    returns_BR: Tensor
+    returns_BR: Tensor | None
     weights_BR: Tensor
     scores_B: Tensor

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pe_rlhf.algo.gae import gae
+from pe_rlhf.algo.advantages import ESTIMATORS, Options, Rewarded
 from pe_rlhf.algo.masked import masked_var, masked_whiten
 from pe_rlhf.algo.rewards import KLForm, adjust_scores, shape_rewards
 
@@ -21,7 +21,8 @@ class Shaping:
         beta, form, kl_in_reward: as of `shape_rewards`.
         missing_eos_penalty, missing_eos_replaces, length_penalty: as of `adjust_scores`.
         whiten_rewards: divide the shaped rewards by their standard deviation.
-        gamma, lam: as of `gae`.
+        advantage: the estimator, a name of `ESTIMATORS`.
+        options: what the estimator is told.
         whiten_advantages: mean 0 and variance 1 over the tokens of the batch.
     """
 
@@ -32,30 +33,40 @@ class Shaping:
     missing_eos_replaces: bool
     length_penalty: float
     whiten_rewards: bool
-    gamma: float
-    lam: float
+    advantage: str
+    options: Options
     whiten_advantages: bool
 
 
 class Estimate(NamedTuple):
-    """Advantages and returns of each response token, zero at padding; the score of each response after all rules."""
+    """Advantages and returns of each response token, zero at padding; the score of each response after all rules.
+
+    Returns are what a critic learns: None without one.
+    """
 
     advantages_BR: Tensor
-    returns_BR: Tensor
+    returns_BR: Tensor | None
     shaped_B: Tensor
 
 
 def shape_and_estimate(
-    scores_B: Tensor, kl_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, truncated_B: Tensor, shaping: Shaping
+    scores_B: Tensor,
+    kl_BR: Tensor,
+    values_BR: Tensor | None,
+    mask_BR: Tensor,
+    truncated_B: Tensor,
+    groups_B: Tensor,
+    shaping: Shaping,
 ) -> Estimate:
     """Shape one reward per token and estimate the advantages.
 
     Args:
         scores_B: the reward source's, before any rule about endings and lengths.
         kl_BR: estimates of the KL to the anchor at each token, nats.
-        values_BR: the critic's.
+        values_BR: the critic's; None without one.
         mask_BR: True at the real response tokens.
         truncated_B: True where the response was cut at the length limit.
+        groups_B: the number of each response's prompt in the batch.
     """
     adjusted_B = adjust_scores(
         scores_B,
@@ -70,7 +81,8 @@ def shape_and_estimate(
     )
     if shaping.whiten_rewards:  # without removing the mean: that would reward or punish length
         rewards_BR = rewards_BR * torch.rsqrt(masked_var(rewards_BR, mask_BR) + 1e-8)
-    advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, gamma=shaping.gamma, lam=shaping.lam)
+    batch = Rewarded(rewards_BR, mask_BR, groups_B, values_BR)
+    advantages_BR, returns_BR = ESTIMATORS[shaping.advantage](batch, shaping.options)
     # The returns stay as they are: the critic is to learn rewards in their own unit.
     if shaping.whiten_advantages:
         advantages_BR = masked_whiten(advantages_BR, mask_BR)

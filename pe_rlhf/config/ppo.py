@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pe_rlhf.config.model import AdapterConfig
 from pe_rlhf.config.optimizer import OptimizerConfig
@@ -17,6 +17,19 @@ from pe_rlhf.system.progress import say
 FORMER_COEFFICIENT = 0.1  # the default that recipes of earlier versions were saved with
 
 _say_once = cache(say)
+
+# The estimators of `algo/advantages.py`, which imports torch: those with a critic, those that compare the responses to
+# a prompt with each other, and the keys that are only for some of them.
+Advantage = Literal["gae", "rloo", "group_mean", "reinforce_pp"]
+WITH_CRITIC, WITH_GROUPS = ("gae",), ("rloo", "group_mean")
+ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "value_init": WITH_CRITIC,
+    "value_learning_rate": WITH_CRITIC,
+    "value_clip_range": WITH_CRITIC,
+    "lam": ("gae",),
+    "gamma": ("gae", "reinforce_pp"),
+    "group_std": ("group_mean",),
+}
 
 
 class KLConfig(Section):
@@ -79,7 +92,7 @@ class KLConfig(Section):
 
 
 class PPOConfig(Section):
-    """PPO with policy and value adapters and a KL to the anchor."""
+    """PPO with policy and value adapters and a KL to the anchor, or one of its relatives without a critic."""
 
     prompts: Data
     max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
@@ -114,14 +127,26 @@ class PPOConfig(Section):
         description="start the critic as a copy of the reward adapter and head (scaled to the rewards of PPO), or"
         " fresh; default: reward if a reward adapter gives the scores",
     )
-    gamma: Share = Field(default=1.0, description="γ of GAE: discount per token")
+    advantage: Advantage = Field(
+        default="gae",
+        description="the estimator of advantages: gae (PPO) learns a critic; rloo and group_mean (GRPO) compare the"
+        " responses to a prompt with each other, at least two `rollout.samples_per_prompt`; reinforce_pp (REINFORCE++)"
+        " compares all responses of a rollout; docs/algorithms.md says which when",
+    )
+    group_std: bool = Field(
+        default=True,
+        description="group_mean: divide by the standard deviation of the group (GRPO); false: do not (Dr. GRPO)",
+    )
+    gamma: Share = Field(default=1.0, description="γ of gae and reinforce_pp: discount per token")
     lam: Share = Field(default=0.95, description="λ of GAE: 1 uses returns only, 0 uses the critic's next value only")
     clip_range: float = Field(default=0.2, gt=0, description="clip the probability ratio to 1 ± this")
     value_clip_range: float = Field(
         default=0.2, gt=0, description="clip the new value to this distance from the old one"
     )
     whiten_advantages: bool = Field(
-        default=True, description="scale advantages to mean 0 and variance 1 over the tokens of a rollout"
+        default=True,
+        description="scale advantages to mean 0 and variance 1 over the tokens of a rollout; default with rloo and"
+        " group_mean: false",
     )
     whiten_rewards: bool = Field(default=False, description="divide the shaped rewards by their standard deviation")
     missing_eos_penalty: float | None = Field(
@@ -159,6 +184,46 @@ class PPOConfig(Section):
                 " ppo.value_learning_rate"
             )
         return {key: value for key, value in tree.items() if key != "value_coefficient"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_the_estimator(cls, tree: Any) -> Any:
+        """Keys of other estimators are refused, except null; advantages of groups are not whitened by default."""
+        if not isinstance(tree, dict) or (advantage := tree.get("advantage", "gae")) not in get_args(Advantage):
+            return tree
+        foreign = [key for key in ONLY_FOR if key in tree and advantage not in ONLY_FOR[key]]
+        if given := [key for key in foreign if tree[key] is not None]:
+            names = " or ".join(ONLY_FOR[given[0]])
+            why = ", which has no critic" if ONLY_FOR[given[0]] is WITH_CRITIC else ""
+            raise refusal(given[0], f"it is for advantage: {names}, and this is {advantage}{why}; leave it out")
+        tree = {key: value for key, value in tree.items() if key not in foreign}
+        return {"whiten_advantages": advantage not in WITH_GROUPS, **tree}
+
+    @model_serializer(mode="wrap")
+    def _without_keys_of_other_estimators(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that a recipe that was saved with all its keys can be read again."""
+        return {key: value for key, value in dump(self).items() if self.advantage in ONLY_FOR.get(key, self.advantage)}
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether there is a value role."""
+        return self.advantage in WITH_CRITIC
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether advantages come from comparing the responses to a prompt with each other."""
+        return self.advantage in WITH_GROUPS
+
+    @model_validator(mode="after")
+    def _enough_to_compare(self) -> PPOConfig:
+        samples = self.rollout.samples_per_prompt
+        if self.compares_groups and samples < 2:
+            reason = f"{self.advantage} compares the responses to a prompt with each other; set at least 2"
+            raise refusal("rollout.samples_per_prompt", reason, "missing")
+        if not self.has_critic and self.batch_size * samples < 2:
+            reason = f"{self.advantage} compares the responses of a rollout, and this is one; set at least 2"
+            raise refusal("batch_size", reason, "missing")
+        return self
 
     @model_validator(mode="after")
     def _cross_checks(self) -> PPOConfig:

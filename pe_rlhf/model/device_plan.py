@@ -94,10 +94,10 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
         roles = {"reward role": _role_bytes(recipe, shape, "reward")}
         yield Phase("reward", "update", base | roles | _activations(recipe, shape, reward))
     if (ppo := recipe.ppo) is not None:
-        trained = 2 * _role_bytes(recipe, shape, "ppo")
+        name, trained = ("policy and value", 2) if ppo.has_critic else ("policy", 1)
         rewards = sum(source.adapter is not None for source in ppo.reward)
         frozen = rewards * 4 * shape.adapter(recipe.adapter_for("ppo").rank)
-        roles = {"policy and value": trained, "reward adapters": frozen}
+        roles = {name: trained * _role_bytes(recipe, shape, "ppo"), "reward adapters": frozen}
         yield Phase("ppo", "sampling", base | roles | _sampling(recipe, shape, ppo.rollout, ppo.max_prompt_tokens))
         logits = {"logits": HEAD_CHUNK if on_gpu else 4 * 4 * CHUNK * shape.vocabulary}
         yield Phase("ppo", "update", base | roles | logits | _activations(recipe, shape, ppo))

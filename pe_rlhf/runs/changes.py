@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pe_rlhf.config import STAGES, Recipe
 from pe_rlhf.config.load import FREE_TO_CHANGE, differences, is_below, load_recipe, recipe_keys, refuse_other_recipe
+from pe_rlhf.config.ppo import ONLY_FOR, WITH_CRITIC
 from pe_rlhf.runs.checkpoint import newest_step
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
@@ -60,7 +61,7 @@ def find_resumption(
     changes = differences(load_recipe(saved), recipe)
     if start == "resume":
         _check_keys(recipe, may_change, changes, run_dir)
-        refuse_other_recipe(recipe, saved, may_change)
+        refuse_other_recipe(recipe, saved, [*may_change, *_follow(may_change)])
     first = STAGES.index(stages[0])
     kept = [s for s in STAGES if (start == "resume" or STAGES.index(s) < first) and _has_finished(run_dir, s)]
     extended = _extended(changes, [stage for stage in kept if stage in stages], run_dir) if start == "resume" else None
@@ -107,6 +108,11 @@ def _check_keys(recipe: Recipe, may_change: Sequence[str], changes: dict[str, Va
                 key=key,
                 fix=f"give the new one, too: {key}=VALUE",
             )
+
+
+def _follow(may_change: Sequence[str]) -> list[str]:
+    """Keys that go, or get another default, with one that may change."""
+    return [f"ppo.{key}" for key in (*ONLY_FOR, "whiten_advantages")] if "ppo.advantage" in may_change else []
 
 
 def _has_finished(run_dir: Path, stage: str) -> bool:
@@ -156,7 +162,9 @@ def _refuse_other_weights(key: str, before: Any, after: Any, run_dir: Path, fini
     section, _, rest = key.partition(".")
     for stage in (s for s in STAGES if s not in finished):
         own = rest if section == stage else key
-        if any(is_below(own, shape) for shape in SHAPES) and RunFiles(run_dir).stage(stage).checkpoints_there():
+        other_roles = own == "advantage" and (before in WITH_CRITIC) != (after in WITH_CRITIC)
+        other_weights = other_roles or any(is_below(own, shape) for shape in SHAPES)
+        if other_weights and RunFiles(run_dir).stage(stage).checkpoints_there():
             raise InputError(
                 f"{key}: the checkpoints of {stage} were made with {before!r} and do not fit {after!r}",
                 kind="changed",

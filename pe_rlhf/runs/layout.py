@@ -31,7 +31,7 @@ STAGE_INFO: Mapping[str, StageInfo] = {
         StageInfo("sft", "fine-tunes the model, which later stages then start from", {"sft": "adapter"}),
         StageInfo("preferences", "samples two responses for each prompt and has a judge choose"),
         StageInfo("reward", "trains the reward model on preference pairs", {"reward": "adapter"}),
-        StageInfo("ppo", "trains the policy and its critic on the reward", {"policy": "adapter", "value": "value"}),
+        StageInfo("ppo", "trains the policy, often with a critic", {"policy": "adapter", "value": "value"}),
         StageInfo("evaluate", "has a judge compare the policy with the model it started from"),
     )
 }

@@ -46,11 +46,11 @@ def add_role(
 
 
 def critic_start(context: StageContext[PPOConfig], backbone: Backbone, reward_roles: Sequence[str]) -> str | None:
-    """The role that the critic starts from, loaded if it is not there yet; None for a fresh critic.
+    """The role that the critic starts from, loaded if it is not there yet; None for a fresh critic, or without one.
 
     That is the reward role where one of `reward_roles` gives the scores, or where `ppo.value_init` asks for it.
     """
-    if context.config.value_init == "fresh":
+    if context.config.value_init == "fresh" or not context.config.has_critic:
         return None
     if reward_roles:
         return reward_roles[0]

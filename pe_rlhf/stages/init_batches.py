@@ -97,7 +97,7 @@ class AnchorBatch:
 
     sequences: Sequences
     advantages_BR: Tensor
-    returns_BR: Tensor
+    returns_BR: Tensor | None
     batches_B: Tensor
 
 
@@ -146,11 +146,13 @@ class AnchorRollouts:
 
     def _value_probes(self, need: Need) -> list[Probe]:
         batch = self._sampled(need)
+        returns_BR = batch.returns_BR
+        assert returns_BR is not None  # asked for by a critic
         tokens = int(batch.sequences.response_lengths_B.sum())
 
         def loss(values_N: Tensor, part: Part) -> Tensor:
             mask_BR = batch.sequences.mask_BR[part.index]
-            returns_N = batch.returns_BR[part.index][mask_BR].to(values_N)
+            returns_N = returns_BR[part.index][mask_BR].to(values_N)
             clip_range = self._config.value_clip_range
             return value_loss(values_N, values_N.detach(), returns_N, clip_range=clip_range, tokens=tokens).loss
 
@@ -166,18 +168,23 @@ class AnchorRollouts:
             return self._batch
         config, backbone = self._config, self._backbone
         rows, batches = _batch_rows(len(self._prompts), need, self._adapter, self._seed, "ppo")
+        # Estimators that compare the responses to a prompt get as many of each as in a rollout.
+        samples = config.rollout.samples_per_prompt if config.compares_groups else 1
+        rows, batches = ([each for each in of for _ in range(samples)] for of in (rows, batches))
+        groups_B = torch.arange(len(rows)) // samples
         asked, seed = self._prompts.take(rows), derive_seed(self._seed, "init rollout")
         rollout = self._context.sample_once(backbone, ANCHOR, config.rollout, asked.ids, seed)
         sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
         texts = [self._codec.decode(response) for response in rollout.responses]
         scores_B = self._scorer.score(asked.prompts, texts, sequences, asked.columns)
         mask_BR = sequences.mask_BR
-        no_kl_BR = values_BR = torch.zeros(mask_BR.shape)  # at the anchor the KL is zero, token by token
+        no_kl_BR = torch.zeros(mask_BR.shape)  # at the anchor the KL is zero, token by token
+        values_BR = no_kl_BR if config.has_critic else None
         if (start := self._critic_start) is not None:
             budget, compute = config.micro_batch_tokens, backbone.response_values
             values_BR = critic_scale(config) * for_each_token(backbone, start, sequences, budget, compute)
         shaping = shaping_of(config, config.kl.beta)
-        estimate = shape_and_estimate(scores_B, no_kl_BR, values_BR, mask_BR, rollout.truncated_B, shaping)
+        estimate = shape_and_estimate(scores_B, no_kl_BR, values_BR, mask_BR, rollout.truncated_B, groups_B, shaping)
         self._batch = AnchorBatch(sequences, estimate.advantages_BR, estimate.returns_BR, torch.tensor(batches))
         return self._batch
 

@@ -1,5 +1,7 @@
 """The PPO stage: policy and value adapters on the backbone, a KL to the anchor.
 
+Without a critic (`ppo.advantage`) there is no value adapter, no pass for it and no metric about it.
+
 The loop is `run`. Steps 2 to 4 are in `ppo_collect.py`, without gradients; step 5 is in `ppo_update.py`.
 
 Left out of textbook PPO:
@@ -102,8 +104,8 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
                 advance(1)
     writer.close()
 
-    save_role(backbone, POLICY, context.files.role(POLICY).folder)
-    save_role(backbone, VALUE, context.files.role(VALUE).folder)
+    for role in _trained(config):
+        save_role(backbone, role, context.files.role(role).folder)
     summary = on_main(lambda: _summary(context, backbone))
     write_json(context.files.summary, summary)
     return summary
@@ -123,14 +125,20 @@ def _add_roles(
     adapter = context.recipe.adapter_for("ppo").model_copy(update={"dropout": 0.0})
     anchor = AnchorRollouts(context, backbone, scorer, codec, prompts, adapter, start_from)
     add_role(context, backbone, POLICY, adapter, anchor.policy_statistics())
-    add_critic(context, backbone, VALUE, adapter, anchor.value_statistics(), start_from)
+    if config.has_critic:
+        add_critic(context, backbone, VALUE, adapter, anchor.value_statistics(), start_from)
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [
-        RoleGroup(role, backbone.role_parameters(role), rate, backbone.role_starts(role))
-        for role, rate in rates.items()
+        RoleGroup(role, backbone.role_parameters(role), rates[role], backbone.role_starts(role))
+        for role in _trained(config)
     ]
     total_steps = config.steps * config.epochs * config.minibatches
     return RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed)
+
+
+def _trained(config: PPOConfig) -> tuple[str, ...]:
+    """The roles that the stage trains."""
+    return (POLICY, VALUE) if config.has_critic else (POLICY,)
 
 
 def _refuse_other_version(rollout: Rollout, step: int) -> None:
@@ -167,9 +175,10 @@ def _timing(seconds: dict[str, float], tokens: int, epochs: int) -> dict[str, fl
 
 def _line(step: int, total: int, f: dict[str, float]) -> str:
     rates = " ".join(f"{phase} {f[f'tokens_per_second_{phase}']:.0f}" for phase in ("rollout", "score", "update"))
+    own = "".join(f", {name} {f[name]:.2f}" for name in ("explained_variance", "groups_alike") if name in f)
     return (
         f"ppo {step}/{total}: reward {f['reward']:.3f}, kl {f['kl']:.2f}, entropy {f['entropy']:.2f}"
-        f", clip_fraction {f['clip_fraction']:.3f}, explained_variance {f['explained_variance']:.2f}"
+        f", clip_fraction {f['clip_fraction']:.3f}{own}"
         f", length {f['response_length']:.1f}, tokens/s {rates}"
     )
 
@@ -199,7 +208,7 @@ def _resume(context: StageContext[PPOConfig], backbone: Backbone, optimizer: Rol
     if loaded is None:
         return 0, kl.beta
     step, tensors, state = loaded
-    for role in (POLICY, VALUE):
+    for role in _trained(context.config):
         backbone.set_role_state(role, without_prefix(f"{role}/", tensors))
     optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
     say(f"ppo: continuing after step {step}")
@@ -217,7 +226,7 @@ def _save(
     """`metrics` are those of the newest rollout: sampled from these weights, or before the update that made them."""
     config = context.config
     score = kl_objective(metrics["reward_shaped"], metrics["kl"], beta=config.kl.beta, form=config.kl.form)
-    tensors, specs = roles_in(backbone, POLICY, VALUE)
+    tensors, specs = roles_in(backbone, *_trained(config))
     tensors |= with_prefix(CHECKPOINT_PREFIX, optimizer.state(copy=False))
     save_checkpoint(context.folder, step, tensors, {"beta": beta} | specs, keep=config.keep_checkpoints, score=score)
 
@@ -234,7 +243,7 @@ def _summary(context: StageContext[PPOConfig], backbone: Backbone) -> dict[str, 
         "seconds_per_step": round(seconds / len(lines), 3),
         "tokens_per_second": round(sum(line["tokens"] for line in lines) / seconds, 2),
         "trainable_parameters": sum(
-            p.numel() for role in (POLICY, VALUE) for p in backbone.role_parameters(role).values()
+            p.numel() for role in _trained(context.config) for p in backbone.role_parameters(role).values()
         ),
         "seconds": round(seconds, 2),
         **peak_memory(),

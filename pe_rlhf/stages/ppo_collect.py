@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pe_rlhf.algo.advantages import Options, alike_share
 from pe_rlhf.algo.experience import Shaping, shape_and_estimate
 from pe_rlhf.algo.kl import kl_estimate
 from pe_rlhf.algo.masked import explained_variance, masked_mean
@@ -39,15 +40,18 @@ def collect_experience(
 
     # 2. anchor log-probs, values, scores
     anchor_BR = response_logprobs(backbone, ANCHOR, sequences, config)
-    values_BR = for_each_token(backbone, "value", sequences, config.micro_batch_tokens, backbone.response_values)
+    values_BR = None
+    if config.has_critic:
+        values_BR = for_each_token(backbone, "value", sequences, config.micro_batch_tokens, backbone.response_values)
     texts = [codec.decode(ids) for ids in rollout.responses]
     scores_B = scorer.score(prompts.prompts, texts, sequences, prompts.columns)
     old_BR, weights_BR, mismatch = _old_logprobs(backbone, rollout, sequences, anchor_BR, config)
 
     # 3. and 4. one reward per token, the KL at each and the score at the last; advantages and returns
     kl_BR = kl_estimate(old_BR, anchor_BR, config.kl.estimator)
+    groups_B = torch.arange(len(scores_B)) // config.rollout.samples_per_prompt  # as `PromptOrder` lays them out
     shaping = shaping_of(config, beta)
-    estimate = shape_and_estimate(scores_B, kl_BR, values_BR, mask_BR, rollout.truncated_B, shaping)
+    estimate = shape_and_estimate(scores_B, kl_BR, values_BR, mask_BR, rollout.truncated_B, groups_B, shaping)
 
     metrics = {
         "reward": scores_B.mean().item(),
@@ -55,22 +59,31 @@ def collect_experience(
         "reward_std": scores_B.std(correction=0).item(),
         "kl": torch.where(mask_BR, old_BR - anchor_BR, 0.0).sum(dim=1).mean().item(),
         "kl_per_token": masked_mean(old_BR - anchor_BR, mask_BR).item(),
-        "explained_variance": explained_variance(values_BR, estimate.returns_BR, mask_BR).item(),
-        "value": masked_mean(values_BR, mask_BR).item(),
+        **_critic_metrics(values_BR, estimate.returns_BR, mask_BR),
         "response_length": sequences.response_lengths_B.float().mean().item(),
         "truncated": rollout.truncated_B.float().mean().item(),
         **mismatch,
     }
-    if not math.isfinite(metrics["explained_variance"]):
+    if config.compares_groups:
+        metrics["groups_alike"] = alike_share(estimate.shaped_B, groups_B)
+    advantages_BR, returns_BR, _ = estimate
+    estimates = (values_BR, advantages_BR, returns_BR)
+    return Experience(sequences, mask_BR, old_BR, anchor_BR, *estimates, weights_BR, scores_B), metrics
+
+
+def _critic_metrics(values_BR: Tensor | None, returns_BR: Tensor | None, mask_BR: Tensor) -> dict[str, float]:
+    """How well the critic predicts; nothing without one. Raises `TrainingError` where it has diverged."""
+    if values_BR is None or returns_BR is None:
+        return {}
+    explained = explained_variance(values_BR, returns_BR, mask_BR).item()
+    if not math.isfinite(explained):
         raise TrainingError(
             "the critic has diverged: its values are not finite or too large",
             kind="not_finite",
             key="ppo.value_learning_rate",
             fix="lower ppo.value_learning_rate",
         )
-    advantages_BR, returns_BR, _ = estimate
-    estimates = (values_BR, advantages_BR, returns_BR)
-    return Experience(sequences, mask_BR, old_BR, anchor_BR, *estimates, weights_BR, scores_B), metrics
+    return {"explained_variance": explained, "value": masked_mean(values_BR, mask_BR).item()}
 
 
 def shaping_of(config: PPOConfig, beta: float) -> Shaping:
@@ -83,8 +96,8 @@ def shaping_of(config: PPOConfig, beta: float) -> Shaping:
         missing_eos_replaces=config.missing_eos_replaces,
         length_penalty=config.length_penalty,
         whiten_rewards=config.whiten_rewards,
-        gamma=config.gamma,
-        lam=config.lam,
+        advantage=config.advantage,
+        options=Options(config.gamma, config.lam, config.group_std),
         whiten_advantages=config.whiten_advantages,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,6 @@ from pe_rlhf.system.distributed import concat_over_ranks, sum_metrics
 from pe_rlhf.system.seeding import permutation
 from pe_rlhf.types import Experience
 
-TOTALS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "entropy")
-
 
 def update(
     backbone: Backbone,
@@ -30,7 +29,10 @@ def update(
     seed: int,
     step: int,
 ) -> dict[str, float]:
-    """Train policy and value on one rollout. Returns the means of losses and statistics over all minibatches."""
+    """Train the policy, and the critic where there is one, on one rollout.
+
+    Returns the means of losses and statistics over all minibatches.
+    """
     means: dict[str, list[float]] = defaultdict(list)
     metrics: dict[str, float] = {}
     costs_B = sequence_costs(experience.sequences, packed=backbone.packs)
@@ -66,50 +68,52 @@ def _accumulate(
     log π_anchor − log π_old, as _N2.
     """
     tokens = int(experience.mask_BR[rows].sum())
-    totals: dict[str, float] = dict.fromkeys(TOTALS, 0.0)
+    totals: dict[str, float] = defaultdict(float)
     log_ratios: list[Tensor] = [torch.zeros(0, 2)]
     for index, counts in own_micro_batches(costs_B, config.micro_batch_tokens, padded=not backbone.packs):
-        part, share = rows[index], float(counts)
-        sequences, mask_BR = experience.sequences.take(part), experience.mask_BR[part]
-
-        def flat(values_BR: Tensor, part: Tensor = part, mask_BR: Tensor = mask_BR) -> Tensor:
-            return values_BR[part][mask_BR].to(backbone.device)
-
-        old_N, anchor_N = flat(experience.old_logprobs_BR), flat(experience.anchor_logprobs_BR)
+        part = _Part(experience, rows[index], backbone.device)
+        sequences, share = experience.sequences.take(part.rows), float(counts)
+        old_N, anchor_N = part.flat(experience.old_logprobs_BR), part.flat(experience.anchor_logprobs_BR)
         # The roles share no trainable weight, so each has a backward pass of its own and half the activations at once.
         with backbone.role("policy"):
             logprobs_N, entropies_N = backbone.response_logprobs(sequences, config.rollout.temperature)
         policy = policy_loss(
             logprobs_N,
             old_N,
-            flat(experience.advantages_BR),
+            part.flat(experience.advantages_BR),
             clip_range=config.clip_range,
             tokens=tokens,
-            weights_N=flat(experience.weights_BR),
+            weights_N=part.flat(experience.weights_BR),
         )
         loss = policy.loss
         if config.kl.place == "loss":
             loss = loss + beta * kl_estimate(logprobs_N, anchor_N, config.kl.estimator).sum() / tokens
         optimizer.backward(share * loss)
+        totals["policy_loss"] += share * policy.loss.item()
+        totals["clip_fraction"] += share * policy.clipped.item() / tokens
+        totals["approx_kl"] += share * policy.approx_kl.item() / tokens
+        totals["entropy"] += share * entropies_N.sum().item() / tokens
+        if counts:
+            log_ratios.append(torch.stack([logprobs_N.detach() - old_N, anchor_N - old_N], dim=1).cpu())
 
-        with backbone.role("value"):
-            values_N = backbone.response_values(sequences)
-        value = value_loss(
-            values_N,
-            flat(experience.values_BR),
-            flat(experience.returns_BR),
-            clip_range=config.value_clip_range,
-            tokens=tokens,
-        )
-        optimizer.backward(share * value.loss)
-        if not counts:
-            continue
-
-        totals["policy_loss"] += policy.loss.item()
-        totals["value_loss"] += value.loss.item()
-        totals["clip_fraction"] += policy.clipped.item() / tokens
-        totals["value_clip_fraction"] += value.clipped.item() / tokens
-        totals["approx_kl"] += policy.approx_kl.item() / tokens
-        totals["entropy"] += entropies_N.sum().item() / tokens
-        log_ratios.append(torch.stack([logprobs_N.detach() - old_N, anchor_N - old_N], dim=1).cpu())
+        if experience.values_BR is not None and experience.returns_BR is not None:
+            with backbone.role("value"):
+                values_N = backbone.response_values(sequences)
+            old_values_N, returns_N = part.flat(experience.values_BR), part.flat(experience.returns_BR)
+            value = value_loss(values_N, old_values_N, returns_N, clip_range=config.value_clip_range, tokens=tokens)
+            optimizer.backward(share * value.loss)
+            totals["value_loss"] += share * value.loss.item()
+            totals["value_clip_fraction"] += share * value.clipped.item() / tokens
     return sum_metrics(totals), concat_over_ranks(torch.cat(log_ratios))
+
+
+class _Part(NamedTuple):
+    """The rows of a micro-batch."""
+
+    experience: Experience
+    rows: Tensor
+    device: torch.device
+
+    def flat(self, x_BR: Tensor) -> Tensor:
+        """What a tensor of the experience has at the response tokens of these rows, _N."""
+        return x_BR[self.rows][self.experience.mask_BR[self.rows]].to(self.device)

@@ -103,6 +103,15 @@ def test_phases_by_hand() -> None:
     assert phases["reward", "update"]["base"] == 2000
 
 
+def test_there_is_no_critic_to_plan_for_without_one() -> None:
+    samples = {"ppo__rollout__samples_per_prompt": 2, "ppo__micro_batch_tokens": 2048}
+    for advantage in ("rloo", "group_mean", "reinforce_pp"):
+        recipe = recipe_of(backbone__dtype="bfloat16", ppo__advantage=advantage, **samples)
+        phases = [phase.parts for phase in memory_phases(recipe, SHAPE, on_gpu=False) if phase.stage == "ppo"]
+        assert [parts["policy"] for parts in phases] == [24 * 16 * (20 + 30)] * 2
+        assert not any("value" in name for parts in phases for name in parts)
+
+
 def test_the_shape_is_that_of_the_loaded_model() -> None:
     model = tiny_model("llama")
     found = shape_of(model, model.config, AdapterConfig(rank=4))

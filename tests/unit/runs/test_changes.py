@@ -101,6 +101,24 @@ def test_a_finished_stage_whose_steps_were_raised_goes_on(finished: Path, cli: C
     assert contents(out) == once
 
 
+def test_another_estimator_may_take_over_if_the_critic_stays_or_is_not_there(
+    cli: Cli, fails: Fails, tmp_path: Path
+) -> None:
+    samples = "ppo.rollout.samples_per_prompt=2"
+    path = write_recipe(tmp_path, recipe("ppo", ppo__advantage="rloo"))
+    assert cli("run", path, samples, "--run-dir", "out").code == 0
+    failure = fails("run", path, samples, "--run-dir", "out", "--resume", "ppo.advantage=group_mean")
+    assert (failure.kind, failure.key) == ("changed", "ppo.advantage")
+    more = [samples, "--resume", "--may-change", "ppo.steps", "--may-change", "ppo.advantage", "ppo.steps=3"]
+    failure = fails("run", path, "--run-dir", "out", *more, "ppo.advantage=gae")
+    assert (failure.kind, failure.key) == ("changed", "ppo.advantage")
+    assert cli("run", path, "--run-dir", "out", *more, "ppo.advantage=group_mean").code == 0
+    assert steps(tmp_path / "out/ppo") == [1, 2, 3]
+    assert ("ppo.advantage", "rloo", "group_mean") in [
+        (row["key"], row["before"], row["after"]) for row in read_jsonl(tmp_path / "out/changes.jsonl")
+    ]
+
+
 def test_a_longer_reward_training_makes_the_policy_anew(finished: Path, cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = steps(out / "reward")
