@@ -3,6 +3,7 @@
 A function that names a column of the prompts gets it: `answer` below, for rewards that can be verified.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -43,6 +44,70 @@ def answer_format(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[f
     # With a template that has begun the thought already, a response begins inside it.
     pattern = re.compile(r"\s*(<think>)?(?:(?!</?think>).)+</think>\s*(?:(?!</?think>).)*\S\s*", re.DOTALL)
     return [float(pattern.fullmatch(response) is not None) for response in responses]
+
+
+def length_penalty(
+    prompts: Sequence[Prompt], responses: Sequence[str], limit: int = 200, buffer: int = 50, unit: str = "words"
+) -> list[float]:
+    """0 up to `limit` − `buffer` words (or `unit: characters`), then falling to −1 at `limit`, and −1 beyond it.
+
+    Source: DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), which counts tokens.
+    """
+    if not 0 <= buffer <= limit:
+        raise _wrong_argument(f"length_penalty: buffer {buffer} is not between 0 and limit {limit}")
+    over = (len(_units(response, unit)) - (limit - buffer) for response in responses)
+    return [-min(1.0, max(0, more) / buffer) if buffer else -float(more > 0) for more in over]
+
+
+def repetition_penalty(
+    prompts: Sequence[Prompt], responses: Sequence[str], n: int = 3, unit: str = "words"
+) -> list[float]:
+    """Minus the share of a response's runs of n words (or characters) that it has said before; 0 to −1."""
+    if n < 1:
+        raise _wrong_argument(f"repetition_penalty: n is {n}, not a number from 1")
+    found: list[float] = []
+    for response in responses:
+        units = _units(response, unit)
+        runs = [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
+        found.append(len(set(runs)) / len(runs) - 1 if runs else 0.0)
+    return found
+
+
+def matches(prompts: Sequence[Prompt], responses: Sequence[str], pattern: str) -> list[float]:
+    """1 for a response that the regular expression matches as a whole, white space around it left out, else 0."""
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise _wrong_argument(f"matches: {pattern!r} is no regular expression: {error}") from error
+    return [float(compiled.fullmatch(response.strip()) is not None) for response in responses]
+
+
+def valid_json(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """1 for a response that is one JSON value, in a fenced block or not, else 0."""
+    fence = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
+    inner = (found[1] if (found := fence.fullmatch(text.strip())) else text for text in responses)
+    return [float(_is_json(text)) for text in inner]
+
+
+def _is_json(text: str) -> bool:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)  # NaN and Infinity, which Python reads and JSON does not have
+
+    try:
+        json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _wrong_argument(message: str) -> InputError:
+    return InputError(message, kind="invalid", key="ppo.reward.arguments")
+
+
+def _units(text: str, unit: str) -> Sequence[str]:
+    if unit not in ("words", "characters"):
+        raise _wrong_argument(f"unit: {unit!r} is neither words nor characters")
+    return text.split() if unit == "words" else text
 
 
 def _said(text: str, last_number: bool = False) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Literal
+
 from pydantic import Field, field_validator, model_validator
 
 from pe_rlhf.config.section import Positive, Section, refusal
@@ -36,11 +39,24 @@ class RewardSource(Section):
         description="module:callable that takes (prompts, responses) and columns of the prompts by their names,"
         " and returns scores",
     )
+    arguments: dict[str, Any] = Field(default_factory=dict, description="function: its further arguments, by name")
     url: str | None = Field(
         default=None, description="a server that scores by the protocol of docs/rewards.md, as `pe-rlhf serve-reward`"
     )
     server: ScoreServer = Field(default=ScoreServer(), description="url: how it is asked")
-    weight: float = Field(default=1.0, description="weight of these scores in the sum")
+    normalise: Literal["none", "running"] = Field(
+        default="none",
+        description="running: subtract the mean of this source's scores so far and divide by their standard deviation",
+    )
+    clip: float | None = Field(
+        default=None, gt=0, description="clip the scores to ± this, after normalising; default: no limit"
+    )
+    weight: float = Field(default=1.0, description="weight of these scores, normalised and clipped, in the sum")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z][A-Za-z0-9_]*$",
+        description="its name in the metrics; default: the function's, or adapter, model or url",
+    )
 
     @field_validator("url")
     @classmethod
@@ -54,3 +70,14 @@ class RewardSource(Section):
         if sum(getattr(self, kind) is not None for kind in KINDS) != 1:
             raise refusal("", f"name exactly one of {', '.join(KINDS[:-1])} and {KINDS[-1]}")
         return self
+
+
+def source_names(sources: Sequence[RewardSource]) -> list[str]:
+    """The name of each source in the metrics; a second one of the same name ends with _2, and so on."""
+    names: list[str] = []
+    for source in sources:
+        kind = next(kind for kind in KINDS if getattr(source, kind) is not None)
+        name = source.name or (source.function or "").rpartition(":")[2] or kind
+        taken = (name, *(f"{name}_{i}" for i in range(2, len(sources) + 1)))
+        names.append(next(candidate for candidate in taken if candidate not in names))
+    return names

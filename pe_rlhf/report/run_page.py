@@ -219,8 +219,29 @@ def _ppo(stage: Stage | None) -> Section:
         if row.get("reward") is not None:
             deviation = row.get("reward_std") or 0.0
             row |= {"reward_low": row["reward"] - deviation, "reward_high": row["reward"] + deviation}
+    sources = _sources(stage.metrics)
     judged = [row for row in stage.metrics if None not in (row.get("judge_win_rate"), row.get("reward"))]
-    return Section("PPO", note=over_optimisation(judged) if judged else "", plots=_plots(stage, PPO))
+    return Section(
+        "PPO", note=over_optimisation(judged) if judged else "", plots=_plots(stage, (PPO[0], *sources, *PPO[1:]))
+    )
+
+
+def _sources(metrics: list[Row]) -> list[Curves]:
+    """A plot for each source of the reward, where there are several or one is normalised."""
+    deviations = dict.fromkeys(
+        key for row in metrics for key in row if key.startswith("source_") and key.endswith("_std")
+    )
+    found: list[Curves] = []
+    for key in deviations:
+        name = key.removesuffix("_std")
+        for row in metrics:
+            if row.get(name) is not None:
+                deviation = row.get(key) or 0.0
+                row |= {f"{name}_low": row[name] - deviation, f"{name}_high": row[name] + deviation}
+        title = f"Reward of {name.removeprefix('source_')}"
+        note = "before normalising and weight; band: ± one standard deviation in a step"
+        found.append(Curves(title, "mean score", {name: name}, note=note, band=(f"{name}_low", f"{name}_high")))
+    return found
 
 
 def over_optimisation(rows: Sequence[Row]) -> str:

@@ -1,20 +1,19 @@
-"""Scores of responses: reward adapters on the shared backbone, another model, a function, a server, and their sum."""
+"""Scores of responses: by a reward adapter on the shared backbone, another model, or a function."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pe_rlhf.config import RewardSource
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.passes import for_each_row
-from pe_rlhf.runs.saved_roles import SavedRole, find_role, load_role
+from pe_rlhf.runs.saved_roles import SavedRole, find_role
 from pe_rlhf.scoring.classifier import Classifier
-from pe_rlhf.scoring.remote import RemoteScorer, check_columns, was_cut
+from pe_rlhf.scoring.remote import was_cut
 from pe_rlhf.system.distributed import all_rows, on_main, own_rows
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -66,65 +65,21 @@ class ModelScorer:
 
 
 class FunctionScorer:
-    """A Python function of prompts, responses and columns, called on rank 0 and checked at every call."""
+    """A Python function of prompts, responses and columns, called on rank 0 and checked at every call.
 
-    def __init__(self, path: str, columns: Collection[str] = ()) -> None:
-        self._function = load_score_function(path, columns)
-
-    def score(
-        self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
-    ) -> Tensor:
-        return torch.tensor(on_main(lambda: score_responses(self._function, prompts, responses, columns)))
-
-
-class WeightedScorer:
-    """The weighted sum of several scorers."""
-
-    def __init__(self, parts: list[tuple[float, Scorer]]) -> None:
-        self._parts = parts
-
-    def score(
-        self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
-    ) -> Tensor:
-        weighted = [weight * scorer.score(prompts, responses, sequences, columns) for weight, scorer in self._parts]
-        return torch.stack(weighted).sum(dim=0)
-
-
-def make_scorer(
-    sources: list[RewardSource],
-    backbone: Backbone,
-    run_dir: Path,
-    micro_batch_tokens: int,
-    columns: Collection[str] = (),
-) -> tuple[WeightedScorer, list[str]]:
-    """The scorer of a recipe's reward sources, and the roles that it has added to the backbone.
-
-    Reward adapters become roles `reward`, `reward_2`, … Functions may ask for `columns`, which the prompts' rows have.
+    `arguments` are the recipe's, by name.
     """
-    parts: list[tuple[float, Scorer]] = []
-    roles: list[str] = []
-    for source in sources:
-        if source.function is not None:
-            scorer: Scorer = FunctionScorer(source.function, columns)
-        elif source.model is not None:
-            classifier = Classifier(
-                source.model,
-                backbone.device,
-                backbone.model.dtype,
-                key="ppo.reward.model",
-                trust_remote_code=source.trust_remote_code,
-            )
-            scorer = ModelScorer(classifier, backbone.eos_token_ids)
-        elif source.url is not None:
-            check_columns(source.server.columns, columns)
-            scorer = RemoteScorer(source.url, source.server, backbone.eos_token_ids)
-            on_main(scorer.check_server)
-        else:
-            roles.append(f"reward_{len(roles) + 1}" if roles else "reward")
-            load_role(backbone, roles[-1], find_reward(source.adapter, run_dir).folder)
-            scorer = AdapterScorer(backbone, roles[-1], micro_batch_tokens)
-        parts.append((source.weight, scorer))
-    return WeightedScorer(parts), roles
+
+    def __init__(self, path: str, columns: Collection[str] = (), arguments: Mapping[str, Any] | None = None) -> None:
+        self._arguments = arguments or {}
+        self._function = load_score_function(path, columns, self._arguments)
+
+    def score(
+        self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
+    ) -> Tensor:
+        return torch.tensor(
+            on_main(lambda: score_responses(self._function, prompts, responses, columns, self._arguments))
+        )
 
 
 def find_reward(adapter: str | None, run_dir: Path) -> SavedRole:

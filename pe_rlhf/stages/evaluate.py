@@ -16,9 +16,10 @@ from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.report.format import conversation
 from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.runs.layout import RunFiles
+from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.model_judges import ask_judge, make_judge
-from pe_rlhf.scoring.scorers import make_scorer
+from pe_rlhf.scoring.weighted import make_scorer
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import append_jsonl, write_json
@@ -69,18 +70,20 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
 
     # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
     scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens, asked.columns)
+    scorer.set_moments((read_summary(RunFiles(context.run_dir).stage("ppo")) or {}).get("moments", {}))
     sequences = {r: Sequences.pack(o.prompts, o.responses, backbone.pad_token_id) for r, o in rollouts.items()}
-    rewards = {
-        role: scorer.score(repeated.prompts, texts[role], sequences[role], repeated.columns).mean().item()
-        for role in rollouts
-    }
+    rewards: dict[str, float] = {}
+    for role in rollouts:
+        scores_B = scorer.score(repeated.prompts, texts[role], sequences[role], repeated.columns)
+        rewards[f"reward_{role}"] = scores_B.mean().item()
+        rewards |= {f"{name}_{role}": value for name, value in scorer.metrics.items() if not name.endswith("_std")}
     summary = {
         **{key: result[key] for key in RESULTS if key in result},
         **_policy_metrics(backbone, rollouts["policy"], sequences["policy"], config.sampling, ppo),
         **{f"mean_length_{role}": rollout.tokens() / len(rollout.responses) for role, rollout in rollouts.items()},
         "gold_policy": _mean([outcome.verdict.score_a for outcome in outcomes]),
         "gold_anchor": _mean([outcome.verdict.score_b for outcome in outcomes]),
-        **{f"reward_{role}": value for role, value in rewards.items()},
+        **rewards,
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
     }

@@ -15,7 +15,7 @@ from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe, RewardConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.device_plan import settle
 from pe_rlhf.report.inspect_page import inspect_page
-from pe_rlhf.scoring.scorers import make_scorer
+from pe_rlhf.scoring.weighted import make_scorer
 from pe_rlhf.stages.add_roles import critic_start
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics

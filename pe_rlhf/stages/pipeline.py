@@ -169,7 +169,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
                 for source in recipe.ppo.reward:
                     check_columns(source.server.columns, columns)
                     if source.function is not None:
-                        load_score_function(source.function, columns)
+                        load_score_function(source.function, columns, source.arguments)
         if (judge := getattr(section, "judge", None)) is not None:
             check_judge(judge, run_dir)
     if recipe.sft is not None and "sft" in stages:

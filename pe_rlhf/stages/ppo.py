@@ -28,7 +28,7 @@ from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptim
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.learning_flags import ppo_flags
 from pe_rlhf.runs.saved_roles import save_role
-from pe_rlhf.scoring.scorers import Scorer, make_scorer
+from pe_rlhf.scoring.weighted import Moments, WeightedScorer, make_scorer
 from pe_rlhf.stages.add_roles import add_critic, add_role, critic_start
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts
@@ -62,9 +62,10 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     optimizer = _add_roles(context, backbone, scorer, codec, asked, start_from)
     sampler = context.sampler(backbone, POLICY, config.rollout, asked.ids)
     judge = JudgeEvaluation(context, backbone, codec, POLICY) if config.eval_every is not None else None
-    first_step, beta = _resume(context, backbone, optimizer)
+    first_step, beta = _resume(context, backbone, optimizer, scorer)
     writer = context.metrics(first_step)
     truncate_jsonl(context.files.samples, first_step)
+    scorer.learns = True
 
     with progress("ppo", config.steps - first_step, "steps") as advance, stop_requests() as stop:
         for step in range(first_step, config.steps):
@@ -77,12 +78,14 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
                 _refuse_other_version(rollout, step)
                 sampled = time.monotonic()
                 # 2. to 4. anchor log-probs, values, scores; rewards shaped with the KL; advantages and returns
+                moments = scorer.moments()  # before this rollout: whoever goes on from here scores it again
                 experience, metrics = collect_experience(backbone, scorer, codec, batch, rollout, beta, config)
+                metrics |= scorer.metrics
                 _refuse_high_kl(metrics["kl"], config)
                 scored = time.monotonic()
                 # Only weights whose rollout was scored are kept: a run that fails goes on from sound ones.
                 if step > first_step and step % config.checkpoint_every == 0:
-                    _save(context, backbone, optimizer, step, beta, metrics)
+                    _save(context, backbone, optimizer, step, beta, moments, metrics)
                 saved = time.monotonic()
                 # 5. epochs of minibatches with the clipped losses
                 # Where step 2 knows the mismatch of sampler and trainer, step 5 compares the trainer with itself.
@@ -98,7 +101,7 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
                 _write_samples(context, step + 1, batch.prompts, rollout, experience, codec)
                 beta = _next_beta(beta, metrics["kl"], len(rollout.responses), config.kl)
                 if (stopped := stop.received()) or step + 1 == config.steps:
-                    _save(context, backbone, optimizer, step + 1, beta, metrics)
+                    _save(context, backbone, optimizer, step + 1, beta, scorer.moments(), metrics)
                 if stopped:
                     raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
                 advance(1)
@@ -107,6 +110,8 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     for role in _trained(config):
         save_role(backbone, role, context.files.role(role).folder)
     summary = on_main(lambda: _summary(context, backbone))
+    if moments := scorer.moments():
+        summary["moments"] = moments  # by which the evaluation normalises
     write_json(context.files.summary, summary)
     return summary
 
@@ -114,7 +119,7 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
 def _add_roles(
     context: StageContext[PPOConfig],
     backbone: Backbone,
-    scorer: Scorer,
+    scorer: WeightedScorer,
     codec: TextCodec,
     prompts: PromptSet,
     start_from: str | None,
@@ -201,7 +206,9 @@ def _write_samples(
         append_jsonl(context.files.samples, row | {"score": round(score, 4), "kl": round(kl, 4)})
 
 
-def _resume(context: StageContext[PPOConfig], backbone: Backbone, optimizer: RoleOptimizer) -> tuple[int, float]:
+def _resume(
+    context: StageContext[PPOConfig], backbone: Backbone, optimizer: RoleOptimizer, scorer: WeightedScorer
+) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: the next step and β, which is the recipe's where it is fixed."""
     kl = context.config.kl
     loaded = load_checkpoint(context.folder)
@@ -211,6 +218,7 @@ def _resume(context: StageContext[PPOConfig], backbone: Backbone, optimizer: Rol
     for role in _trained(context.config):
         backbone.set_role_state(role, without_prefix(f"{role}/", tensors))
     optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
+    scorer.set_moments(state.get("moments", {}))
     say(f"ppo: continuing after step {step}")
     return step, state["beta"] if kl.controller == "adaptive" else kl.beta
 
@@ -221,6 +229,7 @@ def _save(
     optimizer: RoleOptimizer,
     step: int,
     beta: float,
+    moments: Moments,
     metrics: dict[str, float],
 ) -> None:
     """`metrics` are those of the newest rollout: sampled from these weights, or before the update that made them."""
@@ -228,7 +237,8 @@ def _save(
     score = kl_objective(metrics["reward_shaped"], metrics["kl"], beta=config.kl.beta, form=config.kl.form)
     tensors, specs = roles_in(backbone, *_trained(config))
     tensors |= with_prefix(CHECKPOINT_PREFIX, optimizer.state(copy=False))
-    save_checkpoint(context.folder, step, tensors, {"beta": beta} | specs, keep=config.keep_checkpoints, score=score)
+    state = {"beta": beta, **({"moments": moments} if moments else {}), **specs}
+    save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
 
 
 def _summary(context: StageContext[PPOConfig], backbone: Backbone) -> dict[str, Any]:

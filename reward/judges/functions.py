@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -135,14 +135,17 @@ def load_judge(path: str) -> Judge:
     return FunctionJudge(named, path, version=version)
 
 
-def load_score_function(path: str, columns: Collection[str] = ()) -> ScoreFunction:
+def load_score_function(
+    path: str, columns: Collection[str] = (), arguments: Mapping[str, Any] | None = None
+) -> ScoreFunction:
     """The function that "module:callable" names.
 
-    Raises `InputError` where it cannot take prompts and responses, or wants a column that the data does not have.
+    arguments: what it will be called with besides, by name.
+    Raises `InputError` where it cannot take prompts, responses and these, or wants a column that the data lacks.
     """
     function = load_function(path)
     positional, named = _arguments(function, "prompts", "responses", dict.fromkeys(columns, ()))
-    check_arguments(path, function, *positional, named=named)
+    check_arguments(path, function, *positional, named=named | dict(arguments or {}))
     return function
 
 
@@ -245,16 +248,21 @@ def _shown(value: Any) -> str:
 
 
 def score_responses(
-    function: ScoreFunction, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = NO_COLUMNS
+    function: ScoreFunction,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    columns: Columns = NO_COLUMNS,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """Call a score function and check what it returns: one finite number per response.
 
     columns: the other columns of the prompts' rows; the function gets those that its arguments name, all with `**`.
+    arguments: further ones by name, in place of a column of that name.
     One-dimensional arrays and tensors are accepted. Raises `InputError` naming the function, also for what it raises.
     """
     name = f"score function {_name_of(function)}"
     positional, named = _arguments(function, prompts, responses, columns)
-    returned = call_users_code(name, function, *positional, **named)
+    returned = call_users_code(name, function, *positional, **(named | dict(arguments or {})))
     scores = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(scores, Sequence) or isinstance(scores, str | bytes):
         raise _wrong(f"{name} returned {type(returned).__name__}, not a list of numbers", function)

@@ -12,7 +12,8 @@ from pe_rlhf.config import RewardSource
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.runs.saved_roles import save_role
-from pe_rlhf.scoring.scorers import AdapterScorer, make_scorer
+from pe_rlhf.scoring.scorers import AdapterScorer
+from pe_rlhf.scoring.weighted import make_scorer
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from tests.stage_support import byte_model

@@ -1,0 +1,121 @@
+"""The reward of PPO: the weighted sum of a recipe's sources, each normalised and clipped first where it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pe_rlhf.algo.running_moments import RunningMoments
+from pe_rlhf.config.reward_source import RewardSource, source_names
+from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.runs.saved_roles import load_role
+from pe_rlhf.scoring.classifier import Classifier
+from pe_rlhf.scoring.remote import RemoteScorer, check_columns
+from pe_rlhf.scoring.scorers import AdapterScorer, FunctionScorer, ModelScorer, Scorer, find_reward
+from pe_rlhf.system.distributed import on_main
+from pe_rlhf.types import Sequences
+from reward.records import NO_COLUMNS, Columns, Prompt
+
+Moments = dict[str, list[float]]  # by the name of the source: count, mean, sum of squares
+
+
+@dataclass
+class Part:
+    """One source of the sum; `moments` are those of all its scores so far."""
+
+    name: str
+    scorer: Scorer
+    settings: RewardSource
+    moments: RunningMoments = field(default_factory=RunningMoments)
+
+    def contribution(self, scores_B: Tensor, learns: bool) -> Tensor:
+        """Weight times the scores, normalised by mean and deviation of all so far, these included, and clipped.
+
+        Where nothing is learnt and nothing is known yet, they are normalised by their own.
+        """
+        if self.settings.normalise == "running":
+            taken = self.moments.with_batch(scores_B) if learns or not self.moments.count else self.moments
+            scores_B = taken.normalise(scores_B)
+            self.moments = taken if learns else self.moments
+        if (limit := self.settings.clip) is not None:
+            scores_B = scores_B.clamp(-limit, limit)
+        return self.settings.weight * scores_B
+
+
+class WeightedScorer:
+    """The weighted sum of several scorers.
+
+    learns: whether running means and deviations take in each batch; they are the same on every rank, as the scores are.
+    metrics: of the last batch, each source's mean and deviation before normalising; empty where the only source is
+    the reward as it is.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts, self.learns = list(parts), False
+        self.metrics: dict[str, float] = {}
+
+    def score(
+        self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
+    ) -> Tensor:
+        contributions: list[Tensor] = []
+        self.metrics = {}
+        for part in self._parts:
+            scores_B = part.scorer.score(prompts, responses, sequences, columns)
+            contributions.append(part.contribution(scores_B, self.learns))
+            if len(self._parts) > 1 or part.settings.normalise != "none" or part.settings.clip is not None:
+                self.metrics[f"source_{part.name}"] = scores_B.mean().item()
+                self.metrics[f"source_{part.name}_std"] = scores_B.std(correction=0).item()
+        return torch.stack(contributions).sum(dim=0)
+
+    def moments(self) -> Moments:
+        """What is known of each normalised source, for a checkpoint."""
+        normalised = [part for part in self._parts if part.settings.normalise == "running"]
+        return {p.name: [p.moments.count, p.moments.mean, p.moments.squares] for p in normalised}
+
+    def set_moments(self, saved: Mapping[str, Sequence[float]]) -> None:
+        """Go on from what `moments` gave; a source that is not in it starts anew."""
+        for part in self._parts:
+            if part.name in saved:
+                count, mean, squares = saved[part.name]
+                part.moments = RunningMoments(int(count), mean, squares)
+
+
+def make_scorer(
+    sources: list[RewardSource],
+    backbone: Backbone,
+    run_dir: Path,
+    micro_batch_tokens: int,
+    columns: Collection[str] = (),
+) -> tuple[WeightedScorer, list[str]]:
+    """The scorer of a recipe's reward sources, and the roles that it has added to the backbone.
+
+    Reward adapters become roles `reward`, `reward_2`, … Functions may ask for `columns`, which the prompts' rows have.
+    """
+    parts: list[Part] = []
+    roles: list[str] = []
+    for name, source in zip(source_names(sources), sources, strict=True):
+        if source.function is not None:
+            scorer: Scorer = FunctionScorer(source.function, columns, source.arguments)
+        elif source.model is not None:
+            classifier = Classifier(
+                source.model,
+                backbone.device,
+                backbone.model.dtype,
+                key="ppo.reward.model",
+                trust_remote_code=source.trust_remote_code,
+            )
+            scorer = ModelScorer(classifier, backbone.eos_token_ids)
+        elif source.url is not None:
+            check_columns(source.server.columns, columns)
+            scorer = RemoteScorer(source.url, source.server, backbone.eos_token_ids)
+            on_main(scorer.check_server)
+        else:
+            roles.append(f"reward_{len(roles) + 1}" if roles else "reward")
+            load_role(backbone, roles[-1], find_reward(source.adapter, run_dir).folder)
+            scorer = AdapterScorer(backbone, roles[-1], micro_batch_tokens)
+        parts.append(Part(name, scorer, source))
+    return WeightedScorer(parts), roles

@@ -1,0 +1,87 @@
+"""The weighted sum: normalised, clipped and weighted by hand; names; what is learnt and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from pe_rlhf.config.reward_source import RewardSource, source_names
+from pe_rlhf.scoring.weighted import Part, WeightedScorer
+
+
+class Given:
+    """Scores that are given, a batch at each call."""
+
+    def __init__(self, *batches: Sequence[float]) -> None:
+        self._batches = iter(batches)
+
+    def score(self, *_: Any) -> Tensor:
+        return torch.tensor(next(self._batches))
+
+
+def part(name: str, *batches: Sequence[float], **settings: Any) -> Part:
+    return Part(name, Given(*batches), RewardSource(function="a:b", **settings))
+
+
+def scored(scorer: WeightedScorer) -> list[float]:
+    return scorer.score([], [], None).tolist()  # type: ignore[arg-type]
+
+
+def test_normalised_clipped_and_weighted_in_that_order() -> None:
+    scorer = WeightedScorer(
+        [
+            part("a", [0.0, 2.0], [4.0, 2.0], normalise="running", clip=1.2, weight=2.0),
+            part("b", [10.0, -10.0], [0.5, 0.0], clip=3.0, weight=-1.0),
+        ]
+    )
+    scorer.learns = True
+    # a: mean 1, deviation 1: −1 and 1; b: 3 and −3
+    assert scored(scorer) == pytest.approx([2 * -1 - 3, 2 * 1 + 3])
+    assert scorer.metrics == {"source_a": 1.0, "source_a_std": 1.0, "source_b": 0.0, "source_b_std": 10.0}
+    # a: 0, 2, 4, 2 have mean 2 and variance 2: 2/√2 = 1.41, cut to 1.2, and 0
+    assert scored(scorer) == pytest.approx([2 * 1.2 - 0.5, 0.0])
+    assert scorer.moments() == {"a": pytest.approx([4, 2.0, 8.0])}
+
+
+def test_the_only_source_as_it_is_has_no_figures_of_its_own() -> None:
+    scorer = WeightedScorer([part("a", [1.0, 2.0], weight=0.5)])
+    assert scored(scorer) == [0.5, 1.0]
+    assert scorer.metrics == {}
+    assert scorer.moments() == {}
+
+
+def test_what_does_not_learn_goes_by_what_is_known() -> None:
+    first = [part("a", [0.0, 2.0], [9.0, 7.0], normalise="running")]
+    scorer = WeightedScorer(first)
+    assert scored(scorer) == [-1.0, 1.0]  # by its own
+    assert scorer.moments() == {"a": [0, 0.0, 0.0]}
+    scorer.set_moments({"a": [4, 5.0, 16.0], "gone": [1, 1.0, 1.0]})  # deviation 2
+    assert scored(scorer) == [2.0, 1.0]
+    assert scorer.moments() == {"a": [4, 5.0, 16.0]}
+
+
+def test_names() -> None:
+    sources: list[dict[str, Any]] = [
+        {"adapter": "stage"},
+        {"adapter": "runs/other"},
+        {"function": "reward.scores:length"},
+        {"function": "mine:length", "name": "adapter"},
+        {"model": "m"},
+        {"url": "http://a:1"},
+    ]
+    names = source_names([RewardSource(**source) for source in sources])
+    assert names == ["adapter", "adapter_2", "length", "adapter_3", "model", "url"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"clip": 0}, {"normalise": "batch"}, {"name": "a b"}, {"name": ""}, {"url": "http://a"}, {"function": None}],
+)
+def test_settings_that_are_none(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        RewardSource(**{"function": "a:b"} | settings)

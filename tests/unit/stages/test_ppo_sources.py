@@ -1,0 +1,107 @@
+"""PPO with several sources: what is logged, running statistics over a stop, and by what the evaluation normalises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from pe_rlhf.config import Recipe
+from pe_rlhf.stages.pipeline import run_recipe
+from tests.failures import raises
+from tests.runs import Tree, read_jsonl
+from tests.stage_support import byte_model, run, write_prompts
+
+PROMPTS = [f"Prompt {i}:" for i in range(10)]
+LENGTH: Tree = {"function": "reward.scores:length"}
+
+
+def recipe(folder: Path, *sources: Tree, **settings: Any) -> Tree:
+    """Four steps on a byte model whose every twelfth byte ends a response."""
+    model = byte_model(folder / "model", pad_is_eos=True, initializer_range=0.3, eos_token_id=list(range(0, 258, 12)))
+    ppo = {
+        "prompts": write_prompts(folder / "prompts.jsonl", PROMPTS),
+        "reward": list(sources),
+        "rollout": {"max_new_tokens": 8},
+        "steps": 4,
+        "batch_size": 6,
+        "checkpoint_every": 1,
+        "learning_rate": 1e-2,
+        **settings,
+    }
+    return {"model": str(model), "adapter": {"rank": 2, "alpha": 4}, "threads": 1, "ppo": ppo}
+
+
+def metrics(run_dir: Path) -> list[Tree]:
+    lines = read_jsonl(run_dir / "ppo" / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+def test_a_normalised_reward_follows_from_the_logged_figures_of_its_source(tmp_path: Path) -> None:
+    run(recipe(tmp_path, {**LENGTH, "normalise": "running", "weight": 0.5}), tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["reward"] == pytest.approx(0, abs=1e-6)
+    assert lines[0]["reward_std"] == pytest.approx(0.5, rel=1e-5)
+    means = np.array([line["source_length"] for line in lines])
+    squares = np.array([line["source_length_std"] ** 2 for line in lines]) + means**2
+    for t, line in enumerate(lines):  # batches of one size
+        mean = means[: t + 1].mean()
+        deviation = np.sqrt(squares[: t + 1].mean() - mean**2)
+        assert line["reward"] == pytest.approx(0.5 * (means[t] - mean) / deviation, abs=1e-4)
+    summary = json.loads((tmp_path / "run" / "ppo" / "summary.json").read_text())
+    assert summary["moments"]["length"][:2] == pytest.approx([24, means.mean()])
+
+
+def test_a_run_that_is_stopped_goes_on_with_its_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source fails in the third step, whose rollout is scored again by the run that goes on."""
+    (tmp_path / "failing.py").write_text(
+        "calls = [0]\n"
+        "def score(prompts, responses):\n"
+        "    calls[0] += 1\n"
+        "    return [float(len(r)) for r in responses] if calls[0] != 3 else None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    source = {**LENGTH, "name": "it", "normalise": "running", "clip": 2.0}
+    # The first source has taken in the step before the second one fails.
+    whole = recipe(tmp_path, source, {**LENGTH, "name": "other", "weight": 0.1})
+    failing = recipe(tmp_path, source, {"function": "failing:score", "name": "other", "weight": 0.1})
+    run(whole, tmp_path / "whole")
+    with raises("user_code", step=3):
+        run(failing, tmp_path / "stopped")
+    run_recipe(Recipe.model_validate(failing), tmp_path / "stopped", ["ppo"], "resume")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    states = [load_file(tmp_path / name / "ppo" / "adapter" / "role.safetensors") for name in ("whole", "stopped")]
+    assert all((states[0][name] == states[1][name]).all() for name in states[0])
+
+
+def test_the_evaluation_normalises_by_the_statistics_that_ppo_ended_with(tmp_path: Path) -> None:
+    tree = recipe(tmp_path, {**LENGTH, "normalise": "running"}, {**LENGTH, "name": "plain", "weight": 0.25})
+    prompts = write_prompts(tmp_path / "held.jsonl", ["One:", "Two:", "Three:"])
+    tree["evaluate"] = {"prompts": prompts, "judge": "length", "sampling": {"max_new_tokens": 8}}
+    found = run(tree, tmp_path / "run")
+    count, mean, squares = found["ppo"]["moments"]["length"]
+    assert count == 24
+    for side in ("policy", "anchor"):
+        length = found["evaluate"][f"source_length_{side}"]
+        assert length == pytest.approx(found["evaluate"][f"source_plain_{side}"])
+        expected = (length - mean) / (squares / count) ** 0.5 + 0.25 * length
+        assert found["evaluate"][f"reward_{side}"] == pytest.approx(expected, rel=1e-4)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Reward of length" in page
+    assert "Reward of plain" in page
+
+
+def test_arguments_of_a_function(tmp_path: Path) -> None:
+    source = {"function": "reward.scores:length_penalty", "arguments": {"limit": 4, "buffer": 4, "unit": "characters"}}
+    run(recipe(tmp_path, source, steps=1), tmp_path / "run")
+    samples = read_jsonl(tmp_path / "run" / "ppo" / "samples.jsonl")
+    assert [row["score"] for row in samples] == [-min(1.0, len(row["response"]) / 4) for row in samples]
+    for wrong, kind in (({"limmit": 4}, "user_code"), ({"prompts": []}, "user_code")):
+        with raises(kind):  # type: ignore[arg-type]
+            run(recipe(tmp_path, {**source, "arguments": wrong}), tmp_path / "wrong")
+    with raises("invalid", key="ppo.reward.arguments"):
+        run(recipe(tmp_path, {**source, "arguments": {"unit": "lines"}}), tmp_path / "wrong_value")
