@@ -140,6 +140,20 @@ class PPOConfig(Section):
     gamma: Share = Field(default=1.0, description="γ of gae and reinforce_pp: discount per token")
     lam: Share = Field(default=0.95, description="λ of GAE: 1 uses returns only, 0 uses the critic's next value only")
     clip_range: float = Field(default=0.2, gt=0, description="clip the probability ratio to 1 ± this")
+    clip_range_high: float | None = Field(
+        default=None, gt=0, description="clip the ratio to 1 + this above (DAPO); default: clip_range"
+    )
+    ratio: Literal["token", "sequence", "sequence_mean"] = Field(
+        default="token",
+        description="the probability ratio π/π_old that is clipped: of each token; of the whole response (sequence,"
+        " as RLOO); or its mean over the tokens, geometric (sequence_mean, GSPO)",
+    )
+    loss_aggregation: Literal["token", "sequence", "constant"] = Field(
+        default="token",
+        description="how the policy's loss comes from those of tokens: token (mean over the tokens of a minibatch, as"
+        " DAPO), sequence (mean over responses of their means, as GRPO), constant (sum over responses ×"
+        " max_new_tokens, as Dr. GRPO)",
+    )
     value_clip_range: float = Field(
         default=0.2, gt=0, description="clip the new value to this distance from the old one"
     )

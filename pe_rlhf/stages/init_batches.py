@@ -22,7 +22,7 @@ from pe_rlhf.adapters.layer_statistics import Need
 from pe_rlhf.adapters.lora.init_registry import init_of
 from pe_rlhf.algo.experience import shape_and_estimate
 from pe_rlhf.algo.logprobs import token_logprobs
-from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
+from pe_rlhf.algo.ppo_losses import Mean, policy_loss, value_loss
 from pe_rlhf.config import AdapterConfig, PPOConfig, RewardConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs
@@ -130,17 +130,25 @@ class AnchorRollouts:
 
     def _policy_probes(self, need: Need) -> list[Probe]:
         batch = self._sampled(need)
-        tokens = int(batch.sequences.response_lengths_B.sum())
+        lengths_B, config = batch.sequences.response_lengths_B, self._config
+        mean = Mean(config.loss_aggregation, int(lengths_B.sum()), len(lengths_B), config.rollout.max_new_tokens)
 
         def loss(part: Part) -> Tensor:
             hidden_NH = _response_hidden(_hidden(self._backbone, part.sequences), part.sequences)
             targets_N = part.sequences.targets_N.to(hidden_NH.device)
-            temperature = self._config.rollout.temperature
+            temperature = config.rollout.temperature
             logprobs_N, _ = token_logprobs(hidden_NH, self._backbone.logits_head, targets_N, temperature)
             advantages_N = batch.advantages_BR[part.index][batch.sequences.mask_BR[part.index]].to(logprobs_N)
-            old_N = logprobs_N.detach()
-            clip_range = self._config.clip_range
-            return policy_loss(logprobs_N, old_N, advantages_N, clip_range=clip_range, tokens=tokens).loss
+            return policy_loss(
+                logprobs_N,
+                logprobs_N.detach(),
+                advantages_N,
+                clip_range=config.clip_range,
+                divisor=mean.divisor,
+                weights_N=mean.weights(lengths_B[part.index]).to(logprobs_N),
+                ratio=config.ratio,
+                lengths=lengths_B[part.index].tolist(),
+            ).loss
 
         return [part.probe(loss) for part in self._parts(batch)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.algo.kl import kl_estimate
-from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
+from pe_rlhf.algo.ppo_losses import Mean, policy_loss, value_loss
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.micro_batches import own_micro_batches, sequence_costs
@@ -64,16 +64,18 @@ def _accumulate(
 ) -> tuple[dict[str, float], Tensor]:
     """Gradients of one minibatch, micro-batch by micro-batch, of this rank's rows.
 
-    Returns, for the minibatch of all ranks, means over tokens, and of each of them log π − log π_old and
+    Returns, for the minibatch of all ranks, its losses, means over tokens, and of each token log π − log π_old and
     log π_anchor − log π_old, as _N2.
     """
     tokens = int(experience.mask_BR[rows].sum())
+    mean = Mean(config.loss_aggregation, tokens, len(rows), config.rollout.max_new_tokens)
     totals: dict[str, float] = defaultdict(float)
     log_ratios: list[Tensor] = [torch.zeros(0, 2)]
     for index, counts in own_micro_batches(costs_B, config.micro_batch_tokens, padded=not backbone.packs):
         part = _Part(experience, rows[index], backbone.device)
         sequences, share = experience.sequences.take(part.rows), float(counts)
         old_N, anchor_N = part.flat(experience.old_logprobs_BR), part.flat(experience.anchor_logprobs_BR)
+        weights_N = mean.weights(part.lengths_B).to(backbone.device)
         # The roles share no trainable weight, so each has a backward pass of its own and half the activations at once.
         with backbone.role("policy"):
             logprobs_N, entropies_N = backbone.response_logprobs(sequences, config.rollout.temperature)
@@ -82,12 +84,16 @@ def _accumulate(
             old_N,
             part.flat(experience.advantages_BR),
             clip_range=config.clip_range,
-            tokens=tokens,
-            weights_N=part.flat(experience.weights_BR),
+            clip_range_high=config.clip_range_high,
+            divisor=mean.divisor,
+            weights_N=part.flat(experience.weights_BR) * weights_N,
+            ratio=config.ratio,
+            lengths=part.lengths_B.tolist(),
         )
         loss = policy.loss
         if config.kl.place == "loss":
-            loss = loss + beta * kl_estimate(logprobs_N, anchor_N, config.kl.estimator).sum() / tokens
+            kl_N = kl_estimate(logprobs_N, anchor_N, config.kl.estimator)
+            loss = loss + beta * (kl_N * weights_N).sum() / mean.divisor
         optimizer.backward(share * loss)
         totals["policy_loss"] += share * policy.loss.item()
         totals["clip_fraction"] += share * policy.clipped.item() / tokens
@@ -113,6 +119,11 @@ class _Part(NamedTuple):
     experience: Experience
     rows: Tensor
     device: torch.device
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Of the responses, tokens."""
+        return self.experience.sequences.response_lengths_B[self.rows]
 
     def flat(self, x_BR: Tensor) -> Tensor:
         """What a tensor of the experience has at the response tokens of these rows, _N."""

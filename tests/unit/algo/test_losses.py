@@ -1,10 +1,11 @@
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from pe_rlhf.algo.ppo_losses import policy_loss, value_loss
+from pe_rlhf.algo.ppo_losses import Aggregation, Mean, policy_loss, sequence_log_ratios, value_loss
 
 # ρ = 1.5, 0.5, 1.1, 1.5, 0.5 under ε = 0.2
 OLD_LOGPROBS_N = torch.tensor([-2.0, -1.0, -0.5, -1.5, -1.0])
@@ -20,7 +21,7 @@ def test_policy_loss_by_hand() -> None:
     #   ρ 1.5, A −1: min(−1.5, −1.2) = −1.5
     #   ρ 0.5, A −1: min(−0.5, −0.8) = −0.8 clipped
     # sum 2.2, over 10 tokens of the minibatch: −0.22
-    result = policy_loss(LOGPROBS_N, OLD_LOGPROBS_N, ADVANTAGES_N, clip_range=0.2, tokens=10)
+    result = policy_loss(LOGPROBS_N, OLD_LOGPROBS_N, ADVANTAGES_N, clip_range=0.2, divisor=10)
     assert float(result.loss) == pytest.approx(-0.22, abs=1e-6)
     assert int(result.clipped) == 2
     # k3 of KL(π_old ‖ π) is ρ − 1 − ln ρ: 2·(.5 − ln 1.5) + 2·(−.5 − ln .5) + (.1 − ln 1.1)
@@ -31,7 +32,7 @@ def test_policy_loss_by_hand() -> None:
 def test_policy_loss_with_importance_weights_by_hand() -> None:
     # the five terms above times the weights: 2.4·1 + 1·.5 + 1.1·0 − 1.5·2 − .8·1 = −0.9, over 5: +0.18
     weights_N = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0])
-    result = policy_loss(LOGPROBS_N, OLD_LOGPROBS_N, ADVANTAGES_N, clip_range=0.2, tokens=5, weights_N=weights_N)
+    result = policy_loss(LOGPROBS_N, OLD_LOGPROBS_N, ADVANTAGES_N, clip_range=0.2, divisor=5, weights_N=weights_N)
     assert float(result.loss) == pytest.approx(0.18, abs=1e-6)
 
 
@@ -52,7 +53,7 @@ def test_policy_loss_equals_numpy_with_its_gradient() -> None:
         torch.tensor(old),
         torch.tensor(advantages),
         clip_range=0.2,
-        tokens=256,
+        divisor=256,
         weights_N=torch.tensor(weights),
     )
     result.loss.backward()
@@ -69,7 +70,7 @@ def test_at_ratio_one_the_gradient_is_the_vanilla_policy_gradient() -> None:
     tokens_N = torch.tensor([0, 1, 2, 3, 4, 0])
     advantages_N = torch.randn(6, generator=generator, dtype=torch.float64)
     logprobs_N = torch.log_softmax(logits_NV, -1)[torch.arange(6), tokens_N]
-    loss = policy_loss(logprobs_N, logprobs_N.detach(), advantages_N, clip_range=0.2, tokens=6).loss
+    loss = policy_loss(logprobs_N, logprobs_N.detach(), advantages_N, clip_range=0.2, divisor=6).loss
     (gradient_NV,) = torch.autograd.grad(loss, logits_NV)
     # REINFORCE by hand: d(−A log π(a))/d logits = −A (onehot(a) − π), averaged over tokens
     onehot_NV = torch.eye(5, dtype=torch.float64)[tokens_N]
@@ -110,9 +111,68 @@ def test_value_loss_equals_numpy_with_its_gradient() -> None:
 
 
 def test_micro_batches_add_up_to_the_minibatch() -> None:
-    whole = policy_loss(LOGPROBS_N, OLD_LOGPROBS_N, ADVANTAGES_N, clip_range=0.2, tokens=5).loss
+    whole = policy_loss(LOGPROBS_N, OLD_LOGPROBS_N, ADVANTAGES_N, clip_range=0.2, divisor=5).loss
     parts = [
-        policy_loss(LOGPROBS_N[part], OLD_LOGPROBS_N[part], ADVANTAGES_N[part], clip_range=0.2, tokens=5).loss
+        policy_loss(LOGPROBS_N[part], OLD_LOGPROBS_N[part], ADVANTAGES_N[part], clip_range=0.2, divisor=5).loss
         for part in (slice(0, 2), slice(2, 5))
     ]
     assert float(sum(parts)) == pytest.approx(float(whole), abs=1e-6)
+
+
+# ---- settings of the policy's loss -----------------------------------------------------------------------------------
+
+
+def test_the_upper_clip_by_hand() -> None:
+    # As in the first test, with 1 + 0.4 above: ρ 1.5, A 2 is min(3, 2.8) = 2.8. Sum 2.6.
+    result = policy_loss(LOGPROBS_N, OLD_LOGPROBS_N, ADVANTAGES_N, clip_range=0.2, clip_range_high=0.4, divisor=1)
+    assert float(result.loss) == pytest.approx(-2.6, abs=1e-6)
+    # A bound that no ratio reaches: ρ 1.5, A 2 is 3 and counts as not clipped.
+    result = policy_loss(LOGPROBS_N, OLD_LOGPROBS_N, ADVANTAGES_N, clip_range=0.2, clip_range_high=9.0, divisor=1)
+    assert float(result.loss) == pytest.approx(-2.8, abs=1e-6)
+    assert int(result.clipped) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    # Losses 1, 2, 3 | 10 | 4, 8: 28 over 6 tokens; (2 + 10 + 6) / 3; 28 over 3 responses × 5.
+    [("token", 28 / 6), ("sequence", 6.0), ("constant", 28 / 15)],
+)
+def test_means_by_hand(kind: Aggregation, expected: float) -> None:
+    loss_N, lengths_B = torch.tensor([1.0, 2.0, 3.0, 10.0, 4.0, 8.0]), torch.tensor([3, 1, 2])
+    mean = Mean(kind, tokens=6, sequences=3, longest=5)
+    assert float((loss_N * mean.weights(lengths_B)).sum()) / mean.divisor == pytest.approx(expected, rel=1e-6)
+    # In two parts, which know of each other by the numbers only.
+    parts = ((slice(0, 3), lengths_B[:1]), (slice(3, 6), lengths_B[1:]))
+    total = sum(float((loss_N[part] * mean.weights(own_B)).sum()) for part, own_B in parts)
+    assert total / mean.divisor == pytest.approx(expected, rel=1e-6)
+
+
+def test_ratios_of_whole_responses_by_hand() -> None:
+    # ρ = 2, 1/2, 4 | 3: products 4 and 3, geometric means 4^(1/3) and 3.
+    log_ratio_N = torch.tensor([2.0, 0.5, 4.0, 3.0]).log()
+    wanted = {False: [4.0] * 3 + [3.0], True: [4 ** (1 / 3)] * 3 + [3.0]}
+    for mean, ratios in wanted.items():
+        assert sequence_log_ratios(log_ratio_N, [3, 1], mean=mean).exp().tolist() == pytest.approx(ratios)
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "sequence_mean"])
+def test_the_gradient_through_a_ratio_of_a_response(ratio: Literal["sequence", "sequence_mean"]) -> None:
+    """Tokens that share an advantage: autograd through ρ itself. Else a token's gradient has its own advantage only."""
+    lengths = [3, 1, 4]
+    generator = torch.Generator().manual_seed(4)
+    old_N = torch.randn(8, generator=generator, dtype=torch.float64)
+    shift_N = 0.1 * torch.randn(8, generator=generator, dtype=torch.float64)
+    shared_N = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64).repeat_interleave(torch.tensor(lengths))
+    own_N = torch.randn(8, generator=generator, dtype=torch.float64)
+
+    def gradient(advantages_N: torch.Tensor) -> torch.Tensor:
+        new_N = (old_N + shift_N).requires_grad_()
+        loss = policy_loss(new_N, old_N, advantages_N, clip_range=9, divisor=8, ratio=ratio, lengths=lengths).loss
+        return torch.autograd.grad(loss, new_N)[0]
+
+    new_N = (old_N + shift_N).requires_grad_()
+    rows = [*zip((new_N - old_N).split(lengths), shared_N.split(lengths), strict=True)]
+    logs = [row.sum() if ratio == "sequence" else row.mean() for row, _ in rows]
+    loss = -torch.cat([log.exp() * a for log, (_, a) in zip(logs, rows, strict=True)]).sum() / 8
+    torch.testing.assert_close(gradient(shared_N), torch.autograd.grad(loss, new_N)[0])
+    torch.testing.assert_close(gradient(own_N) / own_N, gradient(shared_N) / shared_N)

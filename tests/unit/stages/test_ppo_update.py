@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -91,29 +92,40 @@ def experience_of(backbone: Backbone, temperature: float = 1.0) -> Experience:
 def naive_losses(
     policy: PlainRole, value: PlainRole, experience: Experience, rows: list[int], config: PPOConfig
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Loss of the policy, loss of the critic, and the statistics, each a plain mean over the tokens of those rows."""
-    policy_terms, value_terms = [], []
+    """Loss of the policy, loss of the critic, and the statistics, each a plain mean over the tokens of those rows.
+
+    The loss of the policy is the mean that the recipe names.
+    """
+    policy_terms: list[list[Tensor]] = []
+    value_terms = []
     statistics: dict[str, list[float]] = {name: [] for name in ("clip_fraction", "value_clip_fraction", "entropy")}
     clip, value_clip = config.clip_range, config.value_clip_range
+    high = config.clip_range_high or clip
     texts = rows_of(experience.sequences)
     for i in rows:
         prompt, response = texts[i]
         logits_TV = policy.outputs(prompt + response)[0] / config.rollout.temperature
         values_T = value.numbers(prompt + response)
+        policy_terms.append([])
+        chosen_R = torch.log_softmax(logits_TV[len(prompt) - 1 : -1], dim=-1)[range(len(response)), response]
+        log_ratio_R = chosen_R - experience.old_logprobs_BR[i, : len(response)]
+        whole = {"token": None, "sequence": log_ratio_R.sum(), "sequence_mean": log_ratio_R.mean()}[config.ratio]
         for t, token in enumerate(response):
             distribution_V = torch.log_softmax(logits_TV[len(prompt) - 1 + t], dim=-1)
             log_p, v = distribution_V[token], values_T[len(prompt) - 1 + t]
             old, anchor = float(experience.old_logprobs_BR[i, t]), float(experience.anchor_logprobs_BR[i, t])
             advantage, weight = float(experience.advantages_BR[i, t]), float(experience.weights_BR[i, t])
-            ratio = torch.exp(log_p - old)
-            clipped = min(max(ratio.item(), 1 - clip), 1 + clip)
+            ratio = torch.exp(log_p - old if whole is None else whole)
+            clipped = min(max(ratio.item(), 1 - clip), 1 + high)
             is_clipped = -advantage * clipped > -advantage * ratio.item()
             term = weight * (torch.tensor(-advantage * clipped) if is_clipped else -advantage * ratio)
             if config.kl.place == "loss":
                 d = log_p - anchor
                 term = term + BETA * {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[config.kl.estimator]
-            policy_terms.append(term)
+            policy_terms[-1].append(term)
 
+            assert experience.values_BR is not None
+            assert experience.returns_BR is not None
             old_v, target = float(experience.values_BR[i, t]), float(experience.returns_BR[i, t])
             error, now = (v - target) ** 2, v.item()
             clipped_error = (min(max(now, old_v - value_clip), old_v + value_clip) - target) ** 2
@@ -123,7 +135,15 @@ def naive_losses(
             statistics["value_clip_fraction"].append(float(value_is_clipped))
             statistics["entropy"].append(-(distribution_V.exp() * distribution_V).sum().item())
     means = {name: sum(values) / len(values) for name, values in statistics.items()}
-    return torch.stack(policy_terms).mean(), torch.stack(value_terms).mean(), means
+    return aggregated(policy_terms, config), torch.stack(value_terms).mean(), means
+
+
+def aggregated(terms: list[list[Tensor]], config: PPOConfig) -> Tensor:
+    """The mean of terms of rows and tokens that the recipe names."""
+    if config.loss_aggregation == "sequence":
+        return torch.stack([torch.stack(row).mean() for row in terms]).mean()
+    whole = torch.stack([term for row in terms for term in row])
+    return whole.mean() if config.loss_aggregation == "token" else whole.sum() / (len(terms) * 10)
 
 
 def trainable(role: PlainRole, backbone: Backbone, name: str) -> dict[str, Tensor]:
@@ -137,6 +157,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "temperature": {"rollout": {"temperature": 0.6}},
     "k2 in the loss": {"kl": {"place": "loss", "estimator": "k2"}, "micro_batch_tokens": 16},
     "k3 in the loss": {"kl": {"place": "loss", "estimator": "k3"}, "rollout": {"temperature": 1.5}},
+    "sequences": {"loss_aggregation": "sequence", "micro_batch_tokens": 16, "kl": {"place": "loss"}},
+    "constant": {"loss_aggregation": "constant", "micro_batch_tokens": 16, "clip_range_high": 0.4},
+    "gspo": {"ratio": "sequence_mean", "loss_aggregation": "sequence", "micro_batch_tokens": 16, "clip_range": 0.05},
+    "whole responses": {"ratio": "sequence", "loss_aggregation": "sequence", "clip_range_high": 0.3},
+    "whole responses, tokens": {"ratio": "sequence", "loss_aggregation": "token", "micro_batch_tokens": 16},
 }
 
 
@@ -145,6 +170,10 @@ def test_gradients_are_those_of_the_whole_batch(name: str) -> None:
     config = config_of(**SETTINGS[name])
     backbone = trained()
     experience = experience_of(backbone, config.rollout.temperature)
+    if config.ratio != "token":  # a response has one ratio, and so one advantage and one weight
+        experience.weights_BR.fill_(1.0)
+        advantages_B1 = torch.tensor([[1.0], [-0.5], [2.0], [0.7], [-1.2]])
+        experience.advantages_BR.copy_(torch.where(experience.mask_BR, advantages_B1, 0.0))
     policy, value = plain_role(backbone, "policy"), plain_role(backbone, "value")
     policy_loss, value_loss, expected = naive_losses(policy, value, experience, list(range(5)), config)
     (policy_loss + value_loss).backward()
@@ -244,6 +273,19 @@ def test_micro_batches_change_rounding_only() -> None:
     )
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_without_a_critic_the_policy_learns_the_same(aggregation: Literal["token", "sequence", "constant"]) -> None:
+    config = config_of(epochs=2, minibatches=2, loss_aggregation=aggregation)
+    with_critic = parameters_after(config)
+    backbone = trained()
+    experience = dataclasses.replace(experience_of(backbone), values_BR=None, returns_BR=None)
+    groups = [RoleGroup("policy", backbone.role_parameters("policy"), config.learning_rate)]
+    metrics = update(backbone, RoleOptimizer(groups, config.optimizer, 100), experience, BETA, config, SEED, STEP)
+    assert not [name for name in metrics if "value" in name]
+    for name, parameter in backbone.role_parameters("policy").items():
+        assert torch.equal(parameter, with_critic[f"policy {name}"])
 
 
 def test_the_order_inside_a_minibatch_changes_rounding_only() -> None:
