@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from pe_rlhf.adapters import kind as _registers_the_kinds  # noqa: F401
 from pe_rlhf.adapters.lora import inits as _registers_the_inits  # noqa: F401
 
 if TYPE_CHECKING:

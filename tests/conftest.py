@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from pe_rlhf.adapters.lora.init_registry import INITS
 from pe_rlhf.cli.main import main
-from pe_rlhf.config.model import INIT_OPTIONS
+from pe_rlhf.config.adapter import INIT_OPTIONS
 from reward.errors import Failure
 from tests.paths import SHARED_DATA
 from tests.runs import Outcome, contents

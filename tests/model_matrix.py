@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from pe_rlhf.adapters.lora.anchored import scale_of
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.adapters.targets import shared_weights
 from pe_rlhf.config import SamplingConfig
@@ -116,7 +117,7 @@ def change(state: dict[str, Tensor], name: str, spec: AdapterSpec) -> Tensor:
     product = state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
     if f"{name}.initial_A_RI" in state:
         product = product - state[f"{name}.initial_B_OR"] @ state[f"{name}.initial_A_RI"]
-    return spec.scale * product
+    return scale_of(spec.settings) * product  # type: ignore[arg-type]
 
 
 def oracle(backbone: Backbone, name: str, role: str, sequences: Sequences) -> dict[str, Tensor]:
@@ -138,7 +139,7 @@ def oracle(backbone: Backbone, name: str, role: str, sequences: Sequences) -> di
         found.append(numbers_T[len(prompt) - 1 : -1] if role == "value" else numbers_T[-1:])
     numbers_N = torch.cat(found)
     numbers_N.sum().backward()
-    state, scale = backbone.role_state(role), backbone.adapter_spec(role).scale
+    state, scale = backbone.role_state(role), scale_of(backbone.adapter_spec(role).settings)  # type: ignore[arg-type]
     result = {"numbers": numbers_N.detach()} | ({"entropies": torch.cat(entropies)} if entropies else {})
     for module_name, weight in weights.items():
         gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad

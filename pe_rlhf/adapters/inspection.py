@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from pe_rlhf.adapters.gradients import Probe, by_rows, input_sums, watched, weight_gradient
 from pe_rlhf.adapters.layer import weight_out_in
 from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics
+from pe_rlhf.adapters.lora.anchored import scale_of
 from pe_rlhf.adapters.lora.init_registry import InitContext, init_of
 from pe_rlhf.adapters.lora.inits.svd import Directions, full_svd
-from pe_rlhf.adapters.specs import AdapterSpec
+from pe_rlhf.config import LowRankConfig
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Inspection:
 def inspect_inits(
     layers: dict[str, nn.Module],
     probe: Probe,
-    specs: Sequence[AdapterSpec],
+    adapters: Sequence[LowRankConfig],
     seed: Callable[[str], int],
     done: Callable[[int], None] = lambda count: None,
 ) -> Inspection:
@@ -107,14 +108,15 @@ def inspect_inits(
     Args:
         layers: the frozen modules by name.
         probe: the batch, in two halves (`batch_B`), with a number per sample in `sample_B`.
-        specs: the inits; they share rank, alpha and scaling, but not their options.
+        adapters: settings that share rank, alpha and scaling, but not the init and its options.
         seed: the seed of a layer, by its name.
         done: called after each layer.
     """
-    chosen = [init_of(spec.settings) for spec in specs]
+    chosen = [init_of(settings) for settings in adapters]
+    scale, rank = scale_of(adapters[0]), adapters[0].rank
     samples_B = probe.sample_B if probe.sample_B is not None else torch.arange(len(probe.batch_B))
     count = int(samples_B.max()) + 1
-    metrics = [InitMetrics(spec.settings.init, spec.scale, kernel=torch.zeros(count, count)) for spec in specs]
+    metrics = [InitMetrics(settings.init, scale, kernel=torch.zeros(count, count)) for settings in adapters]
     result = Inspection(metrics, torch.zeros(count, count), 0.0, 0.0)
 
     def see(name: str, x: Tensor, dy: Tensor) -> None:
@@ -128,18 +130,17 @@ def inspect_inits(
         of_W, of_G = full_svd(weight_OI), full_svd(G_OI)
         result.kernel += tokens.kernel(tokens.x_NI, tokens.dy_NO)
         result.gradient_square += float(G_OI.square().sum())
-        best = float(of_G.S_K[: 2 * specs[0].settings.rank].square().sum())
+        best = float(of_G.S_K[: 2 * rank].square().sum())
         result.best_square += best
-        for spec, (registered, options), init in zip(specs, chosen, metrics, strict=True):
+        for (registered, options), init in zip(chosen, metrics, strict=True):
             given = {"two gradients": halves, "gradient": (G_OI,)}.get(registered.needs or "", ())
             statistics = LayerStatistics(given, moments if registered.needs == "inputs" else None)
             generator = torch.Generator().manual_seed(seed(name))
-            context = InitContext(weight_OI, spec.settings.rank, spec.scale, generator, options, statistics)
+            context = InitContext(weight_OI, rank, scale, generator, options, statistics)
             A_RI, B_OR = registered(context)
             _add_layer(init, name, A_RI.float(), B_OR.float(), weight_OI, of_W, G_OI, best)
-            s2 = spec.scale**2
-            init.kernel += s2 * tokens.kernel(tokens.x_NI, tokens.dy_NO @ B_OR)
-            init.kernel += s2 * tokens.kernel(tokens.x_NI @ A_RI.T, tokens.dy_NO)
+            init.kernel += scale**2 * tokens.kernel(tokens.x_NI, tokens.dy_NO @ B_OR)
+            init.kernel += scale**2 * tokens.kernel(tokens.x_NI @ A_RI.T, tokens.dy_NO)
         done(1)
 
     with watched(layers, see), torch.enable_grad():

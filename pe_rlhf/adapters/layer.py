@@ -1,15 +1,15 @@
-"""The wrapped layer: a frozen base module and one small adapter module per role.
+"""The wrapped layer: a frozen base module and one small adapter layer per role.
 
-The wrapper knows nothing of LoRA. Which role is active is one shared piece of state per backbone, set by
+The wrapper knows nothing of kinds. Which role is active is one shared piece of state per backbone, set by
 `Backbone.role`, so that switching a role touches no module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,24 +40,65 @@ class LowRankFactors:
     scale: float
 
 
-class Adapter(Protocol):
-    """What the wrapper, the roles, the stages and the checkpoints need of an adapter module of any kind."""
+class AdapterLayer(nn.Module):
+    """One role's adapter on one layer: the base of all kinds.
 
-    def __call__(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """The adapted output for input `x` and base output `y`; exactly `y` at initialisation."""
-        ...
+    Parameters and buffers are what the kind's `tensors` gave, or what was saved of them; numbers are fp32 whatever the
+    base's dtype. Everything that hooks of the kind keep is in buffers, so that checkpoints have it.
 
-    def factors(self) -> LowRankFactors:
-        """The change of the weight as plain LoRA factors, computed fresh."""
-        ...
+    Attributes:
+        trained: the names of the tensors that are parameters.
+        kept: the names of those that are buffers; of `optional` buffers, one that is not given is None.
+        settings: the recipe's section.
 
-    def delta_weight(self) -> Tensor:
-        """The change of the weight as a dense fp32 matrix _OI, computed fresh."""
-        ...
+    Raises KeyError for a tensor that is missing, ValueError for one that it has not.
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ()
+    kept: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, tensors: Mapping[str, Tensor], settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        for name in self.trained:
+            self.register_parameter(name, nn.Parameter(_own(tensors[name])))
+        for name in self.kept:
+            self.register_buffer(name, _own(tensors[name]))
+        for name in self.optional:
+            self.register_buffer(name, _own(tensors[name]) if name in tensors else None)
+        if others := sorted(tensors.keys() - {*self.trained, *self.kept, *self.optional}):
+            raise ValueError(f"a {type(self).__name__} has no {others[0]}")
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        """The adapted output for input `x`; exactly `base(x)` at initialisation. It calls the base itself."""
+        raise NotImplementedError
+
+    def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
+        """The change of a base weight (fp32) as a dense fp32 matrix _OI, computed fresh; None: there is no such one."""
+        return None
+
+    def lora_factors(self) -> LowRankFactors | None:
+        """The change of the weight as plain LoRA factors, computed fresh; None: it has no such form."""
+        return None
+
+    def starts(self) -> dict[str, Tensor]:
+        """What weight decay pulls parameters to, by name, so that the end of the pull is the anchor; others go to 0."""
+        return {}
+
+    @property
+    def has_delta_weight(self) -> bool:
+        """Whether it can be merged: its change is a matrix, whatever the input."""
+        return type(self).delta_weight is not AdapterLayer.delta_weight
+
+    @property
+    def has_lora_factors(self) -> bool:
+        """Whether PEFT and vLLM can load it as a plain LoRA."""
+        return type(self).lora_factors is not AdapterLayer.lora_factors
 
 
 class WrappedLayer(nn.Module):
-    """`y = base(x)`, then the active role's adapter if it has one here; for a merged role one product instead."""
+    """The active role's adapter if it has one here, else the base; for a merged role one product instead."""
 
     def __init__(self, base: nn.Module, state: RoleState) -> None:
         super().__init__()
@@ -70,10 +111,21 @@ class WrappedLayer(nn.Module):
         role = self._state.active
         if role in self._merged:
             return self._merged[role](x)
-        y = self.base(x)
         if role is None or role not in self.adapters:
-            return y
-        return self.adapters[role](x, y, self.base)
+            return self.base(x)
+        return self.adapters[role](x, self.base)
+
+    def adapter(self, role: str) -> AdapterLayer:
+        """The adapter layer of a role that has one here."""
+        found = self.adapters[role]
+        assert isinstance(found, AdapterLayer)
+        return found
+
+    def change(self, role: str) -> Tensor:
+        """ΔW_OI of a role that can be merged, fp32, computed fresh."""
+        delta_OI = self.adapter(role).delta_weight(weight_out_in(self.base).float())
+        assert delta_OI is not None
+        return delta_OI
 
     def __getattr__(self, name: str) -> Any:
         """What the base has: models ask for `weight.dtype`, `in_features` and the like."""
@@ -82,10 +134,10 @@ class WrappedLayer(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
-    @property
-    def can_merge(self) -> bool:
-        """Whether the base is a plain product with a weight that is whole here: not quantised, not split by ZeRO-3."""
-        return has_plain_weight(self.base) and has_forward_of_linear(self.base)
+    def can_merge(self, role: str) -> bool:
+        """Whether `W0 + ΔW` is a plain product: a base that is whole here, not quantised, and an adapter with a ΔW."""
+        plain = has_plain_weight(self.base) and has_forward_of_linear(self.base)
+        return plain and (role not in self.adapters or self.adapter(role).has_delta_weight)
 
     def merge(self, role: str) -> None:
         """Compute the role by `W0 + ΔW` as it is now, a copy beside the base, until it is unmerged."""
@@ -173,8 +225,7 @@ def merged_weight(layer: WrappedLayer, role: str, dtype: torch.dtype | None = No
     """
     weight_OI = weight_out_in(layer.base)
     if role in layer.adapters:
-        adapter: Adapter = layer.adapters[role]  # type: ignore[assignment]
-        merged_OI = (weight_OI.float() + adapter.delta_weight()).to(dtype or weight_OI.dtype)
+        merged_OI = (weight_OI.float() + layer.change(role)).to(dtype or weight_OI.dtype)
     else:
         merged_OI = weight_OI.to(dtype or weight_OI.dtype, copy=True)
     return (merged_OI.T if isinstance(layer.base, Conv1D) else merged_OI).contiguous()
@@ -188,6 +239,12 @@ def unwrap(model: nn.Module, role: str) -> None:
                 if role in layer.adapters:
                     layer.base.weight = nn.Parameter(merged_weight(layer, role))
                 setattr(parent, name, layer.base)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy, numbers in fp32, row after row in memory: columns of an SVD are not, and round differently once saved."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Export of a role as a plain PEFT LoRA for the original base.
+"""Export of a role as an adapter of PEFT's for the original base.
 
-`[B−B0, B0]` and `[A; A−A0]` make one LoRA of rank 2r (r where B0 = 0) whose product is the whole change of the weight.
-PEFT and vLLM load it as it is, in bf16 too, and the base needs no patch.
+A kind that PEFT has is written as PEFT has it. Others that have factors are a plain LoRA: the anchored one's
+`[B−B0, B0]` and `[A; A−A0]` make one of rank 2r (r where B0 = 0) whose product is the whole change of the weight. PEFT
+and vLLM load it as it is, in bf16 too, and the base needs no patch.
 """
 
 from __future__ import annotations
@@ -12,26 +13,46 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_rlhf.adapters.layer import Adapter, LowRankFactors
+from pe_rlhf.adapters.kind import AdapterKind, PeftFiles
+from pe_rlhf.adapters.layer import AdapterLayer
 from pe_rlhf.system.tensor_files import save_tensors
+
+Layers = Mapping[str, AdapterLayer]
+
+
+def peft_files(kind: AdapterKind[Any], layers: Layers) -> PeftFiles | None:
+    """A role in PEFT's own form of its kind, else as a plain LoRA; None where it has neither."""
+    if (own := kind.peft(layers)) is not None:
+        return own
+    return plain_lora(layers) if all(layer.has_lora_factors for layer in layers.values()) else None
+
+
+def plain_lora(layers: Layers, rank: int | None = None) -> PeftFiles:
+    """A role whose layers have factors as one LoRA of the largest rank; `rank`: of at least that one."""
+    factors = {name: found for name, layer in layers.items() if (found := layer.lora_factors()) is not None}
+    rank = max(rank or 0, *(len(f.A_RI) for f in factors.values()))
+    scale = next(iter(factors.values())).scale
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, f in factors.items():
+        # PEFT takes one rank and one alpha for all layers: a smaller one is filled up with zeros.
+        missing = rank - len(f.A_RI)
+        A_RI, B_OR = nn.functional.pad(f.A_RI, (0, 0, 0, missing)), nn.functional.pad(f.B_OR, (0, missing))
+        tensors[name] = {"lora_A.weight": A_RI, "lora_B.weight": B_OR}
+    # PEFT divides alpha by r again; a fraction is fine with it.
+    config = LoraConfig(r=rank, lora_alpha=scale * rank, fan_in_fan_out=False)  # type: ignore[arg-type]
+    return PeftFiles(config, tensors)
 
 
 def export_peft(
-    layers: Mapping[str, nn.Module],
-    head: nn.Module | None,
-    *,
-    role: str,
-    base_model: str,
-    all_names: list[str],
-    path: Path,
-    rank: int | None = None,
+    files: PeftFiles, head: nn.Module | None, *, role: str, base_model: str, all_names: list[str], path: Path
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, and `head.safetensors` where the role has a head.
 
@@ -39,20 +60,10 @@ def export_peft(
     bias, so PEFT's logit is the role's score less the head's `bias`, which `head.safetensors` holds.
 
     Args:
-        layers: the adapters by module name.
         all_names: the names of all modules of the model, which PEFT looks for targets among.
         path: the directory to write.
-        rank: fill a smaller rank up to this one with zeros.
     """
-    factors = {name: _factors(adapter) for name, adapter in layers.items()}
-    ranks = {name: f.A_RI.shape[0] for name, f in factors.items()}
-    rank, scale = max(rank or 0, *ranks.values()), next(iter(factors.values())).scale
-    tensors: dict[str, Tensor] = {}
-    for name, f in factors.items():
-        # PEFT takes one rank and one alpha for all layers: a smaller one is filled up with zeros.
-        missing = rank - f.A_RI.shape[0]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(f.A_RI, (0, 0, 0, missing))
-        tensors[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(f.B_OR, (0, missing))
+    tensors = {f"base_model.model.{n}.{part}": t for n, parts in files.tensors.items() for part, t in parts.items()}
     classifies = role.startswith("reward") and head is not None
     path.mkdir(parents=True, exist_ok=True)
     if head is not None:
@@ -60,22 +71,18 @@ def export_peft(
         save_tensors(state, path / "head.safetensors")
         if classifies:
             tensors["base_model.model.score.weight"] = state["weight"][None, :]
-    config = LoraConfig(
-        base_model_name_or_path=base_model,
-        task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
-        r=rank,
-        lora_alpha=scale * rank,  # type: ignore[arg-type]  # PEFT divides it by r again; a fraction is fine with it
-        modules_to_save=["score"] if classifies else None,
-        fan_in_fan_out=False,
-        inference_mode=True,
-    )
+    config: Any = copy.copy(files.config)
+    config.base_model_name_or_path = base_model
+    config.task_type = TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM
+    config.modules_to_save = ["score"] if classifies else None
+    config.inference_mode = True
     # Set afterwards: given to the constructor it becomes a set, and the file another one in every process.
-    config.target_modules = _short_names(set(layers), all_names)
+    config.target_modules = _short_names(set(files.tensors), all_names)
     config.save_pretrained(str(path))
     save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}, path / "adapter_model.safetensors")
 
 
-def peft_refusal(layers: Mapping[str, nn.Module], model: PreTrainedModel, *, all_names: list[str]) -> str | None:
+def peft_refusal(files: PeftFiles, model: PreTrainedModel, *, all_names: list[str]) -> str | None:
     """Why PEFT would load other weights than were exported, or None where it loads these.
 
     It is tried on an empty model. PEFT takes the names of some mixtures' dense layers for those of their experts, and
@@ -86,23 +93,17 @@ def peft_refusal(layers: Mapping[str, nn.Module], model: PreTrainedModel, *, all
         plain = type(model)(copy.deepcopy(model.config))
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        export_peft(layers, None, role="policy", base_model="", all_names=all_names, path=Path(scratch))
+        export_peft(files, None, role="policy", base_model="", all_names=all_names, path=Path(scratch))
         written = load_file(Path(scratch) / "adapter_model.safetensors")
         try:
             loaded = PeftModel.from_pretrained(plain, scratch, low_cpu_mem_usage=True)
+            found = get_peft_model_state_dict(loaded)
         except Exception as error:  # whatever PEFT raises for what it does not take
             return f"PEFT does not load it: {shorten(str(error), 160, placeholder=' …')}"
-    found = {n.replace(".default.", "."): p for n, p in loaded.named_parameters() if ".lora_" in n}
     if other := sorted(found.keys() ^ written.keys()):
         return f"PEFT would put it on other weights, such as {other[0].removeprefix('base_model.model.')}"
     other = next((name for name in written if found[name].shape != written[name].shape), None)
     return other and f"PEFT would give {other.removeprefix('base_model.model.')} another shape"
-
-
-def _factors(adapter: Adapter | nn.Module) -> LowRankFactors:
-    factors = adapter.factors()  # type: ignore[operator]
-    assert isinstance(factors, LowRankFactors)
-    return factors
 
 
 def _short_names(names: set[str], all_names: list[str]) -> list[str]:

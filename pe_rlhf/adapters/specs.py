@@ -1,9 +1,10 @@
-"""Making adapter modules from a spec: fresh from an init, or from saved tensors."""
+"""Making adapter layers from a spec: fresh, or from saved tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -11,11 +12,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pe_rlhf.adapters.kind import AdapterKind, LayerContext, kind_of
 from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource, as_source
-from pe_rlhf.adapters.lora.anchored import AnchoredLoRA, lora_scale
-from pe_rlhf.adapters.lora.init_registry import InitContext, init_of
 from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import AdapterConfig
+from pe_rlhf.config.adapter import refuse_unknown, settings_of
 from pe_rlhf.system.progress import progress
 from reward.errors import InputError
 
@@ -33,10 +34,10 @@ class AdapterSpec:
         found = find_targets(model, settings.targets, settings.last_layers, settings.exclude)
         return cls(settings, tuple(found))
 
-    @property
-    def scale(self) -> float:
-        """The factor s of B·A."""
-        return lora_scale(self.settings.alpha, self.settings.rank, self.settings.scaling)
+    @cached_property
+    def kind(self) -> AdapterKind[Any]:
+        """The kind, with these settings."""
+        return kind_of(self.settings)
 
     def as_json(self) -> dict[str, Any]:
         """For `role.json` and checkpoints."""
@@ -62,18 +63,19 @@ def spec_from_json(saved: dict[str, Any]) -> RoleSpec:
     if saved.get("tuning") == "full":
         return FullSpec()
     settings = {key: value for key, value in saved.items() if key != "modules"}
-    return AdapterSpec(AdapterConfig(**settings), tuple(saved["modules"]))
+    return AdapterSpec(settings_of(settings.get("kind", "lora"))(**settings), tuple(saved["modules"]))
 
 
-def adapter_settings(**settings: Any) -> AdapterConfig:
+def adapter_settings(kind: str = "lora", **settings: Any) -> AdapterConfig:
     """Settings of an adapter, as keywords. Raises `InputError` for a name or value that is wrong."""
+    schema = settings_of(kind)
+    refuse_unknown(f"the kind {kind!r}", "key", settings, schema, below="adapter.")
     try:
-        return AdapterConfig(**settings)
+        return schema(kind=kind, **settings)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("adapter", *first["loc"])))
-        kind = "unknown" if first["type"] == "extra_forbidden" else "invalid"
-        raise InputError(f"{key}: {first['msg']} (got {first['input']!r})", kind=kind, key=key) from error
+        raise InputError(f"{key}: {first['msg']} (got {first['input']!r})", kind="invalid", key=key) from error
 
 
 def new_adapters(
@@ -88,33 +90,31 @@ def new_adapters(
         weight, seed: the base weight _OI and the seed of a layer by its name.
         statistics: what the init needs beyond the weights.
 
-    Raises `InputError` for an init or option that does not exist, and where the init needs statistics of a layer that
-    are not given.
+    Raises `InputError` for a kind, init or option that does not exist, and where statistics of a layer are needed and
+    not given.
     """
-    settings = spec.settings
-    init, options = init_of(settings)
+    kind, settings = spec.kind, spec.settings
+    name_of_start = getattr(settings, "init", settings.kind)
     made: dict[str, nn.Module] = {}
-    with progress(f"adapter init {init.name}", len(spec.modules), "layers") as advance, torch.no_grad():
+    with progress(f"adapter init {name_of_start}", len(spec.modules), "layers") as advance, torch.no_grad():
 
         def make(name: str, found: LayerStatistics) -> None:
             weight_OI, generator = weight(name), torch.Generator().manual_seed(seed(name))
-            context = InitContext(weight_OI.float(), settings.rank, spec.scale, generator, options, found)
             try:
-                factors = init(context)
+                tensors = kind.tensors(LayerContext(weight_OI.float(), generator, found))
+                made[name] = kind.build(tensors, weight_OI).to(weight_OI.device)
             except InputError as error:
                 raise error.at(f"the layer {name}") from error
-            adapter = AnchoredLoRA(*factors, scale=spec.scale, dropout=settings.dropout)
-            made[name] = adapter.to(weight_OI.device)
             advance(1)
 
-        if init.needs is not None and statistics is not None:
-            as_source(statistics).visit(spec.modules, init.needs, make)
+        if kind.needs is not None and statistics is not None:
+            as_source(statistics).visit(spec.modules, kind.needs, make)
         else:
             for name in spec.modules:
                 make(name, LayerStatistics())
     if missing := [name for name in spec.modules if name not in made]:
         raise InputError(
-            f"the init {init.name!r}: there are no statistics for the layer {missing[0]}",
+            f"the adapter {name_of_start!r}: there are no statistics for the layer {missing[0]}",
             kind="missing",
             key="statistics",
         )
@@ -124,11 +124,9 @@ def new_adapters(
 def saved_adapter(spec: AdapterSpec, weight_OI: Tensor, state: dict[str, Tensor]) -> nn.Module:
     """An adapter from its `state_dict()` for a layer of that base weight, on the weight's device.
 
-    Raises KeyError where a tensor is missing, ValueError where A and B do not fit the weight.
+    Raises KeyError where a tensor is missing, ValueError where one does not fit the weight and the settings.
     """
-    out_features, in_features = weight_OI.shape
-    if state["lora_A"].shape[1] != in_features or state["lora_B"].shape[0] != out_features:
-        raise ValueError(f"the factors do not fit a weight of shape {tuple(weight_OI.shape)}")
-    if (rank := state["lora_A"].shape[0]) != spec.settings.rank:  # the scale is alpha over the settings' rank
-        raise ValueError(f"the factors are of rank {rank}, not {spec.settings.rank}")
-    return AnchoredLoRA.from_state(state, scale=spec.scale, dropout=spec.settings.dropout).to(weight_OI.device)
+    for name, size in spec.kind.sizes(*weight_OI.shape).items():
+        if (found := tuple(state[name].shape)) != size:
+            raise ValueError(f"{name} has the shape {found}, not {size}")
+    return spec.kind.build(state, weight_OI).to(weight_OI.device)

@@ -16,6 +16,9 @@ from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.system.files import read_jsonl
 
+# Of a kind without a rank: how many singular directions of a weight its drift is measured in.
+DIRECTIONS = 16
+
 
 def collect(plan: Plan, choices: Sequence[Choice]) -> list[RunResult]:
     """Every run of every arm. Raises `InputError` for a run that was made with another recipe."""
@@ -38,7 +41,7 @@ def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRu
     is_finished = state.status == "finished"
     files = RunFiles(run.folder)
     reward = _summary(run, "reward") or (_summary(shared, "reward") if shared else {})
-    rank = run.recipe.adapter_for("ppo").rank
+    rank = getattr(run.recipe.adapter_for("ppo"), "rank", DIRECTIONS)
     return RunResult(
         arm,
         seed,

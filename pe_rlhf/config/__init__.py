@@ -4,9 +4,10 @@ Every key of every recipe is here with its meaning; an unknown key is an error t
 wrong between keys is checked here too, before a model or a data set is touched.
 """
 
+from pe_rlhf.config.adapter import AdapterConfig, LoRAConfig, LowRankConfig
 from pe_rlhf.config.compare import CollapseConfig, CompareConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
-from pe_rlhf.config.model import AdapterConfig, BackboneConfig
+from pe_rlhf.config.model import BackboneConfig
 from pe_rlhf.config.optimizer import OptimizerConfig, RewardOptimizerConfig
 from pe_rlhf.config.ppo import KLConfig, PPOConfig
 from pe_rlhf.config.preferences import PreferencesConfig
@@ -26,6 +27,8 @@ __all__ = [
     "DataSource",
     "EvaluateConfig",
     "KLConfig",
+    "LoRAConfig",
+    "LowRankConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PreferencesConfig",

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pe_rlhf.config.model import INIT_OPTIONS
+from pe_rlhf.config.adapter import INIT_OPTIONS
 from pe_rlhf.config.section import Positive, Section, Share, refusal
 
 SHORT_KEYS = {
+    "kind": "adapter.kind",
     "init": "adapter.init",
     "rank": "adapter.rank",
     "targets": "adapter.targets",

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from pe_rlhf.config.model import AdapterConfig
+from pe_rlhf.config.adapter import Adapter
 from pe_rlhf.config.optimizer import OptimizerConfig
 from pe_rlhf.config.reward_source import RewardSource
 from pe_rlhf.config.sampling import RolloutConfig
@@ -96,7 +96,7 @@ class PPOConfig(Section):
 
     prompts: Data
     max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
-    adapter: AdapterConfig | None = Field(
+    adapter: Adapter | None = Field(
         default=None,
         description="settings that differ from the recipe's adapter, for the policy, and for the critic with"
         " value_init: fresh",

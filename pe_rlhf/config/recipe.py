@@ -6,14 +6,16 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from pe_rlhf.config.adapter import Adapter, AdapterConfig, LoRAConfig, settings_of
 from pe_rlhf.config.compare import CompareConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
-from pe_rlhf.config.model import AdapterConfig, BackboneConfig
+from pe_rlhf.config.model import BackboneConfig
 from pe_rlhf.config.ppo import PPOConfig
 from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.section import Positive, Section, refusal
 from pe_rlhf.config.sft import SFTConfig
+from reward.errors import InputError
 
 STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
 
@@ -58,7 +60,7 @@ class Recipe(Section):
         description="adapter: roles are adapters on one frozen base; full (the baseline): reward model, policy"
         " and critic each train a full copy of the weights",
     )
-    adapter: AdapterConfig = AdapterConfig()
+    adapter: Adapter = LoRAConfig()
     tracking: TrackingConfig = TrackingConfig()
     sft: SFTConfig | None = None
     preferences: PreferencesConfig | None = None
@@ -75,11 +77,8 @@ class Recipe(Section):
             for stage in STAGES:
                 section = tree.get(stage)
                 if isinstance(section, dict) and isinstance(own := section.get("adapter"), dict):
-                    # The options of one init mean nothing to another, and sft knows plain LoRA alone.
-                    other = own.get("init", common.get("init")) != common.get("init")
-                    left_out = {"init", "init_options"} if stage == "sft" else {"init_options"} if other else set()
-                    inherited = {key: value for key, value in common.items() if key not in left_out}
-                    tree = {**tree, stage: {**section, "adapter": {**inherited, **own}}}
+                    start = _plain(common) if stage == "sft" else common
+                    tree = {**tree, stage: {**section, "adapter": {**_inherited(start, own), **own}}}
         return tree
 
     @property
@@ -127,5 +126,25 @@ class Recipe(Section):
         return self
 
     def adapter_for(self, stage: str) -> AdapterConfig:
-        """The adapter settings of a stage: its own, else the recipe's."""
-        return getattr(getattr(self, stage), "adapter", None) or self.adapter
+        """The adapter settings of a stage: its own, else the recipe's. In sft that is a plain LoRA of those keys."""
+        if (own := getattr(getattr(self, stage), "adapter", None)) is not None:
+            return own
+        return LoRAConfig(**_plain(self.adapter.model_dump())) if stage == "sft" else self.adapter
+
+
+def _inherited(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What of the recipe's adapter holds for a stage's: keys of another kind, options of another init do not."""
+    left_out = {"init_options"} if own.get("init", common.get("init")) != common.get("init") else set()
+    kind = own.get("kind", common.get("kind", "lora"))
+    if kind != common.get("kind", "lora"):
+        try:
+            left_out |= common.keys() - settings_of(kind).model_fields.keys()
+        except InputError:  # a kind that does not exist, which the section's own validation says
+            return {}
+    return {key: value for key, value in common.items() if key not in left_out}
+
+
+def _plain(adapter: dict[str, Any]) -> dict[str, Any]:
+    """The keys that a plain LoRA, which sft trains, has in common with another adapter."""
+    left_out = {"kind", "init", "init_options"}
+    return {key: value for key, value in adapter.items() if key in LoRAConfig.model_fields.keys() - left_out}

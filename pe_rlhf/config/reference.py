@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from pe_rlhf.config.adapter import INIT_OPTIONS, AdapterConfig, LoRAConfig, LowRankConfig, kind_names, settings_of
 from pe_rlhf.config.evaluate import EvaluationSettings
-from pe_rlhf.config.model import INIT_OPTIONS, AdapterConfig
 from pe_rlhf.config.recipe import Recipe
 from pe_rlhf.config.sampling import SamplingConfig
 from pe_rlhf.config.section import DataSource, Section
@@ -43,12 +43,26 @@ def recipe_page() -> str:
     """docs/recipe.md as it has to be: a table for the top level, for each section, and for `pe-rlhf evaluate`."""
     parts = [HEAD]
     for path, section in [*_sections("", Recipe), *_sections(COMMAND, EvaluationSettings)]:
-        parts.append(f"## {f'`{path}`' if path else 'Top level'}\n\n{_first_line(section)}\n")
-        keys = sorted(section.model_fields.items(), key=lambda item: not item[1].is_required())
+        shown = LoRAConfig if section is AdapterConfig else section
+        parts.append(f"## {f'`{path}`' if path else 'Top level'}\n\n{_first_line(shown)}\n")
+        keys = sorted(shown.model_fields.items(), key=lambda item: not item[1].is_required())
         rows = [_row(name, field) for name, field in keys]
         parts.append(TABLE + "\n".join(rows) + "\n")
-        parts += _init_options() if section is AdapterConfig else []
+        parts += [*_other_kinds(), *_init_options()] if section is AdapterConfig else []
     return "\n".join(parts)
+
+
+def _other_kinds() -> Iterator[str]:
+    """A table for each kind but `lora` of what it has beside the keys of every adapter, or instead of LoRA's."""
+    for name in kind_names():
+        schema = settings_of(name)
+        common = LowRankConfig if issubclass(schema, LowRankConfig) else AdapterConfig
+        beside = "all of the above" if common is LowRankConfig else ", ".join(f"`{key}`" for key in common.model_fields)
+        changed = [(key, field) for key, field in schema.model_fields.items() if field != common.model_fields.get(key)]
+        rows = [_row(key, field) for key, field in changed]
+        if name != "lora":
+            table = TABLE + "\n".join(rows) + "\n" if rows else ""
+            yield f"### `adapter` of the kind `{name}`\n\n{_first_line(schema)} Keys: {beside}.\n\n{table}"
 
 
 def _init_options() -> Iterator[str]:
@@ -72,7 +86,7 @@ def _sections(path: str, section: type[Section]) -> Iterator[tuple[str, type[Sec
 def _row(name: str, field: FieldInfo) -> str:
     below = _sections_in(field.annotation)
     meaning = field.description or (_first_line(below[0]) if below else "")
-    meaning = meaning.replace("{inits}", ", ".join(sorted(INIT_OPTIONS)))
+    meaning = meaning.replace("{inits}", ", ".join(sorted(INIT_OPTIONS))).replace("{kinds}", ", ".join(kind_names()))
     cells = [f"`{name}`", _type(field.annotation), _default(field, bool(below)), meaning]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "\\<") for cell in cells) + " |"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pe_rlhf.config.model import AdapterConfig
+from pe_rlhf.config.adapter import Adapter
 from pe_rlhf.config.optimizer import RewardOptimizerConfig
 from pe_rlhf.config.section import Data, Positive, Rate, Section, Share
 
@@ -19,7 +19,7 @@ class RewardConfig(Section):
     max_length: int = Field(
         default=1024, ge=2, description="longest prompt and response together, tokens; prompts are cut on the left"
     )
-    adapter: AdapterConfig | None = Field(default=None, description="settings that differ from the recipe's adapter")
+    adapter: Adapter | None = Field(default=None, description="settings that differ from the recipe's adapter")
     optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
     learning_rate: float = Field(default=2e-4, gt=0, description="learning rate of adapter and head")
     epochs: Positive = Field(default=1, description="passes over the pairs")

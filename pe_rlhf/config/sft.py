@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pe_rlhf.config.model import AdapterConfig
+from pe_rlhf.config.adapter import Adapter, LoRAConfig
 from pe_rlhf.config.optimizer import OptimizerConfig
-from pe_rlhf.config.section import Data, Positive, Section, Share
+from pe_rlhf.config.section import Data, Positive, Section, Share, refusal
 
 
 class SFTOptimizerConfig(OptimizerConfig):
@@ -36,7 +36,7 @@ class SFTConfig(Section):
         default=1024, ge=2, description="longest prompt and response together, tokens; prompts are cut on the left"
     )
     completion_only: bool = Field(default=True, description="compute no loss on prompts; rows of text have no prompt")
-    adapter: AdapterConfig | None = Field(
+    adapter: Adapter | None = Field(
         default=None,
         description="settings that differ from the recipe's adapter, except the init: TRL trains a plain LoRA",
     )
@@ -54,8 +54,10 @@ class SFTConfig(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if self.adapter is not None and not isinstance(self.adapter, LoRAConfig):
+            raise refusal("adapter.kind", f"sft trains a plain LoRA and no {self.adapter.kind}; leave it out")
         if self.adapter is not None and self.adapter.init != "lora":
-            raise ValueError(
-                f"adapter.init: sft trains a plain LoRA and has no use for {self.adapter.init}; leave it out"
+            raise refusal(
+                "adapter.init", f"sft trains a plain LoRA and has no use for {self.adapter.init}; leave it out"
             )
         return self

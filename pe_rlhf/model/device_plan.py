@@ -96,7 +96,7 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
     if (ppo := recipe.ppo) is not None:
         name, trained = ("policy and value", 2) if ppo.has_critic else ("policy", 1)
         rewards = sum(source.adapter is not None for source in ppo.reward)
-        frozen = rewards * 4 * shape.adapter(recipe.adapter_for("ppo").rank)
+        frozen = rewards * 4 * shape.adapter(recipe.adapter_for("ppo"))
         roles = {name: trained * _role_bytes(recipe, shape, "ppo"), "reward adapters": frozen}
         yield Phase("ppo", "sampling", base | roles | _sampling(recipe, shape, ppo.rollout, ppo.max_prompt_tokens))
         logits = {"logits": HEAD_CHUNK if on_gpu else 4 * 4 * CHUNK * shape.vocabulary}
@@ -180,7 +180,7 @@ def _role_bytes(recipe: Recipe, shape: ModelShape, stage: str) -> float:
     """A role that is trained: its weights, gradients and optimizer states."""
     if recipe.tuning == "full":
         return shape.parameters * (WIDTH[recipe.backbone.dtype] + FULL_STATES)
-    return ADAPTER_STATES * shape.adapter(recipe.adapter_for(stage).rank)
+    return ADAPTER_STATES * shape.adapter(recipe.adapter_for(stage))
 
 
 def _is_zero3(recipe: Recipe) -> bool:

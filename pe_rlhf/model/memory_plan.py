@@ -7,6 +7,7 @@ and 8,192 tokens, where this gives 34 and 53.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import AdapterConfig, BackboneConfig
 from pe_rlhf.model.names import model_at_hand, resolve_model
@@ -46,9 +48,10 @@ class ModelShape:
     keys: int
     vocabulary: int
 
-    def adapter(self, rank: int) -> int:
-        """Parameters of a LoRA of that rank."""
-        return sum(rank * (inputs + outputs) for inputs, outputs in self.linears)
+    def adapter(self, settings: AdapterConfig) -> int:
+        """Parameters of an adapter."""
+        kind = kind_of(settings)
+        return sum(math.prod(size) for layer in self.linears for size in kind.sizes(*layer).values())
 
     def cache_of_a_token(self, width: float) -> float:
         """Bytes of the keys and values of a token."""

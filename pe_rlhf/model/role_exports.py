@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pe_rlhf.adapters.kind import PeftFiles
 from pe_rlhf.adapters.layer import WrappedLayer, like_out_in, merged_weight, weight_out_in
-from pe_rlhf.adapters.peft_export import export_peft, peft_refusal
+from pe_rlhf.adapters.peft_export import export_peft, peft_files, peft_refusal, plain_lora
 from pe_rlhf.adapters.targets import linear_modules, module_names, shared_weights
 from pe_rlhf.model.roles import ANCHOR, ModelWithRoles
 from pe_rlhf.model.tensors import unique_tensors
@@ -20,26 +21,37 @@ class RolesToExport(ModelWithRoles):
     """Roles, and what is written of them for others. Nothing here changes a weight of the model."""
 
     def export_adapter(self, role: str, path: str | Path, rank: int | None = None) -> None:
-        """Write a role as a plain PEFT LoRA of rank 2r (r where B0 is zero) for the original base; see `export.py`.
+        """Write a role as PEFT has its kind, else as a plain LoRA, for the original base; see `peft_export.py`.
 
-        `rank` fills a smaller one up with zeros. Raises `InputError` for a role with weights of its own.
+        `rank` asks for a plain LoRA, with a smaller rank filled up with zeros. Raises `InputError` for a role with
+        weights of its own, and for an adapter that PEFT has no form for.
         """
         if role in self.own_models:
             message = f"the {role} was fully tuned and is no adapter; it can be exported as a merged checkpoint"
             raise InputError(message, kind="conflict", key="format")
-        layers = {name: layer.adapters[role] for name, layer in self._layers(role)}
+        files = self._peft_files(role) if rank is None else plain_lora(self.role_layers(role), rank)
+        if files is None:
+            raise InputError(f"the {role}: {self._no_form(role)}", kind="conflict", key="format")
         head = self.heads[role] if role in self.heads else None  # noqa: SIM401  (a ModuleDict has no get)
         names = module_names(self.model)
-        export_peft(layers, head, role=role, base_model=self.name, all_names=names, path=Path(path), rank=rank)
+        export_peft(files, head, role=role, base_model=self.name, all_names=names, path=Path(path))
 
     def peft_refusal(self, role: str) -> str | None:
         """Why `export_adapter` would write what PEFT loads as something else, or None."""
-        layers = {name: layer.adapters[role] for name, layer in self._layers(role)}
-        return peft_refusal(layers, self.model, all_names=module_names(self.model))
+        if (files := self._peft_files(role)) is None:
+            return self._no_form(role)
+        return peft_refusal(files, self.model, all_names=module_names(self.model))
+
+    def _peft_files(self, role: str) -> PeftFiles | None:
+        return peft_files(self.adapter_spec(role).kind, self.role_layers(role))
+
+    def _no_form(self, role: str) -> str:
+        return f"PEFT has no adapter of the kind {self.adapter_spec(role).settings.kind}"
 
     def export_rank(self, role: str) -> int:
-        """The rank that `export_adapter` writes unless told otherwise."""
-        return max(layer.adapters[role].factors().A_RI.shape[0] for _, layer in self._layers(role))  # type: ignore[operator]
+        """The rank of a role as a plain LoRA."""
+        factors = (layer.lora_factors() for layer in self.role_layers(role).values())
+        return max(len(found.A_RI) for found in factors if found is not None)
 
     def merged_tensors(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The base's checkpoint, name by name, with `W0 + ΔW` of a role in it; computed fresh, the base is not touched.
@@ -48,6 +60,12 @@ class RolesToExport(ModelWithRoles):
         """
         own = {} if role not in self.own_models else self._own_tensors(role)
         layers = {} if role == ANCHOR else dict(self._layers(role))
+        if layers and not self.has_delta_weights(role):
+            raise InputError(
+                f"the {role} cannot be merged: what {self.adapter_spec(role).settings.kind} adds depends on the input",
+                kind="conflict",
+                key="format",
+            )
         if shared := shared_weights(self.model).intersection(layers):
             raise InputError(
                 f"the {role} cannot be merged: {min(shared)} shares its weight with layers that have other adapters",
@@ -71,8 +89,8 @@ class RolesToExport(ModelWithRoles):
         In bf16 a quarter may be left after one step of a LoRA, and all but a tenth after twenty.
         """
         kept, whole = 0.0, 0.0
-        for _, layer in self._layers(role) if role in self.specs else []:
-            change_OI = layer.adapters[role].delta_weight().double()  # type: ignore[operator]
+        for _, layer in self._layers(role) if role in self.specs and self.has_delta_weights(role) else ():
+            change_OI = layer.change(role).double()
             base_OI = weight_out_in(layer.base).double()
             merged_OI = like_out_in(layer.base, merged_weight(layer, role, dtype)).double()
             kept += float(((merged_OI - base_OI) * change_OI).sum())
@@ -80,9 +98,12 @@ class RolesToExport(ModelWithRoles):
         return kept / whole if whole else 1.0
 
     def weight_changes(self, role: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Base weight _OI and change ΔW_OI, fp32, of each linear layer that a role may have changed, layer by layer."""
-        for _, layer in self._layers(role):
-            yield weight_out_in(layer.base), layer.adapters[role].delta_weight()  # type: ignore[operator]
+        """Base weight _OI and change ΔW_OI, fp32, of each linear layer that a role may have changed, layer by layer.
+
+        None of an adapter whose change depends on the input.
+        """
+        for _, layer in self._layers(role) if self.has_delta_weights(role) else ():
+            yield weight_out_in(layer.base), layer.change(role)
         if role in self.own_models:
             own = self._own_tensors(role)
             for name, module in linear_modules(self.model).items():

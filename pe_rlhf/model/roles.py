@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_rlhf.adapters.layer import RoleState, WrappedLayer, unwrap, weight_out_in
+from pe_rlhf.adapters.layer import AdapterLayer, RoleState, WrappedLayer, unwrap, weight_out_in
 from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource
 from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, adapter_settings, new_adapters, saved_adapter
 from pe_rlhf.adapters.targets import say_what_is_left_out
@@ -73,8 +73,16 @@ class ModelWithRoles(nn.Module):
             self._state.active = before
 
     def can_merge(self, name: str) -> bool:
-        """Whether `merged_role` can play a role: all that it changes are plain weights that are whole here."""
-        return all(layer.can_merge for layer in self._merged_layers(name))
+        """Whether `merged_role` can play a role: plain weights that are whole here, and an adapter with a ΔW."""
+        return all(layer.can_merge(name) for layer in self._merged_layers(name))
+
+    def has_delta_weights(self, name: str) -> bool:
+        """Whether what an adapter changes is a matrix of each layer, whatever the input: it can be exported merged."""
+        return all(layer.adapter(name).has_delta_weight for _, layer in self._layers(name))
+
+    def is_lora(self, name: str) -> bool:
+        """Whether a role's adapter has the form of a plain LoRA, which PEFT and vLLM load."""
+        return name in self.specs and all(layer.adapter(name).has_lora_factors for _, layer in self._layers(name))
 
     def merged_bytes(self, name: str) -> int:
         """What the copies of `merged_role` take up."""
@@ -111,11 +119,11 @@ class ModelWithRoles(nn.Module):
         Whatever the init, the role starts as the anchor exactly.
 
         Args:
-            settings: the adapter section of a recipe. Its keys may be given by name instead: `init="pissa", rank=16`.
-            statistics: what the init needs beyond the weights.
+            settings: the adapter section of a recipe. Its keys may be given by name instead: `kind="dora", rank=16`.
+            statistics: what the kind or init needs beyond the weights.
 
-        Raises `InputError` for a role that is there already, an unknown init or option, targets that match nothing, or
-        an init that needs `statistics` and has none.
+        Raises `InputError` for a role that is there already, an unknown kind, init or option, targets that match
+        nothing, or where `statistics` are needed and not given.
         """
         self._refuse_taken(role)
         spec = AdapterSpec.on(self.model, settings or adapter_settings(**named))
@@ -146,8 +154,12 @@ class ModelWithRoles(nn.Module):
         """How a role's adapter was made. Raises `InputError` for a role that has none."""
         spec = self.specs.get(role)
         if not isinstance(spec, AdapterSpec):
-            raise InputError(f"there is no adapter {role!r} on this backbone", kind="unknown", key=role)
+            raise self._no_adapter(role)
         return spec
+
+    def _no_adapter(self, role: str) -> InputError:
+        known = ", ".join(self.specs) or "none"
+        return InputError(f"there is no adapter {role!r} on this backbone; there are {known}", kind="unknown", key=role)
 
     def copy_role(self, source: str, target: str) -> None:
         """Add a role that starts as a copy of another, head and all (the critic from the reward model)."""
@@ -212,12 +224,18 @@ class ModelWithRoles(nn.Module):
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def role_starts(self, role: str) -> dict[str, Tensor]:
-        """The initial A0 and B0 by the names of A and B, of the layers where B0 is not zero: there the anchor is."""
+        """What weight decay pulls a role's parameters to, by name, so that it ends at the anchor; others go to 0."""
         if role in self.own_models:
             return {}
-        initial = {"initial_A_RI": "lora_A", "initial_B_OR": "lora_B"}
-        parts = ((name.rpartition("."), tensor) for name, tensor in self._named(role, unique_tensors))
-        return {f"{layer}.{initial[last]}": tensor for (layer, _, last), tensor in parts if last in initial}
+        return {
+            f"{name}.{part}": tensor
+            for name, layer in self.role_layers(role).items()
+            for part, tensor in layer.starts().items()
+        }
+
+    def role_layers(self, role: str) -> dict[str, AdapterLayer]:
+        """The adapter layers of a role by the names of the modules that they are on; none of a fully tuned one."""
+        return {name: layer.adapter(role) for name, layer in self._layers(role)}
 
     def train(self, mode: bool = True) -> Self:
         """Turn dropout of adapters on or off. The base stays as it is: it has none."""
@@ -303,9 +321,7 @@ class ModelWithRoles(nn.Module):
 
     def _layers(self, role: str) -> list[tuple[str, WrappedLayer]]:
         if role not in self.specs:
-            known = ", ".join(self.specs) or "none"
-            message = f"there is no adapter {role!r} on this backbone; there are {known}"
-            raise InputError(message, kind="unknown", key=role)
+            raise self._no_adapter(role)
         named = ((name, module) for name, module in self.model.named_modules() if isinstance(module, WrappedLayer))
         return [(name, layer) for name, layer in named if role in layer.adapters]
 

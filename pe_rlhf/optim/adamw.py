@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from types import MappingProxyType
 
 import torch
@@ -43,6 +43,12 @@ class PlainAdamW:
         for parameter, master in narrow:
             parameter.data.copy_(master)
             master.grad = None
+
+    def take_over(self, restart: Set[str]) -> None:
+        """Go on from the parameters as they are now, which were written to; moments of `restart` begin at zero."""
+        for name in restart & self._parameters.keys():
+            for moment in MOMENTS:
+                self._adamw.state[self._masters[name]][moment].zero_()
 
     def state(self, copy: bool) -> dict[str, Tensor]:
         moments = {

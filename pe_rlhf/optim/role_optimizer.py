@@ -18,13 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.lora.lora_plus import learning_rate_groups
+from pe_rlhf.adapters.kind import AdapterKind, Time
+from pe_rlhf.adapters.layer import AdapterLayer
+from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import OptimizerConfig
+from pe_rlhf.model.roles import ModelWithRoles
 from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.adamw import PlainAdamW, flatten, unflatten
 from pe_rlhf.optim.zero import ZeRO
 from pe_rlhf.system.distributed import sum_over_ranks, world_size
 from pe_rlhf.system.failures import TrainingError
+from reward.errors import InputError
 
 CHECKPOINT_PREFIX = "engine/"  # of the optimizer's tensors in checkpoints, those of earlier versions too
 
@@ -33,13 +37,50 @@ CHECKPOINT_PREFIX = "engine/"  # of the optimizer's tensors in checkpoints, thos
 class RoleGroup:
     """The parameters of one role by name, and the role's learning rate at full height.
 
-    starts: what weight decay pulls a parameter to, by name; of one that is not there it is 0.
+    Attributes:
+        starts: what weight decay pulls a parameter to, by name; of one that is not there it is 0.
+        kind, layers: the kind of the role's adapter, and its layers by name; none of weights of its own.
     """
 
     role: str
     parameters: dict[str, nn.Parameter]
     learning_rate: float
     starts: Mapping[str, Tensor] = field(default_factory=dict)
+    kind: AdapterKind[Any] | None = None
+    layers: Mapping[str, AdapterLayer] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, backbone: ModelWithRoles, role: str, learning_rate: float) -> RoleGroup:
+        """A role of a backbone."""
+        parameters, starts = backbone.role_parameters(role), backbone.role_starts(role)
+        spec = backbone.specs[role]
+        if not isinstance(spec, AdapterSpec):
+            return cls(role, parameters, learning_rate, starts)
+        return cls(role, parameters, learning_rate, starts, spec.kind, backbone.role_layers(role))
+
+    def by_rate(self, lora_plus_ratio: float) -> list[tuple[float, dict[str, nn.Parameter]]]:
+        """The parameters by the factor of their learning rate: the kind's, and that of LoRA+ (arXiv 2402.12354).
+
+        LoRA+ has those of a layer learn faster that stand behind the bottleneck, whatever the init: `kind.fast`.
+        Raises `InputError` where the kind has none.
+        """
+        if self.kind is None:
+            return [(1.0, dict(self.parameters))]
+        if lora_plus_ratio != 1 and not self.kind.fast:
+            raise InputError(
+                f"lora_plus_ratio: LoRA+ is for factors B and A, which the kind {self.kind.settings.kind} has not",
+                kind="conflict",
+                key="optimizer.lora_plus_ratio",
+                fix="leave it at 1",
+            )
+        groups: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            layer, _, part = name.rpartition(".")
+            factor = self.kind.rate(part) if layer in self.layers else 1.0
+            if layer in self.layers and part in self.kind.fast:
+                factor *= lora_plus_ratio
+            groups.setdefault(factor, {})[name] = parameter
+        return sorted(groups.items(), key=lambda group: group[0])
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -87,7 +128,7 @@ class RoleOptimizer:
                 else ZeRO(parameters, config, deepspeed, group.starts),
             )
             for group in groups
-            for factor, parameters in learning_rate_groups(group.parameters, config.lora_plus_ratio)
+            for factor, parameters in group.by_rate(config.lora_plus_ratio)
         ]
 
     def backward(self, loss: Tensor) -> None:
@@ -102,8 +143,14 @@ class RoleOptimizer:
         Raises `TrainingError` for a gradient that is not finite; the weights are then as they were.
         """
         norms = {}
+        time = Time(self.steps + 1, self._total_steps)
         for group in self._groups:
             _sum_gradients(group)
+            if group.kind is not None:
+                # The penalty is of weights only, which are the same on all ranks: its gradient is added once.
+                if (penalty := group.kind.penalty(group.layers)) is not None:
+                    self.backward(penalty)
+                group.kind.after_backward(group.layers, time)
             norms[group.role] = nn.utils.clip_grad_norm_(group.parameters.values(), self._config.max_grad_norm).item()
         for role, norm in norms.items():
             if not math.isfinite(norm):
@@ -114,10 +161,22 @@ class RoleOptimizer:
         for part in self._slices:
             part.optimizer.step(part.factor * rates[part.role])
         for group in self._groups:
+            if group.kind is not None:
+                self._let_kind_change(group, group.kind, time)
+        for group in self._groups:
             for parameter in group.parameters.values():
                 parameter.grad = None
         self.steps += 1
         return norms
+
+    def _let_kind_change(self, group: RoleGroup, kind: AdapterKind[Any], time: Time) -> None:
+        """What the kind does after a step; what it writes into parameters goes on to where the optimizer keeps them."""
+        with torch.no_grad():
+            again = kind.after_step(group.layers, time)
+        restart = {f"{layer}.{part}" for layer in group.layers for part in again}
+        for part in self._slices if kind.changes_parameters else ():
+            if part.role == group.role:
+                part.optimizer.take_over(restart)
 
     def learning_rates(self) -> dict[str, float]:
         """Each role's learning rate at the next step; under LoRA+ it is A's."""

@@ -6,7 +6,7 @@ The one file that imports DeepSpeed.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -62,6 +62,15 @@ class ZeRO:
         for parameter, value in zip(self._parameters, unflatten(self._copy.detach(), self._parameters), strict=True):
             parameter.data.copy_(value)
 
+    def take_over(self, restart: Set[str]) -> None:
+        """Go on from the parameters as they are now, which were written to; moments of `restart` begin at zero."""
+        self._set_whole(flatten(self._parameters).float())
+        if restart & set(self._names):
+            for moment in MOMENTS:
+                parts = zip(self._names, unflatten(self._moment(moment).clone(), self._parameters), strict=True)
+                kept = [torch.zeros_like(part) if name in restart else part for name, part in parts]
+                self._set_moment(moment, flatten(kept))
+
     def state(self, copy: bool) -> dict[str, Tensor]:
         tensors = {}
         for kind in (*MOMENTS, MASTER):
@@ -98,11 +107,18 @@ class ZeRO:
         zero = {n: torch.zeros_like(p) for n, p in zip(self._names, self._parameters, strict=True)}
         start = flatten([self._starts.get(name, zero[name]) for name in self._names]).float()
         _ = self._engine
-        if not hasattr(self._copy, "_hp_mapping"):
-            return pull(self._copy, start, share)
-        whole = import_deepspeed().utils.safe_get_full_fp32_param(self._copy).clone()
+        whole = self._copy.detach()
+        if hasattr(self._copy, "_hp_mapping"):
+            whole = import_deepspeed().utils.safe_get_full_fp32_param(self._copy)
+        whole = whole.clone()
         pull(whole, start.to(whole.device), share)
-        return import_deepspeed().utils.safe_set_full_fp32_param(self._copy, whole)
+        self._set_whole(whole)
+
+    def _set_whole(self, value: Tensor) -> None:
+        """Set the copy, and the whole of what ZeRO keeps of it; every rank calls this."""
+        self._copy.data.copy_(value)
+        if hasattr(self._copy, "_hp_mapping"):
+            import_deepspeed().utils.safe_set_full_fp32_param(self._copy, value.to(self._copy.device))
 
     def _moment(self, moment: str) -> Tensor:
         """The whole moment, flat; every rank calls this."""

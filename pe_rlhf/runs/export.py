@@ -159,7 +159,8 @@ def _exported_rank(found: SavedRole) -> int | None:
     if isinstance(found.spec, FullSpec):
         return None
     path = found.files.adapter_config
-    return read_json(path)["r"] if path.is_file() else found.spec.settings.rank
+    rank = getattr(found.spec.settings, "rank", None)
+    return read_json(path).get("r", rank) if path.is_file() else rank
 
 
 def _recipe(found: SavedRole) -> Recipe:

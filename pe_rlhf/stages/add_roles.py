@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.adapters.layer_statistics import StatisticsSource
-from pe_rlhf.adapters.lora.init_registry import get_init
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import AdapterConfig, PPOConfig
 from pe_rlhf.model.backbone import Backbone
@@ -29,13 +29,13 @@ def add_role(
     """A role at its initialisation. Where a run goes on, one whose init looks at data comes from the checkpoint."""
     if context.recipe.tuning == "full":
         return backbone.add_own_weights(role)
-    needs = get_init(adapter.init).needs
+    needs = kind_of(adapter).needs
     if needs is not None and is_sharded(backbone.model):
         raise InputError(
-            f"adapter.init: {adapter.init} looks at data, for which the base has to be whole: not with zero3",
+            "adapter: this kind or init looks at data, for which the base has to be whole: not with zero3",
             kind="conflict",
-            key="adapter.init",
-            fix="use deepspeed: zero2 or less, or another init",
+            key="adapter",
+            fix="use deepspeed: zero2 or less, or another kind or init",
         )
     if needs is None or (saved := load_checkpoint(context.folder)) is None:
         backbone.add_adapter(role, adapter, seed=context.recipe.seed, statistics=statistics)

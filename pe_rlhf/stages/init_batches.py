@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
+from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.adapters.layer_statistics import Need
-from pe_rlhf.adapters.lora.init_registry import init_of
 from pe_rlhf.algo.experience import shape_and_estimate
 from pe_rlhf.algo.logprobs import token_logprobs
 from pe_rlhf.algo.ppo_losses import Mean, policy_loss, value_loss
@@ -205,13 +205,12 @@ def _batch_rows(count: int, need: Need, adapter: AdapterConfig, seed: int, stage
 
     The same on every rank: it is a few sequences once, and every rank needs the whole gradient.
     """
-    _, options = init_of(adapter)
-    size: int = getattr(options, "batch_size", 8)
+    size = kind_of(adapter).batch_size
     batches = 2 if need == "two gradients" else 1
     rows = permutation(count, seed, stage, "init")[: size * batches]
     if len(rows) < batches:
         raise InputError(
-            f"{stage}: the init {adapter.init!r} needs two batches, and there is {count} row of data",
+            f"{stage}: the adapter's init needs two batches, and there is {count} row of data",
             kind="empty",
             key=f"{stage}.{'data' if stage == 'reward' else 'prompts'}",
             fix="give it more data, or use another init",

@@ -11,7 +11,7 @@ from pe_rlhf.adapters.gradients import Probe
 from pe_rlhf.adapters.inspection import Inspection, inspect_inits
 from pe_rlhf.adapters.lora.init_registry import get_init, init_names
 from pe_rlhf.adapters.specs import AdapterSpec
-from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe, RewardConfig
+from pe_rlhf.config import AdapterConfig, LowRankConfig, PPOConfig, Recipe, RewardConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.device_plan import settle
 from pe_rlhf.report.inspect_page import inspect_page
@@ -45,13 +45,13 @@ def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) 
     recipe = settle(recipe)
     context: StageContext[RewardConfig | PPOConfig] = StageContext(recipe, run_dir, stage)
     backbone = context.backbone()
-    adapter = recipe.adapter_for(stage)
-    specs = [_spec(backbone, adapter, init) for init in inits]
+    adapter = low_rank(recipe.adapter_for(stage))
+    adapters = [_with_init(adapter, init) for init in inits]
     probe = _probe(context, backbone, adapter)
-    layers = {name: backbone.base_layer(name) for name in specs[0].modules}
-    with progress(f"inspecting {len(specs)} inits", len(layers), "layers") as advance:
+    layers = {name: backbone.base_layer(name) for name in AdapterSpec.on(backbone.model, adapter).modules}
+    with progress(f"inspecting {len(adapters)} inits", len(layers), "layers") as advance:
         seed = partial(derive_seed, recipe.seed, ROLES[stage])
-        result = inspect_inits(layers, probe, specs, seed, advance)
+        result = inspect_inits(layers, probe, adapters, seed, advance)
     if result.gradient_square == 0:
         raise InputError(
             f"--stage {stage}: the loss of this batch has no gradient, so there is no step to compare inits by",
@@ -65,7 +65,7 @@ def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) 
 def inits_named(text: str, adapter: AdapterConfig) -> list[str]:
     """The inits of a comma-separated list; `all`, and by default the recipe's beside plain LoRA."""
     names = init_names() if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
-    names = list(dict.fromkeys(names)) or list(dict.fromkeys([adapter.init, "lora"]))
+    names = list(dict.fromkeys(names)) or list(dict.fromkeys([low_rank(adapter).init, "lora"]))
     for name in names:
         get_init(name)
     return names
@@ -73,7 +73,7 @@ def inits_named(text: str, adapter: AdapterConfig) -> list[str]:
 
 def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Path:
     """Write the metrics as a self-contained HTML page, and beside it as JSON."""
-    adapter, metrics = recipe.adapter_for(stage), result.as_json()
+    adapter, metrics = low_rank(recipe.adapter_for(stage)), result.as_json()
     model = recipe.model if recipe.sft is None else f"{recipe.model} after sft"
     subtitle = (
         f"{model}, rank {adapter.rank}, alpha {adapter.alpha:g} ({adapter.scaling}), targets {adapter.targets};"
@@ -85,9 +85,18 @@ def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Pa
     return path
 
 
-def _spec(backbone: Backbone, adapter: AdapterConfig, init: str) -> AdapterSpec:
+def low_rank(adapter: AdapterConfig) -> LowRankConfig:
+    """The settings of an adapter that is made by an init. Raises `InputError` for a kind without one."""
+    if not isinstance(adapter, LowRankConfig):
+        raise InputError(
+            f"the kind {adapter.kind} has no init, which is what inspect compares", kind="conflict", key="adapter.kind"
+        )
+    return adapter
+
+
+def _with_init(adapter: LowRankConfig, init: str) -> LowRankConfig:
     options = adapter.init_options if init == adapter.init else {}
-    return AdapterSpec.on(backbone.model, adapter.model_copy(update={"init": init, "init_options": options}))
+    return adapter.model_copy(update={"init": init, "init_options": options})
 
 
 def _probe(context: StageContext[RewardConfig | PPOConfig], backbone: Backbone, adapter: AdapterConfig) -> Probe:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pe_rlhf.adapters.lora.init_registry import init_of
+from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.config import STAGES, Recipe, SamplerConfig
 from pe_rlhf.config.load import load_deepspeed_config, load_recipe, save_recipe
 from pe_rlhf.data.codec import read_template
@@ -195,7 +195,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
 def check_inits(recipe: Recipe) -> None:
     """Raise `InputError` for an init of a stage that there is not, or an option that it has not."""
     for stage in recipe.stages:
-        init_of(recipe.adapter_for(stage))
+        kind_of(recipe.adapter_for(stage))
 
 
 def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[str]:

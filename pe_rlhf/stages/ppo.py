@@ -127,16 +127,13 @@ def _add_roles(
     """The policy, fresh; the critic from the role `start_from`, or fresh; the optimizer that trains both."""
     config = context.config
     # Dropout would make the ratio of new to old policy differ from 1 before the first update.
-    adapter = context.recipe.adapter_for("ppo").model_copy(update={"dropout": 0.0})
+    adapter = context.recipe.adapter_for("ppo").without_dropout()
     anchor = AnchorRollouts(context, backbone, scorer, codec, prompts, adapter, start_from)
     add_role(context, backbone, POLICY, adapter, anchor.policy_statistics())
     if config.has_critic:
         add_critic(context, backbone, VALUE, adapter, anchor.value_statistics(), start_from)
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
-    groups = [
-        RoleGroup(role, backbone.role_parameters(role), rates[role], backbone.role_starts(role))
-        for role in _trained(config)
-    ]
+    groups = [RoleGroup.of(backbone, role, rates[role]) for role in _trained(config)]
     total_steps = config.steps * config.epochs * config.minibatches
     return RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed)
 

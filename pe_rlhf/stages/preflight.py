@@ -81,9 +81,9 @@ def _check_adapters(recipe: Recipe, stages: list[str], config: PretrainedConfig)
         adapter = recipe.adapter_for(stage)
         names = find_targets(model, adapter.targets, adapter.last_layers)
         highest = max(min(model.get_parameter(f"{name}.weight").shape) for name in names)
-        if adapter.rank > highest:
+        if (rank := getattr(adapter, "rank", 0)) > highest:
             raise InputError(
-                f"adapter.rank: {adapter.rank} is more than {highest}, the highest rank of a layer of {recipe.model}",
+                f"adapter.rank: {rank} is more than {highest}, the highest rank of a layer of {recipe.model}",
                 kind="conflict",
                 key="adapter.rank",
             )

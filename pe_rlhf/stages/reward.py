@@ -59,7 +59,7 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
     add_role(context, backbone, ROLE, adapter, statistics)
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
-    group = RoleGroup(ROLE, backbone.role_parameters(ROLE), config.learning_rate, backbone.role_starts(ROLE))
+    group = RoleGroup.of(backbone, ROLE, config.learning_rate)
     optimizer = RoleOptimizer([group], config.optimizer, total_steps, context.deepspeed)
     first_step, seconds_before = _resume(context, backbone, optimizer)
     everything = train.responses() + held_out.responses()

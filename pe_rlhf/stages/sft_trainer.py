@@ -20,7 +20,7 @@ from trl.trainer.sft_config import SFTConfig as TRLConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from pe_rlhf.adapters.specs import AdapterSpec
-from pe_rlhf.config import Recipe, SFTConfig
+from pe_rlhf.config import LoRAConfig, Recipe, SFTConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.system.failures import TrainingError
@@ -164,6 +164,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _lora(spec: AdapterSpec, backbone: Backbone) -> LoraConfig:
     settings = spec.settings
+    assert isinstance(settings, LoRAConfig)  # the recipe's schema sees to it
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pe_rlhf.config import AdapterConfig, BackboneConfig
+from pe_rlhf.config import BackboneConfig, LoRAConfig
 from pe_rlhf.model.memory_plan import (
     ADAPTER_STATES,
     CONTEXT,
@@ -54,7 +54,7 @@ def shape(layers: int, hidden: int, inner: int, heads: int, key_heads: int) -> M
         tie_word_embeddings=hidden < 3000,
     )
     with torch.device("meta"):
-        return shape_of(Qwen2ForCausalLM(config), config, AdapterConfig())
+        return shape_of(Qwen2ForCausalLM(config), config, LoRAConfig())
 
 
 def cell(model: ModelShape, card: float, ranks: int) -> str:

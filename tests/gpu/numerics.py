@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from pe_rlhf.adapters.lora.anchored import AnchoredLoRA
+from pe_rlhf.adapters.lora.anchored import AnchoredLoRA, anchored_tensors
 from pe_rlhf.adapters.lora.inits.svd import full_svd
+from pe_rlhf.config import LoRAConfig
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.fast.varlen import takes_segments
 from pe_rlhf.types import Sequences
@@ -198,18 +199,20 @@ def narrow_adapters(bench: Bench) -> None:
     for name, (A0, B0) in factors.items():
         B0 = torch.zeros(wide, rank, device=bench.device) if B0 is None else B0
         for steps in (1, 20):
-            adapter = AnchoredLoRA(A0, B0, scale=2.0).to(bench.device)
+            adapter = AnchoredLoRA(anchored_tensors(A0, B0), LoRAConfig(rank=rank, alpha=2.0 * rank)).to(bench.device)
             with torch.no_grad():
                 for p in adapter.parameters():
                     p.add_(1e-4 * steps * torch.randn(p.shape, device=bench.device, generator=generator).sign())
                 A, B = adapter.lora_A.double(), adapter.lora_B.double()
                 true = 2.0 * (x.double() @ A.T @ B.T - x.double() @ A0.double().T @ B0.double().T)
-                own = adapter(x, torch.zeros(256, wide, device=bench.device, dtype=torch.bfloat16), nn.Identity())
-                f = adapter.factors()
+                own = adapter.add_low_rank(x, torch.zeros(256, wide, device=bench.device, dtype=torch.bfloat16))
+                f, change_OI = adapter.lora_factors(), adapter.delta_weight(W0)
+                assert f is not None
+                assert change_OI is not None
                 low = (x.float() @ f.A_RI.bfloat16().float().T).bfloat16()
                 served = f.scale * (low.float() @ f.B_OR.bfloat16().float().T)
-                kept = (W0.bfloat16().float() + adapter.delta_weight()).bfloat16().float() - W0.bfloat16().float()
-                share = float((kept * adapter.delta_weight()).sum() / adapter.delta_weight().square().sum())
+                kept = (W0.bfloat16().float() + change_OI).bfloat16().float() - W0.bfloat16().float()
+                share = float((kept * change_OI).sum() / change_OI.square().sum())
             for what, found in (("our pass", own), ("a bf16 server", served)):
                 error = relative_error(found, true)
                 bench.expect("4", f"{name}, {steps} steps, {what}: error of the update", error, "< 0.01", error < 0.01)

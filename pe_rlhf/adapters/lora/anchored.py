@@ -15,13 +15,18 @@ difference of two large products: after one step of PiSSA, bf16 rounds them by m
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.layer import LowRankFactors
+from pe_rlhf.adapters.kind import AdapterKind, LayerContext
+from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
+from pe_rlhf.adapters.layer_statistics import Need
+from pe_rlhf.adapters.lora.init_registry import InitContext, init_of
+from pe_rlhf.config.adapter import AdapterConfig, LoRAConfig, LowRankConfig
 
 Scaling = Literal["standard", "rslora"]
 
@@ -31,47 +36,38 @@ def lora_scale(alpha: float, rank: int, scaling: Scaling) -> float:
     return alpha / math.sqrt(rank) if scaling == "rslora" else alpha / rank
 
 
-class AnchoredLoRA(nn.Module):
-    """LoRA with its initial product subtracted; A, B and the initial values are fp32 whatever the base's dtype.
+def scale_of(settings: LowRankConfig) -> float:
+    """The factor s of B·A."""
+    return lora_scale(settings.alpha, settings.rank, settings.scaling)
 
-    Args:
-        A_RI, B_OR: the initial factors, from an init in `adapters/lora/inits/`.
-        scale: s, the factor of the product.
-        dropout: probability of zeroing an input of the adapter, in `train()` mode only.
+
+class AnchoredLoRA(AdapterLayer):
+    """LoRA with its initial product subtracted.
+
+    The tensors are `lora_A` _RI and `lora_B` _OR, and where B0 is not zero their initial values `initial_A_RI` and
+    `initial_B_OR`.
     """
 
+    trained = ("lora_A", "lora_B")
+    optional = ("initial_A_RI", "initial_B_OR")
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     initial_A_RI: Tensor | None
     initial_B_OR: Tensor | None
 
-    def __init__(self, A_RI: Tensor, B_OR: Tensor, scale: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(_own(A_RI))
-        self.lora_B = nn.Parameter(_own(B_OR))
-        # Where B0 is zero the second term does not exist and costs nothing.
-        starts_at_zero = not bool(B_OR.any())
-        self.register_buffer("initial_A_RI", None if starts_at_zero else _own(A_RI))
-        self.register_buffer("initial_B_OR", None if starts_at_zero else _own(B_OR))
-        self.scale = scale
-        self.dropout = dropout
+    def __init__(self, tensors: Mapping[str, Tensor], settings: LowRankConfig) -> None:
+        super().__init__(tensors, settings)
+        self.scale = scale_of(settings)
 
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor], scale: float, dropout: float) -> AnchoredLoRA:
-        """The module that `state_dict()` gave `state`. Raises KeyError where a tensor is missing."""
-        B_OR = state["lora_B"]
-        adapter = cls(
-            state.get("initial_A_RI", state["lora_A"]),
-            state.get("initial_B_OR", torch.zeros_like(B_OR)),
-            scale,
-            dropout,
-        )
-        adapter.load_state_dict(state)
-        return adapter
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        """`base(x) + s·[B−B0, B0]([A; A−A0] x)` in the base's dtype, written into the base's output where it can be."""
+        return self.add_low_rank(x, base(x))
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """`y + s·[B−B0, B0]([A; A−A0] x)` in y's dtype, written into y where it can be."""
+    def add_low_rank(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y + s·[B−B0, B0]([A; A−A0] x)`, written into y where it can be."""
         x = x.to(y.dtype)
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
+        if self.training and self.settings.dropout:
+            x = F.dropout(x, self.settings.dropout)
         if y._base is not None or not y.is_contiguous():  # Conv1D's is a view, which autograd would copy more often
             y = y.clone(memory_format=torch.contiguous_format)
         # Made anew in each pass: a fused optimizer changes A and B without counting up their versions.
@@ -82,16 +78,21 @@ class AnchoredLoRA(nn.Module):
         return _AddLowRank.apply(y, x, self.lora_A, self.lora_B, up, down, self.scale)
 
     @torch.no_grad()
-    def factors(self) -> LowRankFactors:
+    def lora_factors(self) -> LowRankFactors | None:
         """Plain LoRA factors on the original base: `[A; A−A0]`, `[B−B0, B0]`, rank 2r (rank r where B0 = 0)."""
         up, down = self._difference()
         return LowRankFactors(up.clone(), down.clone(), self.scale)
 
     @torch.no_grad()
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
         """ΔW_OI = s · (B·A − B0·A0), fp32."""
         up, down = self._difference()
         return self.scale * (down @ up)
+
+    def starts(self) -> dict[str, Tensor]:
+        """The initial A0 and B0, where B0 is not zero: there the anchor is."""
+        found = {"lora_A": self.initial_A_RI, "lora_B": self.initial_B_OR}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @torch.no_grad()
     def _difference(self) -> tuple[Tensor, Tensor]:
@@ -108,6 +109,12 @@ def _add_low_rank(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float) 
     low_NR = F.linear(x.flatten(0, -2), up)
     y.view(-1, y.shape[-1]).addmm_(low_NR, down.T, alpha=scale)
     return low_NR
+
+
+def anchored_tensors(A_RI: Tensor, B_OR: Tensor) -> dict[str, Tensor]:
+    """The tensors of a layer that starts from these factors. Where B0 is zero the second term does not exist."""
+    made = {"lora_A": A_RI, "lora_B": B_OR}
+    return made | {"initial_A_RI": A_RI, "initial_B_OR": B_OR} if bool(B_OR.any()) else made
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -143,6 +150,31 @@ class _AddLowRank(torch.autograd.Function):
         return gradients[0], grad_x, grad_A_RI, grad_B_OR, None, None, None
 
 
-def _own(factor: Tensor) -> Tensor:
-    """An fp32 copy, row after row in memory: columns of an SVD are not, and then round differently than once saved."""
-    return factor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+class LoRA(AdapterKind[LowRankConfig]):
+    """LoRA (arXiv 2106.09685) with any init, anchored. Kinds that hold a LoRA extend it."""
+
+    settings_type: ClassVar[type[AdapterConfig]] = LoRAConfig
+    layer: ClassVar[type[AdapterLayer]] = AnchoredLoRA
+    fast = ("lora_B",)
+
+    def __init__(self, settings: LowRankConfig) -> None:
+        super().__init__(settings)
+        self.init, self._options = init_of(settings)
+
+    @property
+    def needs(self) -> Need | None:
+        return self.init.needs
+
+    @property
+    def batch_size(self) -> int:
+        return getattr(self._options, "batch_size", super().batch_size)
+
+    def tensors(self, context: LayerContext) -> dict[str, Tensor]:
+        """A and B as the init makes them."""
+        s = self.settings
+        given = (context.weight_OI, s.rank, scale_of(s), context.generator, self._options, context.statistics)
+        return anchored_tensors(*self.init(InitContext(*given)))
+
+    def sizes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        rank = self.settings.rank
+        return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}

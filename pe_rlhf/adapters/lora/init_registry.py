@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics, Need
-from pe_rlhf.config.model import INIT_OPTIONS, AdapterConfig, parse_options
+from pe_rlhf.config.adapter import INIT_OPTIONS, LowRankConfig, parse_options
 from pe_rlhf.config.section import Positive, Section
 from reward.errors import InputError
 from reward.judges import load_function
@@ -170,7 +170,7 @@ def get_init(name: str) -> Init:
     )
 
 
-def init_of(settings: AdapterConfig) -> tuple[Init, Section]:
+def init_of(settings: LowRankConfig) -> tuple[Init, Section]:
     """The init of an adapter and its options. Raises `InputError` for an init or option that does not exist."""
     init = get_init(settings.init)
     return init, parse_options(init.name, init.options, settings.init_options)

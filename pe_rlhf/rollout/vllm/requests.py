@@ -42,6 +42,16 @@ def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
                 fix="use merged",
             )
         return "merged"
+    policies = [role for role in backbone.specs if role not in backbone.heads]
+    if not all(map(backbone.is_lora, policies)):
+        if config.sync == "adapter":
+            raise InputError(
+                "rollout.sync: vLLM knows no adapter of this kind",
+                kind="conflict",
+                key="rollout.sync",
+                fix="use merged or auto",
+            )
+        return "merged"
     if config.sync != "auto":
         return config.sync
     # In a narrow dtype merged weights lose most of an early update, so that a LoRA's slowness is the lesser evil.

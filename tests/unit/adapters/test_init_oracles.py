@@ -17,8 +17,8 @@ from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics
 from pe_rlhf.adapters.lora.init_registry import INITS, InitContext, get_init, init_of, register_init
 from pe_rlhf.adapters.lora.inits.corda import damped_inverse
 from pe_rlhf.adapters.lora.inits.cross_task import shared_directions
-from pe_rlhf.config import AdapterConfig
-from pe_rlhf.config.model import INIT_OPTIONS, parse_options
+from pe_rlhf.config import LoRAConfig
+from pe_rlhf.config.adapter import INIT_OPTIONS, parse_options
 from pe_rlhf.model.backbone import load_backbone
 from reward.errors import InputError
 from tests.tiny import ALL_INITS, tiny_model
@@ -35,7 +35,7 @@ def run(
     scale: float = 1.0,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    registered, parsed = init_of(AdapterConfig(init=init, init_options=options))
+    registered, parsed = init_of(LoRAConfig(init=init, init_options=options))
     generator = torch.Generator().manual_seed(0)
     return registered(InitContext(weight_OI, rank, scale, generator, parsed, statistics or LayerStatistics()))
 
@@ -124,7 +124,7 @@ def test_lora_ga_scales() -> None:
     S = np.linalg.svd(W.numpy(), compute_uv=False)
     expected = {"unit": 1.0, "gd": 1 / 4, "weightS": float(np.sqrt(S[:2] / 4).mean()), "stable": 24**0.25 / 4}
     for scale, factor in expected.items():
-        _, options = init_of(AdapterConfig(init="lora_ga", init_options={"scale": scale}))
+        _, options = init_of(LoRAConfig(init="lora_ga", init_options={"scale": scale}))
         context = InitContext(W, 2, 4.0, torch.Generator().manual_seed(0), options, LayerStatistics((G,)))
         A, B = get_init("lora_ga")(context)
         torch.testing.assert_close(A @ A.T, factor**2 * torch.eye(2), atol=1e-4, rtol=1e-4)
@@ -223,7 +223,7 @@ def test_corda_of_full_rank_is_the_weight_and_its_damping_grows_until_it_inverts
 
 def test_cross_task_maximises_what_two_gradients_share() -> None:
     G1, G2 = matrix((12, 10), 1), matrix((12, 10), 1) + 0.5 * matrix((12, 10), 2)
-    _, options = init_of(AdapterConfig(init="cross_task", init_options={"scale": "unit"}))
+    _, options = init_of(LoRAConfig(init="cross_task", init_options={"scale": "unit"}))
     context = InitContext(matrix((12, 10)), 3, 1.0, torch.Generator(), options, LayerStatistics((G1, G2)))
     A, B = get_init("cross_task")(context)
     for found, M in ((B, G1 @ G2.T), (A.T, G1.T @ G2)):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pe_rlhf.adapters.lora.init_registry import INITS, get_init, init_of
-from pe_rlhf.config import AdapterConfig
-from pe_rlhf.config.model import INIT_OPTIONS
+from pe_rlhf.config import LoRAConfig
+from pe_rlhf.config.adapter import INIT_OPTIONS
 from pe_rlhf.model.backbone import load_backbone
 from reward.errors import InputError
 from tests.tiny import tiny_model
@@ -62,12 +62,12 @@ def test_a_decorated_init_makes_adapters_with_its_options(module: str, name: str
     layer = backbone.adapter_spec("policy").modules[0]
     assert torch.equal(backbone.role_state("policy")[f"{layer}.lora_A"], 2 * torch.eye(32)[:3])
     with pytest.raises(InputError) as caught:
-        init_of(AdapterConfig(init="half_inits:half", init_options={"fcator": 2.0}))
+        init_of(LoRAConfig(init="half_inits:half", init_options={"fcator": 2.0}))
     assert (caught.value.kind, caught.value.key) == ("unknown", "adapter.init_options.fcator")
 
 
 def test_a_plain_function_is_an_init_without_options(module: str) -> None:
-    init, options = init_of(AdapterConfig(init=f"{module}:plain"))
+    init, options = init_of(LoRAConfig(init=f"{module}:plain"))
     assert (init.name, options.model_dump(), init.needs) == ("half_inits:plain", {}, None)
     backbone = load_backbone(tiny_model("llama"))
     backbone.add_adapter("value", init=init.name, rank=2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pe_rlhf.config import AdapterConfig, BackboneConfig, Recipe
+from pe_rlhf.config import BackboneConfig, LoRAConfig, Recipe
 from pe_rlhf.config.load import make_recipe
 from pe_rlhf.model import device_plan
 from pe_rlhf.model.backbone import load_backbone
@@ -114,7 +114,7 @@ def test_there_is_no_critic_to_plan_for_without_one() -> None:
 
 def test_the_shape_is_that_of_the_loaded_model() -> None:
     model = tiny_model("llama")
-    found = shape_of(model, model.config, AdapterConfig(rank=4))
+    found = shape_of(model, model.config, LoRAConfig(rank=4))
     backbone = load_backbone(model)
     backbone.add_adapter("policy", rank=4)
     assert found.parameters == sum(p.numel() for n, p in backbone.model.named_parameters() if ".adapters." not in n)
@@ -129,7 +129,7 @@ def test_a_pass_that_was_measured() -> None:
         vocab_size=152064,
     )  # fmt: skip
     with torch.device("meta"):
-        shape = shape_of(Qwen2ForCausalLM(config), config, AdapterConfig())
+        shape = shape_of(Qwen2ForCausalLM(config), config, LoRAConfig())
     for tokens, measured in ((4096, 36), (8192, 55)):
         planned = weight_bytes(shape, BF16) + tokens * shape.kept_of_a_token(2) + 12 * shape.adapter(16) + GIB
         assert planned / GIB == pytest.approx(measured, rel=0.1)

@@ -101,7 +101,7 @@ def test_a_merged_checkpoint_in_float32_of_a_run_in_bfloat16(
     load_role(backbone, "policy", tmp_path / "run" / "ppo" / "adapter")
     name = "model.layers.0.mlp.down_proj"
     base_OI = backbone.model.get_submodule(name).base.weight.float()  # type: ignore[union-attr, operator]
-    change_OI = backbone.model.get_submodule(name).adapters["policy"].delta_weight()  # type: ignore[index, operator]
+    change_OI = backbone.model.get_submodule(name).change("policy")  # type: ignore[operator]
     assert torch.equal(tensors[f"{name}.weight"], base_OI + change_OI)
     assert change_OI.any()
     failure = fails("export", "run", "--dtype", "float32", "--to", "lora")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pe_rlhf.adapters.gradients import ProbedStatistics
 from pe_rlhf.adapters.layer_statistics import LayerStatistics
-from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe, RewardConfig
+from pe_rlhf.config import LoRAConfig, PPOConfig, Recipe, RewardConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs, PairTokens
 from pe_rlhf.data.prompt_order import PromptSet
@@ -38,7 +38,7 @@ PAIRS = [
     PairTokens([7], [22, 1], [31, 32, 33, 1], margin=0.5),
     PairTokens([8, 9, 10], [23, 24, 25, 1], [34, 1]),
 ]
-ADAPTER = AdapterConfig(init="lora_ga", rank=RANK, init_options={"batch_size": 3})
+ADAPTER = LoRAConfig(init="lora_ga", rank=RANK, init_options={"batch_size": 3})
 
 
 class SumOfIds:

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from pe_rlhf.config import AdapterConfig, PPOConfig, Recipe
+from pe_rlhf.config import LoRAConfig, PPOConfig, Recipe
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptOrder, PromptSet
 from pe_rlhf.model.backbone import load_backbone
@@ -246,7 +246,7 @@ def test_the_critic_of_an_init_s_rollouts_is_the_one_that_training_starts_from(t
     codec = TextCodec(backbone.tokenizer, "none")
     context: StageContext[PPOConfig] = StageContext(Recipe.model_validate(tree), tmp_path, "ppo")
     prompts = PromptSet([*PROMPTS], [codec.encode_prompt(prompt) for prompt in PROMPTS], {})
-    adapter = AdapterConfig(init="lora_ga", rank=2)
+    adapter = LoRAConfig(init="lora_ga", rank=2)
     advantages = []
     for start in (None, "reward"):
         rollouts = AnchorRollouts(

@@ -1,0 +1,197 @@
+"""Kinds of adapters: what a kind makes, what it may do during training, and the registry.
+
+A kind sees all layers of a role and knows time; a layer computes. Everything else (stages, roles, rollouts, exports)
+asks a layer or its kind what it can do, and never which kind it is. To add one, in a module that is imported:
+
+    class Shift(AdapterLayer):
+        trained = ("shift",)
+
+        def forward(self, x, base):
+            return base(x) + self.shift
+
+    @register_kind("shift")
+    class ShiftKind(AdapterKind):
+        layer = Shift
+
+        def tensors(self, context):
+            return {"shift": torch.zeros(len(context.weight_OI))}
+
+A recipe names it by `adapter: {kind: shift}`, or imports it: `kind: my_module:ShiftKind`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pe_rlhf.adapters.layer_statistics import LayerStatistics, Need
+from pe_rlhf.config.adapter import AdapterConfig, set_kinds
+from reward.errors import InputError
+from reward.judges import load_function
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from torch import Tensor
+
+    from pe_rlhf.adapters.layer import AdapterLayer
+
+S = TypeVar("S", bound=AdapterConfig)
+K = TypeVar("K", bound="type[AdapterKind[Any]]")
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a kind may look at when it makes a layer.
+
+    Attributes:
+        weight_OI: the frozen base weight in fp32; a quantised one is dequantised.
+        generator: the only source of randomness, seeded per role and layer.
+        statistics: what the kind `needs`.
+    """
+
+    weight_OI: Tensor
+    generator: torch.Generator
+    statistics: LayerStatistics = field(default_factory=LayerStatistics)
+
+
+@dataclass(frozen=True)
+class Time:
+    """The optimizer step that is being made, counted from 1, and how many there are in the stage."""
+
+    step: int
+    total: int
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """A role as an adapter of PEFT's: its config, and tensors by layer and by PEFT's name within the layer."""
+
+    config: PeftConfig
+    tensors: dict[str, dict[str, Tensor]]
+
+
+Layers = Mapping[str, Any]
+
+
+class AdapterKind(Generic[S]):
+    """A kind of adapter with the settings of one role.
+
+    Attributes:
+        settings_type: the recipe's section: a subclass of `AdapterConfig` with the keys of this kind.
+        layer: the module that computes one layer.
+        fast: the parameters that LoRA+ gives a learning rate of their own; none: it is refused.
+    """
+
+    settings_type: ClassVar[type[AdapterConfig]] = AdapterConfig
+    layer: ClassVar[type[AdapterLayer]]
+    fast: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, settings: S) -> None:
+        self.settings = settings
+
+    # ---- making layers ----------------------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> Need | None:
+        """What layers are made of beyond the weight."""
+        return None
+
+    @property
+    def batch_size(self) -> int:
+        """How many rows, or pairs, are in a batch that layers are made of."""
+        return 8
+
+    def tensors(self, context: LayerContext) -> dict[str, Tensor]:
+        """The initial parameters and buffers of a layer, by name; with them it computes what its base does, to the bit.
+
+        Their shapes never change: what shrinks is masked.
+        """
+        raise NotImplementedError
+
+    def sizes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of what is trained of a layer, by name: checked at loading, and counted for memory plans."""
+        return {}
+
+    def build(self, tensors: Mapping[str, Tensor], weight_OI: Tensor) -> AdapterLayer:
+        """A layer of these tensors, fresh or saved, for a base of that weight."""
+        return self.layer(tensors, self.settings)
+
+    # ---- while it trains --------------------------------------------------------------------------------------------
+
+    def rate(self, name: str) -> float:
+        """The factor of the learning rate of a parameter, by its name in the layer."""
+        return 1.0
+
+    def penalty(self, layers: Layers) -> Tensor | None:
+        """A term of the loss that depends on the adapter's weights only; None without one."""
+        return None
+
+    def after_backward(self, layers: Layers, time: Time) -> None:
+        """Look at the gradients: those of the whole batch, of all ranks, before they are clipped."""
+
+    def after_step(self, layers: Layers, time: Time) -> set[str]:
+        """Change parameters or buffers once the optimizer has made its step.
+
+        Returns the names, in a layer, of the parameters whose moments start again from zero.
+        """
+        return set()
+
+    @property
+    def changes_parameters(self) -> bool:
+        """Whether `after_step` may write into parameters."""
+        return type(self).after_step is not AdapterKind.after_step
+
+    # ---- leaving ----------------------------------------------------------------------------------------------------
+
+    def peft(self, layers: Layers) -> PeftFiles | None:
+        """The role as PEFT's adapter of this kind; None: as a plain LoRA where the layers have factors, else not."""
+        return None
+
+
+# One line a kind. A kind's file imports torch, so it is imported when it is first asked for.
+KINDS: dict[str, str | type[AdapterKind[Any]]] = {
+    "lora": "pe_rlhf.adapters.lora.anchored:LoRA",
+}
+
+
+def register_kind(name: str) -> Callable[[K], K]:
+    """Add a kind under a name, as a decorator. Raises ValueError for a name that is taken."""
+
+    def add(kind: K) -> K:
+        if name in KINDS:
+            raise ValueError(f"a kind of adapter named {name!r} is already registered")
+        KINDS[name] = kind
+        return kind
+
+    return add
+
+
+def find_kind(name: str) -> type[AdapterKind[Any]]:
+    """The kind of that name, or of `module:Class`. Raises `InputError` for one that does not exist."""
+    if name not in KINDS and ":" in name:
+        found: Any = load_function(name)
+        if not (isinstance(found, type) and issubclass(found, AdapterKind)):
+            raise InputError(f"{name} is no AdapterKind", kind="user_code", key="kind")
+        KINDS[name] = found
+    if name not in KINDS:
+        close = difflib.get_close_matches(name, KINDS, n=1)
+        raise InputError(
+            f"unknown kind of adapter {name!r}; there are {', '.join(sorted(KINDS))}",
+            kind="unknown",
+            key="kind",
+            fix=f"did you mean {close[0]!r}?" if close else None,
+        )
+    found = KINDS[name]
+    return resolve_name(found) if isinstance(found, str) else found
+
+
+def kind_of(settings: AdapterConfig) -> AdapterKind[Any]:
+    """The kind that these settings describe."""
+    return find_kind(settings.kind)(settings)
+
+
+set_kinds(KINDS, lambda name: find_kind(name).settings_type)
