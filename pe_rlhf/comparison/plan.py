@@ -17,6 +17,7 @@ from typing import Any
 from pe_rlhf.config import STAGES, CompareConfig, PPOConfig, Recipe
 from pe_rlhf.config.compare import SHORT_KEYS
 from pe_rlhf.config.load import make_recipe, read_tree, set_key
+from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.runs.layout import ComparisonFiles, RunFiles
 from reward.errors import InputError
 
@@ -225,7 +226,10 @@ def _after(tree: Tree, folder: Path, share: str = "reward") -> Tree:
         if tree.pop("reward", None) is not None:
             sources = tree["ppo"].get("reward") or [{"adapter": "stage"}]
             own = str(RunFiles(folder).stage("reward").folder)
-            tree["ppo"]["reward"] = [{**s, "adapter": own} if s.get("adapter") == "stage" else s for s in sources]
+            named = {"adapter": ("stage",), "ensemble": OWN_STAGE}  # the stage of the run itself
+            tree["ppo"]["reward"] = [
+                s | {key: own for key, words in named.items() if s.get(key) in words} for s in sources
+            ]
     elif had_pairs and tree.get("reward") is not None:
         tree["reward"].setdefault("data", str(RunFiles(folder).stage("preferences").preferences))
     return tree

@@ -13,6 +13,7 @@ from pe_rlhf.config.model import BackboneConfig
 from pe_rlhf.config.ppo import PPOConfig
 from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.reward import RewardConfig
+from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.config.section import Positive, Section, refusal
 from pe_rlhf.config.sft import SFTConfig
 from reward.errors import InputError
@@ -92,12 +93,19 @@ class Recipe(Section):
             raise refusal("", f"a recipe needs a section for at least one stage: {', '.join(STAGES)}", "missing")
         if self.reward and self.reward.data is None and not self.preferences:
             raise refusal("reward.data", "it is missing, and there is no preferences stage to take it from", "missing")
-        uses_own = self.ppo is not None and any(source.adapter == "stage" for source in self.ppo.reward)
+        sources = self.ppo.reward if self.ppo is not None else []
+        own_ensemble = any(source.ensemble in OWN_STAGE for source in sources)
+        uses_own = own_ensemble or any(source.adapter == "stage" for source in sources)
         if uses_own and not self.reward:
             raise refusal(
                 "ppo.reward", "it is the reward stage by default, but the recipe has no reward section", "missing"
             )
-        has_reward = self.reward or (self.ppo and any(source.adapter for source in self.ppo.reward))
+        trained = self.reward.ensemble if self.reward else None
+        if own_ensemble and (trained is None or trained.members < 2):
+            raise refusal("ppo.reward", "it names an ensemble; add reward.ensemble: {members: 5}", "missing")
+        if trained is not None and trained.members > 1 and self.tuning == "full":
+            raise refusal("reward.ensemble", "each member would be a whole model; use tuning: adapter", "conflict")
+        has_reward = self.reward or any(source.adapter or source.ensemble for source in sources)
         if self.ppo and self.ppo.value_init == "reward" and not has_reward:
             raise refusal("ppo.value_init", "there is no reward adapter to start the critic from; use fresh", "missing")
         if self.ppo and self.ppo.eval_every and not self.evaluate:

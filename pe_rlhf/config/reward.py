@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from pe_rlhf.config.adapter import Adapter
 from pe_rlhf.config.optimizer import RewardOptimizerConfig
-from pe_rlhf.config.section import Data, Positive, Rate, Section, Share
+from pe_rlhf.config.section import Data, Positive, Rate, Section, Share, refusal
+
+
+class EnsembleConfig(Section):
+    """Several reward adapters trained in one stage on the same backbone."""
+
+    members: Positive = Field(default=5, description="reward adapters; the first is the one without an ensemble")
+    vary: list[Literal["seed", "init", "bootstrap"]] = Field(
+        default_factory=lambda: ["seed"],
+        description="what the others differ in: seed (initial values, order of the pairs, dropout), init, bootstrap"
+        " (pairs drawn with replacement)",
+    )
+    inits: list[str] = Field(
+        default_factory=list, description="vary with init: the inits of the second member and on, in turn"
+    )
+
+    @model_validator(mode="after")
+    def _differ(self) -> EnsembleConfig:
+        if self.members > 1 and not self.vary:
+            raise refusal("vary", "the members would all be the same; name seed, init or bootstrap", "missing")
+        if ("init" in self.vary) != bool(self.inits):
+            reason = "vary has init: name the inits, such as [lora, pissa]" if not self.inits else "vary has no init"
+            raise refusal("inits", reason, "conflict" if self.inits else "missing")
+        return self
 
 
 class RewardConfig(Section):
@@ -30,6 +55,7 @@ class RewardConfig(Section):
         " times as many; a row counts an eighth of the prefix that it shares with other rows; default: on a GPU as many"
         " as the memory plan has room for, up to 32,768",
     )
+    ensemble: EnsembleConfig | None = Field(default=None, description="train several reward adapters; default: one")
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="assumed share of wrong labels")
     centering: Rate = Field(
         default=0.0, description="weight of the loss term (r_chosen + r_rejected)², which keeps scores near zero"

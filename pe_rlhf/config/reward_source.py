@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pe_rlhf.config.section import Positive, Section, refusal
+from pe_rlhf.config.section import Positive, Rate, Section, refusal
 from reward.judges.judge_settings import wrong_address
 
-KINDS = ("adapter", "model", "function", "url")
+KINDS = ("adapter", "ensemble", "model", "function", "url")
+OWN_STAGE = ("stage", "reward")  # how a recipe names the ensemble of its own reward stage
 
 
 class ScoreServer(Section):
@@ -27,11 +28,20 @@ class ScoreServer(Section):
 
 
 class RewardSource(Section):
-    """One source of scores: exactly one of adapter, model, function and url, with a weight."""
+    """One source of scores: exactly one of adapter, ensemble, model, function and url, with a weight."""
 
     adapter: str | None = Field(
         default=None, description="a run, or a reward stage's directory; `stage` is this run's own reward stage"
     )
+    ensemble: str | None = Field(
+        default=None,
+        description="several reward adapters, trained by reward.ensemble, as adapter; `reward` is this run's too",
+    )
+    combine: Literal["mean", "mean_minus_std", "worst", "uwo", "weight_average"] = Field(
+        default="mean",
+        description="ensemble: mean, mean − k·std, the least, mean − k·variance, or one adapter of the mean weights",
+    )
+    k: Rate = Field(default=1.0, description="ensemble with mean_minus_std or uwo: weight of the disagreement")
     model: str | None = Field(default=None, description="a sequence-classification model with one label")
     trust_remote_code: bool = Field(default=False, description="model: run the code that comes with it")
     function: str | None = Field(
@@ -55,7 +65,7 @@ class RewardSource(Section):
     name: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z][A-Za-z0-9_]*$",
-        description="its name in the metrics; default: the function's, or adapter, model or url",
+        description="its name in the metrics; default: the function's, or adapter, ensemble, model or url",
     )
 
     @field_validator("url")
@@ -67,6 +77,8 @@ class RewardSource(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardSource:
+        if self.ensemble is None and {"combine", "k"} & self.model_fields_set and (self.combine, self.k) != ("mean", 1):
+            raise refusal("combine", "it is for an ensemble", "conflict")
         if sum(getattr(self, kind) is not None for kind in KINDS) != 1:
             raise refusal("", f"name exactly one of {', '.join(KINDS[:-1])} and {KINDS[-1]}")
         return self

@@ -91,11 +91,13 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
     if recipe.preferences is not None:
         yield Phase("preferences", "sampling", base | _sampling(recipe, shape, recipe.preferences.sampling))
     if (reward := recipe.reward) is not None:
-        roles = {"reward role": _role_bytes(recipe, shape, "reward")}
+        members = 1 if reward.ensemble is None else reward.ensemble.members
+        roles = {"reward role": members * _role_bytes(recipe, shape, "reward")}
         yield Phase("reward", "update", base | roles | _activations(recipe, shape, reward))
     if (ppo := recipe.ppo) is not None:
         name, trained = ("policy and value", 2) if ppo.has_critic else ("policy", 1)
-        rewards = sum(source.adapter is not None for source in ppo.reward)
+        own = recipe.reward.ensemble.members if recipe.reward is not None and recipe.reward.ensemble else 5
+        rewards = sum(own if source.ensemble else source.adapter is not None for source in ppo.reward)
         frozen = rewards * 4 * shape.adapter(recipe.adapter_for("ppo"))
         roles = {name: trained * _role_bytes(recipe, shape, "ppo"), "reward adapters": frozen}
         yield Phase("ppo", "sampling", base | roles | _sampling(recipe, shape, ppo.rollout, ppo.max_prompt_tokens))

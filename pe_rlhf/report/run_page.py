@@ -15,6 +15,7 @@ import yaml
 
 from pe_rlhf.report.charts import draw_lines, draw_reliability, points
 from pe_rlhf.report.format import conversation, duration, gibibytes, number, percent, preferred
+from pe_rlhf.report.members_table import members_table
 from pe_rlhf.report.page import Interval, Page, Plot, Sample, Section, Table, Text, Tile
 from pe_rlhf.runs.layout import STAGE_INFO, RunFiles, StageFiles
 from pe_rlhf.runs.learning_flags import ppo_flags, reward_flags
@@ -69,9 +70,10 @@ PPO = (
     Curves("Time per step", "seconds", SECONDS),
 )
 LOSSES = {"loss": "training", "eval_loss": "held out"}
+ACCURACIES = {"accuracy": "training", "eval_accuracy": "held out", "ensemble_eval_accuracy": "ensemble, held out"}
 REWARD = (
     Curves("Pairwise loss", "nats per pair", LOSSES),
-    Curves("Accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "held out"}, shares=True),
+    Curves("Accuracy", "share of pairs", ACCURACIES, shares=True),
 )
 SFT = (Curves("Loss", "nats per token", LOSSES),)
 # What a stage did, with the numbers of its summary; a stage that has no row here is described by the table of stages.
@@ -121,7 +123,7 @@ def write_report(run_dir: Path) -> Path:
         sections=[
             Section("Warnings", items=_warnings(stages)),
             _ppo(stages.get("ppo")),
-            Section("Reward model", plots=_plots(stages.get("reward"), REWARD) + _reliability(stages.get("reward"))),
+            _reward(stages.get("reward")),
             Section("Supervised fine-tuning", plots=_plots(stages.get("sft"), SFT)),
             _side_by_side(stages.get("evaluate")),
             _ppo_samples(stages.get("ppo")),
@@ -207,6 +209,11 @@ def _plots(stage: Stage | None, curves: Sequence[Curves]) -> list[Plot]:
     return [plot for plot in plots if plot]
 
 
+def _reward(stage: Stage | None) -> Section:
+    tables = members_table(stage.summary) if stage else []
+    return Section("Reward model", tables=tables, plots=_plots(stage, REWARD) + _reliability(stage))
+
+
 def _reliability(stage: Stage | None) -> list[Plot]:
     plot = draw_reliability(stage.summary.get("reliability") or []) if stage else None
     return [plot] if plot else []
@@ -219,28 +226,28 @@ def _ppo(stage: Stage | None) -> Section:
         if row.get("reward") is not None:
             deviation = row.get("reward_std") or 0.0
             row |= {"reward_low": row["reward"] - deviation, "reward_high": row["reward"] + deviation}
-    sources = _sources(stage.metrics)
+    curves = (PPO[0], *_sources(stage.metrics), *PPO[1:])
     judged = [row for row in stage.metrics if None not in (row.get("judge_win_rate"), row.get("reward"))]
-    return Section(
-        "PPO", note=over_optimisation(judged) if judged else "", plots=_plots(stage, (PPO[0], *sources, *PPO[1:]))
-    )
+    return Section("PPO", note=over_optimisation(judged) if judged else "", plots=_plots(stage, curves))
 
 
 def _sources(metrics: list[Row]) -> list[Curves]:
-    """A plot for each source of the reward, where there are several or one is normalised."""
-    deviations = dict.fromkeys(
-        key for row in metrics for key in row if key.startswith("source_") and key.endswith("_std")
-    )
+    """A plot for each source of the reward that is logged, and of how far the members of an ensemble are apart."""
     found: list[Curves] = []
-    for key in deviations:
-        name = key.removesuffix("_std")
+    for key in dict.fromkeys(key for row in metrics for key in row if key.startswith("source_")):
+        name, _, last = key.rpartition("_")
+        shown = name.removeprefix("source_")
+        if last == "disagreement":
+            note = "standard deviation over the members; it grows where the reward is exploited"
+            found.append(Curves(f"Disagreement of {shown}", "reward units", {key: "mean over responses"}, note=note))
+        if last != "std":
+            continue
         for row in metrics:
             if row.get(name) is not None:
                 deviation = row.get(key) or 0.0
                 row |= {f"{name}_low": row[name] - deviation, f"{name}_high": row[name] + deviation}
-        title = f"Reward of {name.removeprefix('source_')}"
         note = "before normalising and weight; band: ± one standard deviation in a step"
-        found.append(Curves(title, "mean score", {name: name}, note=note, band=(f"{name}_low", f"{name}_high")))
+        found.append(Curves(f"Reward of {shown}", "mean score", {name: name}, note, (f"{name}_low", f"{name}_high")))
     return found
 
 

@@ -70,7 +70,7 @@ class RunFiles(_Files):
 
     def role(self, role: str) -> RoleFiles:
         """Where the stage that trains a role leaves it."""
-        return self.stage(ROLES[role].name).role(role)
+        return self.stage(ROLES[role.partition("_")[0]].name).role(role)
 
     @property
     def sft_model(self) -> Path:
@@ -105,7 +105,10 @@ class StageFiles(_Files):
         return RunFiles(self.folder.absolute().parent)
 
     def role(self, role: str) -> RoleFiles:
-        return RoleFiles(self.folder / ROLES[role].roles[role])
+        """The folder of a role; `reward_2` is the second member of an ensemble, in `adapter_2`."""
+        name, _, number = role.partition("_")
+        folder = ROLES[name].roles[name]
+        return RoleFiles(self.folder / (f"{folder}_{number}" if number else folder))
 
     def left_out(self, key: str) -> Path:
         """The unusable rows of a data set, which the recipe names under `key`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from pe_rlhf.adapters.specs import FullSpec, RoleSpec, spec_from_json
 from pe_rlhf.config import Recipe
@@ -203,9 +204,18 @@ def _sha256(path: Path) -> str:
 
 
 def load_role(backbone: Backbone, role: str, folder: Path) -> None:
-    """Put a role that a stage wrote on a backbone, under any role name.
+    """Put a role that a stage wrote on a backbone, under any role name. Raises as `checked_state`."""
+    spec, state = checked_state(backbone, folder)
+    try:
+        backbone.load_role(role, spec, state)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}", kind=error.kind, file=folder) from error
 
-    Raises `InputError` where there is none, where it is damaged, or where it was trained on another base.
+
+def checked_state(backbone: Backbone, folder: Path) -> tuple[RoleSpec, dict[str, Tensor]]:
+    """How a role that a stage wrote is made, and its tensors.
+
+    Raises `InputError` where there is none, where it is damaged, or where it was trained on another base than this.
     """
     found = read_role(folder)
     state = load_tensors(found.files.tensors)
@@ -232,10 +242,7 @@ def load_role(backbone: Backbone, role: str, folder: Path) -> None:
             key="base_config",
             file=folder,
         )
-    try:
-        backbone.load_role(role, found.spec, state)
-    except InputError as error:
-        raise InputError(f"{folder}: {error}", kind=error.kind, file=folder) from error
+    return found.spec, state
 
 
 def _base_of(files: RoleFiles, recorded: str) -> str:

@@ -14,6 +14,7 @@ from pe_rlhf.config.reward_source import RewardSource, source_names
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.classifier import Classifier
+from pe_rlhf.scoring.ensemble import EnsembleScorer, find_ensemble, load_average
 from pe_rlhf.scoring.remote import RemoteScorer, check_columns
 from pe_rlhf.scoring.scorers import AdapterScorer, FunctionScorer, ModelScorer, Scorer, find_reward
 from pe_rlhf.system.distributed import on_main
@@ -69,6 +70,8 @@ class WeightedScorer:
             if len(self._parts) > 1 or part.settings.normalise != "none" or part.settings.clip is not None:
                 self.metrics[f"source_{part.name}"] = scores_B.mean().item()
                 self.metrics[f"source_{part.name}_std"] = scores_B.std(correction=0).item()
+            own: dict[str, float] = getattr(part.scorer, "metrics", {})
+            self.metrics |= {f"source_{part.name}_{name}": value for name, value in own.items()}
         return torch.stack(contributions).sum(dim=0)
 
     def moments(self) -> Moments:
@@ -97,6 +100,11 @@ def make_scorer(
     """
     parts: list[Part] = []
     roles: list[str] = []
+
+    def new_role() -> str:
+        roles.append(f"reward_{len(roles) + 1}" if roles else "reward")
+        return roles[-1]
+
     for name, source in zip(source_names(sources), sources, strict=True):
         if source.function is not None:
             scorer: Scorer = FunctionScorer(source.function, columns, source.arguments)
@@ -113,9 +121,18 @@ def make_scorer(
             check_columns(source.server.columns, columns)
             scorer = RemoteScorer(source.url, source.server, backbone.eos_token_ids)
             on_main(scorer.check_server)
+        elif source.ensemble is not None:
+            members = find_ensemble(source.ensemble, run_dir)
+            if source.combine == "weight_average":
+                load_average(backbone, new_role(), members)
+                scorer = AdapterScorer(backbone, roles[-1], micro_batch_tokens)
+            else:
+                own = [new_role() for _ in members]
+                for role, member in zip(own, members, strict=True):
+                    load_role(backbone, role, member.folder)
+                scorer = EnsembleScorer(backbone, own, source.combine, source.k, micro_batch_tokens)
         else:
-            roles.append(f"reward_{len(roles) + 1}" if roles else "reward")
-            load_role(backbone, roles[-1], find_reward(source.adapter, run_dir).folder)
+            load_role(backbone, new_role(), find_reward(source.adapter, run_dir).folder)
             scorer = AdapterScorer(backbone, roles[-1], micro_batch_tokens)
         parts.append(Part(name, scorer, source))
     return WeightedScorer(parts), roles

@@ -24,9 +24,18 @@ REWARD = "reward"
 
 
 def add_role(
-    context: StageContext[Any], backbone: Backbone, role: str, adapter: AdapterConfig, statistics: StatisticsSource
+    context: StageContext[Any],
+    backbone: Backbone,
+    role: str,
+    adapter: AdapterConfig,
+    statistics: StatisticsSource,
+    *,
+    seed: int | None = None,
 ) -> None:
-    """A role at its initialisation. Where a run goes on, one whose init looks at data comes from the checkpoint."""
+    """A role at its initialisation. Where a run goes on, one whose init looks at data comes from the checkpoint.
+
+    seed: of the initial values; default: the recipe's.
+    """
     if context.recipe.tuning == "full":
         return backbone.add_own_weights(role)
     needs = kind_of(adapter).needs
@@ -38,7 +47,8 @@ def add_role(
             fix="use deepspeed: zero2 or less, or another kind or init",
         )
     if needs is None or (saved := load_checkpoint(context.folder)) is None:
-        backbone.add_adapter(role, adapter, seed=context.recipe.seed, statistics=statistics)
+        own = context.recipe.seed if seed is None else seed
+        backbone.add_adapter(role, adapter, seed=own, statistics=statistics)
         if world_size() > 1:  # an SVD may come out with other signs on another machine, and ranks must not differ
             backbone.set_role_state(role, from_main(backbone.role_state(role)))
         return None
@@ -90,5 +100,5 @@ def add_critic(
 
 def critic_scale(config: PPOConfig) -> float:
     """From the reward model's unit to that of PPO's rewards: the source's weight and, with kl.form: convex, 1 − β."""
-    weight = next((source.weight for source in config.reward if source.adapter is not None), 1.0)
+    weight = next((source.weight for source in config.reward if source.adapter or source.ensemble), 1.0)
     return weight * (1 - config.kl.beta if config.kl.form == "convex" else 1.0)

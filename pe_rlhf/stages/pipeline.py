@@ -12,6 +12,7 @@ import torch
 from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.config import STAGES, Recipe, SamplerConfig
 from pe_rlhf.config.load import load_deepspeed_config, load_recipe, save_recipe
+from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.data.codec import read_template
 from pe_rlhf.data.rows import MAX_BAD_SHARE, load_examples, load_preferences, load_prompt_rows
 from pe_rlhf.model.device_plan import refuse_impossible, settle
@@ -23,12 +24,14 @@ from pe_rlhf.rollout.make import check_installed
 from pe_rlhf.runs.changes import Resumption, Start, find_resumption, note_changes
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import check_tracking, read_summary
+from pe_rlhf.scoring.ensemble import find_ensemble
 from pe_rlhf.scoring.model_judges import check_judge
 from pe_rlhf.scoring.remote import check_columns
 from pe_rlhf.scoring.scorers import find_reward
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.preflight import check_model
+from pe_rlhf.stages.reward_members import members_of
 from pe_rlhf.system.distributed import on_main, world_size
 from pe_rlhf.system.failures import ElsewhereError, Stopped, TrainingError, failure_noted
 from pe_rlhf.system.files import locked
@@ -189,6 +192,8 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
                 check_model_name(source.model, "ppo.reward.model")
             if source.adapter not in (None, "stage"):
                 find_reward(source.adapter, Path())
+            if source.ensemble is not None and source.ensemble not in OWN_STAGE:
+                find_ensemble(source.ensemble, Path())
     check_model(recipe, [stage for stage in stages if stage not in finished], first)
 
 
@@ -196,6 +201,9 @@ def check_inits(recipe: Recipe) -> None:
     """Raise `InputError` for an init of a stage that there is not, or an option that it has not."""
     for stage in recipe.stages:
         kind_of(recipe.adapter_for(stage))
+    if recipe.reward is not None:
+        for member in members_of(recipe, recipe.reward, 1):
+            kind_of(member.adapter)
 
 
 def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +28,15 @@ from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.layout import RunFiles, StageFiles
 from pe_rlhf.runs.learning_flags import reward_flags
 from pe_rlhf.runs.saved_roles import save_role
-from pe_rlhf.stages.add_roles import add_role
+from pe_rlhf.stages.add_roles import REWARD
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.init_batches import reward_statistics
+from pe_rlhf.stages.reward_members import Member, add_members, ensemble_metrics, member_rows, members_of
 from pe_rlhf.system.distributed import on_main, rank, sum_metrics
 from pe_rlhf.system.failures import Stopped, TrainingError
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import Advance, no_progress, progress, say
-from pe_rlhf.system.seeding import permutation, seeded
+from pe_rlhf.system.seeding import seeded
 from pe_rlhf.system.stop_signals import stop_requests
 from pe_rlhf.types import Sequences
 from reward.calibration import accuracy_interval, expected_calibration_error, reliability_table
@@ -44,7 +44,6 @@ from reward.errors import InputError
 from reward.losses import pairwise_loss
 from reward.records import PreferenceRecord, first_turn
 
-ROLE = "reward"
 Encoded = tuple[PreferenceRecord, PairTokens]
 
 
@@ -54,71 +53,85 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
     start = time.monotonic()
     backbone = context.backbone()
     train, held_out = load_pairs(context, config, backbone)
-    adapter = context.recipe.adapter_for("reward")
-    statistics = reward_statistics(backbone, train, adapter, config, context.recipe.seed)
-    add_role(context, backbone, ROLE, adapter, statistics)
+    members = members_of(context.recipe, config, len(train))
+    add_members(context, backbone, members, train)
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
-    group = RoleGroup.of(backbone, ROLE, config.learning_rate)
-    optimizer = RoleOptimizer([group], config.optimizer, total_steps, context.deepspeed)
-    first_step, seconds_before = _resume(context, backbone, optimizer)
+    groups = [RoleGroup.of(backbone, member.role, config.learning_rate) for member in members]
+    optimizer = RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed)
+    first_step, seconds_before = _resume(context, backbone, optimizer, members)
     everything = train.responses() + held_out.responses()
     with progress("reward: frozen blocks", len(everything), "responses") as advance:
         backbone.compute_once(everything, config.micro_batch_tokens, advance)
     writer = context.metrics(first_step)
     truncate_jsonl(context.files.reliability, first_step)
-    result: RewardEvaluation | None = None
+    results: list[RewardEvaluation] = []
     held_out_loss: float | None = None  # of the weights as they are
 
     with progress("reward: training", total_steps - first_step, "steps") as advance, stop_requests() as stop:
         for step in range(first_step, total_steps):
             epoch, batch = divmod(step, steps_per_epoch)
-            order = permutation(len(train), context.recipe.seed, "reward", epoch)
-            rows = order[batch * config.batch_size : (batch + 1) * config.batch_size]
             step_start = time.monotonic()
-            with seeded(context.recipe.seed, "reward dropout", step, rank()):
-                line = {"epoch": epoch, **accumulate(backbone, optimizer, train, rows, config)}
+            line: dict[str, float] = {"epoch": epoch}
+            for member in reversed(members):  # one after the other, so that their activations are not held together
+                rows = member.batch(epoch, batch, config.batch_size)
+                with seeded(member.seed, "reward dropout", step, rank()):
+                    line |= accumulate(backbone, optimizer, train, rows, config, member.role)  # the first one's stay
             spent = time.monotonic() - step_start
             # Only weights whose loss on the next pairs is finite are kept: a run that fails goes on from sound ones.
             if step > first_step and step % config.checkpoint_every == 0:
-                _save(context, backbone, optimizer, step, seconds_before + step_start - start, held_out_loss)
+                seconds = seconds_before + step_start - start
+                _save(context, backbone, optimizer, members, step, seconds, held_out_loss)
             step_start = time.monotonic() - spent  # without the saving
-            line |= {"lr": optimizer.learning_rates()[ROLE], "grad_norm": optimizer.step()[ROLE]}
+            line |= {"lr": optimizer.learning_rates()[REWARD], "grad_norm": optimizer.step()[REWARD]}
             line["seconds_step"] = time.monotonic() - step_start
             done, held_out_loss = step + 1, None
             if done % config.eval_every == 0 or done == total_steps:
-                result = evaluate_pairs(backbone, held_out, config)
-                line |= result.metrics()
-                held_out_loss = result.loss
-                append_jsonl(context.files.reliability, {"step": done, "bins": reliability_table(result.margins)})
+                results = [evaluate_pairs(backbone, held_out, config, role=member.role) for member in members]
+                together = ensemble_metrics([result.margins for result in results])
+                line |= results[0].metrics() | together
+                held_out_loss = together.get("ensemble_eval_loss", results[0].loss)
+                append_jsonl(context.files.reliability, {"step": done, "bins": reliability_table(results[0].margins)})
                 say(_line(done, total_steps, line))
             writer.write(done, line)
             if (stopped := stop.received()) or done == total_steps:
-                _save(context, backbone, optimizer, done, seconds_before + time.monotonic() - start, held_out_loss)
+                seconds = seconds_before + time.monotonic() - start
+                _save(context, backbone, optimizer, members, done, seconds, held_out_loss)
             if stopped:
                 raise Stopped(f"reward: stopped after step {done}", stopped)
             advance(1)
     writer.close()
 
     # The pairwise loss leaves the mean score free. PPO's value clipping and its penalties want it at zero.
-    result = result or evaluate_pairs(backbone, held_out, config)
-    with progress("reward: centring", len(train), "pairs") as advance:
-        backbone.head(ROLE).shift(-evaluate_pairs(backbone, train, config, advance).mean_score)
-    save_role(backbone, ROLE, context.files.role(ROLE).folder)
-    summary = _summary(result, len(train)) | {
+    results = results or [evaluate_pairs(backbone, held_out, config, role=member.role) for member in members]
+    with progress("reward: centring", len(train) * len(members), "pairs") as advance:
+        for member in members:
+            mean_score = evaluate_pairs(backbone, train, config, advance, role=member.role).mean_score
+            backbone.head(member.role).shift(-mean_score)
+    for member in members:
+        save_role(backbone, member.role, context.files.role(member.role).folder)
+    summary = _summary(results[0], len(train)) | {
         "steps": total_steps,
         "seconds_per_step": on_main(lambda: _seconds_per_step(context)),
-        "trainable_parameters": sum(p.numel() for p in group.parameters.values()),
+        "trainable_parameters": sum(p.numel() for group in groups for p in group.parameters.values()),
         "seconds": round(seconds_before + time.monotonic() - start, 2),
         **peak_memory(),
     }
+    if len(members) > 1:
+        margins = [result.margins for result in results]
+        summary |= ensemble_metrics(margins) | {"members": member_rows(members, margins)}
     summary["warnings"] = reward_flags(summary)
     write_json(context.files.summary, summary)
     return summary
 
 
 def accumulate(
-    backbone: Backbone, optimizer: RoleOptimizer, pairs: Pairs, rows: list[int], config: RewardConfig
+    backbone: Backbone,
+    optimizer: RoleOptimizer,
+    pairs: Pairs,
+    rows: list[int],
+    config: RewardConfig,
+    role: str = REWARD,
 ) -> dict[str, float]:
     """Gradients of the pairs of those rows; how they are cut into micro-batches changes rounding only."""
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
@@ -126,7 +139,7 @@ def accumulate(
     costs_B = batch.costs(packed=backbone.packs)
     with dropout(backbone):
         for index, counts in own_micro_batches(costs_B, config.micro_batch_tokens, padded=not backbone.packs):
-            with backbone.role(ROLE):
+            with backbone.role(role):
                 chosen_B, rejected_B = backbone.response_scores(batch.take(index)).chunk(2)
             part = pairwise_loss(
                 chosen_B,
@@ -173,7 +186,7 @@ class RewardEvaluation:
 
 
 def evaluate_pairs(
-    backbone: Backbone, pairs: Pairs, config: RewardConfig, advance: Advance = no_progress
+    backbone: Backbone, pairs: Pairs, config: RewardConfig, advance: Advance = no_progress, *, role: str = REWARD
 ) -> RewardEvaluation:
     """Score all pairs; the plain loss, without margin, smoothing or centering. `advance` gets how many were scored.
 
@@ -184,7 +197,7 @@ def evaluate_pairs(
         return backbone.response_scores(part).view(2, -1).T
 
     costs_B, budget = pairs.costs(packed=backbone.packs), config.micro_batch_tokens
-    scores_B2 = for_each_row(backbone, ROLE, pairs, budget, compute, costs_B=costs_B, advance=advance)
+    scores_B2 = for_each_row(backbone, role, pairs, budget, compute, costs_B=costs_B, advance=advance)
     chosen_B, rejected_B = scores_B2.T.contiguous()
     result = pairwise_loss(chosen_B, rejected_B)
     if not result.loss.isfinite():
@@ -239,13 +252,16 @@ def _turn(pair: Encoded) -> str:
     return first_turn(pair[0].prompt)
 
 
-def _resume(context: StageContext[RewardConfig], backbone: Backbone, optimizer: RoleOptimizer) -> tuple[int, float]:
+def _resume(
+    context: StageContext[RewardConfig], backbone: Backbone, optimizer: RoleOptimizer, members: Sequence[Member]
+) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: the next step, and the seconds spent so far."""
     loaded = load_checkpoint(context.folder)
     if loaded is None:
         return 0, 0.0
     step, tensors, state = loaded
-    backbone.set_role_state(ROLE, without_prefix(f"{ROLE}/", tensors))
+    for member in members:
+        backbone.set_role_state(member.role, without_prefix(f"{member.role}/", tensors))
     optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
     say(f"reward: continuing after step {step}")
     return step, state["seconds"]
@@ -255,13 +271,14 @@ def _save(
     context: StageContext[RewardConfig],
     backbone: Backbone,
     optimizer: RoleOptimizer,
+    members: Sequence[Member],
     step: int,
     seconds: float,
     held_out_loss: float | None,
 ) -> None:
     config = context.config
     score = None if held_out_loss is None else -held_out_loss
-    tensors, specs = roles_in(backbone, ROLE)
+    tensors, specs = roles_in(backbone, *(member.role for member in members))
     tensors |= with_prefix(CHECKPOINT_PREFIX, optimizer.state(copy=False))
     state = {"seconds": seconds} | specs
     save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)

@@ -25,7 +25,7 @@ class Given:
 
 
 def part(name: str, *batches: Sequence[float], **settings: Any) -> Part:
-    return Part(name, Given(*batches), RewardSource(function="a:b", **settings))
+    return Part(name, Given(*batches), RewardSource.model_validate({"function": "a:b"} | settings))
 
 
 def scored(scorer: WeightedScorer) -> list[float]:
@@ -74,7 +74,7 @@ def test_names() -> None:
         {"model": "m"},
         {"url": "http://a:1"},
     ]
-    names = source_names([RewardSource(**source) for source in sources])
+    names = source_names([RewardSource.model_validate(source) for source in sources])
     assert names == ["adapter", "adapter_2", "length", "adapter_3", "model", "url"]
 
 
@@ -84,4 +84,4 @@ def test_names() -> None:
 )
 def test_settings_that_are_none(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        RewardSource(**{"function": "a:b"} | settings)
+        RewardSource.model_validate({"function": "a:b"} | settings)
