@@ -155,6 +155,8 @@ class AdapterKind(Generic[S]):
 # One line a kind. A kind's file imports torch, so it is imported when it is first asked for.
 KINDS: dict[str, str | type[AdapterKind[Any]]] = {
     "lora": "pe_rlhf.adapters.lora.anchored:LoRA",
+    "rosa": "pe_rlhf.adapters.kinds.rosa:RoSA",
+    "shira": "pe_rlhf.adapters.kinds.shira:ShiRA",
 }
 
 

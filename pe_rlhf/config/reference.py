@@ -58,8 +58,8 @@ def _other_kinds() -> Iterator[str]:
         schema = settings_of(name)
         common = LowRankConfig if issubclass(schema, LowRankConfig) else AdapterConfig
         beside = "all of the above" if common is LowRankConfig else ", ".join(f"`{key}`" for key in common.model_fields)
-        changed = [(key, field) for key, field in schema.model_fields.items() if field != common.model_fields.get(key)]
-        rows = [_row(key, field) for key, field in changed]
+        told = {_row(key, field) for key, field in common.model_fields.items()}
+        rows = [row for key, field in schema.model_fields.items() if (row := _row(key, field)) not in told]
         if name != "lora":
             table = TABLE + "\n".join(rows) + "\n" if rows else ""
             yield f"### `adapter` of the kind `{name}`\n\n{_first_line(schema)} Keys: {beside}.\n\n{table}"

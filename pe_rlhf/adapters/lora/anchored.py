@@ -68,8 +68,7 @@ class AnchoredLoRA(AdapterLayer):
         x = x.to(y.dtype)
         if self.training and self.settings.dropout:
             x = F.dropout(x, self.settings.dropout)
-        if y._base is not None or not y.is_contiguous():  # Conv1D's is a view, which autograd would copy more often
-            y = y.clone(memory_format=torch.contiguous_format)
+        y = writable(y)
         # Made anew in each pass: a fused optimizer changes A and B without counting up their versions.
         up, down = (factor.to(y.dtype) for factor in self._difference())
         if not torch.is_grad_enabled():  # a token that is sampled has no time for autograd's bookkeeping
@@ -102,6 +101,18 @@ class AnchoredLoRA(AdapterLayer):
             return A_RI, B_OR
         down = torch.cat([B_OR - self.initial_B_OR, self.initial_B_OR], dim=1)
         return torch.cat([A_RI, A_RI - self.initial_A_RI]), down
+
+
+def writable(y: Tensor) -> Tensor:
+    """A base's output as one that can be written into: Conv1D's is a view, which autograd would copy more often."""
+    whole = y._base is None and y.is_contiguous()
+    return y if whole else y.clone(memory_format=torch.contiguous_format)
+
+
+def add_product(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    """`y + B(A x)` in y's dtype, written into y where it can be; A and B may be computed from what is trained."""
+    up, down = A_RI.detach().to(y.dtype), B_OR.detach().to(y.dtype)
+    return _AddLowRank.apply(writable(y), x.to(y.dtype), A_RI, B_OR, up, down, 1.0)
 
 
 def _add_low_rank(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
