@@ -25,7 +25,7 @@ EXTENDING = "extending.md"
 # What stands for a thing that a command cannot have here, with the reason that it is only parsed (tests/unit).
 NEEDS = {
     r"^quickstart$": "ten minutes",
-    r"^compare_inits|^pe_vs_full$": "hours",
+    r"^compare_|^pe_vs_full$": "hours",
     r"llm:|^http": "a model or a server",
     r"^--submit$": "a cluster",
     r"^smoke$": "run once, for all",

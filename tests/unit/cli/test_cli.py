@@ -158,7 +158,7 @@ def test_a_recipe_that_is_not_there(fails: Fails, name: str, nearest: str | None
     failure = fails("run", name)
     assert (failure.kind, failure.key, failure.file) == ("missing", "RECIPE", name)
     assert (failure.fix is None) == (nearest is None)
-    assert "compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke" in str(failure)
+    assert "compare_estimators, compare_inits, compare_inits_small, pe_vs_full, quickstart, smoke" in str(failure)
 
 
 @pytest.mark.parametrize(
