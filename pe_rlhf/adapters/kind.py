@@ -155,8 +155,11 @@ class AdapterKind(Generic[S]):
 # One line a kind. A kind's file imports torch, so it is imported when it is first asked for.
 KINDS: dict[str, str | type[AdapterKind[Any]]] = {
     "lora": "pe_rlhf.adapters.lora.anchored:LoRA",
+    "additive": "pe_rlhf.adapters.kinds.additive:Additive",
     "rosa": "pe_rlhf.adapters.kinds.rosa:RoSA",
     "shira": "pe_rlhf.adapters.kinds.shira:ShiRA",
+    "spectral_a": "pe_rlhf.adapters.kinds.spectral_a:SpectralA",
+    "spectral_r": "pe_rlhf.adapters.kinds.spectral_r:SpectralR",
 }
 
 

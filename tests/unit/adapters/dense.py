@@ -19,12 +19,11 @@ Delta = Callable[[dict[str, Tensor]], Tensor]
 
 
 def base_layer(module: str = "linear", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A base with random weight and bias; `conv1d` has its weight the other way round."""
+    """A base with a random weight and bias, always the same; `conv1d` has its weight the other way round."""
     base = Conv1D(OUT, IN) if module == "conv1d" else nn.Linear(IN, OUT)
     generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.normal_(generator=generator)
+    weight_OI, bias_O = torch.randn(OUT, IN, generator=generator), torch.randn(OUT, generator=generator)
+    base.load_state_dict({"weight": weight_OI.T if module == "conv1d" else weight_OI, "bias": bias_O})
     return base.to(dtype).requires_grad_(False)
 
 

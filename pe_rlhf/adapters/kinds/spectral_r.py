@@ -1,0 +1,100 @@
+"""Rotational spectral adapter (arXiv 2405.13952): the top r singular vectors of W0 = U S Vᵀ are rotated.
+
+    W = [U1 R_U, U2] S [V1 R_V, V2]ᵀ,    ΔW = U1 (R_U S1 R_Vᵀ − S1) V1ᵀ
+
+R is orthogonal by Cayley, R = (I − K)(I + K)⁻¹ with K skew-symmetric: r(r−1)/2 parameters a side, whatever the layer's
+size. K starts at zero. With D = R − I = −2K(I + K)⁻¹ the bracket is D_U S1 + (S1 + D_U S1) D_Vᵀ, whose terms have a
+factor that is exactly zero at step 0. The small matrices are in fp64, so that R stays orthogonal to fp32's last bits.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pe_rlhf.adapters.kind import AdapterKind, LayerContext
+from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
+from pe_rlhf.adapters.lora.anchored import add_product
+from pe_rlhf.adapters.lora.inits.svd import top_directions
+from pe_rlhf.config.adapter import AdapterConfig
+from pe_rlhf.config.section import Positive
+
+
+class SpectralRConfig(AdapterConfig):
+    """The top singular vectors of each weight are rotated among themselves."""
+
+    rank: int = Field(default=16, ge=2, description="how many singular vectors r of each side")
+    niter: Positive | None = Field(
+        default=None, description="randomised SVD with this number of power iterations; default: exact SVD"
+    )
+
+
+class SpectralRLayer(AdapterLayer):
+    """`base(x) + ΔW x`; the tensors are the entries of K below the diagonal, and the kept `U_OR`, `S_R`, `Vh_RI`."""
+
+    trained: ClassVar[tuple[str, ...]] = ("skew_U", "skew_V")
+    kept: ClassVar[tuple[str, ...]] = ("U_OR", "S_R", "Vh_RI")
+    skew_U: nn.Parameter
+    skew_V: nn.Parameter
+    U_OR: Tensor
+    S_R: Tensor
+    Vh_RI: Tensor
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        return add_product(x, base(x), *self._factors())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """`(R_U S1 R_Vᵀ − S1) V1ᵀ` and U1."""
+        S_RR = self.S_R.double().diag()
+        turn_U, turn_V = (_turn(skew, len(self.S_R)) for skew in (self.skew_U, self.skew_V))
+        left_RR = turn_U @ S_RR
+        core_RR = left_RR + (S_RR + left_RR) @ turn_V.T
+        return core_RR.float() @ self.Vh_RI, self.U_OR
+
+    @torch.no_grad()
+    def rotations(self) -> tuple[Tensor, Tensor]:
+        """R_U and R_V, _RR, fp32."""
+        eye_RR = torch.eye(len(self.S_R), dtype=torch.double, device=self.S_R.device)
+        turn_U, turn_V = (_turn(skew, len(eye_RR)) for skew in (self.skew_U, self.skew_V))
+        return (eye_RR + turn_U).float(), (eye_RR + turn_V).float()
+
+    @torch.no_grad()
+    def lora_factors(self) -> LowRankFactors | None:
+        """Plain LoRA factors of rank r."""
+        up, down = self._factors()
+        return LowRankFactors(up, down.clone(), 1.0)
+
+    @torch.no_grad()
+    def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
+        """ΔW_OI, fp32."""
+        up, down = self._factors()
+        return down @ up
+
+
+def _turn(skew_P: Tensor, rank: int) -> Tensor:
+    """R − I = −2K(I + K)⁻¹ of a skew-symmetric K, given by its entries below the diagonal; _RR, fp64."""
+    below = torch.tril_indices(rank, rank, -1, device=skew_P.device)
+    lower_RR = skew_P.new_zeros(rank, rank, dtype=torch.double).index_put((below[0], below[1]), skew_P.double())
+    skew_RR = lower_RR - lower_RR.T
+    eye_RR = torch.eye(rank, dtype=torch.double, device=skew_P.device)
+    return torch.linalg.solve(eye_RR + skew_RR, -2 * skew_RR)  # K and (I + K)⁻¹ commute
+
+
+class SpectralR(AdapterKind[SpectralRConfig]):
+    """Singular vectors of the weight, rotated."""
+
+    settings_type: ClassVar[type[AdapterConfig]] = SpectralRConfig
+    layer = SpectralRLayer
+
+    def tensors(self, context: LayerContext) -> dict[str, Tensor]:
+        """The top singular vectors, and zeros."""
+        top = top_directions(context.weight_OI, self.settings.rank, self.settings.niter, cache=True)
+        kept = {"U_OR": top.U_OK, "S_R": top.S_K, "Vh_RI": top.Vh_KI}
+        return {name: torch.zeros(size) for name, size in self.sizes(*context.weight_OI.shape).items()} | kept
+
+    def sizes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        count = self.settings.rank * (self.settings.rank - 1) // 2
+        return {"skew_U": (count,), "skew_V": (count,)}
