@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pe_rlhf.adapters.kind import KINDS
 from pe_rlhf.adapters.lora.init_registry import INITS
 from pe_rlhf.cli.main import main
 from pe_rlhf.config.adapter import INIT_OPTIONS
@@ -82,8 +83,8 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_registries() -> Iterator[None]:
-    """An init that a test registers is gone after the test: others count what there is."""
-    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [(of, dict(of)) for of in (INITS, INIT_OPTIONS)]
+    """An init or kind that a test registers is gone after the test: others count what there is."""
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [(of, dict(of)) for of in (INITS, INIT_OPTIONS, KINDS)]
     yield
     for registry, entries in kept:
         registry.clear()

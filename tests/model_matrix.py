@@ -215,7 +215,7 @@ def check_merged(backbone: Backbone, name: str, sequences: Sequences) -> None:
 @torch.no_grad()
 def check_peft(backbone: Backbone, name: str, sequences: Sequences) -> str:
     """The exported adapter in PEFT; why there is none, or ""."""
-    if (reason := backbone.peft_refusal("policy")) is not None:
+    if isinstance(reason := backbone.peft_form("policy"), str):
         return reason
     with tempfile.TemporaryDirectory() as folder:
         backbone.export_adapter("policy", Path(folder))

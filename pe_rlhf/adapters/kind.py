@@ -68,10 +68,17 @@ class Time:
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """A role as an adapter of PEFT's: its config, and tensors by layer and by PEFT's name within the layer."""
+    """A role as an adapter of PEFT's.
+
+    Attributes:
+        config: PEFT's config of the kind; who writes the files fills in targets, task and base.
+        tensors: by layer, and by PEFT's name within the layer.
+        shared: those of all layers together, by PEFT's name.
+    """
 
     config: PeftConfig
     tensors: dict[str, dict[str, Tensor]]
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
 
 Layers = Mapping[str, Any]
@@ -155,11 +162,17 @@ class AdapterKind(Generic[S]):
 # One line a kind. A kind's file imports torch, so it is imported when it is first asked for.
 KINDS: dict[str, str | type[AdapterKind[Any]]] = {
     "lora": "pe_rlhf.adapters.lora.anchored:LoRA",
+    "adalora": "pe_rlhf.adapters.kinds.adalora:AdaLoRA",
     "additive": "pe_rlhf.adapters.kinds.additive:Additive",
+    "bat": "pe_rlhf.adapters.kinds.bat:Bat",
+    "dora": "pe_rlhf.adapters.kinds.dora:DoRA",
+    "loha": "pe_rlhf.adapters.kinds.loha:LoHa",
+    "miss": "pe_rlhf.adapters.kinds.miss:MiSS",
     "rosa": "pe_rlhf.adapters.kinds.rosa:RoSA",
     "shira": "pe_rlhf.adapters.kinds.shira:ShiRA",
     "spectral_a": "pe_rlhf.adapters.kinds.spectral_a:SpectralA",
     "spectral_r": "pe_rlhf.adapters.kinds.spectral_r:SpectralR",
+    "vera": "pe_rlhf.adapters.kinds.vera:VeRA",
 }
 
 

@@ -22,22 +22,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.kind import AdapterKind, PeftFiles
-from pe_rlhf.adapters.layer import AdapterLayer
+from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
 from pe_rlhf.system.tensor_files import save_tensors
 
 Layers = Mapping[str, AdapterLayer]
 
 
-def peft_files(kind: AdapterKind[Any], layers: Layers) -> PeftFiles | None:
-    """A role in PEFT's own form of its kind, else as a plain LoRA; None where it has neither."""
-    if (own := kind.peft(layers)) is not None:
-        return own
-    return plain_lora(layers) if all(layer.has_lora_factors for layer in layers.values()) else None
+def peft_forms(kind: AdapterKind[Any], layers: Layers) -> list[PeftFiles]:
+    """What a role may be written as, the best first: PEFT's own form of its kind, a plain LoRA; it may be none."""
+    own = kind.peft(layers)
+    return [form for form in (own, plain_lora(layers)) if form is not None]
 
 
-def plain_lora(layers: Layers, rank: int | None = None) -> PeftFiles:
-    """A role whose layers have factors as one LoRA of the largest rank; `rank`: of at least that one."""
+def plain_lora(layers: Layers, rank: int | None = None) -> PeftFiles | None:
+    """A role as one LoRA, as `as_plain_lora`; None where its layers have no factors."""
     factors = {name: found for name, layer in layers.items() if (found := layer.lora_factors()) is not None}
+    return as_plain_lora(factors, rank) if len(factors) == len(layers) else None
+
+
+def as_plain_lora(factors: Mapping[str, LowRankFactors], rank: int | None = None) -> PeftFiles:
+    """Factors by layer as one LoRA of the largest rank; `rank`: of at least that one."""
     rank = max(rank or 0, *(len(f.A_RI) for f in factors.values()))
     scale = next(iter(factors.values())).scale
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -64,6 +68,7 @@ def export_peft(
         path: the directory to write.
     """
     tensors = {f"base_model.model.{n}.{part}": t for n, parts in files.tensors.items() for part, t in parts.items()}
+    tensors |= {f"base_model.{name}": tensor for name, tensor in files.shared.items()}
     classifies = role.startswith("reward") and head is not None
     path.mkdir(parents=True, exist_ok=True)
     if head is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pe_rlhf.adapters.kind import PeftFiles
 from pe_rlhf.adapters.layer import WrappedLayer, like_out_in, merged_weight, weight_out_in
-from pe_rlhf.adapters.peft_export import export_peft, peft_files, peft_refusal, plain_lora
+from pe_rlhf.adapters.peft_export import export_peft, peft_forms, peft_refusal, plain_lora
 from pe_rlhf.adapters.targets import linear_modules, module_names, shared_weights
 from pe_rlhf.model.roles import ANCHOR, ModelWithRoles
 from pe_rlhf.model.tensors import unique_tensors
@@ -20,33 +20,33 @@ from reward.errors import InputError
 class RolesToExport(ModelWithRoles):
     """Roles, and what is written of them for others. Nothing here changes a weight of the model."""
 
-    def export_adapter(self, role: str, path: str | Path, rank: int | None = None) -> None:
+    def export_adapter(
+        self, role: str, path: str | Path, rank: int | None = None, form: PeftFiles | None = None
+    ) -> None:
         """Write a role as PEFT has its kind, else as a plain LoRA, for the original base; see `peft_export.py`.
 
-        `rank` asks for a plain LoRA, with a smaller rank filled up with zeros. Raises `InputError` for a role with
-        weights of its own, and for an adapter that PEFT has no form for.
+        `rank` asks for a plain LoRA, with a smaller rank filled up with zeros; `form` is what `peft_form` gave.
+        Raises `InputError` for a role with weights of its own, and for an adapter that PEFT has no form for.
         """
         if role in self.own_models:
             message = f"the {role} was fully tuned and is no adapter; it can be exported as a merged checkpoint"
             raise InputError(message, kind="conflict", key="format")
-        files = self._peft_files(role) if rank is None else plain_lora(self.role_layers(role), rank)
-        if files is None:
-            raise InputError(f"the {role}: {self._no_form(role)}", kind="conflict", key="format")
+        files = form or (self.peft_form(role) if rank is None else plain_lora(self.role_layers(role), rank))
+        if not isinstance(files, PeftFiles):
+            raise InputError(f"the {role} is no adapter of PEFT's: {files}", kind="conflict", key="format")
         head = self.heads[role] if role in self.heads else None  # noqa: SIM401  (a ModuleDict has no get)
         names = module_names(self.model)
         export_peft(files, head, role=role, base_model=self.name, all_names=names, path=Path(path))
 
-    def peft_refusal(self, role: str) -> str | None:
-        """Why `export_adapter` would write what PEFT loads as something else, or None."""
-        if (files := self._peft_files(role)) is None:
-            return self._no_form(role)
-        return peft_refusal(files, self.model, all_names=module_names(self.model))
-
-    def _peft_files(self, role: str) -> PeftFiles | None:
-        return peft_files(self.adapter_spec(role).kind, self.role_layers(role))
-
-    def _no_form(self, role: str) -> str:
-        return f"PEFT has no adapter of the kind {self.adapter_spec(role).settings.kind}"
+    def peft_form(self, role: str) -> PeftFiles | str:
+        """What `export_adapter` writes of a role: the first form that PEFT loads as what it is, or why not one."""
+        refusal = f"PEFT has no adapter of the kind {self.adapter_spec(role).settings.kind}"
+        names = module_names(self.model)
+        for form in peft_forms(self.adapter_spec(role).kind, self.role_layers(role)):
+            if (found := peft_refusal(form, self.model, all_names=names)) is None:
+                return form
+            refusal = found
+        return refusal
 
     def export_rank(self, role: str) -> int:
         """The rank of a role as a plain LoRA."""

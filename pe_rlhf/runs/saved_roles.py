@@ -120,11 +120,12 @@ def save_role(backbone: Backbone, role: str, folder: Path) -> None:
 def _write_role(backbone: Backbone, role: str, folder: Path) -> None:
     with new_folder(folder) as scratch:
         files = RoleFiles(scratch)
-        refusal = None if isinstance(backbone.specs[role], FullSpec) else backbone.peft_refusal(role)
+        is_full = isinstance(backbone.specs[role], FullSpec)
+        refusal = form if isinstance(form := None if is_full else backbone.peft_form(role), str) else None
         if refusal is not None:
             say(f"{role}: no PEFT files are written ({refusal}); pe-rlhf export --format merged makes a checkpoint")
-        elif not isinstance(backbone.specs[role], FullSpec):
-            backbone.export_adapter(role, scratch)
+        elif form is not None and not isinstance(form, str):
+            backbone.export_adapter(role, scratch, form=form)
         spec = backbone.specs[role].as_json()
         # With the tensors, too: another rank, alpha or init in role.json would make another role of the same tensors.
         save_tensors(backbone.role_state(role, copy=False), files.tensors, {"spec": json.dumps(spec, sort_keys=True)})

@@ -59,7 +59,7 @@ def shape(layers: int, hidden: int, inner: int, heads: int, key_heads: int) -> M
 
 def cell(model: ModelShape, card: float, ranks: int) -> str:
     """The first way in which at least 1,024 tokens fit."""
-    roles = (2 * ADAPTER_STATES + 4) * model.adapter(16)  # policy, value; the reward adapter
+    roles = (2 * ADAPTER_STATES + 4) * model.adapter(LoRAConfig(rank=16))  # policy, value; the reward adapter
     for name, settings in WAYS.items():
         if ranks > 1 and settings.quantization != "none":
             continue
@@ -74,7 +74,7 @@ def main() -> None:
     print(f"| model | bf16 base, GiB | policy and value with states, GiB | {' | '.join(CARDS)} |")
     print(f"|---|---|---|{'---|' * len(CARDS)}")
     for name, model in shapes.items():
-        base, roles = 2 * model.parameters / GIB, 2 * ADAPTER_STATES * model.adapter(16) / GIB
+        base, roles = 2 * model.parameters / GIB, 2 * ADAPTER_STATES * model.adapter(LoRAConfig(rank=16)) / GIB
         cells = " | ".join(cell(model, card, ranks) for card, ranks in CARDS.values())
         print(f"| {name} | {base:.1f} | {roles:.1f} | {cells} |")
 

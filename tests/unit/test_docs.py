@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pe_rlhf.adapters.lora.init_registry import init_names
 from pe_rlhf.cli.main import app
 from pe_rlhf.config import Recipe
+from pe_rlhf.config.adapter import AdapterConfig, kind_names, settings_of
 from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.config.load import find_recipe, load_recipe, make_recipe
 from reward.errors import KINDS
@@ -49,6 +50,8 @@ def known_key(key: str, schema: Any = Recipe) -> bool:
     """Whether a recipe can have the key: sections may be optional, in a list, or beside a plain text."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         name, _, rest = key.partition(".")
+        if schema is AdapterConfig:  # a key of any kind
+            return any(known_key(key, settings_of(kind)) for kind in kind_names())
         field = schema.model_fields.get(name)
         return field is not None and (not rest or known_key(rest, field.annotation))
     if schema is Any:

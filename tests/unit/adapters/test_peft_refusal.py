@@ -41,7 +41,7 @@ def test_what_peft_loads_as_something_else_is_not_written(name: str, tmp_path: P
 )
 def test_what_peft_loads_right_is_written(name: str, settings: dict[str, str], tmp_path: Path) -> None:
     backbone = trained(name, **settings)
-    assert backbone.peft_refusal("policy") is None
+    assert not isinstance(backbone.peft_form("policy"), str)
     save_role(backbone, "policy", tmp_path / "policy")
     loaded = PeftModel.from_pretrained(build(name), str(tmp_path / "policy"))
     with torch.no_grad():

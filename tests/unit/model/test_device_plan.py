@@ -80,7 +80,7 @@ def test_a_settled_recipe_stays_as_it_is() -> None:
 
 
 def test_counts_by_hand() -> None:
-    assert SHAPE.adapter(rank=4) == 4 * (10 + 10) + 4 * (10 + 20)
+    assert SHAPE.adapter(LoRAConfig(rank=4)) == 4 * (10 + 10) + 4 * (10 + 20)
     assert SHAPE.cache_of_a_token(2) == 2 * 2 * 5 * 2
     assert SHAPE.kept_of_a_token(2) == 2 * (80 + 10 + 60) * 2
     assert SHAPE.kept_of_a_token(2, checkpointing=True) == (80 + 10 + 60) * 2 + 2 * 10 * 2
@@ -118,7 +118,7 @@ def test_the_shape_is_that_of_the_loaded_model() -> None:
     backbone = load_backbone(model)
     backbone.add_adapter("policy", rank=4)
     assert found.parameters == sum(p.numel() for n, p in backbone.model.named_parameters() if ".adapters." not in n)
-    assert found.adapter(4) == sum(p.numel() for p in backbone.role_parameters("policy").values())
+    assert found.adapter(LoRAConfig(rank=4)) == sum(p.numel() for p in backbone.role_parameters("policy").values())
     assert (found.layers, found.hidden, found.inner, found.keys) == (2, 32, 48, 16)
 
 
@@ -131,7 +131,12 @@ def test_a_pass_that_was_measured() -> None:
     with torch.device("meta"):
         shape = shape_of(Qwen2ForCausalLM(config), config, LoRAConfig())
     for tokens, measured in ((4096, 36), (8192, 55)):
-        planned = weight_bytes(shape, BF16) + tokens * shape.kept_of_a_token(2) + 12 * shape.adapter(16) + GIB
+        planned = (
+            weight_bytes(shape, BF16)
+            + tokens * shape.kept_of_a_token(2)
+            + 12 * shape.adapter(LoRAConfig(rank=16))
+            + GIB
+        )
         assert planned / GIB == pytest.approx(measured, rel=0.1)
 
 

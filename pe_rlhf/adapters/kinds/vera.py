@@ -1,0 +1,104 @@
+"""VeRA (arXiv 2310.11454): two vectors a layer between random matrices that all layers share and nobody trains.
+
+    y = W0·x + λ_b ⊙ B·(λ_d ⊙ (A·x))        λ_b starts at 0, λ_d at `d_initial`
+
+A and B are parts of one random table each, A _RI its first I columns over √I. They follow from a seed, so a role holds
+only the vectors, and the matrices are in memory once for each size.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from peft import VeraConfig as PeftVeraConfig
+from pydantic import Field
+from torch import Tensor, nn
+
+from pe_rlhf.adapters.kind import AdapterKind, LayerContext, Layers, PeftFiles
+from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
+from pe_rlhf.config.adapter import AdapterConfig
+from pe_rlhf.config.section import Positive
+
+
+class VeRAConfig(AdapterConfig):
+    """VeRA: two trained vectors a layer between shared random matrices."""
+
+    rank: Positive = Field(default=256, description="rank of the shared matrices, which costs little")
+    d_initial: float = Field(default=0.1, gt=0, description="the value that λ_d starts from")
+    projection_seed: int = Field(default=0, ge=0, description="seed of the shared matrices")
+
+
+class VeRALayer(AdapterLayer):
+    """`vera_lambda_b` _O and `vera_lambda_d` _R; `width` is the number of inputs."""
+
+    trained = ("vera_lambda_b", "vera_lambda_d")
+    kept = ("width",)
+    vera_lambda_b: nn.Parameter
+    vera_lambda_d: nn.Parameter
+    width: Tensor
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        y = base(x)
+        A_RI, B_OR = (matrix.to(y.dtype) for matrix in self.matrices(x.shape[-1]))
+        low = F.linear(x.to(y.dtype), A_RI) * self.vera_lambda_d.to(y.dtype)
+        return torch.addcmul(y, F.linear(low, B_OR), self.vera_lambda_b.to(y.dtype))
+
+    def matrices(self, width: int) -> tuple[Tensor, Tensor]:
+        """The shared A _RI and B _OR of a layer with so many inputs, fp32."""
+        rank, device = len(self.vera_lambda_d), self.vera_lambda_d.device
+        seed = self.settings.projection_seed
+        A_IR = random_table(seed, width, rank, device)
+        return A_IR.T / width**0.5, random_table(seed + 1, len(self.vera_lambda_b), rank, device) / rank**0.5
+
+    def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
+        factors = self.lora_factors()
+        return factors.B_OR @ factors.A_RI
+
+    @torch.no_grad()
+    def lora_factors(self) -> LowRankFactors:
+        A_RI, B_OR = self.matrices(int(self.width))
+        return LowRankFactors(self.vera_lambda_d[:, None] * A_RI, self.vera_lambda_b[:, None] * B_OR, 1.0)
+
+
+class VeRA(AdapterKind[VeRAConfig]):
+    """VeRA with shared uniform matrices."""
+
+    settings_type = VeRAConfig
+    layer = VeRALayer
+
+    def tensors(self, context: LayerContext) -> dict[str, Tensor]:
+        out_features, in_features = context.weight_OI.shape
+        lambda_d = torch.full((self.settings.rank,), self.settings.d_initial)
+        made = {"vera_lambda_b": torch.zeros(out_features), "vera_lambda_d": lambda_d}
+        return made | {"width": torch.tensor(in_features)}
+
+    def sizes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        return {"vera_lambda_b": (out_features,), "vera_lambda_d": (self.settings.rank,)}
+
+    def peft(self, layers: Layers) -> PeftFiles | None:
+        """PEFT cuts A and B of all layers from two matrices: the largest ones, with λ_d in their unit."""
+        rank, seed = self.settings.rank, self.settings.projection_seed
+        widest = max(int(layer.width) for layer in layers.values())
+        tallest = max(len(layer.vera_lambda_b) for layer in layers.values())
+        device = torch.device("cpu")
+        shared = {
+            "vera_A": random_table(seed, widest, rank, device).T / widest**0.5,
+            "vera_B": random_table(seed + 1, tallest, rank, device) / rank**0.5,
+        }
+        tensors = {
+            name: {
+                "vera_lambda_b": layer.vera_lambda_b.detach(),
+                "vera_lambda_d": layer.vera_lambda_d.detach() * (widest / int(layer.width)) ** 0.5,
+            }
+            for name, layer in layers.items()
+        }
+        return PeftFiles(PeftVeraConfig(r=rank, save_projection=True), tensors, shared)
+
+
+@lru_cache(maxsize=32)
+def random_table(seed: int, rows: int, rank: int, device: torch.device) -> Tensor:
+    """Numbers in [−1, 1) _NR, row after row: of fewer rows it is the beginning of the same table."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(rows, rank, generator=generator) * 2 - 1).to(device)
