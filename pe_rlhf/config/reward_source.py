@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pe_rlhf.config.section import Positive, Rate, Section, refusal
-from reward.judges.judge_settings import wrong_address
+from reward.judges.judge_settings import NamedJudge, wrong_address
 
-KINDS = ("adapter", "ensemble", "model", "function", "url")
+KINDS = ("adapter", "ensemble", "model", "function", "url", "judge")
+ANCHOR_RESPONSE, OWN_SCORE = "anchor", "score"  # what a judge compares with; else a column of the prompts
 OWN_STAGE = ("stage", "reward")  # how a recipe names the ensemble of its own reward stage
 
 
@@ -28,7 +29,7 @@ class ScoreServer(Section):
 
 
 class RewardSource(Section):
-    """One source of scores: exactly one of adapter, ensemble, model, function and url, with a weight."""
+    """One source of scores: exactly one of adapter, ensemble, model, function, url and judge, with a weight."""
 
     adapter: str | None = Field(
         default=None, description="a run, or a reward stage's directory; `stage` is this run's own reward stage"
@@ -53,6 +54,14 @@ class RewardSource(Section):
     url: str | None = Field(
         default=None, description="a server that scores by the protocol of docs/rewards.md, as `pe-rlhf serve-reward`"
     )
+    judge: NamedJudge | None = Field(
+        default=None, description="a judge of the project; its max_requests holds over all starts of the run"
+    )
+    against: str = Field(
+        default=ANCHOR_RESPONSE,
+        description="judge: what a response is compared with: anchor (the anchor's response to the same prompt), or a"
+        " column of the prompts with references; score: nothing, for judges that score",
+    )
     server: ScoreServer = Field(default=ScoreServer(), description="url: how it is asked")
     normalise: Literal["none", "running"] = Field(
         default="none",
@@ -65,7 +74,7 @@ class RewardSource(Section):
     name: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z][A-Za-z0-9_]*$",
-        description="its name in the metrics; default: the function's, or adapter, ensemble, model or url",
+        description="its name in the metrics; default: the function's, or the kind of the source",
     )
 
     @field_validator("url")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,11 @@ from torch import Tensor
 from pe_rlhf.algo.running_moments import RunningMoments
 from pe_rlhf.config.reward_source import RewardSource, source_names
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.classifier import Classifier
 from pe_rlhf.scoring.ensemble import EnsembleScorer, find_ensemble, load_average
+from pe_rlhf.scoring.judge_scorer import AnchorResponses, JudgeScorer, check_against
 from pe_rlhf.scoring.remote import RemoteScorer, check_columns
 from pe_rlhf.scoring.scorers import AdapterScorer, FunctionScorer, ModelScorer, Scorer, find_reward
 from pe_rlhf.system.distributed import on_main
@@ -93,10 +96,15 @@ def make_scorer(
     run_dir: Path,
     micro_batch_tokens: int,
     columns: Collection[str] = (),
+    *,
+    files: StageFiles | None = None,
+    anchor: AnchorResponses | None = None,
 ) -> tuple[WeightedScorer, list[str]]:
     """The scorer of a recipe's reward sources, and the roles that it has added to the backbone.
 
     Reward adapters become roles `reward`, `reward_2`, … Functions may ask for `columns`, which the prompts' rows have.
+
+    files, anchor: for judges: where their answers are kept, by default nowhere, and what the anchor answers.
     """
     parts: list[Part] = []
     roles: list[str] = []
@@ -131,6 +139,10 @@ def make_scorer(
                 for role, member in zip(own, members, strict=True):
                     load_role(backbone, role, member.folder)
                 scorer = EnsembleScorer(backbone, own, source.combine, source.k, micro_batch_tokens)
+        elif source.judge is not None:
+            check_against(source, columns)
+            kept = files or StageFiles(Path(tempfile.mkdtemp(prefix="pe-rlhf-judged-")))
+            scorer = JudgeScorer(source, kept, anchor)
         else:
             load_role(backbone, new_role(), find_reward(source.adapter, run_dir).folder)
             scorer = AdapterScorer(backbone, roles[-1], micro_batch_tokens)

@@ -20,6 +20,7 @@ from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.model_judges import ask_judge, make_judge
 from pe_rlhf.scoring.weighted import make_scorer
+from pe_rlhf.stages.anchor_texts import AnchorTexts
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import append_jsonl, write_json
@@ -69,7 +70,10 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
     result = summarise("policy", outcomes)
 
     # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
-    scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens, asked.columns)
+    anchor = AnchorTexts(context, backbone, codec, config.sampling, asked.ids)
+    anchor.engine = sampler
+    sources: Any = {"files": context.files, "anchor": anchor}
+    scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens, asked.columns, **sources)
     scorer.set_moments((read_summary(RunFiles(context.run_dir).stage("ppo")) or {}).get("moments", {}))
     sequences = {r: Sequences.pack(o.prompts, o.responses, backbone.pad_token_id) for r, o in rollouts.items()}
     rewards: dict[str, float] = {}

@@ -17,6 +17,7 @@ from pe_rlhf.model.device_plan import settle
 from pe_rlhf.report.inspect_page import inspect_page
 from pe_rlhf.scoring.weighted import make_scorer
 from pe_rlhf.stages.add_roles import critic_start
+from pe_rlhf.stages.anchor_texts import AnchorTexts
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics
 from pe_rlhf.stages.reward import load_pairs
@@ -111,7 +112,9 @@ def _probe(context: StageContext[RewardConfig | PPOConfig], backbone: Backbone, 
         ppo: StageContext[PPOConfig] = StageContext(recipe, context.run_dir, "ppo")
         codec, new_tokens = context.codec(backbone), whole.rollout.max_new_tokens
         prompts = context.prompts(whole.prompts, codec, backbone, new_tokens, whole.max_prompt_tokens)
-        scorer, roles = make_scorer(whole.reward, backbone, context.run_dir, whole.micro_batch_tokens, prompts.columns)
+        anchor = AnchorTexts(ppo, backbone, codec, whole.rollout, prompts.ids)
+        budget, columns = whole.micro_batch_tokens, prompts.columns
+        scorer, roles = make_scorer(whole.reward, backbone, context.run_dir, budget, columns, anchor=anchor)
         start = critic_start(ppo, backbone, roles)
         statistics = AnchorRollouts(ppo, backbone, scorer, codec, prompts, adapter, start).policy_statistics()
     (probe,) = statistics.probes("two gradients")

@@ -25,6 +25,7 @@ from pe_rlhf.runs.changes import Resumption, Start, find_resumption, note_change
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import check_tracking, read_summary
 from pe_rlhf.scoring.ensemble import find_ensemble
+from pe_rlhf.scoring.judge_scorer import check_against
 from pe_rlhf.scoring.model_judges import check_judge
 from pe_rlhf.scoring.remote import check_columns
 from pe_rlhf.scoring.scorers import find_reward
@@ -171,6 +172,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
                 columns = {name for row in rows for name in row.columns}
                 for source in recipe.ppo.reward:
                     check_columns(source.server.columns, columns)
+                    check_against(source, columns)
                     if source.function is not None:
                         load_score_function(source.function, columns, source.arguments)
         if (judge := getattr(section, "judge", None)) is not None:
@@ -192,6 +194,8 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
                 check_model_name(source.model, "ppo.reward.model")
             if source.adapter not in (None, "stage"):
                 find_reward(source.adapter, Path())
+            if source.judge is not None:
+                check_judge(source.judge, run_dir)
             if source.ensemble is not None and source.ensemble not in OWN_STAGE:
                 find_ensemble(source.ensemble, Path())
     check_model(recipe, [stage for stage in stages if stage not in finished], first)

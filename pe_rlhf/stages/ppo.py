@@ -30,6 +30,7 @@ from pe_rlhf.runs.learning_flags import ppo_flags
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.weighted import Moments, WeightedScorer, make_scorer
 from pe_rlhf.stages.add_roles import add_critic, add_role, critic_start
+from pe_rlhf.stages.anchor_texts import AnchorTexts
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts
 from pe_rlhf.stages.judge_during_ppo import JudgeEvaluation
@@ -57,10 +58,12 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     asked = context.prompts(config.prompts, codec, backbone, new_tokens, config.max_prompt_tokens)
     prompts = PromptOrder(asked, config.batch_size, config.rollout.samples_per_prompt, seed)
     budget, columns = config.micro_batch_tokens, asked.columns
-    scorer, reward_roles = make_scorer(config.reward, backbone, context.run_dir, budget, columns)
+    anchor = AnchorTexts(context, backbone, codec, config.rollout, asked.ids)
+    sources = {"files": context.files, "anchor": anchor}
+    scorer, reward_roles = make_scorer(config.reward, backbone, context.run_dir, budget, columns, **sources)
     start_from = critic_start(context, backbone, reward_roles)
     optimizer = _add_roles(context, backbone, scorer, codec, asked, start_from)
-    sampler = context.sampler(backbone, POLICY, config.rollout, asked.ids)
+    sampler = anchor.engine = context.sampler(backbone, POLICY, config.rollout, asked.ids)
     judge = JudgeEvaluation(context, backbone, codec, POLICY) if config.eval_every is not None else None
     first_step, beta = _resume(context, backbone, optimizer, scorer)
     writer = context.metrics(first_step)
@@ -72,7 +75,7 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
             with at_step(step + 1):
                 start = time.monotonic()
                 # 1. the sampler gets the policy as it is; responses
-                sampler.sync(step)
+                sampler.sync(step, POLICY)
                 batch = prompts.batch(step)
                 rollout = sampler.generate(batch.ids, derive_seed(seed, "rollout", step))
                 _refuse_other_version(rollout, step)

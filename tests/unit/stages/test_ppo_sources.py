@@ -105,3 +105,48 @@ def test_arguments_of_a_function(tmp_path: Path) -> None:
             run(recipe(tmp_path, {**source, "arguments": wrong}), tmp_path / "wrong")
     with raises("invalid", key="ppo.reward.arguments"):
         run(recipe(tmp_path, {**source, "arguments": {"unit": "lines"}}), tmp_path / "wrong_value")
+
+
+def test_a_judge_compares_with_the_anchor_and_a_run_that_is_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge is asked nothing twice, and the numbers are those of the run that was not stopped."""
+    (tmp_path / "stopping_judge.py").write_text(
+        "calls, asked, at = [0], [], [None]\n"
+        "def judge(prompts, a, b):\n"
+        "    calls[0] += 1\n"
+        "    if calls[0] == at[0]:\n"
+        "        raise RuntimeError('gone')\n"
+        "    asked.extend(zip(prompts, a, b))\n"
+        "    return [(1 + len(x)) / (2 + len(x) + len(y)) for x, y in zip(a, b)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import stopping_judge  # type: ignore[import-not-found]
+
+    tree = recipe(tmp_path, {"judge": "stopping_judge:judge"}, {**LENGTH, "weight": 0.01}, steps=3)
+    run(tree, tmp_path / "whole")
+    assert len(stopping_judge.asked) == len(set(stopping_judge.asked))
+    responses = read_jsonl(tmp_path / "whole" / "ppo" / "anchor_responses.jsonl")
+    assert 6 <= len(responses) <= len(PROMPTS)
+    whole = list(stopping_judge.asked)
+    stopping_judge.asked.clear()
+    stopping_judge.calls[0], stopping_judge.at[0] = 0, 2
+    with raises("user_code", step=2):
+        run(tree, tmp_path / "stopped")
+    run_recipe(Recipe.model_validate(tree), tmp_path / "stopped", ["ppo"], "resume")
+    assert sorted(stopping_judge.asked) == sorted(whole)
+    for one, other in zip(metrics(tmp_path / "stopped"), metrics(tmp_path / "whole"), strict=True):
+        assert one | {"source_judge_asked": 0} == other | {"source_judge_asked": 0}
+    # What the anchor answers does not depend on the step or on what is beside it.
+    assert sorted(map(str, read_jsonl(tmp_path / "stopped" / "ppo" / "anchor_responses.jsonl"))) == sorted(
+        map(str, responses)
+    )
+    lines = metrics(tmp_path / "whole")
+    assert all(0 < line["source_judge"] < 1 for line in lines)
+
+
+def test_a_judge_that_compares_with_a_column_that_is_not_there(tmp_path: Path) -> None:
+    with raises("missing", key="ppo.reward.against"):
+        run(recipe(tmp_path, {"judge": "length", "against": "gold"}), tmp_path / "run")
+    with raises("unknown", key="judge"):
+        run(recipe(tmp_path, {"judge": "lenght"}), tmp_path / "run")
