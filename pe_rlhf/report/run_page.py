@@ -65,6 +65,7 @@ PPO = (
     Curves("Value loss", "squared error", {"value_loss": "value"}),
     Curves("Clipping", "share of tokens", {"clip_fraction": "policy", "value_clip_fraction": "value"}, shares=True),
     Curves("Explained variance", "of the returns", {"explained_variance": "critic"}, note="1: the critic is exact"),
+    Curves("Groups that score alike", "share of groups", {"groups_alike": "groups"}, shares=True),
     Curves("Mismatch", "nats per token", MISMATCH, note="log-probs of sampler and trainer, |difference|", log=True),
     Curves("Response length", "tokens", {"response_length": "mean length"}),
     Curves("Time per step", "seconds", SECONDS),

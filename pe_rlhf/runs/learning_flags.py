@@ -19,6 +19,7 @@ LONG = 10  # steps for which a critic may be worse than a constant
 FAR_KL, NEGATIVE_KL = 50.0, -2.0  # nats per response
 LOW_ENTROPY = 0.1  # share of the first step's
 CUT = 0.9  # share of responses
+ALIKE = 0.9  # share of groups
 
 
 def reward_flags(summary: Row) -> list[str]:
@@ -95,6 +96,13 @@ PPO_FLAGS = (
         lambda values: len(values) == LONG and max(values) < 0,
         "has been below 0 for {n} steps: the critic is worse than a constant; raise ppo.value_learning_rate, or start"
         " it from the reward model (ppo.value_init: reward)",
+    ),
+    Flag(
+        "groups_alike",
+        RECENT,
+        lambda values: mean(values) >= ALIKE,
+        "is {mean:.2f}: nearly all responses to a prompt score as the others to it, so next to nothing is learnt; use"
+        " prompts that are neither too easy nor too hard, or more ppo.rollout.samples_per_prompt",
     ),
     Flag(
         "truncated",

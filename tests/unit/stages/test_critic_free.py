@@ -55,6 +55,7 @@ def test_the_policy_is_all_there_is(tmp_path: Path, advantage: str, init: str, m
     trained = sum(tensor.numel() for name, tensor in policy.items() if "initial" not in name)
     assert summary["trainable_parameters"] == trained
     page = write_report(tmp_path / "run").read_text()
+    assert ("Groups that score alike" in page) == (advantage != "reinforce_pp")
     assert "Policy loss" in page
     assert not [title for title in ("Value loss", "Explained variance", "critic") if title in page]
     with raises("missing", key="value"):
