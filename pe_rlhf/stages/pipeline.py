@@ -72,11 +72,12 @@ def run_recipe(
         torch.set_num_threads(recipe.threads)
     init_processes(recipe.deepspeed is not None)
     files = RunFiles(run_dir)
-    saved = load_recipe(files.recipe) if start != "new" and files.recipe.is_file() else None
-    find_device(recipe.backbone.device)  # one that is not here has no memory to plan for
-    recipe = on_main(lambda: settle(recipe, saved, fetch=True))
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
+        # In the lock: what another run is still writing is not read, and for a folder in use nothing is fetched.
+        saved = load_recipe(files.recipe) if start != "new" and files.recipe.is_file() else None
+        find_device(recipe.backbone.device)  # one that is not here has no memory to plan for
+        recipe = on_main(lambda: settle(recipe, saved, fetch=True))
         resumption = on_main(lambda: find_resumption(recipe, run_dir, stages, start, may_change))
         # From here on a failure is the run's: before, it was about the command.
         on_main(lambda: held.enter_context(_failure_noted(run_dir)) if run_dir.is_dir() else None)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pe_rlhf.model.names import resolve_model
+from pe_rlhf.system.files import locked
 from reward.errors import Failure
 from tests.pairwise import every_pair
 from tests.runs import PAIRS, Outcome, Tree, recipe, write_jsonl, write_recipe
@@ -38,6 +39,15 @@ def test_pairs_that_cannot_be_used(fails: Fails, tmp_path: Path, rows: list[Any]
     failure = fails("run", write_recipe(tmp_path, recipe("reward")), "--run-dir", "out")
     assert (failure.kind, failure.key, failure.file, failure.row) == (kind, "reward.data", str(data), row)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_told_before_the_recipe_is_settled(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_text("half written: [")
+    path = write_recipe(tmp_path, recipe("reward", backbone__device="cuda:77"))
+    with locked(tmp_path / "out"):
+        failure = fails("run", path, "--run-dir", "out", "--resume", code=75)
+    assert (failure.kind, failure.file) == ("in_use", "out")
 
 
 def test_too_few_pairs_to_hold_any_out(fails: Fails, tmp_path: Path) -> None:
