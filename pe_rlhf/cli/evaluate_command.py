@@ -36,7 +36,10 @@ def evaluate(
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="A data file or hub id with a column `prompt`; default: the prompts of a file of outputs."),
+        typer.Option(
+            help="A data file or hub id; default: the prompts of a file of outputs. As in a recipe, settings say more:"
+            " prompts.columns.prompt=question prompts.format=hh_rlhf prompts.split=test."
+        ),
     ] = None,
     suite: Annotated[
         str | None,
@@ -54,30 +57,42 @@ def evaluate(
     A judge that sees an order is asked in both orders. Every verdict is on disk before the next question, so the same
     command goes on with an interrupted evaluation. report.html in its folder shows the pairs side by side.
     """
-    settings = _settings(judge, suite, overrides or [])
+    settings = _settings(judge, prompts, suite, overrides or [])
 
     # Imported here: torch and transformers take seconds, and a mistake in the settings should be reported at once.
+    from pe_rlhf.scoring.model_judges import check_judge
+    from reward.judges.user_code import time_limit
+
+    with time_limit(settings.function_timeout):
+        check_judge(settings.judge)
+        if suite is not None:
+            _evaluate_suite(suite, suite_data, candidate, against, out, limit, settings)
+        else:
+            _evaluate_prompts(candidate, against, out, limit, settings)
+
+
+def _evaluate_prompts(
+    candidate: str, against: str | None, out: Path | None, limit: int | None, settings: EvaluationSettings
+) -> None:
+    """Compare both sides on the prompts of a data set, or of a file of outputs."""
     from pe_rlhf.evaluation.prompting import refuse_different_prompting
-    from pe_rlhf.evaluation.responses import evaluate_pairs, responses_of, side_of
+    from pe_rlhf.evaluation.responses import evaluate_pairs, responses_of, side_of, without_too_long
     from pe_rlhf.report.evaluation_page import write_evaluation_report
     from pe_rlhf.report.format import slug
     from pe_rlhf.runs.layout import EvaluationFiles
     from pe_rlhf.runs.own_output import claim_evaluation
-    from pe_rlhf.scoring.model_judges import check_judge, make_judge
+    from pe_rlhf.scoring.model_judges import make_judge
     from pe_rlhf.system.files import locked
     from reward.asking import make_pairs
 
-    check_judge(settings.judge)
-    if suite is not None:
-        _evaluate_suite(suite, suite_data, candidate, against, out, limit, settings)
-        return
     baseline, trained = _baseline(candidate, against)
-    asked = _prompts(prompts, candidate, baseline)[:limit]
+    asked = _prompts(candidate, baseline, settings)[:limit]
     sides = {
         "candidate": side_of("candidate", candidate, asked, settings),
         "baseline": side_of("baseline", baseline, asked, settings, anchor_of=trained),
     }
     refuse_different_prompting(sides["candidate"].prompting, sides["baseline"].prompting, settings)
+    asked, sides = without_too_long(asked, sides, settings)
     folder = out or Path("evaluations") / "-".join(map(slug, (candidate, "vs", baseline, settings.judge.kind)))
     claim_evaluation(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,13 +107,13 @@ def evaluate(
         typer.echo(f"report: {write_evaluation_report(folder, pairs).resolve()}", err=True)
 
 
-def _settings(judge: str | None, suite: str | None, overrides: list[str]) -> EvaluationSettings:
+def _settings(judge: str | None, prompts: str | None, suite: str | None, overrides: list[str]) -> EvaluationSettings:
     """The settings of an evaluation; those of a suite are defaults. Raises `InputError` where there is no judge."""
     from pe_rlhf.config.evaluate import EvaluationSettings
     from pe_rlhf.config.load import apply_overrides, validated
     from reward.errors import InputError
 
-    tree: dict[str, Any] = {} if judge is None else {"judge": judge}
+    tree: dict[str, Any] = {key: value for key, value in (("judge", judge), ("prompts", prompts)) if value is not None}
     apply_overrides(tree, overrides)
     if "judge" not in tree:
         raise InputError("--judge is missing", kind="missing", key="--judge")
@@ -172,15 +187,14 @@ def _evaluate_suite(
         typer.echo(f"report: {write_evaluation_report(folder, pairs).resolve()}", err=True)
 
 
-def _prompts(named: str | None, candidate: str, baseline: str) -> list[Prompt]:
+def _prompts(candidate: str, baseline: str, settings: EvaluationSettings) -> list[Prompt]:
     """The prompts that are named, otherwise those of the first file of outputs."""
-    from pe_rlhf.config import DataSource
     from pe_rlhf.data.rows import load_prompts
     from pe_rlhf.evaluation.sources import read_outputs
     from reward.errors import InputError
 
-    if named is not None:
-        return load_prompts(DataSource(path=named), "--prompts")
+    if settings.prompts is not None:
+        return load_prompts(settings.prompts, "--prompts", settings.max_bad_share)
     file = next((Path(name) for name in (candidate, baseline) if Path(name).is_file()), None)
     if file is None:
         raise InputError(

@@ -52,9 +52,11 @@ def run(
     from pe_rlhf.stages.pipeline import check_inputs, run_recipe
     from pe_rlhf.system.processes import is_main
     from pe_rlhf.system.progress import console
+    from reward.judges.user_code import time_limit
 
     if dry_run:
-        check_inputs(loaded, stages, run_dir=target)
+        with time_limit(loaded.function_timeout):
+            check_inputs(loaded, stages, run_dir=target)
         typer.echo(f"{loaded.name}: {' → '.join(stages)} with {loaded.model}, into {target}; the recipe is valid")
         for stage in stages:
             typer.echo(f"  {stage}: {STAGE_INFO[stage].sentence}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from pe_rlhf.config.sampling import SamplingConfig
-from pe_rlhf.config.section import Data, Positive, Section, Share
+from pe_rlhf.config.section import FUNCTION_TIMEOUT, Data, Positive, Section, Share
 from reward.judges.judge_settings import NamedJudge, ServerSettings
 
 
@@ -39,6 +39,11 @@ class EvaluationSettings(Section):
     """The settings of `pe-rlhf evaluate`, as `judge.max_requests=2000 sampling.temperature=0.7 seed=1`."""
 
     judge: NamedJudge = Field(description="as --judge; its settings are judge.concurrency, judge.template, …")
+    prompts: Data | None = Field(
+        default=None,
+        description="as --prompts; its settings are prompts.columns.prompt, prompts.format, prompts.split, …",
+    )
+    max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
     sampling: ResponseSampling = ResponseSampling()
     server: ServerSettings = Field(
         default=ServerSettings(), description="how a candidate or baseline behind a server is asked"
@@ -48,6 +53,10 @@ class EvaluationSettings(Section):
         description="chat template of a local candidate: auto (its own), none (plain text), a template or its file",
     )
     baseline_template: str = Field(default="auto", description="chat template of a local baseline, likewise")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None,
+        description="arguments of the chat template, for both local sides; default: those of a run's recipe",
+    )
     different_templates: bool = Field(default=False, description="compare two sides that are prompted differently")
     seed: int = Field(default=0, ge=0, description="seed of the responses")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -57,6 +66,7 @@ class EvaluationSettings(Section):
     max_invalid_share: Share = Field(
         default=0.05, description="fail if more than this share of the pairs has no valid verdict"
     )
+    function_timeout: float | None = FUNCTION_TIMEOUT
     level: float = Field(default=0.95, gt=0, lt=1, description="level of the intervals")
 
     @property

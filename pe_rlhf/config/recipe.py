@@ -14,7 +14,7 @@ from pe_rlhf.config.ppo import PPOConfig
 from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.reward_source import OWN_STAGE
-from pe_rlhf.config.section import Positive, Section, refusal
+from pe_rlhf.config.section import FUNCTION_TIMEOUT, Positive, Section, refusal
 from pe_rlhf.config.sft import SFTConfig
 from reward.errors import InputError
 
@@ -55,6 +55,7 @@ class Recipe(Section):
         default=None,
         description="ZeRO stage: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file; default: no DeepSpeed",
     )
+    function_timeout: float | None = FUNCTION_TIMEOUT
     backbone: BackboneConfig = BackboneConfig()
     tuning: Literal["adapter", "full"] = Field(
         default="adapter",

@@ -8,8 +8,15 @@ from pydantic import BeforeValidator, Field
 
 from reward.settings import Positive, Section, Share, refusal
 
-__all__ = ["Data", "DataSource", "Decay", "Positive", "Rate", "Section", "Share", "refusal"]
+__all__ = ["FUNCTION_TIMEOUT", "Data", "DataSource", "Decay", "Positive", "Rate", "Section", "Share", "refusal"]
 
+FUNCTION_TIMEOUT: Any = Field(
+    default=None,
+    gt=0,
+    le=1e8,
+    description="seconds for one call of a function or judge of yours; then it is given up; default: an hour, or what"
+    " the environment variable PE_RLHF_FUNCTION_TIMEOUT says",
+)
 Rate = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

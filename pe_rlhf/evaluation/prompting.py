@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pe_rlhf.config.evaluate import EvaluationSettings
-from pe_rlhf.data.codec import find_template, read_template
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.loading import longest_sequence
 from pe_rlhf.model.names import resolve_model
 from pe_rlhf.model.whole import loading
 from pe_rlhf.runs.layout import RoleFiles
 from pe_rlhf.runs.saved_roles import SavedRole
 from reward.errors import InputError
+from reward.records import Prompt
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """The chat template that a local side is prompted with; None is plain text."""
+    """How a local side is prompted.
+
+    Attributes:
+        template: the chat template; None is plain text.
+        arguments: what the template is given besides messages.
+        codec: encodes prompts, before the model is loaded.
+        longest: what the model takes, in tokens; None where its config does not say so.
+    """
 
     template: str | None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    codec: TextCodec | None = field(default=None, compare=False, repr=False)
+    longest: int | None = field(default=None, compare=False)
+
+    def takes(self, prompt: Prompt, new_tokens: int) -> bool:
+        """Whether a prompt has tokens and leaves room for a response."""
+        assert self.codec is not None
+        return 0 < len(self.codec.encode_prompt(prompt)) <= (self.longest or 10**9) - new_tokens
 
 
 def prompting_of(
     side: str, name: str, settings: EvaluationSettings, found: SavedRole | None, base: str | None
 ) -> Prompting:
-    """The template of the candidate or baseline: the one that the settings name, else its own.
+    """How the candidate or baseline is prompted: as the settings say, else as its run's recipe, else its own template.
 
     Args:
         side: `candidate` or `baseline`.
@@ -34,30 +52,33 @@ def prompting_of(
     """
     key = f"{side}_template"
     asked = getattr(settings, key)
-    if asked == "auto" and found is not None and found.recipe is not None:
-        asked = found.recipe.chat_template
+    recipe = None if found is None else found.recipe
+    if asked == "auto" and recipe is not None:
+        asked = recipe.chat_template
+    arguments = settings.chat_template_kwargs
+    if arguments is None:
+        arguments = {} if recipe is None else recipe.chat_template_kwargs
+    path = resolve_model(found.base if found else base or name)
+    options: dict[str, Any] = {"trust_remote_code": recipe is not None and recipe.backbone.trust_remote_code}
     try:
-        if asked == "none":
-            return Prompting(None)
-        if asked != "auto":
-            return Prompting(read_template(asked))
-        tokenizer = own_tokenizer(name) if base is not None else None
-        return Prompting(
-            find_template(tokenizer or _tokenizer(resolve_model(found.base if found else base or name)), "auto")
-        )
+        with loading(path, "model"):
+            config = AutoConfig.from_pretrained(path, **options)
+            tokenizer = (own_tokenizer(name) if base is not None else None) or AutoTokenizer.from_pretrained(
+                path, **options
+            )
+        codec = TextCodec(tokenizer, asked, arguments=arguments)
     except InputError as error:
         raise InputError(f"{key}: {error}", kind=error.kind, key=key, file=error.file) from error
-
-
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    with loading(path, "model"):
-        return AutoTokenizer.from_pretrained(path)
+    return Prompting(codec.template, arguments if codec.template else {}, codec, longest_sequence(config))
 
 
 def own_tokenizer(adapter: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer in an adapter's folder, which knows its template; None where there is none."""
     folder = RoleFiles(Path(adapter)).folder
-    return _tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    with loading(str(folder), "model"):
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def refuse_different_prompting(
@@ -66,12 +87,14 @@ def refuse_different_prompting(
     """Raise `InputError` where two local sides have different templates and the settings do not allow it."""
     if candidate is None or baseline is None or settings.different_templates:
         return  # what a server or the author of a file did is not known here
-    if candidate.template != baseline.template:
+    if (candidate.template, candidate.arguments) != (baseline.template, baseline.arguments):
         shown = ["plain text" if side.template is None else "a chat template" for side in (candidate, baseline)]
         both = f"{shown[0]} and {shown[1]}" if shown[0] != shown[1] else "two different chat templates"
+        both = both if candidate.template != baseline.template else "other arguments of the chat template"
         raise InputError(
             f"candidate and baseline would be prompted differently: {both}",
             kind="conflict",
             key="baseline_template",
-            fix="give candidate_template=… and baseline_template=…, or allow it by different_templates=true",
+            fix="give candidate_template=…, baseline_template=… and chat_template_kwargs=…, or allow it by"
+            " different_templates=true",
         )

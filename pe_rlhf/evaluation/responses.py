@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -31,7 +31,7 @@ from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.runs.saved_roles import SavedRole, is_endpoint, weights_of
 from pe_rlhf.scoring.model_judges import ask_judge
 from pe_rlhf.system.files import append_jsonl, read_jsonl, write_json, write_jsonl
-from pe_rlhf.system.progress import progress
+from pe_rlhf.system.progress import progress, say
 from reward.asking import Pair
 from reward.errors import InputError
 from reward.judges import Judge
@@ -69,7 +69,7 @@ def side_of(
         recipe = anchor_of.recipe
         parts.append(None if recipe is None else [recipe.chat_template, recipe.backbone.dtype])
     if anchor_of is None and is_endpoint(name):
-        return Side(name, json.dumps(parts), load=partial(load_source, name, settings, None))
+        return Side(name, json.dumps(parts), load=partial(load_source, name, settings, Prompting(None)))
     found = anchor_of or find_policy(name)
     base = None if found else base_of_adapter(name)
     if found is None and base is None:
@@ -78,8 +78,33 @@ def side_of(
     # By itself a model's or run's template goes with its name.
     if getattr(settings, f"{side}_template") != "auto" or (base is not None and own_tokenizer(name) is not None):
         parts.append(prompting.template)
+    if prompting.arguments:
+        parts.append(prompting.arguments)
     load = partial(load_anchor, anchor_of) if anchor_of else partial(load_source, name)
-    return Side(name, json.dumps(parts), load=partial(load, settings, prompting.template), prompting=prompting)
+    return Side(name, json.dumps(parts), load=partial(load, settings, prompting), prompting=prompting)
+
+
+def without_too_long(
+    prompts: list[Prompt], sides: dict[str, Side], settings: EvaluationSettings
+) -> tuple[list[Prompt], dict[str, Side]]:
+    """The prompts that every local side takes, as a run's evaluate stage does it, and the sides with outputs for them.
+
+    Raises `InputError` where none is left.
+    """
+    local = [side.prompting for side in sides.values() if side.prompting is not None]
+    new_tokens = settings.sampling.max_new_tokens
+    kept = [i for i, prompt in enumerate(prompts) if all(prompting.takes(prompt, new_tokens) for prompting in local)]
+    if len(kept) == len(prompts):
+        return prompts, sides
+    what = "empty as tokens, or too long for a response of sampling.max_new_tokens"
+    if not kept:
+        raise InputError(f"every prompt is {what} {new_tokens}", kind="too_long", key="sampling.max_new_tokens")
+    say(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts, {what}")
+    cut = {
+        name: side if side.outputs is None else replace(side, outputs=[side.outputs[i] for i in kept])
+        for name, side in sides.items()
+    }
+    return [prompts[i] for i in kept], cut
 
 
 def _outputs_for(prompts: Sequence[Prompt], path: Path) -> list[str]:
@@ -158,7 +183,7 @@ def _finished(path: Path, head: dict[str, Any], prompts: Sequence[Prompt]) -> li
     rows = read_jsonl(path, may_be_cut=True)
     if not rows:
         return []
-    if rows[0] != head:
+    if rows[0] != head and len(rows) > 1:  # a file with nothing but a head holds nothing to lose
         raise InputError(
             f"{path} holds responses to other prompts, of another policy, or with other settings",
             kind="changed",

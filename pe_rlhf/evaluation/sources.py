@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.evaluation.prompting import Prompting
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.model.whole import load_adapter_whole
@@ -45,7 +46,7 @@ class LocalSource:
     """A role of a backbone; a model without an adapter is the role `anchor`."""
 
     def __init__(self, backbone: Backbone, role: str, codec: TextCodec, settings: EvaluationSettings) -> None:
-        self._backbone, self._role, self._codec = backbone, role, codec
+        self._backbone, self._role, self.codec = backbone, role, codec
         self._sampling, self._seed = settings.sampler, settings.seed
 
     def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
@@ -56,10 +57,10 @@ class LocalSource:
             ids = [self._ids(prompt, first + i) for i, prompt in enumerate(batch)]
             rows = range(first, first + len(batch))
             sampled = rollout.generate(ids, derive_seed(self._seed, "evaluate", self._role), rows)
-            yield from (self._codec.decode(response) for response in sampled.responses)
+            yield from (self.codec.decode(response) for response in sampled.responses)
 
     def _ids(self, prompt: Prompt, number: int) -> list[int]:
-        ids = self._codec.encode_prompt(prompt)
+        ids = self.codec.encode_prompt(prompt)
         limit = (self._backbone.max_positions or 10**9) - self._sampling.max_new_tokens
         if not 0 < len(ids) <= limit:
             raise InputError(
@@ -117,14 +118,14 @@ class ServerSource:
                 raise
 
 
-def load_anchor(found: SavedRole, settings: EvaluationSettings, template: str | None) -> ResponseSource:
+def load_anchor(found: SavedRole, settings: EvaluationSettings, prompting: Prompting) -> ResponseSource:
     """The anchor of a run's policy, in the dtype of the run."""
     backbone, _ = found.load_base(dtype=settings.dtype, device=settings.device)
-    return LocalSource(backbone, ANCHOR, _codec(backbone, template), settings)
+    return LocalSource(backbone, ANCHOR, _codec(backbone, prompting), settings)
 
 
-def load_source(name: str, settings: EvaluationSettings, template: str | None) -> ResponseSource:
-    """The source of that name: `http(s)://…#MODEL`, a run, an adapter, or a model, prompted with a template.
+def load_source(name: str, settings: EvaluationSettings, prompting: Prompting) -> ResponseSource:
+    """The source of that name: `http(s)://…#MODEL`, a run, an adapter, or a model, prompted in that way.
 
     Raises `InputError` where there is nothing of that name.
     """
@@ -133,18 +134,17 @@ def load_source(name: str, settings: EvaluationSettings, template: str | None) -
     dtype, device = settings.dtype, settings.device
     if (found := find_policy(name)) is not None:
         backbone, _ = found.load("policy", dtype=dtype, device=device)
-        return LocalSource(backbone, "policy", _codec(backbone, template), settings)
+        return LocalSource(backbone, "policy", _codec(backbone, prompting), settings)
     if (base := base_of_adapter(name)) is not None:
         backbone = load_merged(name, base, dtype=dtype, device=device)
     else:
         backbone = load_backbone(name, dtype=dtype, device=device)
-    return LocalSource(backbone, ANCHOR, _codec(backbone, template), settings)
+    return LocalSource(backbone, ANCHOR, _codec(backbone, prompting), settings)
 
 
-def _codec(backbone: Backbone, template: str | None) -> TextCodec:
-    """`template` is a Jinja template, None plain text."""
-    backbone.tokenizer.chat_template = template
-    return codec_of(backbone, "auto")
+def _codec(backbone: Backbone, prompting: Prompting) -> TextCodec:
+    backbone.tokenizer.chat_template = prompting.template
+    return codec_of(backbone, "auto", prompting.arguments)
 
 
 def load_merged(adapter: str, base: str, *, dtype: str, device: str) -> Backbone:

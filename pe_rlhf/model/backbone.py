@@ -39,7 +39,7 @@ from pe_rlhf.model.loading import (
     freeze,
     keep_states_together,
     load_causal_lm,
-    longest_turned_alike,
+    longest_sequence,
     position_arguments,
     use_sound_attention,
 )
@@ -167,9 +167,7 @@ class Backbone(RolesToExport):
     @property
     def max_positions(self) -> int | None:
         """The longest sequence the model takes, in tokens, where its config says so."""
-        config = self.model.config.get_text_config(decoder=True)
-        limits = (getattr(config, "max_position_embeddings", None), longest_turned_alike(self.model))
-        return min((limit for limit in limits if isinstance(limit, int)), default=None)
+        return longest_sequence(self.model.config)
 
     @property
     def longest_sequence(self) -> int:

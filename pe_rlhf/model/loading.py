@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -167,18 +168,27 @@ def position_arguments(attention_mask: Tensor | None) -> dict[str, Tensor]:
     return {"attention_mask": attention_mask, "position_ids": position_ids}
 
 
+def longest_sequence(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model of that config takes, in tokens, where it says so."""
+    limits = (
+        getattr(config.get_text_config(decoder=True), "max_position_embeddings", None),
+        longest_turned_alike(config),
+    )
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
 def turns_by_length(model: PreTrainedModel) -> bool:
     """Whether the model's rotary embeddings turn a key by how long the pass is that it is in."""
-    return longest_turned_alike(model) is not None
+    return longest_turned_alike(model.config) is not None
 
 
-def longest_turned_alike(model: PreTrainedModel) -> int | None:
+def longest_turned_alike(config: PretrainedConfig) -> int | None:
     """The longest pass, in tokens, whose keys are turned as those of shorter ones; None where length plays no part.
 
     Beyond it the log-probs of a row would depend on the longest row beside it, and a response that is being sampled
     would change those of its own beginning.
     """
-    config = model.config.get_text_config(decoder=True)
+    config = config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
     limits = [

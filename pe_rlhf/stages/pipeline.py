@@ -41,6 +41,7 @@ from pe_rlhf.system.processes import launched
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 from reward.judges import load_score_function
+from reward.judges.user_code import time_limit
 from reward.records import Prompt
 
 RUN: dict[str, Callable[[StageContext[Any]], dict[str, Any]]] = {
@@ -73,6 +74,7 @@ def run_recipe(
     init_processes(recipe.deepspeed is not None)
     files = RunFiles(run_dir)
     with ExitStack() as held:
+        held.enter_context(time_limit(recipe.function_timeout))
         on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
         # In the lock: what another run is still writing is not read, and for a folder in use nothing is fetched.
         saved = load_recipe(files.recipe) if start != "new" and files.recipe.is_file() else None

@@ -24,11 +24,15 @@ from typing import Any
 
 from reward.errors import Failure, InputError, did_you_mean
 
-LIMIT_VARIABLE = "PE_RLHF_FUNCTION_TIMEOUT"
+LIMIT_KEY = "function_timeout"  # of a recipe, and of `pe-rlhf evaluate`
+LIMIT_VARIABLE = "PE_RLHF_FUNCTION_TIMEOUT"  # where the key is left out
 USUAL_LIMIT = 3600.0  # seconds of one call
 FIRST_WORD = 60.0  # seconds until it is said who is being waited for; the next times after twice as long
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 OURS = str(Path(__file__).parents[1])
+
+
+_given: float | None = None  # seconds, by `time_limit`
 
 
 class _TooLong(BaseException):
@@ -38,8 +42,8 @@ class _TooLong(BaseException):
 def call_users_code(name: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """What the user's function returns; `name` is what messages call it.
 
-    Raises `InputError` for whatever it raises, and after `PE_RLHF_FUNCTION_TIMEOUT` seconds. Our own failures and
-    Ctrl-C pass as they are.
+    Raises `InputError` for whatever it raises, and after the seconds of `time_limit` or `PE_RLHF_FUNCTION_TIMEOUT`. Our
+    own failures and Ctrl-C pass as they are.
     """
     limit = _limit()
     try:
@@ -52,7 +56,7 @@ def call_users_code(name: str, function: Callable[..., Any], *arguments: Any, **
     except (Failure, KeyboardInterrupt):
         raise
     except _TooLong as error:
-        fix = f"make it faster, or set {LIMIT_VARIABLE} to more seconds"
+        fix = f"make it faster, or raise {LIMIT_KEY}"
         raise _failed(f"{name} has not returned for {limit:g} s{place_of(function)}", function, fix) from error
     except BaseException as error:
         raise _failed(f"{name} raised {describe(error, function)}", function) from error
@@ -182,7 +186,20 @@ def _reopen_streams() -> str:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """The limit of every call within the block, on all threads; None changes nothing."""
+    global _given
+    before, _given = _given, _given if seconds is None else seconds
+    try:
+        yield
+    finally:
+        _given = before
+
+
 def _limit() -> float:
+    if _given is not None:
+        return _given
     said = os.environ.get(LIMIT_VARIABLE, str(USUAL_LIMIT))
     try:
         limit = float(said)

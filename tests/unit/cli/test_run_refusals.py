@@ -4,6 +4,7 @@ Where the failure is the user's own text, that text is looked for: it names the 
 """
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def test_a_folder_in_use_is_told_before_the_recipe_is_settled(fails: Fails, tmp_
     with locked(tmp_path / "out"):
         failure = fails("run", path, "--run-dir", "out", "--resume", code=75)
     assert (failure.kind, failure.file) == ("in_use", "out")
+
+
+def test_the_time_limit_of_a_function_is_a_setting(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(20)\n")
+    start = time.monotonic()
+    path = write_recipe(tmp_path, recipe("ppo", ppo__reward__0__function="slow:f", function_timeout=0.3))
+    assert fails("run", path, "--dry-run").kind == "user_code"
+    assert fails("run", path, "--run-dir", "out").kind == "user_code"
+    outputs = write_jsonl(tmp_path / "outputs.jsonl", [{"prompt": "p", "response": "r"}])
+    failure = fails("evaluate", outputs, "--against", outputs, "--judge", "slow:f", "function_timeout=0.3")
+    assert failure.kind == "user_code"
+    assert time.monotonic() - start < 20
 
 
 def test_too_few_pairs_to_hold_any_out(fails: Fails, tmp_path: Path) -> None:

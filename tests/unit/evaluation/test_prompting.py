@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe_rlhf.config import Recipe
+from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.config.load import save_recipe
+from pe_rlhf.evaluation.prompting import prompting_of
+from pe_rlhf.evaluation.sources import LocalSource, find_policy, load_source
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.runs.export import export_role
 from pe_rlhf.runs.layout import RunFiles
@@ -86,3 +90,59 @@ def test_an_exported_adapter_is_prompted_as_it_was_trained(
     if (expected is None) != (base == "plain"):
         failure = fails(*command("lora", None))  # against its base, which is prompted otherwise
         assert (failure.kind, failure.key) == ("conflict", "baseline_template")
+
+
+def test_prompts_that_are_too_long_are_left_out_on_both_sides(
+    models: Path, fails: Callable[..., Failure], cli: Callable[..., Outcome]
+) -> None:
+    """As a run's evaluate stage does it; a file with nothing but a head does not stand in the way."""
+    limit = load_backbone(models / "plain").longest_sequence
+    rows = [{"question": "w3"}, {"question": "w4 " * limit}, {"question": "w5"}]
+    write_jsonl(models / "prompts.jsonl", rows)
+    (models / "e").mkdir()
+    (models / "e" / "candidate.jsonl").write_text('{"identity": "of an earlier try", "prompts": "0"}\n')
+    outcome = cli(*command("plain", "plain", "prompts.columns.prompt=question", "--out", "e"))
+    assert outcome.code == 0, outcome
+    for side in ("candidate", "baseline"):
+        assert [row["prompt"] for row in read_jsonl(models / "e" / f"{side}.jsonl")[1:]] == ["w3", "w5"]
+    # With outputs of a file, those of the prompts that are left.
+    outputs = [{"prompt": row["question"], "response": "r" * (1 + i)} for i, row in enumerate(rows)]
+    write_jsonl(models / "outputs.jsonl", outputs)
+    outcome = cli(*command("plain", "outputs.jsonl", "prompts.columns.prompt=question", "--out", "f"))
+    assert json.loads(outcome.out)["mean_len_baseline"] == 2.0  # of 1 and 3 letters
+    write_jsonl(models / "prompts.jsonl", rows[1:2])
+    failure = fails(*command("plain", "plain", "prompts.columns.prompt=question", "--out", "g"))
+    assert (failure.kind, failure.key) == ("too_long", "sampling.max_new_tokens")
+
+
+def test_prompts_by_format(models: Path, cli: Callable[..., Outcome]) -> None:
+    row = {"chosen": "\n\nHuman: w3\n\nAssistant: w4", "rejected": "\n\nHuman: w3\n\nAssistant: w5"}
+    write_jsonl(models / "prompts.jsonl", [row])
+    outcome = cli(*command("plain", "plain", "prompts.format=hh_rlhf", "--out", "e"))
+    assert outcome.code == 0, outcome
+    assert [line["prompt"] for line in read_jsonl(models / "e" / "candidate.jsonl")[1:]] == [
+        [{"role": "user", "content": "w3"}]
+    ]
+
+
+def test_the_arguments_of_a_runs_template_are_its_recipes(models: Path, fails: Callable[..., Failure]) -> None:
+    template = CHAT + "{% if loud %} w7{% endif %}"
+    arguments = {"loud": True}
+    ppo = {"prompts": "x", "reward": [{"function": "reward.scores:length"}]}
+    tree: dict[str, Any] = {"model": str(models / "plain"), "chat_template": template, "ppo": ppo}
+    run = RunFiles(models / "run")
+    run.folder.mkdir()
+    save_recipe(Recipe.model_validate({**tree, "chat_template_kwargs": arguments}), run.recipe)
+    backbone = load_backbone(models / "plain")
+    backbone.add_adapter("policy", rank=2)
+    save_role(backbone, "policy", run.role("policy").folder)
+    settings = EvaluationSettings.model_validate({"judge": "length"})
+    prompting = prompting_of("candidate", str(run.folder), settings, find_policy(str(run.folder)), None)
+    assert prompting.codec is not None
+    assert prompting.codec.render("w3") == "w9 w3 w8 w7"
+    source = load_source(str(run.folder), settings, prompting)
+    assert isinstance(source, LocalSource)
+    assert source.codec.render("w3") == "w9 w3 w8 w7"
+    (models / "chat.jinja").write_text(template)
+    failure = fails(*command("run", "plain", "baseline_template=chat.jinja"))
+    assert (failure.kind, failure.key) == ("conflict", "baseline_template")

@@ -14,7 +14,7 @@ import pytest
 
 from reward.errors import InputError, JudgeError
 from reward.judges import Comparison, load_function, load_judge, load_score_function, score_responses
-from reward.judges.user_code import LIMIT_VARIABLE, call_users_code
+from reward.judges.user_code import LIMIT_VARIABLE, call_users_code, time_limit
 from tests.failures import raises
 
 
@@ -179,6 +179,23 @@ def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch, seconds: str) -> 
     monkeypatch.setenv(LIMIT_VARIABLE, seconds)
     with raises("invalid", key=LIMIT_VARIABLE):
         call_users_code("f", len, [])
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_the_limit_of_a_recipe_goes_before_that_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, in_thread: bool
+) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, "50")
+    start = time.monotonic()
+    with raises("user_code"), time_limit(0.2), time_limit(None):
+        if in_thread:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(call_users_code, "f", time.sleep, 10).result()
+        call_users_code("f", time.sleep, 10)
+    assert time.monotonic() - start < 5
+    with time_limit(0.05):
+        pass
+    call_users_code("f", time.sleep, 0.2)  # over with the block
 
 
 def test_ctrl_c_and_our_own_failures_pass() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pe_rlhf.config.load import load_recipe
+from pe_rlhf.config import Recipe
+from pe_rlhf.config.load import load_recipe, refuse_other_recipe
 from pe_rlhf.stages.pipeline import run_recipe
 from reward.errors import Failure
 from tests.runs import Outcome, contents, read_jsonl, recipe, write_recipe
@@ -71,6 +72,16 @@ def test_what_a_resume_refuses_leaves_everything_as_it_was(finished: Path, fails
         assert (failure.kind, failure.key) == ("conflict", "--may-change")
     failure = fails("run", finished, "--run-dir", "out", "--from", "ppo", "reward.learning_rate=0.5")
     assert (failure.kind, failure.key) == ("changed", "reward.learning_rate")
+
+
+def test_who_samples_and_how_long_one_waits_may_change(finished: Path, cli: Cli) -> None:
+    outcome = cli("run", finished, "--run-dir", "out", "--resume", "ppo.rollout.timeout=5", "function_timeout=9")
+    assert outcome.code == 0, outcome
+    tree = load_recipe(finished).model_dump()
+    tree["ppo"]["rollout"] |= {"engine": "vllm", "mode": "server", "urls": ["http://a:8000"]}
+    (finished.parent / "served.yaml").write_text(yaml.safe_dump(tree))
+    tree["ppo"]["rollout"]["urls"] = ["http://b:8000", "http://c:8000"]
+    refuse_other_recipe(Recipe.model_validate(tree), finished.parent / "served.yaml")
 
 
 def test_a_finished_stage_whose_steps_were_raised_goes_on(finished: Path, cli: Cli, tmp_path: Path) -> None:
