@@ -20,14 +20,14 @@ hidden state one position before it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-FinishReason = Literal["eos", "length"]
+FinishReason = Literal["eos", "stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Rollout:
         prompts: token ids of each prompt, without padding.
         responses: token ids of each response; an EOS that ended it is its last token.
         logprobs: the sampler's log-prob of each response token, at the temperature it sampled with.
-        finish: why each response ended; `length` means that it was cut.
+        finish: why each response ended; `length` means that it was cut, `stop` that its last token completed one of
+            the texts in `stop`.
         version: version of the policy adapter that was sampled from.
     """
 
@@ -47,6 +48,7 @@ class Rollout:
     logprobs: list[list[float]]
     finish: list[FinishReason]
     version: int
+    stop: tuple[str, ...] = ()
 
     @property
     def truncated_B(self) -> Tensor:
@@ -63,11 +65,18 @@ class Sequences:
 
     Under a causal mask a real token never attends to what stands right of it, so rows need no attention mask and
     position ids count from 0; which tokens are real follows from the lengths, never from comparing ids with a pad id.
+    `cut_B` says which responses were cut at the length limit, where the rows are a rollout's.
     """
 
     ids_BT: Tensor
     prompt_lengths_B: Tensor
     response_lengths_B: Tensor
+    cut_B: Tensor | None = None
+
+    @classmethod
+    def of(cls, rollout: Rollout, pad_id: int) -> Sequences:
+        """The rows of a rollout, which know of each response whether it was cut."""
+        return replace(cls.pack(rollout.prompts, rollout.responses, pad_id), cut_B=rollout.truncated_B)
 
     @classmethod
     def pack(cls, prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> Sequences:
@@ -104,7 +113,8 @@ class Sequences:
     def take(self, index: Tensor) -> Sequences:
         """The rows of that index, cut to the longest of them."""
         longest = int(self.lengths_B[index].max())
-        return Sequences(self.ids_BT[index, :longest], self.prompt_lengths_B[index], self.response_lengths_B[index])
+        lengths = self.prompt_lengths_B[index], self.response_lengths_B[index]
+        return Sequences(self.ids_BT[index, :longest], *lengths, None if self.cut_B is None else self.cut_B[index])
 
 
 @dataclass(frozen=True)

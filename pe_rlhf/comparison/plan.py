@@ -10,13 +10,14 @@ import itertools
 import json
 import re
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config import STAGES, CompareConfig, PPOConfig, Recipe
 from pe_rlhf.config.compare import SHORT_KEYS
-from pe_rlhf.config.load import make_recipe, read_tree, set_key
+from pe_rlhf.config.load import load_recipe, make_recipe, read_tree, set_key
 from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.runs.layout import ComparisonFiles, RunFiles
 from reward.errors import InputError
@@ -136,10 +137,20 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
             f"{path}: arms are compared by their PPO stage, and there is none", kind="missing", key="ppo", file=path
         )
     where = (root or Path("comparisons") / base.name).absolute()
+    if base.date is None and (day := _date_of(where)) is not None:
+        tree["date"] = day
+        base.date = day
     plan = Plan(path, where, tree, base, base.compare, _arms(base.compare), overrides)
     _refuse_settings_without_effect(plan)
     _refuse_equal_arms(plan)
     return plan
+
+
+def _date_of(root: Path) -> str | None:
+    """The day that chat templates print in all runs: that of the runs which are there, else today."""
+    if (first := next(root.rglob("recipe.yaml"), None)) is not None:
+        return load_recipe(first).date
+    return date.today().isoformat()
 
 
 def _arms(config: CompareConfig) -> list[Arm]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pe_rlhf.config.sampling import SamplingConfig
-from pe_rlhf.config.section import FUNCTION_TIMEOUT, Data, Positive, Section, Share
+from pe_rlhf.config.section import FUNCTION_TIMEOUT, TEMPLATE_DATE, Data, Day, Positive, Section, Share
 from reward.judges.judge_settings import NamedJudge, ServerSettings
 
 
@@ -33,6 +33,7 @@ class ResponseSampling(Section):
     max_new_tokens: Positive = Field(default=256, description="longest response; it is cut there")
     temperature: float = Field(default=1.0, gt=0, description="divides the logits")
     batch_size: Positive = Field(default=32, description="responses of a local model sampled at the same time")
+    stop: list[str] = Field(default_factory=list, description="texts that end a response of a local model")
 
 
 class EvaluationSettings(Section):
@@ -57,6 +58,7 @@ class EvaluationSettings(Section):
         default=None,
         description="arguments of the chat template, for both local sides; default: those of a run's recipe",
     )
+    date: Day | None = TEMPLATE_DATE
     different_templates: bool = Field(default=False, description="compare two sides that are prompted differently")
     seed: int = Field(default=0, ge=0, description="seed of the responses")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(

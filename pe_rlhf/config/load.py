@@ -162,6 +162,8 @@ def changes_since(recipe: Recipe, path: Path, may_change: Sequence[str] = (), *,
 def differences(before: Recipe, after: Recipe, *, moved: bool = False) -> dict[str, tuple[Any, Any]]:
     """The values before and after of every key in which two recipes differ; `moved` as of `changes_since`."""
     old, new = (_flat(each.model_dump(mode="json")) for each in (before, after))
+    if after.date is None:  # then a run keeps its own
+        new["date"] = before.date
     if moved:
         old, new = _without_folders(old), _without_folders(new)
     # A section that one of them has not at all is one difference for each of its keys.

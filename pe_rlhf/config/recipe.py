@@ -14,7 +14,7 @@ from pe_rlhf.config.ppo import PPOConfig
 from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.reward_source import OWN_STAGE
-from pe_rlhf.config.section import FUNCTION_TIMEOUT, Positive, Section, refusal
+from pe_rlhf.config.section import FUNCTION_TIMEOUT, TEMPLATE_DATE, Day, Positive, Section, refusal
 from pe_rlhf.config.sft import SFTConfig
 from reward.errors import InputError
 
@@ -51,6 +51,7 @@ class Recipe(Section):
         default_factory=dict,
         description="arguments of the chat template, such as `enable_thinking: false` or `date_string: 01 Jan 2026`",
     )
+    date: Day | None = TEMPLATE_DATE
     deepspeed: str | None = Field(
         default=None,
         description="ZeRO stage: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file; default: no DeepSpeed",

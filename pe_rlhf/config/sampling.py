@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pe_rlhf.config.section import Positive, Section, refusal
 
@@ -68,12 +68,26 @@ class SamplingConfig(SamplerConfig):
     batch_size: Positive = Field(
         default=64, description="responses generated at once, per process; default: on a GPU 256"
     )
+    stop: list[str] = Field(
+        default_factory=list,
+        description='texts that end a response, such as ["\\n\\nHuman:"]; the token that completes one is its last'
+        " and counts as an end; judges and functions read the text before it",
+    )
     mismatch_limit: float | None = Field(
         default=None,
         gt=0,
         description="stop if the log-probs of sampler and trainer differ by more than this (mean absolute"
         " difference, nats per token); default: 0.01 in fp32, otherwise 0.1",
     )
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_texts(cls, given: list[str]) -> list[str]:
+        if not all(given) or len(set(given)) < len(given):
+            raise ValueError("texts of at least one letter, each once")
+        if any("\ufffd" in text for text in given):
+            raise ValueError("the sign \ufffd stands for half a letter, which no response is sure to hold")
+        return given
 
 
 class RolloutConfig(SamplingConfig):

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from reward.settings import Positive, Section, Share, refusal
 
-__all__ = ["FUNCTION_TIMEOUT", "Data", "DataSource", "Decay", "Positive", "Rate", "Section", "Share", "refusal"]
+__all__ = [
+    "FUNCTION_TIMEOUT",
+    "TEMPLATE_DATE",
+    "Data",
+    "DataSource",
+    "Day",
+    "Decay",
+    "Positive",
+    "Rate",
+    "Section",
+    "Share",
+    "refusal",
+]
 
 FUNCTION_TIMEOUT: Any = Field(
     default=None,
@@ -16,6 +29,17 @@ FUNCTION_TIMEOUT: Any = Field(
     le=1e8,
     description="seconds for one call of a function or judge of yours; then it is given up; default: an hour, or what"
     " the environment variable PE_RLHF_FUNCTION_TIMEOUT says",
+)
+Day = Annotated[
+    str,
+    # YAML reads 2026-11-28 as a date.
+    BeforeValidator(lambda value: value.isoformat() if isinstance(value, datetime.date) else value),
+    AfterValidator(lambda text: datetime.date.fromisoformat(text).isoformat()),
+]
+TEMPLATE_DATE: Any = Field(
+    default=None,
+    description="the day that a chat template prints as today's, such as 2026-11-28; default: the day on which the run"
+    " starts, which stays its day",
 )
 Rate = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

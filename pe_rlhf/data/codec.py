@@ -8,17 +8,22 @@ it was sampled, labelled or trained on.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pe_rlhf.types import Rollout
 from reward.errors import InputError
 from reward.records import Message, Prompt
 
 TRANSCRIPT_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 # Takes the place of a special token that stands in a message, until the template has been rendered around it.
+_DATE: ContextVar[str | None] = ContextVar("date", default=None)
 MARK = re.compile("\ue000(\\d+)\ue001")
 
 
@@ -27,7 +32,7 @@ class TextCodec:
 
     `chat_template` is the recipe's key: `auto`, `none`, a Jinja template, or the path of one. `eos_token_ids` are those
     that end what the model samples; `end_token_id` is the one of them that ends a labelled response. `arguments` go to
-    the template, such as `enable_thinking`.
+    the template, such as `enable_thinking`; `date` is the day that it prints as today's, else that of `dated`.
     """
 
     def __init__(
@@ -36,10 +41,11 @@ class TextCodec:
         chat_template: str = "auto",
         eos_token_ids: Sequence[int] = (),
         arguments: Mapping[str, Any] | None = None,
+        date: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.template = find_template(tokenizer, chat_template)
-        self._arguments = dict(arguments or {})
+        self._arguments = {"strftime_now": _clock(date), **(arguments or {})}
         own = tokenizer.eos_token_id
         ends = [*([own] if isinstance(own, int) else []), *eos_token_ids]
         self._end_ids = frozenset(ends)
@@ -147,6 +153,15 @@ class TextCodec:
         text = self._decoded([*self._line_break, *ids])
         return text[1:] if self._line_break and text.startswith("\n") else self._decoded(ids)
 
+    def texts(self, rollout: Rollout) -> list[str]:
+        """The texts of a rollout's responses; one that a stop string ended ends before it."""
+        found: list[str] = []
+        for ids, reason in zip(rollout.responses, rollout.finish, strict=True):
+            text = self.decode(ids)
+            ends = [place for stop in rollout.stop if reason == "stop" and (place := text.find(stop)) >= 0]
+            found.append(text[: min(ends, default=len(text))])
+        return found
+
     def written(self, ids: list[int]) -> str:
         """A whole row as the model reads it, special tokens included."""
         return str(self.tokenizer.decode(ids))
@@ -245,6 +260,30 @@ class TextCodec:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+@contextmanager
+def dated(date: str | None) -> Iterator[None]:
+    """Within the block templates print this day, year-month-day, as today's, so that a prompt is the same tomorrow."""
+    token = _DATE.set(date or _DATE.get())
+    try:
+        yield
+    finally:
+        _DATE.reset(token)
+
+
+def _clock(date: str | None) -> Callable[[str], str]:
+    """What templates know as `strftime_now`."""
+
+    def strftime_now(form: str) -> str:
+        day = date or _DATE.get()
+        return (datetime.now() if day is None else datetime.fromisoformat(day)).strftime(form)
+
+    return strftime_now
+
+
+def prints_the_date(template: str | None) -> bool:
+    return template is not None and "strftime_now" in template
 
 
 def _common_start(first: list[int], second: list[int]) -> int:

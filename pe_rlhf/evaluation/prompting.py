@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pe_rlhf.config.evaluate import EvaluationSettings
-from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.codec import TextCodec, prints_the_date
 from pe_rlhf.model.loading import longest_sequence
 from pe_rlhf.model.names import resolve_model
 from pe_rlhf.model.whole import loading
@@ -26,12 +27,14 @@ class Prompting:
     Attributes:
         template: the chat template; None is plain text.
         arguments: what the template is given besides messages.
+        date: the day that it prints as today's; None where it prints none.
         codec: encodes prompts, before the model is loaded.
         longest: what the model takes, in tokens; None where its config does not say so.
     """
 
     template: str | None
     arguments: dict[str, Any] = field(default_factory=dict)
+    date: str | None = None
     codec: TextCodec | None = field(default=None, compare=False, repr=False)
     longest: int | None = field(default=None, compare=False)
 
@@ -66,10 +69,12 @@ def prompting_of(
             tokenizer = (own_tokenizer(name) if base is not None else None) or AutoTokenizer.from_pretrained(
                 path, **options
             )
-        codec = TextCodec(tokenizer, asked, arguments=arguments)
+        date = settings.date or (None if recipe is None else recipe.date) or datetime.now().date().isoformat()
+        codec = TextCodec(tokenizer, asked, arguments=arguments, date=date)
     except InputError as error:
         raise InputError(f"{key}: {error}", kind=error.kind, key=key, file=error.file) from error
-    return Prompting(codec.template, arguments if codec.template else {}, codec, longest_sequence(config))
+    day = date if prints_the_date(codec.template) else None
+    return Prompting(codec.template, arguments if codec.template else {}, day, codec, longest_sequence(config))
 
 
 def own_tokenizer(adapter: str) -> PreTrainedTokenizerBase | None:
@@ -87,14 +92,18 @@ def refuse_different_prompting(
     """Raise `InputError` where two local sides have different templates and the settings do not allow it."""
     if candidate is None or baseline is None or settings.different_templates:
         return  # what a server or the author of a file did is not known here
-    if (candidate.template, candidate.arguments) != (baseline.template, baseline.arguments):
+    if candidate != baseline:
         shown = ["plain text" if side.template is None else "a chat template" for side in (candidate, baseline)]
         both = f"{shown[0]} and {shown[1]}" if shown[0] != shown[1] else "two different chat templates"
-        both = both if candidate.template != baseline.template else "other arguments of the chat template"
+        both = (
+            both
+            if candidate.template != baseline.template
+            else "with other arguments of the chat template, or another date"
+        )
         raise InputError(
             f"candidate and baseline would be prompted differently: {both}",
             kind="conflict",
             key="baseline_template",
-            fix="give candidate_template=…, baseline_template=… and chat_template_kwargs=…, or allow it by"
+            fix="give candidate_template=…, baseline_template=…, chat_template_kwargs=… and date=…, or allow it by"
             " different_templates=true",
         )

@@ -78,8 +78,8 @@ def side_of(
     # By itself a model's or run's template goes with its name.
     if getattr(settings, f"{side}_template") != "auto" or (base is not None and own_tokenizer(name) is not None):
         parts.append(prompting.template)
-    if prompting.arguments:
-        parts.append(prompting.arguments)
+    # Both are left out where there are none, as in the folders of earlier versions.
+    parts += [part for part in (prompting.arguments, prompting.date) if part]
     load = partial(load_anchor, anchor_of) if anchor_of else partial(load_source, name)
     return Side(name, json.dumps(parts), load=partial(load, settings, prompting), prompting=prompting)
 

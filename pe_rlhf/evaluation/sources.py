@@ -57,7 +57,7 @@ class LocalSource:
             ids = [self._ids(prompt, first + i) for i, prompt in enumerate(batch)]
             rows = range(first, first + len(batch))
             sampled = rollout.generate(ids, derive_seed(self._seed, "evaluate", self._role), rows)
-            yield from (self.codec.decode(response) for response in sampled.responses)
+            yield from self.codec.texts(sampled)
 
     def _ids(self, prompt: Prompt, number: int) -> list[int]:
         ids = self.codec.encode_prompt(prompt)
@@ -82,6 +82,14 @@ class ServerSource:
         if not model:
             raise InputError(
                 f"{url} names no model of the server", kind="missing", key="server", fix=f"use {url}#MODEL"
+            )
+        if settings.sampling.stop:
+            raise InputError(
+                "sampling.stop: what a server leaves out after a stop string is not known here",
+                kind="conflict",
+                key="sampling.stop",
+                file=url,
+                fix="evaluate the model itself, or leave it out",
             )
         self._endpoint = Endpoint(model, base_url, settings.server, keep=frozenset({"temperature", "max_tokens"}))
         self._sampling, self._seed = settings.sampling, settings.seed
@@ -144,7 +152,7 @@ def load_source(name: str, settings: EvaluationSettings, prompting: Prompting) -
 
 def _codec(backbone: Backbone, prompting: Prompting) -> TextCodec:
     backbone.tokenizer.chat_template = prompting.template
-    return codec_of(backbone, "auto", prompting.arguments)
+    return codec_of(backbone, "auto", prompting.arguments, prompting.date)
 
 
 def load_merged(adapter: str, base: str, *, dtype: str, device: str) -> Backbone:

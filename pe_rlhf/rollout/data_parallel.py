@@ -28,9 +28,12 @@ class SplitRollout:
         own += [0] * (math.ceil(len(prompts) / world_size()) - len(own))
         part = self._engine.generate([prompts[i] for i in own], seed, [numbers[i] for i in own])
         n = len(prompts)
-        return Rollout(
-            prompts, all_rows(part.responses, n), all_rows(part.logprobs, n), all_rows(part.finish, n), part.version
+        responses, logprobs, finish = (
+            all_rows(part.responses, n),
+            all_rows(part.logprobs, n),
+            all_rows(part.finish, n),
         )
+        return Rollout(prompts, responses, logprobs, finish, part.version, part.stop)
 
     def sync(self, version: int, role: str | None = None) -> None:
         self._engine.sync(version, role)

@@ -15,7 +15,9 @@ from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.loading import position_arguments, turns_by_length
 from pe_rlhf.model.probes import decoder_of
+from pe_rlhf.rollout.interface import stop_strings
 from pe_rlhf.rollout.reading import FORCED_BR, ONE_TOKEN, PROMPTS, Reading, find_reading
+from pe_rlhf.rollout.stops import StopsEarly
 from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.progress import Advance
@@ -42,6 +44,7 @@ class HFRollout:
         self._on_progress = on_progress
         self._version = 0
         self._readings: dict[bool, Reading] = {}  # of prompts of one token, and of longer ones
+        self._stops = stop_strings(backbone, config)
 
     def sync(self, version: int, role: str | None = None) -> None:
         self._version, self._role = version, role or self._role
@@ -57,18 +60,18 @@ class HFRollout:
         """
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
+        finish: list[FinishReason] = ["length" for _ in prompts]
         drawn = (_uniform(derive_seed(seed, row), self._config.max_new_tokens) for row in rows or range(len(prompts)))
         uniform_BR = torch.stack(list(drawn)).to(self._backbone.device)
         play = self._backbone.merged_role if _merges(self._config, self._backbone, self._role) else self._backbone.role
         with torch.no_grad(), play(self._role):
             for group, reading in self._batches(prompts):
                 finished = self._sample([prompts[i] for i in group], uniform_BR[group], reading)
-                for i, (ids, values) in zip(group, finished, strict=True):
-                    responses[i], logprobs[i] = ids, values
+                for i, (ids, values, reason) in zip(group, finished, strict=True):
+                    responses[i], logprobs[i], finish[i] = ids, values, reason
                 if self._on_progress is not None:
                     self._on_progress(len(group))
-        finish: list[FinishReason] = [self._finish(ids) for ids in responses]
-        return Rollout(prompts, responses, logprobs, finish, self._version)
+        return Rollout(prompts, responses, logprobs, finish, self._version, self._stops.texts)
 
     @property
     def reading(self) -> Reading:
@@ -91,15 +94,17 @@ class HFRollout:
 
     def _sample(
         self, prompts: list[list[int]], uniform_BR: Tensor, reading: Reading
-    ) -> list[tuple[list[int], list[float]]]:
-        """Ids and log-probs of a response to each prompt."""
+    ) -> list[tuple[list[int], list[float], FinishReason]]:
+        """Ids and log-probs of a response to each prompt, and why it ended."""
         sampler = _Sampler(self._config, uniform_BR)
         eos = self._backbone.eos_token_ids or None
         output_BR = self._generate(prompts, sampler, reading, self._config.max_new_tokens, eos)
-        return [
-            (ids[: (n := self._length(ids))], values[:n])
-            for ids, values in zip(output_BR.tolist(), sampler.logprobs().tolist(), strict=True)
-        ]
+        found: list[tuple[list[int], list[float], FinishReason]] = []
+        for ids, values in zip(output_BR.tolist(), sampler.logprobs().tolist(), strict=True):
+            # What follows the end is filling, even where pad and EOS are one id.
+            length, reason = self._stops.end(ids)
+            found.append((ids[:length], values[:length], reason))
+        return found
 
     def _generate(
         self,
@@ -121,6 +126,7 @@ class HFRollout:
             attention_mask=attends_BT if reading >= Reading.PADDED else None,
             past_key_values=self._read(prompts, start) if reads_before else None,
             logits_processor=LogitsProcessorList([choose]),
+            stopping_criteria=[StopsEarly(self._stops, ids_BT.shape[1])] if self._stops.texts else None,
             synced_gpus=sharded,  # ZeRO-3: go on as long as any rank does
             generation_config=GenerationConfig(
                 do_sample=False,  # `choose` has chosen
@@ -193,13 +199,6 @@ class HFRollout:
         arguments = position_arguments(attends_BT)
         arguments["position_ids"] = arguments["position_ids"][:, -tokens:]
         decoder_of(self._backbone.active_model)(input_ids=ids_BT, **arguments, past_key_values=cache, use_cache=True)
-
-    def _length(self, ids: list[int]) -> int:
-        """Tokens up to and with the first EOS; later ones are filling, even where pad and EOS are one id."""
-        return next((i + 1 for i, token in enumerate(ids) if token in self._backbone.eos_token_ids), len(ids))
-
-    def _finish(self, ids: list[int]) -> FinishReason:
-        return "eos" if ids[-1] in self._backbone.eos_token_ids else "length"
 
 
 def _merges(config: SamplingConfig, backbone: Backbone, role: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from pe_rlhf.config import SamplingConfig
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.rollout.stops import StopStrings
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.types import FinishReason, Rollout
 
@@ -41,25 +42,40 @@ def checked_rollout(
     config: SamplingConfig,
 ) -> Rollout:
     """A rollout from ids and log-probs that another process gave, checked by `check_response`."""
+    stops = stop_strings(backbone, config)
+    kept: list[tuple[list[int], list[float]]] = []
     finish: list[FinishReason] = []
     for ids, logprobs in responses:
-        check_response(ids, logprobs, eos_token_ids=backbone.eos_token_ids, max_new_tokens=config.max_new_tokens)
-        # An EOS at the very limit is an ending and not a cut.
-        finish.append("eos" if ids[-1] in backbone.eos_token_ids else "length")
-    return Rollout(prompts, [ids for ids, _ in responses], [values for _, values in responses], finish, version)
+        length, reason = stops.end(ids)  # an EOS at the very limit is an ending and not a cut
+        # vLLM may see a stop string later than we do: where the token that completes it holds half a letter, too.
+        at_stop = reason == "stop" and len(ids) == len(logprobs)
+        kept.append((ids[:length], logprobs[:length]) if at_stop else (ids, logprobs))
+        check_response(
+            *kept[-1], eos_token_ids=backbone.eos_token_ids, max_new_tokens=config.max_new_tokens, stopped=at_stop
+        )
+        finish.append(reason)
+    return Rollout(prompts, [ids for ids, _ in kept], [values for _, values in kept], finish, version, stops.texts)
+
+
+def stop_strings(backbone: Backbone, config: SamplingConfig) -> StopStrings:
+    """What ends responses by the recipe. Raises `InputError` for stop strings of a model without a tokenizer."""
+    return StopStrings(config.stop, backbone.tokenizer if config.stop else None, backbone.eos_token_ids)
 
 
 def check_response(
-    response: list[int], logprobs: list[float], *, eos_token_ids: list[int], max_new_tokens: int
+    response: list[int], logprobs: list[float], *, eos_token_ids: list[int], max_new_tokens: int, stopped: bool = False
 ) -> None:
-    """Raise `ValueError` for what no engine may answer, `TrainingError` for log-probs that are not finite."""
+    """Raise `ValueError` for what no engine may answer, `TrainingError` for log-probs that are not finite.
+
+    stopped: it ends with a stop string.
+    """
     if not 1 <= len(response) <= max_new_tokens:
         raise ValueError(f"a response has {len(response)} tokens, {max_new_tokens} are the limit")
     if len(logprobs) != len(response):
         raise ValueError(f"a response has {len(response)} tokens and {len(logprobs)} log-probs")
     if set(response[:-1]).intersection(eos_token_ids):
         raise ValueError("a response goes on after an end-of-sequence token")
-    if len(response) < max_new_tokens and response[-1] not in eos_token_ids:
+    if not stopped and len(response) < max_new_tokens and response[-1] not in eos_token_ids:
         raise ValueError(f"a response ends after {len(response)} of {max_new_tokens} tokens without an end-of-sequence")
     if not all(map(math.isfinite, logprobs)):
         raise TrainingError(

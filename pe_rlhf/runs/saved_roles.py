@@ -61,8 +61,10 @@ def load_base(recipe: Recipe, model: str, device: str | None = None, fast: FastP
     )
 
 
-def codec_of(backbone: Backbone, chat_template: str, arguments: dict[str, Any] | None = None) -> TextCodec:
-    return TextCodec(backbone.tokenizer, chat_template, backbone.eos_token_ids, arguments)
+def codec_of(
+    backbone: Backbone, chat_template: str, arguments: dict[str, Any] | None = None, date: str | None = None
+) -> TextCodec:
+    return TextCodec(backbone.tokenizer, chat_template, backbone.eos_token_ids, arguments, date)
 
 
 # ---- writing, reading ------------------------------------------------------------------------------------------------
@@ -100,7 +102,8 @@ class SavedRole:
             backbone = load_backbone(self.base, dtype=dtype, device=device)
             return backbone, codec_of(backbone, "auto")
         backbone = load_base(self.recipe, self.base, device)
-        return backbone, codec_of(backbone, self.recipe.chat_template, self.recipe.chat_template_kwargs)
+        recipe = self.recipe
+        return backbone, codec_of(backbone, recipe.chat_template, recipe.chat_template_kwargs, recipe.date)
 
     def load(self, role: str, *, dtype: str, device: str) -> tuple[Backbone, TextCodec]:
         """As `load_base`, with this on it as a role of that name."""

@@ -151,7 +151,9 @@ class RemoteScorer:
 
 
 def was_cut(sequences: Sequences, eos_token_ids: Tensor) -> list[bool]:
-    """Which responses do not end with an end token: they were cut at the length limit."""
+    """Which responses were cut at the length limit; of rows that do not know, those without an end token."""
+    if sequences.cut_B is not None:
+        return sequences.cut_B.tolist()
     last_B = sequences.ids_BT[torch.arange(len(sequences)), sequences.lengths_B - 1]
     return (~torch.isin(last_B, eos_token_ids)).tolist()
 

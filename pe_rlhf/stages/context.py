@@ -96,7 +96,8 @@ class StageContext(Generic[C]):
         return load_deepspeed_config(self.recipe.deepspeed)
 
     def codec(self, backbone: Backbone) -> TextCodec:
-        return codec_of(backbone, self.recipe.chat_template, self.recipe.chat_template_kwargs)
+        recipe = self.recipe
+        return codec_of(backbone, recipe.chat_template, recipe.chat_template_kwargs, recipe.date)
 
     def sampler(
         self,

@@ -59,7 +59,7 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
         for version, role in enumerate(("policy", "anchor")):
             sampler.sync(version, role)
             rollouts[role] = sampler.generate(repeated.ids, derive_seed(context.recipe.seed, "evaluate", role))
-    texts = {role: [codec.decode(ids) for ids in rollout.responses] for role, rollout in rollouts.items()}
+    texts = {role: codec.texts(rollout) for role, rollout in rollouts.items()}
     pairs = make_pairs(repeated.prompts, texts["policy"], texts["anchor"])
     options: Any = {
         "title": "evaluate: judging",
@@ -75,7 +75,7 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
     sources: Any = {"files": context.files, "anchor": anchor}
     scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens, asked.columns, **sources)
     scorer.set_moments((read_summary(RunFiles(context.run_dir).stage("ppo")) or {}).get("moments", {}))
-    sequences = {r: Sequences.pack(o.prompts, o.responses, backbone.pad_token_id) for r, o in rollouts.items()}
+    sequences = {r: Sequences.of(o, backbone.pad_token_id) for r, o in rollouts.items()}
     rewards: dict[str, float] = {}
     for role in rollouts:
         scores_B = scorer.score(repeated.prompts, texts[role], sequences[role], repeated.columns)

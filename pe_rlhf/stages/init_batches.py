@@ -182,8 +182,8 @@ class AnchorRollouts:
         groups_B = torch.arange(len(rows)) // samples
         asked, seed = self._prompts.take(rows), derive_seed(self._seed, "init rollout")
         rollout = self._context.sample_once(backbone, ANCHOR, config.rollout, asked.ids, seed)
-        sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
-        texts = [self._codec.decode(response) for response in rollout.responses]
+        sequences = Sequences.of(rollout, backbone.pad_token_id)
+        texts = self._codec.texts(rollout)
         scores_B = self._scorer.score(asked.prompts, texts, sequences, asked.columns)
         mask_BR = sequences.mask_BR
         no_kl_BR = torch.zeros(mask_BR.shape)  # at the anchor the KL is zero, token by token

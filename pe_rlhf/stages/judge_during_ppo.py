@@ -66,4 +66,4 @@ class JudgeEvaluation:
         """The same random numbers at every step, so that what changes is the policy."""
         self._sampler.sync(version, role)
         seed = derive_seed(self._context.recipe.seed, "evaluate", role)
-        return [self._codec.decode(ids) for ids in self._sampler.generate(self._ids, seed).responses]
+        return self._codec.texts(self._sampler.generate(self._ids, seed))

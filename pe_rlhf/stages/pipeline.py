@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.config import STAGES, Recipe, SamplerConfig
 from pe_rlhf.config.load import load_deepspeed_config, load_recipe, save_recipe
 from pe_rlhf.config.reward_source import OWN_STAGE
-from pe_rlhf.data.codec import read_template
+from pe_rlhf.data.codec import dated, read_template
 from pe_rlhf.data.rows import MAX_BAD_SHARE, load_examples, load_preferences, load_prompt_rows
 from pe_rlhf.model.device_plan import refuse_impossible, settle
 from pe_rlhf.model.loading import find_device
@@ -79,7 +80,8 @@ def run_recipe(
         # In the lock: what another run is still writing is not read, and for a folder in use nothing is fetched.
         saved = load_recipe(files.recipe) if start != "new" and files.recipe.is_file() else None
         find_device(recipe.backbone.device)  # one that is not here has no memory to plan for
-        recipe = on_main(lambda: settle(recipe, saved, fetch=True))
+        recipe = with_date(on_main(lambda: settle(recipe, saved, fetch=True)), saved)
+        held.enter_context(dated(recipe.date))
         resumption = on_main(lambda: find_resumption(recipe, run_dir, stages, start, may_change))
         # From here on a failure is the run's: before, it was about the command.
         on_main(lambda: held.enter_context(_failure_noted(run_dir)) if run_dir.is_dir() else None)
@@ -105,6 +107,16 @@ def run_recipe(
             on_main(lambda: write_report(run_dir))
         on_main(lambda: write_report(run_dir))
     return {stage: summary for stage in recipe.stages if (summary := read_summary(files.stage(stage))) is not None}
+
+
+def with_date(recipe: Recipe, saved: Recipe | None) -> Recipe:
+    """The recipe with the day that its chat template prints: of the `saved` recipe where there is one, else today.
+
+    A run of a version without that key has none, and stays without.
+    """
+    today = on_main(lambda: date.today().isoformat())
+    day = recipe.date or (today if saved is None else saved.date)
+    return recipe.model_copy(update={"date": day})
 
 
 @contextmanager

@@ -200,8 +200,9 @@ def _write_samples(
     if step != 1 and step % context.config.samples_every:
         return
     kl_B = ((experience.old_logprobs_BR - experience.anchor_logprobs_BR) * experience.mask_BR).sum(dim=1)
+    texts = codec.texts(rollout)
     for i in range(min(4, len(prompts))):
-        row = {"step": step, "prompt": prompts[i], "response": codec.decode(rollout.responses[i])}
+        row = {"step": step, "prompt": prompts[i], "response": texts[i]}
         score, kl = float(experience.scores_B[i]), float(kl_B[i])
         append_jsonl(context.files.samples, row | {"score": round(score, 4), "kl": round(kl, 4)})
 

@@ -34,7 +34,7 @@ def collect_experience(
     config: PPOConfig,
 ) -> tuple[Experience, dict[str, float]]:
     """Score a rollout and turn the scores into advantages. Returns the experience and its metrics."""
-    sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
+    sequences = Sequences.of(rollout, backbone.pad_token_id)
     backbone.compute_once(sequences, config.micro_batch_tokens)
     mask_BR = sequences.mask_BR
 
@@ -43,7 +43,7 @@ def collect_experience(
     values_BR = None
     if config.has_critic:
         values_BR = for_each_token(backbone, "value", sequences, config.micro_batch_tokens, backbone.response_values)
-    texts = [codec.decode(ids) for ids in rollout.responses]
+    texts = codec.texts(rollout)
     scores_B = scorer.score(prompts.prompts, texts, sequences, prompts.columns)
     old_BR, weights_BR, mismatch = _old_logprobs(backbone, rollout, sequences, anchor_BR, config)
 

@@ -51,7 +51,7 @@ def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
         sampler.sync(0)
         rollout = sampler.generate(prompt_ids * 2, seed)
     mismatch = _mismatch(backbone, rollout, config.sampling)
-    texts = [codec.decode(ids) for ids in rollout.responses]
+    texts = codec.texts(rollout)
     first, second = texts[: len(prompts)], texts[len(prompts) :]
 
     # 2. the judge says which is better
@@ -96,7 +96,7 @@ def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
 
 def _mismatch(backbone: Backbone, rollout: Rollout, sampling: SamplingConfig) -> dict[str, float]:
     """Whether the responses were the anchor's, as metrics. Raises `TrainingError` where they were not."""
-    sequences = Sequences.pack(rollout.prompts, rollout.responses, backbone.pad_token_id)
+    sequences = Sequences.of(rollout, backbone.pad_token_id)
 
     def compute(part: Sequences) -> Tensor:
         return backbone.response_logprobs(part, sampling.temperature)[0]

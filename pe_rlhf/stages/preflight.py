@@ -47,7 +47,7 @@ def check_model(recipe: Recipe, stages: list[str], prompts: dict[str, Prompt]) -
         config = AutoConfig.from_pretrained(path, **common)
         check_config(config, recipe.model, "model")
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
-    codec = TextCodec(tokenizer, recipe.chat_template, arguments=recipe.chat_template_kwargs)
+    codec = TextCodec(tokenizer, recipe.chat_template, arguments=recipe.chat_template_kwargs, date=recipe.date)
     for stage in stages:
         _check_tokens(recipe, stage, config)
         if stage in prompts:

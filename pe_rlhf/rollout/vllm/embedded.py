@@ -257,7 +257,7 @@ def _engine_arguments(
         "revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
         "dtype": settings.dtype,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not config.stop,
         "generation_config": "vllm",
         "max_model_len": length,
         "max_num_seqs": config.batch_size,

@@ -88,5 +88,7 @@ def sampling_parameters(config: SamplingConfig, eos_token_ids: list[int]) -> dic
         "stop_token_ids": eos_token_ids,
         "ignore_eos": True,  # only the ids above end a response, not those in the checkpoint
         "skip_special_tokens": False,
+        # The tokens of the stop string stay: they were sampled. `checked_rollout` has the last word on where it ends.
+        **({"stop": list(config.stop), "include_stop_str_in_output": True} if config.stop else {}),
         **truncation,
     }

@@ -79,7 +79,7 @@ class Sampler:
         for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
             # The salt separates the prefix caches of two versions a second time, beside their names.
             prompt = TokensPrompt(prompt_token_ids=ids, cache_salt=tag)
-            parameters = SamplingParams(seed=seed, logprobs=0, detokenize=False, **sampling)
+            parameters = SamplingParams(seed=seed, logprobs=0, detokenize="stop" in sampling, **sampling)
             engine.add_request(str(i), prompt, parameters, lora_request=self._adapter)
         responses: dict[int, tuple[list[int], list[float]]] = {}
         while engine.has_unfinished_requests():

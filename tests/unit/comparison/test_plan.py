@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pe_rlhf.comparison.plan import Plan, load_plan
+from pe_rlhf.config.load import save_recipe
 from reward.errors import InputError
 from tests.paths import ROOT
 from tests.runs import recipe, write_recipe
@@ -187,3 +188,16 @@ def test_every_init_is_an_arm_and_plain_lora_is_the_first(tmp_path: Path) -> Non
     files = {path.stem for path in (ROOT / "pe_rlhf" / "adapters" / "lora" / "inits").glob("*.py")}
     assert names[0] == "lora"
     assert set(names) == files - {"__init__", "svd"} | {"rlmo"}
+
+
+def test_all_runs_print_one_day(tmp_path: Path) -> None:
+    """Also where a comparison is gone on with on another day."""
+    plan = plan_of(tmp_path, {"grid": {"adapter.init": ["lora", "pissa"]}, "seeds": [0]})
+    days = {run.recipe.date for arm in plan.arms for run in plan.runs(arm).values()}
+    assert len(days) == 1
+    assert days != {None}
+    run = next(iter(plan.runs(plan.arms[0]).values()))
+    run.folder.mkdir(parents=True)
+    save_recipe(run.recipe.model_copy(update={"date": "2020-01-02"}), run.folder / "recipe.yaml")
+    again = plan_of(tmp_path, {"grid": {"adapter.init": ["lora", "pissa"]}, "seeds": [0]})
+    assert {run.recipe.date for arm in again.arms for run in again.runs(arm).values()} == {"2020-01-02"}

@@ -1,6 +1,7 @@
 """Prompts and responses as tokens: with a chat template and without, and where EOS stands."""
 
 import copy
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pe_rlhf.data.codec import TextCodec, transcript
+from pe_rlhf.data.codec import TextCodec, dated, transcript
 from reward.errors import InputError
 from reward.records import Message
 from tests.failures import raises
@@ -151,3 +152,21 @@ def test_a_response_comes_back_as_its_text(tokenizer: PreTrainedTokenizerBase) -
         _, ids = codec.encode_pair("Hi", text)
         assert codec.decode(ids) == text
         assert codec.decode([*ids, END, END]) == text  # filling, which here is the end token too
+
+
+DATED = "{{ date_string or strftime_now('%d %b %Y') }}:{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_a_template_prints_the_day_that_it_is_given(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As Llama-3's do, which print `date_string` where there is one, else what the clock says."""
+    assert TextCodec(tokenizer, DATED, date="2024-02-03").render("a") == "03 Feb 2024:a"
+    given = {"date_string": "1 May"}
+    assert TextCodec(tokenizer, DATED, arguments=given, date="2024-02-03").render("a") == "1 May:a"
+    plain = TextCodec(tokenizer, DATED)
+    today = {datetime.now().strftime("%d %b %Y")}
+    rendered = plain.render("a")
+    assert rendered.removesuffix(":a") in today | {datetime.now().strftime("%d %b %Y")}
+    with dated("2020-12-31"), dated(None):
+        assert plain.render("a") == "31 Dec 2020:a"
+        assert TextCodec(tokenizer, DATED, date="2024-02-03").render("a") == "03 Feb 2024:a"
+    assert plain.render("a") != "31 Dec 2020:a"

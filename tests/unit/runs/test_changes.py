@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pe_rlhf.config import Recipe
+from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.config.load import load_recipe, refuse_other_recipe
+from pe_rlhf.evaluation.prompting import prompting_of
+from pe_rlhf.evaluation.sources import find_policy
 from pe_rlhf.stages.pipeline import run_recipe
 from reward.errors import Failure
 from tests.runs import Outcome, contents, read_jsonl, recipe, write_recipe
@@ -163,3 +167,34 @@ def test_a_change_in_the_middle_is_recorded_with_its_step(
         ("ppo.kl.beta", 0.05, 0.2, 3),
     ]
     assert said(out)["ppo"]["kl"]["beta"] == 0.2  # type: ignore[index]
+
+
+def test_a_run_keeps_the_day_of_its_start(cli: Cli, tmp_path: Path) -> None:
+    """A template that prints today's date would prompt a run that goes on tomorrow, or is evaluated then, otherwise."""
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    path = write_recipe(tmp_path, recipe("reward", "ppo", reward__epochs=1, ppo__steps=1, chat_template=template))
+    assert cli("run", path, "--run-dir", "out", "--to", "reward").code == 0
+    day = str(said(tmp_path / "out")["date"])
+    assert abs((date.fromisoformat(day) - date.today()).days) <= 1
+    for file in (tmp_path / "out").rglob("recipe.yaml"):  # as if it had been started then
+        file.write_text(file.read_text().replace(day, "2020-01-02"))
+    outcome = cli("run", path, "--run-dir", "out", "--resume")
+    assert outcome.code == 0, outcome
+    assert "02 Jan 2020" in outcome.err
+    assert said(tmp_path / "out" / "ppo")["date"] == "2020-01-02"
+    settings = EvaluationSettings.model_validate({"judge": "length"})
+    found = find_policy(str(tmp_path / "out"))
+    prompting = prompting_of("candidate", str(tmp_path / "out"), settings, found, None)
+    assert prompting.codec is not None
+    assert prompting.codec.render("a") == "02 Jan 2020a"
+    later = cli("run", path, "--run-dir", "out", "--resume", "date=2021-01-01")
+    assert (later.code, getattr(later.error, "key", None)) == (2, "date")
+
+
+def test_runs_of_earlier_versions_have_no_day(finished: Path, cli: Cli, tmp_path: Path) -> None:
+    for file in (tmp_path / "out").rglob("recipe.yaml"):
+        tree = yaml.safe_load(file.read_text())
+        del tree["date"]
+        file.write_text(yaml.safe_dump(tree))
+    assert cli("run", finished, "--run-dir", "out", "--resume").code == 0
+    assert said(tmp_path / "out").get("date") is None
