@@ -109,7 +109,7 @@ def sequence_log_ratios(log_ratio_N: Tensor, lengths: list[int], *, mean: bool) 
     """log ρ of each token's whole response, _N: the sum of its tokens' (as in RLOO, arXiv 2402.14740), or their mean
     (GSPO, arXiv 2507.18071).
 
-    The gradient at a token is that of its own log-prob (GSPO-token, equation 14). Where the tokens of a response share
+    The gradient at a token is that of its own log-prob (GSPO-token). Where the tokens of a response share
     their advantage, their gradients add up to that of ρ·A; where they do not, each keeps its own.
     """
     rows = log_ratio_N.split(lengths)

@@ -37,13 +37,28 @@ def chat_recipe(folder: Path, data: Path) -> Tree:
     }
 
 
+GROUPS: Tree = {"batch_size": 16, "rollout": {"max_new_tokens": 40, "samples_per_prompt": 4}}
+
+
 @pytest.mark.shared
 @pytest.mark.slow
-def test_the_reward_rises(tmp_path: Path, shared_data: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"advantage": "rloo", **GROUPS},
+        {"advantage": "group_mean", "loss_aggregation": "sequence", **GROUPS},
+        {"advantage": "reinforce_pp"},
+    ],
+    ids=lambda settings: settings.get("advantage", "gae"),
+)
+def test_the_reward_rises(tmp_path: Path, shared_data: Path, settings: Tree) -> None:
     """Plain REINFORCE with these responses and this learning rate is at 0.85 after 6 steps, at a KL of 14."""
     pytest.importorskip("vaderSentiment")
     start = time.monotonic()
-    run(chat_recipe(tmp_path, shared_data / "tinychat3m"), tmp_path / "run")
+    tree = chat_recipe(tmp_path, shared_data / "tinychat3m")
+    tree["ppo"] |= settings
+    run(tree, tmp_path / "run")
     lines = read_jsonl(tmp_path / "run" / "ppo" / "metrics.jsonl")
     curve = [(line["reward"], line["kl"]) for line in lines]
     print(f"{time.monotonic() - start:.0f} s; reward, KL: " + "; ".join(f"{r:.3f}, {k:.2f}" for r, k in curve))
@@ -53,4 +68,4 @@ def test_the_reward_rises(tmp_path: Path, shared_data: Path) -> None:
     assert curve[-1][0] > curve[0][0] + 0.25
     assert 1 < curve[-1][1] < 25  # it moved, and did not run away
     assert min(line["entropy"] for line in lines) > 0.8
-    assert lines[-1]["explained_variance"] > -0.5
+    assert settings or lines[-1]["explained_variance"] > -0.5
