@@ -24,6 +24,14 @@ def kl_estimate(logprobs: Tensor, anchor_logprobs: Tensor, estimator: KLEstimato
     return (-d).expm1() + d
 
 
+def best_of_kl(n: int) -> float:
+    """KL in nats of the best of n samples from the distribution of one: log n − (n − 1)/n.
+
+    It is the most that it can be, and what it is where no two responses are the same (arXiv 2401.01879, theorem 1).
+    """
+    return math.log(n) - (n - 1) / n
+
+
 def adapt_beta(
     beta: float, kl: float, target: float, horizon: float, episodes: int, *, highest: float = math.inf
 ) -> float:

@@ -11,6 +11,16 @@ from pe_rlhf.config.section import FUNCTION_TIMEOUT, TEMPLATE_DATE, Data, Day, P
 from reward.judges.judge_settings import NamedJudge, ServerSettings
 
 
+class BaselineConfig(Section):
+    """What is judged beside the trained policy."""
+
+    best_of: int | None = Field(
+        default=None,
+        ge=2,
+        description="the anchor's best of so many responses by ppo.reward, against the anchor; default: not judged",
+    )
+
+
 class EvaluateConfig(Section):
     """Compare the policy with the anchor on held-out prompts."""
 
@@ -24,6 +34,7 @@ class EvaluateConfig(Section):
     )
     sampling: SamplingConfig = SamplingConfig()
     samples_per_prompt: Positive = Field(default=1, description="pairs of responses judged for each prompt")
+    policy: BaselineConfig = BaselineConfig()
     table_rows: Positive = Field(default=20, description="rows of the side-by-side table samples.md")
 
 

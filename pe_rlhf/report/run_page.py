@@ -169,6 +169,10 @@ def _tiles(stages: dict[str, Stage]) -> list[Tile]:
     if evaluate.get("win_rate") is not None:
         counts = "against the anchor: {wins} wins, {ties} ties, {losses} losses".format_map(evaluate)
         tiles.append(Tile("Win-rate", percent(evaluate["win_rate"]), counts, _interval(evaluate, "ci", "win_rate")))
+    if evaluate.get("best_of_win_rate") is not None:
+        title, detail = f"Best of {evaluate['best_of']}", f"the anchor's, at a KL of {number(evaluate['best_of_kl'])}"
+        bounds = _interval(evaluate, "best_of_ci", "best_of_win_rate")
+        tiles.append(Tile(title, percent(evaluate["best_of_win_rate"]), detail, bounds))
     if evaluate.get("gold_policy") is not None:
         change = _change(evaluate["gold_anchor"], evaluate["gold_policy"])
         tiles.append(Tile("Gold score", change, "judge's mean, anchor → policy"))

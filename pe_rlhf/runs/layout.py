@@ -94,6 +94,7 @@ class StageFiles(_Files):
     preferences = _Below("preferences.jsonl")
     reliability = _Below("reliability.jsonl")  # reward: the reliability table of each evaluation
     verdicts = _Below("verdicts.jsonl")
+    best_of_verdicts = _Below("best_of_verdicts.jsonl")  # evaluate: of the anchor's best of n against the anchor
     judged_rewards = _Below("judged_rewards.jsonl")  # ppo, evaluate: scores of a judge that is a reward, by text
     open_questions = _Below("judged_rewards_open.jsonl")  # those of a batch that has not all its answers
     anchor_responses = _Below("anchor_responses.jsonl")  # what they were compared with

@@ -42,4 +42,4 @@ class AnchorTexts:
         # By the prompt and not by its place in a batch: a run that goes on has others beside it.
         rows = [int(hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8], 16) for ids in prompts]
         rollout = self.engine.generate(prompts, derive_seed(self._context.recipe.seed, "anchor response"), rows)
-        return [self._codec.decode(ids) for ids in rollout.responses]
+        return self._codec.texts(rollout)

@@ -21,6 +21,7 @@ from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.model_judges import ask_judge, make_judge
 from pe_rlhf.scoring.weighted import make_scorer
 from pe_rlhf.stages.anchor_texts import AnchorTexts
+from pe_rlhf.stages.best_of import best_of
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import append_jsonl, write_json
@@ -54,11 +55,15 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
     repeated = asked.take([i for i in range(len(asked)) for _ in range(config.samples_per_prompt)])
 
     rollouts: dict[str, Rollout] = {}
-    with progress("evaluate: sampling", 2 * len(repeated), "responses") as advance:
+    n, several = config.policy.best_of or 0, None
+    with progress("evaluate: sampling", (2 + n) * len(repeated), "responses") as advance:
         sampler = context.sampler(backbone, "policy", config.sampling, asked.ids, advance)
         for version, role in enumerate(("policy", "anchor")):
             sampler.sync(version, role)
             rollouts[role] = sampler.generate(repeated.ids, derive_seed(context.recipe.seed, "evaluate", role))
+        if n:  # the anchor is what the sampler plays last
+            ids = [ids for ids in repeated.ids for _ in range(n)]
+            several = sampler.generate(ids, derive_seed(context.recipe.seed, "evaluate", "best of"))
     texts = {role: codec.texts(rollout) for role, rollout in rollouts.items()}
     pairs = make_pairs(repeated.prompts, texts["policy"], texts["anchor"])
     options: Any = {
@@ -81,6 +86,13 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
         scores_B = scorer.score(repeated.prompts, texts[role], sequences[role], repeated.columns)
         rewards[f"reward_{role}"] = scores_B.mean().item()
         rewards |= {f"{name}_{role}": value for name, value in scorer.metrics.items() if not name.endswith("_std")}
+    baseline: dict[str, Any] = {}
+    if several is not None:
+        best = best_of(scorer, codec, repeated, several, n, backbone.pad_token_id)
+        against = make_pairs(repeated.prompts, best.texts, texts["anchor"])
+        options |= {"title": f"evaluate: judging the best of {n}", "names": ("best_of", "anchor")}
+        verdicts = context.files.best_of_verdicts
+        baseline = best.metrics(on_main(lambda: ask_judge(judge, against, verdicts, **options)))
     summary = {
         **{key: result[key] for key in RESULTS if key in result},
         **_policy_metrics(backbone, rollouts["policy"], sequences["policy"], config.sampling, ppo),
@@ -88,6 +100,7 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
         "gold_policy": _mean([outcome.verdict.score_a for outcome in outcomes]),
         "gold_anchor": _mean([outcome.verdict.score_b for outcome in outcomes]),
         **rewards,
+        **baseline,
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
     }
