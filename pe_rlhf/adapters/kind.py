@@ -143,7 +143,8 @@ class AdapterKind(Generic[S]):
     def after_step(self, layers: Layers, time: Time) -> set[str]:
         """Change parameters or buffers once the optimizer has made its step.
 
-        Returns the names, in a layer, of the parameters whose moments start again from zero.
+        Returns the names, in a layer, of the parameters whose momentum starts again from zero. AdamW's second moment
+        stays: it has the size of the gradients, and at zero would make the next steps up to six times too large.
         """
         return set()
 
@@ -167,7 +168,9 @@ KINDS: dict[str, str | type[AdapterKind[Any]]] = {
     "bat": "pe_rlhf.adapters.kinds.bat:Bat",
     "dora": "pe_rlhf.adapters.kinds.dora:DoRA",
     "loha": "pe_rlhf.adapters.kinds.loha:LoHa",
+    "lora_dash": "pe_rlhf.adapters.kinds.lora_dash:LoRADash",
     "miss": "pe_rlhf.adapters.kinds.miss:MiSS",
+    "redrawn": "pe_rlhf.adapters.kinds.redrawn:Redrawn",
     "rosa": "pe_rlhf.adapters.kinds.rosa:RoSA",
     "shira": "pe_rlhf.adapters.kinds.shira:ShiRA",
     "spectral_a": "pe_rlhf.adapters.kinds.spectral_a:SpectralA",

@@ -74,6 +74,9 @@ class AdapterLayer(nn.Module):
         """The adapted output for input `x`; exactly `base(x)` at initialisation. It calls the base itself."""
         raise NotImplementedError
 
+    def put_on(self, base: nn.Module) -> None:
+        """Told of the base that it is put on. Whoever needs it keeps a weak reference: a layer is copied without it."""
+
     def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
         """The change of a base weight (fp32) as a dense fp32 matrix _OI, computed fresh; None: there is no such one."""
         return None

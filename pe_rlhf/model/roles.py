@@ -262,7 +262,9 @@ class ModelWithRoles(nn.Module):
         """Put a role that is complete on the layers, in place of the one of that name."""
         self._remove(role)
         for name, adapter in adapters.items():
-            self._wrap(name).adapters[role] = adapter
+            layer = self._wrap(name)
+            layer.adapters[role] = adapter
+            layer.adapter(role).put_on(layer.base)
         if head is not None:
             self.heads[role] = head
         self.specs[role] = spec

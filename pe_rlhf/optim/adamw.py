@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pe_rlhf.config import OptimizerConfig
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "exp_avg"
+MOMENTS = (MOMENTUM, "exp_avg_sq")
 MASTER = "master"
 
 
@@ -45,10 +46,9 @@ class PlainAdamW:
             master.grad = None
 
     def take_over(self, restart: Set[str]) -> None:
-        """Go on from the parameters as they are now, which were written to; moments of `restart` begin at zero."""
+        """Go on from the parameters as they are now, which were written to; momentum of `restart` begins at zero."""
         for name in restart & self._parameters.keys():
-            for moment in MOMENTS:
-                self._adamw.state[self._masters[name]][moment].zero_()
+            self._adamw.state[self._masters[name]][MOMENTUM].zero_()
 
     def state(self, copy: bool) -> dict[str, Tensor]:
         moments = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.model.loading import use_sound_attention
-from pe_rlhf.optim.adamw import MASTER, MOMENTS, adamw, flatten, is_wide, pull, unflatten
+from pe_rlhf.optim.adamw import MASTER, MOMENTS, MOMENTUM, adamw, flatten, is_wide, pull, unflatten
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import accelerator_environment, launched
 
@@ -63,13 +63,12 @@ class ZeRO:
             parameter.data.copy_(value)
 
     def take_over(self, restart: Set[str]) -> None:
-        """Go on from the parameters as they are now, which were written to; moments of `restart` begin at zero."""
+        """Go on from the parameters as they are now, which were written to; momentum of `restart` begins at zero."""
         self._set_whole(flatten(self._parameters).float())
         if restart & set(self._names):
-            for moment in MOMENTS:
-                parts = zip(self._names, unflatten(self._moment(moment).clone(), self._parameters), strict=True)
-                kept = [torch.zeros_like(part) if name in restart else part for name, part in parts]
-                self._set_moment(moment, flatten(kept))
+            parts = zip(self._names, unflatten(self._moment(MOMENTUM).clone(), self._parameters), strict=True)
+            kept = [torch.zeros_like(part) if name in restart else part for name, part in parts]
+            self._set_moment(MOMENTUM, flatten(kept))
 
     def state(self, copy: bool) -> dict[str, Tensor]:
         tensors = {}

@@ -154,10 +154,10 @@ class _AddLowRank(torch.autograd.Function):
         grad_x = (grad_NR @ up).view_as(x) if ctx.needs_input_grad[1] else None
         # A is in both halves of `up`, B in the first half of `down` only: ∂L/∂A = s·Bᵀ∂y·xᵀ with B = (B−B0) + B0.
         through_B_NR = grad_NR if len(up) == rank else grad_NR[:, :rank] + grad_NR[:, rank:]
-        grad_A_RI = (through_B_NR.T @ x_NI).float()
-        grad_B_OR = (
-            ctx.scale * (low_NR[:, :rank].T @ grad_NO).float()
-        ).T  # the other way round it takes twice the time
+        grad_A_RI = (through_B_NR.T @ x_NI).float() if ctx.needs_input_grad[2] else None
+        grad_B_OR = None
+        if ctx.needs_input_grad[3]:  # the other way round it takes twice the time
+            grad_B_OR = (ctx.scale * (low_NR[:, :rank].T @ grad_NO).float()).T
         return gradients[0], grad_x, grad_A_RI, grad_B_OR, None, None, None
 
 

@@ -119,14 +119,14 @@ class Init:
         return InputError(f"the init {self.name!r} {message}", key="adapter.init", **fields)
 
 
-def refuse_rank(rank: int, directions: int) -> None:
+def refuse_rank(rank: int, directions: int, key: str = "adapter.rank") -> None:
     """Raise `InputError` for a rank that is more than the directions of a layer."""
     if rank > directions:
         raise InputError(
-            f"adapter.rank: {rank} is more than the {directions} directions of a target layer",
+            f"{key}: {rank} is more than the {directions} directions of a target layer",
             kind="conflict",
-            key="adapter.rank",
-            fix="lower adapter.rank, or name larger layers in adapter.targets",
+            key=key,
+            fix=f"lower {key}, or name larger layers in adapter.targets",
         )
 
 

@@ -1,0 +1,256 @@
+"""`lora_dash` and `redrawn`: kinds that change in the middle of training."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pe_rlhf.adapters.kind import AdapterKind, Time
+from pe_rlhf.adapters.layer import AdapterLayer, weight_out_in
+from pe_rlhf.config import OptimizerConfig
+from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
+from reward.errors import InputError
+from tests.unit.adapters.dense import (
+    IN,
+    OUT,
+    base_layer,
+    batches,
+    check_all,
+    check_change,
+    check_output_and_gradients,
+    check_saved,
+    inputs,
+    made,
+    perturbed,
+    wide,
+)
+
+RANK, DIRECTIONS, SWITCH, STEPS = 3, 4, 4, 10
+DASH: dict[str, Any] = {
+    "rank": RANK,
+    "alpha": 1.5 * RANK,
+    "directions": DIRECTIONS,
+    "warmup_steps": SWITCH,
+}
+RATE = 0.02
+
+
+def optimizer_of(kind: AdapterKind[Any], layer: AdapterLayer) -> RoleOptimizer:
+    parameters = {f"layer.{name}": parameter for name, parameter in layer.named_parameters()}
+    config = OptimizerConfig(eps=1e-4, max_grad_norm=1e9)
+    return RoleOptimizer([RoleGroup("policy", parameters, RATE, {}, kind, {"layer": layer})], config, STEPS)
+
+
+def train(optimizer: RoleOptimizer, layer: AdapterLayer, base: nn.Module, start: int = 0, stop: int = STEPS) -> None:
+    for x, target in list(batches(STEPS))[start:stop]:
+        optimizer.backward((layer(x, base) - target).square().mean())
+        optimizer.step()
+
+
+def dense_adamw(leaves: list[Tensor]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(leaves, lr=RATE, eps=1e-4, weight_decay=0)
+
+
+def dense_loss(base: Any, delta_OI: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    y = F.linear(x.double(), weight_out_in(base).double() + delta_OI, base.bias.double())
+    return (y - target.double()).square().mean()
+
+
+def placed(base: nn.Module, **given: Any) -> tuple[AdapterKind[Any], Any]:
+    kind, layer = made(base, "lora_dash", **{**DASH, **given})
+    layer.put_on(base)
+    return kind, layer
+
+
+def lora_part(tensors: dict[str, Tensor]) -> Tensor:
+    delta = 1.5 * tensors["lora_B"] @ tensors["lora_A"]
+    if "initial_B_OR" in tensors:
+        delta = delta - 1.5 * tensors["initial_B_OR"] @ tensors["initial_A_RI"]
+    return delta
+
+
+def top_by_hand(base: nn.Module, delta_OI: Tensor) -> list[Tensor]:
+    """Outer products u vᵀ of W0's directions with the greatest |uᵀ ΔW v| / σ, the greatest first."""
+    U, S, Vh = np.linalg.svd(weight_out_in(base).double().numpy())
+    scores = [abs(U[:, k] @ delta_OI.detach().numpy() @ Vh[k]) / S[k] for k in range(len(S))]
+    return [torch.tensor(np.outer(U[:, k], Vh[k])) for k in np.argsort(scores)[::-1][:DIRECTIONS]]
+
+
+def with_directions(tensors: dict[str, Tensor]) -> Tensor:
+    directions = zip(tensors["delta_sigma"], tensors["dash_U_OS"].T, tensors["dash_Vh_SI"], strict=True)
+    return sum((sigma * torch.outer(u, v) for sigma, u, v in directions), lora_part(tensors))
+
+
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+def test_before_the_switch_dash_is_the_lora(init: str) -> None:
+    check_all("lora_dash", lambda tensors: lora_part(tensors) + 0 * tensors["delta_sigma"].sum(), init=init, **DASH)
+
+
+@pytest.mark.parametrize("module", ["linear", "conv1d"])
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+def test_after_the_switch_it_has_the_directions_with_the_greatest_share(init: str, module: str) -> None:
+    base = base_layer(module)
+    kind, layer = placed(base, init=init)
+    perturbed(layer)
+    with torch.no_grad():
+        layer.delta_sigma.zero_()
+    before = layer(inputs(), base)
+    kind.after_step({"layer": layer}, Time(SWITCH, STEPS))
+    assert torch.equal(layer(inputs(), base), before)
+    for outer_OI, u, v in zip(
+        top_by_hand(base, lora_part(wide(layer))), layer.dash_U_OS.T, layer.dash_Vh_SI, strict=True
+    ):
+        torch.testing.assert_close(torch.outer(u, v).double(), outer_OI, atol=1e-5, rtol=1e-5)
+    perturbed(layer)
+    check_output_and_gradients(base, layer, with_directions)
+    check_change(base, layer, with_directions)
+    check_saved(base, kind, layer)
+
+
+def test_dash_picks_the_directions_of_a_planted_change() -> None:
+    base = base_layer()
+    kind, layer = placed(base, rank=DIRECTIONS)
+    U, _, Vh = np.linalg.svd(weight_out_in(base).numpy(), full_matrices=False)
+    planted = [1, 5, 8, 11]
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.tensor(U[:, planted]))
+        layer.lora_A.copy_(torch.tensor(Vh[planted]))
+    kind.after_step({"layer": layer}, Time(SWITCH, STEPS))
+    overlap = (layer.dash_U_OS.T @ torch.tensor(U)).abs()
+    assert sorted(overlap.argmax(1).tolist()) == planted
+    assert overlap.max(1).values.min() > 0.9999
+
+
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+def test_ten_steps_of_dash_are_those_of_a_dense_implementation(init: str) -> None:
+    base = base_layer()
+    kind, layer = placed(base, init=init)
+    tensors = wide(layer)
+    dense = dense_adamw([tensors["lora_A"], tensors["lora_B"], tensors["delta_sigma"]])
+    directions = [torch.zeros(OUT, IN, dtype=torch.double)] * DIRECTIONS
+
+    def delta() -> Tensor:
+        return sum((s * d for s, d in zip(tensors["delta_sigma"], directions, strict=True)), lora_part(tensors))
+
+    for step, (x, target) in enumerate(batches(STEPS), start=1):
+        dense.zero_grad()
+        dense_loss(base, delta(), x, target).backward()
+        dense.step()
+        if step == SWITCH:
+            directions = top_by_hand(base, lora_part(tensors))
+    train(optimizer_of(kind, layer), layer, base)
+    assert tensors["delta_sigma"].abs().min() > 0.01
+    torch.testing.assert_close(layer.delta_sigma.double(), tensors["delta_sigma"], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(layer.delta_weight(base.weight).double(), delta().detach(), atol=2e-4, rtol=1e-3)
+
+
+def test_a_role_that_has_its_directions_keeps_them_in_the_next_stage() -> None:
+    base = base_layer()
+    kind, layer = placed(base)
+    perturbed(layer)
+    kind.after_step({"layer": layer}, Time(SWITCH, STEPS))
+    chosen = layer.dash_U_OS.clone()
+    perturbed(layer, 5.0)
+    again = copy.deepcopy(layer)
+    kind.after_step({"layer": again}, Time(SWITCH, STEPS))
+    assert torch.equal(again.dash_U_OS, chosen)
+
+
+def test_more_directions_than_a_layer_has_are_refused() -> None:
+    with pytest.raises(InputError) as caught:
+        made(base_layer(), "lora_dash", **{**DASH, "directions": 14})
+    assert (caught.value.kind, caught.value.key) == ("conflict", "adapter.directions")
+
+
+def folded(tensors: dict[str, Tensor], side: str) -> Tensor:
+    A, B = (tensors[name] for name in (("drawn", "learned") if side == "inputs" else ("learned", "drawn")))
+    return tensors["change_OI"] + B @ A
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_redrawn_is_a_dense_change_and_a_product(side: str) -> None:
+    check_all("redrawn", lambda tensors: folded(tensors, side), rank=RANK, side=side)
+    base = base_layer()
+    kind, layer = made(base, "redrawn", rank=RANK, side=side)
+    perturbed(layer)
+    before, projection = layer.delta_weight(base.weight), layer.drawn.clone()
+    layer.fold()
+    assert torch.equal(layer.delta_weight(base.weight), before)
+    assert not layer.learned.any()
+    assert not torch.equal(layer.drawn, projection)
+    perturbed(layer)
+    check_output_and_gradients(base, layer, lambda tensors: folded(tensors, side))
+    check_change(base, layer, lambda tensors: folded(tensors, side))
+    check_saved(base, kind, layer)
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_redrawn_each_step_has_full_trainings_step_of_sgd_in_the_mean(side: str) -> None:
+    base = base_layer()
+    kind, layer = made(base, "redrawn", rank=RANK, side=side, every=1)
+    (x, target), *_ = batches(1)
+    weight = weight_out_in(base).clone().requires_grad_()
+    (F.linear(x, weight, base.bias) - target).square().mean().backward()  # type: ignore[arg-type]
+    assert weight.grad is not None
+    draws, mean_OI = 2000, torch.zeros(OUT, IN)
+    for step in range(draws):
+        layer.change_OI.zero_()  # each draw starts at the base
+        layer.zero_grad()
+        (layer(x, base) - target).square().mean().backward()
+        with torch.no_grad():
+            layer.learned -= layer.learned.grad
+        kind.after_step({"layer": layer}, Time(step + 1, draws))
+        mean_OI += layer.change_OI / draws
+        if step == 0:
+            assert (mean_OI * draws + weight.grad).norm() > weight.grad.norm()  # one draw is far from it
+    assert (mean_OI + weight.grad).norm() < 0.1 * weight.grad.norm()
+
+
+def test_ten_steps_of_redrawn_are_those_of_a_dense_implementation() -> None:
+    """Momentum starts again at every draw, the second moment goes on."""
+    base = base_layer()
+    kind, layer = made(base, "redrawn", rank=RANK, every=3)
+    learned, change_OI = torch.zeros(OUT, RANK, dtype=torch.double, requires_grad=True), torch.zeros(OUT, IN)
+    own, dense, draws = optimizer_of(kind, layer), dense_adamw([learned]), []
+    for step, (x, target) in enumerate(batches(STEPS), start=1):
+        projection = layer.drawn.double()
+        dense.zero_grad()
+        dense_loss(base, change_OI + learned @ projection, x, target).backward()
+        dense.step()
+        if step % 3 == 0:
+            change_OI = change_OI + (learned @ projection).detach()
+            draws.append(projection)
+            dense.state[learned]["exp_avg"].zero_()
+            with torch.no_grad():
+                learned.zero_()
+        train(own, layer, base, step - 1, step)
+    expected = change_OI + learned.detach() @ layer.drawn.double()
+    assert len({float(draw[0, 0]) for draw in draws}) == 3
+    torch.testing.assert_close(layer.delta_weight(base.weight).double(), expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 6])
+@pytest.mark.parametrize(("name", "given"), [("lora_dash", DASH), ("redrawn", {"rank": RANK, "every": 5})])
+def test_a_run_that_is_cut_off_around_the_change_ends_with_the_same_bits(
+    name: str, given: dict[str, Any], stop: int
+) -> None:
+    base = base_layer()
+    kind, whole = made(base, name, **given)
+    _, first = made(base, name, **given)
+    whole.put_on(base)
+    first.put_on(base)
+    train(optimizer_of(kind, whole), whole, base)
+
+    own = optimizer_of(kind, first)
+    train(own, first, base, 0, stop)
+    saved, state = {n: t.clone() for n, t in first.state_dict().items()}, own.state()
+    second = kind.build(saved, weight_out_in(base))
+    second.put_on(base)
+    resumed = optimizer_of(kind, second)
+    resumed.load_state(state)
+    train(resumed, second, base, stop)
+    assert all(torch.equal(tensor, whole.state_dict()[n]) for n, tensor in second.state_dict().items())
