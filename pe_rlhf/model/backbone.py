@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 
 from pe_rlhf.adapters.targets import note_layers_without_effect
 from pe_rlhf.algo.logprobs import pieces_of, token_logprobs
+from pe_rlhf.model.adapter_models import is_adapter
 from pe_rlhf.model.fast.block_checkpointing import BlockCheckpointing
 from pe_rlhf.model.fast.gated_mlp import lighten_mlps
 from pe_rlhf.model.fast.packed_attention import enable_packing, is_packing_enabled, packed_hidden
@@ -43,6 +44,7 @@ from pe_rlhf.model.loading import (
     position_arguments,
     use_sound_attention,
 )
+from pe_rlhf.model.names import resolve_model
 from pe_rlhf.model.probes import check_model, decoder_of, logits_of, probe_tokens, use_published_attention
 from pe_rlhf.model.role_exports import RolesToExport
 from pe_rlhf.system.distributed import is_sharded, max_over_ranks, world_size
@@ -108,7 +110,9 @@ def load_backbone(
         revision=revision,
         quantization=quantization,
     )
-    return Backbone(loaded, tokenizer or own_tokenizer, str(model), fast)
+    # An adapter's folder is merged into a model, which is what exports have to name as their base.
+    name = resolve_model(str(model)) if is_adapter(Path(str(model)).expanduser()) else str(model)
+    return Backbone(loaded, tokenizer or own_tokenizer, name, fast)
 
 
 class Backbone(RolesToExport):

