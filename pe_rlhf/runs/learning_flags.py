@@ -19,6 +19,7 @@ LONG = 10  # steps for which a critic may be worse than a constant
 FAR_KL, NEGATIVE_KL = 50.0, -2.0  # nats per response
 LOW_ENTROPY = 0.1  # share of the first step's
 CUT = 0.9  # share of responses
+APART = 2.0  # times the disagreement of the first steps
 ALIKE = 0.9  # share of groups
 
 
@@ -103,6 +104,13 @@ PPO_FLAGS = (
         lambda values: mean(values) >= ALIKE,
         "is {mean:.2f}: nearly all responses to a prompt score as the others to it, so next to nothing is learnt; use"
         " prompts that are neither too easy nor too hard, or more ppo.rollout.samples_per_prompt",
+    ),
+    Flag(
+        "source_ensemble_disagreement",
+        sys.maxsize,
+        lambda values: len(values) >= LONG and mean(values[-RECENT:]) > APART * mean(values[:RECENT]),
+        "rose from {first:.3g} to {last:.3g}: the policy goes where the reward models disagree, and what they reward"
+        " there may be their error; combine them by mean_minus_std or uwo with a larger k, or raise ppo.kl.beta",
     ),
     Flag(
         "truncated",

@@ -48,6 +48,12 @@ def test_a_reward_model_whose_interval_holds_one_half(low: float, high: float, f
         ([*rows(1, explained_variance=-0.1), *rows(9, explained_variance=-0.1), *rows(1)], []),
         (rows(truncated=1.0), ["truncated"]),
         (rows(groups_alike=0.95), ["groups_alike"]),
+        (
+            [*rows(5, source_ensemble_disagreement=0.1), *rows(5, source_ensemble_disagreement=0.21)],
+            ["source_ensemble_disagreement"],
+        ),
+        ([*rows(5, source_ensemble_disagreement=0.1), *rows(5, source_ensemble_disagreement=0.19)], []),
+        ([*rows(1, source_ensemble_disagreement=0.1), *rows(5, source_ensemble_disagreement=0.3)], []),
         ([*rows(5, groups_alike=1.0), *rows(5, groups_alike=0.5)], []),
         (rows(kl=None, entropy=None, reward_std=None), []),
         ([{"step": 1}], []),
