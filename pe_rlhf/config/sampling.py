@@ -41,12 +41,19 @@ class SamplerConfig(Section):
     gpu_memory_share: float = Field(
         default=0.4, gt=0, le=1, description="embedded on a GPU: share of its memory for the engine"
     )
+    tensor_parallel_size: Positive = Field(
+        default=1,
+        description="embedded, one process, several GPUs: over how many of them the engine's copy of the model is"
+        " split; the trainer's is the first",
+    )
     sleep: bool = Field(default=True, description="embedded on a GPU: free the engine's memory between rollouts")
 
     @model_validator(mode="after")
     def _engine_fits(self) -> SamplerConfig:
         if self.engine == "hf" and (self.mode == "server" or self.urls):
             raise refusal("engine", "mode and urls are vLLM's; set engine: vllm or leave them out")
+        if self.tensor_parallel_size > 1 and (self.engine == "hf" or self.mode == "server"):
+            raise refusal("tensor_parallel_size", "it is for an embedded vLLM; a server takes it as TP=2 at its start")
         if self.mode == "server" and not self.urls:
             raise refusal("urls", "mode: server needs the servers' addresses in urls", "missing")
         if self.mode == "embedded" and self.urls:

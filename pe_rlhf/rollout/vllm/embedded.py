@@ -23,10 +23,12 @@ from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.rollout.interface import checked_rollout
 from pe_rlhf.rollout.vllm.exchange import WeightExchange, memory_backed
 from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
+from pe_rlhf.system.distributed import world_size
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import openmp_environment
 from pe_rlhf.system.progress import Advance, no_progress, say
 from pe_rlhf.types import Rollout
+from reward.errors import InputError
 
 BLOCK = 32  # tokens in a block of the KV cache
 SECONDS_TO_END = 10.0
@@ -99,9 +101,8 @@ class EmbeddedVLLM:
     def _start(self) -> None:
         if self._backbone.device.type == "cuda":
             torch.cuda.empty_cache()  # vLLM asks the card what is free, and torch keeps what it has freed
-        self._process = EngineProcess(
-            self._log, self._exchange.folder, engine_environment(self._backbone.device), self._on_progress
-        )
+        environment = engine_environment(self._backbone.device, self._config.tensor_parallel_size)
+        self._process = EngineProcess(self._log, self._exchange.folder, environment, self._on_progress)
         self._process.send("start", settings=self._arguments)
         self._loading, self._asleep, self._holds_base = True, False, True
 
@@ -258,6 +259,7 @@ def _engine_arguments(
         "trust_remote_code": settings.trust_remote_code,
         "dtype": settings.dtype,
         "skip_tokenizer_init": not config.stop,
+        "tensor_parallel_size": config.tensor_parallel_size,
         "generation_config": "vllm",
         "max_model_len": length,
         "max_num_seqs": config.batch_size,
@@ -286,8 +288,12 @@ def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, lengths: Sequence[
     return blocks * BLOCK * of_a_token
 
 
-def engine_environment(device: torch.device) -> dict[str, str]:
-    """The environment of the engine: that of this process without the variables of a rank, with vLLM's own."""
+def engine_environment(device: torch.device, gpus: int = 1) -> dict[str, str]:
+    """The environment of the engine: that of this process without the variables of a rank, with vLLM's own.
+
+    It sees `gpus` GPUs, the trainer's first and then those after it, of which the last is followed by the first. Raises
+    `InputError` where there are not as many, and where other ranks have them.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and not k.startswith("TORCHELASTIC_")}
     root = str(Path(__file__).parents[3])
     environment |= {
@@ -302,7 +308,24 @@ def engine_environment(device: torch.device) -> dict[str, str]:
         **openmp_environment(),
     }
     if device.type == "cuda":
-        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        named = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         index = device.index or 0
-        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) and visible[0] else str(index)
+        if gpus > 1:
+            _check_gpus(gpus, len(named) or torch.cuda.device_count())
+        visible = named or [str(i) for i in range(max(torch.cuda.device_count(), index + 1))]
+        wanted = [(index + i) % len(visible) for i in range(gpus)] if gpus > 1 else [index]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if i < len(visible) else str(i) for i in wanted)
+    elif gpus > 1:
+        _check_gpus(gpus, 0)
     return environment
+
+
+def _check_gpus(wanted: int, there: int) -> None:
+    if wanted > there or world_size() > 1:
+        has = f"{there} GPUs are there" if wanted > there else f"{world_size()} processes share the GPUs"
+        raise InputError(
+            f"tensor_parallel_size: {wanted}, and {has}",
+            kind="conflict",
+            key="tensor_parallel_size",
+            fix="use mode: server, with servers on GPUs of their own",
+        )

@@ -89,3 +89,15 @@ def test_weights_that_differ_only_in_their_last_value_have_files_of_their_own(
     for weight_OI, S_K in zip((first_OI, second_OI), kept, strict=True):
         exact_S = numpy.linalg.svd(weight_OI.double().numpy(), compute_uv=False)
         assert S_K.numpy() == pytest.approx(exact_S[:3], rel=1e-5)
+
+
+def test_a_weight_that_differs_in_one_value_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PE_RLHF_CACHE", str(tmp_path))
+    weight_OI = torch.zeros(svd_cache.SMALLEST, svd_cache.SMALLEST)
+    svd_cache.write(weight_OI, "kind", {"top_S": torch.ones(3)})
+    assert svd_cache.read(weight_OI, "kind", 3) is not None
+    for place in ((0, 0), (200, 7), (-1, -1)):
+        other_OI = weight_OI.clone()
+        other_OI[place] = 1e-3
+        assert svd_cache.read(other_OI, "kind", 3) is None
+    assert svd_cache.read(weight_OI, "another", 3) is None
