@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from pe_rlhf.adapters.kind import AdapterKind, Time
 from pe_rlhf.adapters.layer import AdapterLayer, weight_out_in
 from pe_rlhf.config import OptimizerConfig
+from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from reward.errors import InputError
+from tests.tiny import IDS_BT, tiny_model
 from tests.unit.adapters.dense import (
     IN,
     OUT,
@@ -146,6 +148,25 @@ def test_ten_steps_of_dash_are_those_of_a_dense_implementation(init: str) -> Non
     assert tensors["delta_sigma"].abs().min() > 0.01
     torch.testing.assert_close(layer.delta_sigma.double(), tensors["delta_sigma"], atol=2e-4, rtol=1e-3)
     torch.testing.assert_close(layer.delta_weight(base.weight).double(), delta().detach(), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_role_of_a_model_chooses_from_the_weights_it_is_on_and_so_does_its_copy(family: str) -> None:
+    backbone = load_backbone(tiny_model(family))
+    backbone.add_adapter("policy", kind="lora_dash", rank=2, directions=3, warmup_steps=2)
+    backbone.copy_role("policy", "policy_2")
+    for role in ("policy", "policy_2"):
+        optimizer = RoleOptimizer([RoleGroup.of(backbone, role, RATE)], OptimizerConfig(), STEPS)
+        for _ in range(4):
+            with backbone.role(role):
+                logits_BTV = backbone(IDS_BT).logits
+            optimizer.backward(F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), IDS_BT[:, 1:].flatten()))
+            optimizer.step()
+        for name, layer in backbone.role_layers(role).items():
+            sigma = torch.linalg.svdvals(backbone.base_weight(name).double())
+            along = torch.einsum("os,oi,si->s", layer.dash_U_OS, backbone.base_weight(name), layer.dash_Vh_SI)
+            assert all((sigma - value).abs().min() < 1e-4 for value in along), name  # directions of this weight
+            assert layer.get_parameter("delta_sigma").all()
 
 
 def test_a_role_that_has_its_directions_keeps_them_in_the_next_stage() -> None:
