@@ -62,7 +62,7 @@ def test_what_a_resume_refuses_leaves_everything_as_it_was(finished: Path, fails
         (["--may-change", "ppo.kl.beta", "ppo.kl.beta=0.2"], "changed", "ppo.kl.beta"),
         (["--may-change", "ppo.steps", "ppo.steps=1"], "changed", "ppo.steps"),
         (["--may-change", "ppo", "ppo.steps=4", "ppo.tuning=full"], "unknown", "ppo.tuning"),
-        (["--may-change", "ppo", "ppo.steps=4", "ppo.adapter.rank=3"], "changed", "ppo.adapter.init"),
+        (["--may-change", "ppo", "ppo.steps=4", "ppo.adapter.rank=3"], "changed", "ppo.adapter.kind"),
         (["--may-change", "model", "model=some/other"], "changed", "model"),
         (["--may-change", "tuning", "tuning=full"], "changed", "tuning"),
         (["--may-change", "adapter.rank", "adapter.rank=3"], "changed", "adapter.rank"),
@@ -158,7 +158,7 @@ def test_a_change_in_the_middle_is_recorded_with_its_step(
     failure = fails(
         "run", finished, "--run-dir", "out", "--resume", "--may-change", "ppo.adapter", "ppo.adapter.rank=3"
     )
-    assert (failure.kind, failure.key) == ("changed", "ppo.adapter.init")  # the section, which was not there
+    assert (failure.kind, failure.key) == ("changed", "ppo.adapter.kind")  # the section, which was not there
     changes = ["--may-change", "ppo.kl.beta", "ppo.kl.beta=0.2", "threads=1"]
     assert cli("run", finished, "--run-dir", "out", "--resume", *changes).code == 0
     rows = read_jsonl(out / "changes.jsonl")
