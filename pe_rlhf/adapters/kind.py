@@ -91,11 +91,13 @@ class AdapterKind(Generic[S]):
         settings_type: the recipe's section: a subclass of `AdapterConfig` with the keys of this kind.
         layer: the module that computes one layer.
         fast: the parameters that LoRA+ gives a learning rate of their own; none: it is refused.
+        rank_of_weight: whether its rank can be no more than the weight's; the size of a block or vector can.
     """
 
     settings_type: ClassVar[type[AdapterConfig]] = AdapterConfig
     layer: ClassVar[type[AdapterLayer]]
     fast: ClassVar[tuple[str, ...]] = ()
+    rank_of_weight: ClassVar[bool] = False
 
     def __init__(self, settings: S) -> None:
         self.settings = settings

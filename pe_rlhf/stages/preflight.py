@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import Recipe
 from pe_rlhf.data.codec import TextCodec
@@ -81,7 +82,8 @@ def _check_adapters(recipe: Recipe, stages: list[str], config: PretrainedConfig)
         adapter = recipe.adapter_for(stage)
         names = find_targets(model, adapter.targets, adapter.last_layers)
         highest = max(min(model.get_parameter(f"{name}.weight").shape) for name in names)
-        if (rank := getattr(adapter, "rank", 0)) > highest:
+        rank = getattr(adapter, "rank", 0) if kind_of(adapter).rank_of_weight else 0
+        if rank > highest:
             raise InputError(
                 f"adapter.rank: {rank} is more than {highest}, the highest rank of a layer of {recipe.model}",
                 kind="conflict",

@@ -66,6 +66,7 @@ class SpectralA(AdapterKind[SpectralAConfig]):
     """Singular vectors of the weight with something added."""
 
     settings_type: ClassVar[type[AdapterConfig]] = SpectralAConfig
+    rank_of_weight = True
     layer = SpectralALayer
 
     def tensors(self, context: LayerContext) -> dict[str, Tensor]:

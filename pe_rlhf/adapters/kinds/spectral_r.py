@@ -87,6 +87,7 @@ class SpectralR(AdapterKind[SpectralRConfig]):
     """Singular vectors of the weight, rotated."""
 
     settings_type: ClassVar[type[AdapterConfig]] = SpectralRConfig
+    rank_of_weight = True
     layer = SpectralRLayer
 
     def tensors(self, context: LayerContext) -> dict[str, Tensor]:

@@ -167,6 +167,7 @@ class LoRA(AdapterKind[LowRankConfig]):
     settings_type: ClassVar[type[AdapterConfig]] = LoRAConfig
     layer: ClassVar[type[AdapterLayer]] = AnchoredLoRA
     fast = ("lora_B",)
+    rank_of_weight = True
 
     def __init__(self, settings: LowRankConfig) -> None:
         super().__init__(settings)
