@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from pe_rlhf.config import Recipe
+from pe_rlhf.config import LoRAConfig, Recipe
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.stages.pipeline import run_recipe
 from tests.runs import Tree, write_jsonl
@@ -64,6 +64,7 @@ def plain_role(backbone: Backbone, role: str) -> PlainRole:
     spec = backbone.adapter_spec(role)
     initial = {name: tensor for name, tensor in state.items() if "initial" in name}
     factors = {name: tensor.requires_grad_() for name, tensor in state.items() if name not in initial}
+    assert isinstance(spec.settings, LoRAConfig)
     return PlainRole(model, spec.settings.alpha / spec.settings.rank, spec.modules, factors, initial)
 
 

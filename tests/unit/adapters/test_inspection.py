@@ -13,6 +13,7 @@ import torch
 from pe_rlhf.adapters.inspection import inspect_inits, spectrum_position
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.report.format import number
+from pe_rlhf.stages.inspect import low_rank
 from pe_rlhf.system.seeding import derive_seed
 from tests.runs import Outcome, recipe, write_recipe
 from tests.tiny import ALL_INITS, add_role, statistics_for, tiny_model
@@ -29,7 +30,7 @@ def test_kernels_and_cosines_are_those_of_the_gradients_themselves(family: str, 
     state = backbone.role_state("policy")
     (probe,) = statistics_for(backbone).probes("gradient")
     layers = {name: backbone.base_layer(name) for name in spec.modules}
-    result = inspect_inits(layers, probe, [spec], lambda name: derive_seed(0, "policy", name))
+    result = inspect_inits(layers, probe, [low_rank(spec.settings)], lambda name: derive_seed(0, "policy", name))
     samples = [brute_force(family, [row]) for row in range(6)]
     full, adapter = np.zeros((6, 6)), np.zeros((6, 6))
     for name in spec.modules:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pe_rlhf.comparison.plan import Plan, load_plan
+from pe_rlhf.config import LoRAConfig, Recipe
 from pe_rlhf.config.load import save_recipe
 from reward.errors import InputError
 from tests.paths import ROOT
@@ -21,6 +22,11 @@ def plan_of(folder: Path, compare: dict[str, Any], *stages: str, **changes: Any)
     tree = recipe(*(stages or ALL), ppo__reward=OWN, **changes) | {"name": "inits", "compare": compare}
     tree.get("reward", {}).pop("data", None) if "preferences" in tree else None
     return load_plan(write_recipe(folder, tree), folder / "out", [])
+
+
+def init_of(recipe: Recipe) -> str:
+    assert isinstance(recipe.adapter, LoRAConfig)
+    return recipe.adapter.init
 
 
 def test_a_grid_is_every_combination_and_arms_are_added(tmp_path: Path) -> None:
@@ -58,10 +64,10 @@ def test_the_reward_model_is_trained_once_with_the_recipes_own_settings(tmp_path
     plan = plan_of(tmp_path, {"grid": {"init": ["pissa"]}, "seeds": [1, 2]}, seed=3)
     assert plan.shared is not None
     assert plan.shared.recipe.stages == ["preferences", "reward"]
-    assert (plan.shared.recipe.adapter.init, plan.shared.recipe.seed) == ("lora", 3)
+    assert (init_of(plan.shared.recipe), plan.shared.recipe.seed) == ("lora", 3)
     for seed, run in plan.runs(plan.arms[0]).items():
         assert run.recipe.stages == ["ppo", "evaluate"]
-        assert (run.recipe.adapter.init, run.recipe.seed) == ("pissa", seed)
+        assert (init_of(run.recipe), run.recipe.seed) == ("pissa", seed)
         assert run.recipe.ppo is not None
         assert [source.adapter for source in run.recipe.ppo.reward] == [str(tmp_path / "out" / "shared" / "reward")]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pe_rlhf.config import PPOConfig, Recipe
+from pe_rlhf.config import LoRAConfig, PPOConfig, Recipe
 from pe_rlhf.config.load import bundled, find_recipe, load_recipe, read_tree, save_recipe
 from reward.errors import InputError, Kind
 from tests.failures import raises
@@ -212,8 +212,11 @@ def test_the_default_of_one_recipe_is_not_shared_with_another(tmp_path: Path) ->
 
 def test_the_options_of_an_init_are_checked(tmp_path: Path) -> None:
     loaded = load(tmp_path, "adapter.init=lora_ga", "adapter.init_options.gamma=4", "ppo.adapter={init: pissa}")
-    assert loaded.adapter.init_options == {"gamma": 4}
-    assert loaded.adapter_for("ppo").init_options == {}  # none of another init's
+    common, of_ppo = loaded.adapter, loaded.adapter_for("ppo")
+    assert isinstance(common, LoRAConfig)
+    assert isinstance(of_ppo, LoRAConfig)
+    assert common.init_options == {"gamma": 4}
+    assert of_ppo.init_options == {}  # none of another init's
     for init, override in (("lora_ga", "gama=4"), ("pissa", "niter=0")):
         with pytest.raises(InputError):
             load(tmp_path, f"adapter.init={init}", f"adapter.init_options.{override}")

@@ -20,7 +20,7 @@ class Given:
     def __init__(self, *batches: Sequence[float]) -> None:
         self._batches = iter(batches)
 
-    def score(self, *_: Any) -> Tensor:
+    def score(self, *_: Any, **__: Any) -> Tensor:
         return torch.tensor(next(self._batches))
 
 

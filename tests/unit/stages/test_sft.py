@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pe_rlhf.config import Recipe
+from pe_rlhf.config import LoRAConfig, Recipe
 from pe_rlhf.config.load import load_recipe, save_recipe
 from tests.paths import ROOT
 from tests.runs import Tree, recipe, write_jsonl, write_recipe
@@ -104,9 +104,11 @@ def test_what_is_too_long_is_cut(model: Path, tmp_path: Path) -> None:
 def test_the_init_of_other_stages_is_not_that_of_sft(tmp_path: Path) -> None:
     tree = recipe("reward", adapter__init="lora_ga", adapter__init_options={"gamma": 4}, sft={"data": "x.jsonl"})
     loaded = load_recipe(write_recipe(tmp_path, tree), ["sft.adapter.rank=5"])
-    own = loaded.adapter_for("sft")
+    own, of_reward = loaded.adapter_for("sft"), loaded.adapter_for("reward")
+    assert isinstance(own, LoRAConfig)
+    assert isinstance(of_reward, LoRAConfig)
     assert (own.init, own.init_options, own.rank, own.alpha) == ("lora", {}, 5, 4)
-    assert loaded.adapter_for("reward").init == "lora_ga"
+    assert of_reward.init == "lora_ga"
     assert loaded.stages == ["sft", "reward"]
     save_recipe(loaded, tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml") == loaded
