@@ -1,0 +1,44 @@
+"""Kinds of adapters that look at gradients or write into their parameters, on two ranks and with split states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.forked import Forked
+from tests.integration.distributed.launching import ROOT, deepspeed, finish, start
+from tests.integration.distributed.test_ranks import assert_same_run, small
+from tests.runs import write_recipe
+
+pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+
+KINDS = {
+    "adalora": ["adapter.kind=adalora", "adapter.every=1", "adapter.warmup_share=0.1"],
+    "dora": ["adapter.kind=dora", "adapter.init=pissa", "adapter.rank=4"],
+    "redrawn": ["adapter.kind=redrawn", "adapter.every=2"],
+    "shira": ["adapter.kind=shira"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
+    """One process for each kind, then all kinds on two ranks, under ZeRO 0 and 2 in turn."""
+    folder = tmp_path_factory.mktemp("kinds")
+    path = write_recipe(folder, {**small("reward", "ppo"), "adapter": {}})
+    for kind, options in KINDS.items():
+        Forked(["run", str(path), *options, "--run-dir", kind], folder, model_cache).finish()
+    worker = str(ROOT / "tests" / "integration" / "distributed" / "worker.py")
+    names = [two_ranks(kind) for kind in KINDS]
+    finish(start(deepspeed(2, worker, str(path), str(folder), *names), folder, model_cache))
+    return folder
+
+
+def two_ranks(kind: str) -> str:
+    zero = "zero2" if kind in ("adalora", "redrawn") else "zero0"
+    return ",".join([f"deepspeed={zero}", *KINDS[kind]])
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_two_ranks_are_one(runs: Path, kind: str) -> None:
+    assert_same_run(runs / two_ranks(kind), runs / kind, ("reward", "ppo"), weights=1e-3)
