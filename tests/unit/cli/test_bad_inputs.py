@@ -289,9 +289,9 @@ OTHERS = [
     with_compare("{grid: {nonsense: [1, 2]}}", "unknown", "nonsense"),
     with_compare("{grid: {init: [lora, pisa]}}", "unknown", "adapter.init"),
     with_compare("{grid: {init: [lora, pissa]}, seeds: []}", "invalid", "compare.seeds"),
-    with_compare("{grid: {init: [lora, lora]}}", "invalid", None),
+    with_compare("{grid: {init: [lora, lora]}}", "conflict", "compare.arms"),
     with_compare("{grid: {init: [lora, pissa]}, share: everything}", "invalid", "compare.share"),
-    with_compare("{grid: {init: [lora, pissa]}}", "invalid", "--only", "--only", "x"),
+    with_compare("{grid: {init: [lora, pissa]}}", "unknown", "--only", "--only", "x"),
     with_compare("{grid: {init: [lora, pissa]}}", "invalid", "--only", "--only", "runs:3/2"),
     with_compare("{grid: {init: [lora, pissa]}}", "invalid", "--only", "--only", "0/2"),
 ]
