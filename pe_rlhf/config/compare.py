@@ -40,7 +40,7 @@ class CollapseConfig(Section):
 
 
 class CompareConfig(Section):
-    """Arms that differ in some keys, each run with every seed. Short keys: init, rank, targets, lr, beta."""
+    """Arms that differ in some keys, each run with every seed. Short keys: kind, init, rank, targets, lr, beta."""
 
     grid: dict[str, list[Any]] = Field(
         default_factory=dict,

@@ -46,8 +46,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataSource(Section):
-    """A data set: a local file (json, jsonl, jsonl.gz, parquet, csv, txt), a folder, or a hub id. A plain string is its
-    `path`."""
+    """A data set: a local file (json, jsonl, jsonl.gz, parquet, csv, txt), a folder or a hub id; text is its `path`."""
 
     path: str = Field(
         description="a file, a folder of such files or of `save_to_disk`, or a hub id; what is local is looked for"
