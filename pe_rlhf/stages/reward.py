@@ -87,7 +87,7 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
             line["seconds_step"] = time.monotonic() - step_start
             done, held_out_loss = step + 1, None
             if done % config.eval_every == 0 or done == total_steps:
-                results = [evaluate_pairs(backbone, held_out, config, role=member.role) for member in members]
+                results = _evaluate_members(backbone, members, held_out, config)
                 together = ensemble_metrics([result.margins for result in results])
                 line |= results[0].metrics() | together
                 held_out_loss = together.get("ensemble_eval_loss", results[0].loss)
@@ -102,27 +102,37 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
             advance(1)
     writer.close()
 
-    # The pairwise loss leaves the mean score free. PPO's value clipping and its penalties want it at zero.
-    results = results or [evaluate_pairs(backbone, held_out, config, role=member.role) for member in members]
-    with progress("reward: centring", len(train) * len(members), "pairs") as advance:
-        for member in members:
-            mean_score = evaluate_pairs(backbone, train, config, advance, role=member.role).mean_score
-            backbone.head(member.role).shift(-mean_score)
+    results = results or _evaluate_members(backbone, members, held_out, config)
+    _centre(backbone, members, train, config)
     for member in members:
         save_role(backbone, member.role, context.files.role(member.role).folder)
-    summary = _summary(results[0], len(train)) | {
+    summary = _summary(members, results, len(train)) | {
         "steps": total_steps,
         "seconds_per_step": on_main(lambda: _seconds_per_step(context)),
         "trainable_parameters": sum(p.numel() for group in groups for p in group.parameters.values()),
         "seconds": round(seconds_before + time.monotonic() - start, 2),
         **peak_memory(),
     }
-    if len(members) > 1:
-        margins = [result.margins for result in results]
-        summary |= ensemble_metrics(margins) | {"members": member_rows(members, margins)}
     summary["warnings"] = reward_flags(summary)
     write_json(context.files.summary, summary)
     return summary
+
+
+def _evaluate_members(
+    backbone: Backbone, members: Sequence[Member], held_out: Pairs, config: RewardConfig
+) -> list[RewardEvaluation]:
+    return [evaluate_pairs(backbone, held_out, config, role=member.role) for member in members]
+
+
+def _centre(backbone: Backbone, members: Sequence[Member], train: Pairs, config: RewardConfig) -> None:
+    """Shift the scores so that their mean over the training pairs is 0.
+
+    The pairwise loss leaves the mean score free. PPO's value clipping and its penalties want it at zero.
+    """
+    with progress("reward: centring", len(train) * len(members), "pairs") as advance:
+        for member in members:
+            mean_score = evaluate_pairs(backbone, train, config, advance, role=member.role).mean_score
+            backbone.head(member.role).shift(-mean_score)
 
 
 def accumulate(
@@ -284,10 +294,12 @@ def _save(
     save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
 
 
-def _summary(held_out: RewardEvaluation, train_pairs: int) -> dict[str, Any]:
+def _summary(members: Sequence[Member], results: Sequence[RewardEvaluation], train_pairs: int) -> dict[str, Any]:
+    """What the first member is worth on held-out pairs; of an ensemble also what all are, apart and together."""
+    held_out, margins = results[0], [result.margins for result in results]
     pairs = len(held_out.margins)
     low, high = accuracy_interval(held_out.accuracy * pairs, pairs)
-    return {
+    first = {
         "eval_accuracy": held_out.accuracy,
         "eval_accuracy_low": low,
         "eval_accuracy_high": high,
@@ -298,6 +310,9 @@ def _summary(held_out: RewardEvaluation, train_pairs: int) -> dict[str, Any]:
         "calibration_error": expected_calibration_error(held_out.margins),
         "reliability": reliability_table(held_out.margins),
     }
+    if len(members) == 1:
+        return first
+    return first | ensemble_metrics(margins) | {"members": member_rows(members, margins)}
 
 
 def _seconds_per_step(context: StageContext[RewardConfig]) -> float:
