@@ -17,7 +17,7 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.runs.saved_roles import load_role
-from pe_rlhf.stages import reward as stage
+from pe_rlhf.stages import reward_members
 from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.reward import load_pairs
@@ -205,11 +205,11 @@ def test_dropout_is_drawn_anew_in_each_step(tmp_path: Path, monkeypatch: pytest.
     """At a rate of nothing the weights are the same in each step, and of equal pairs so is the batch, in whatever order
     an epoch takes them: only the dropout masks differ."""
 
-    def add_trained_role(context: Any, backbone: Backbone, role: str, *rest: Any) -> None:
-        add_role(context, backbone, role, *rest)
+    def add_trained_role(context: Any, backbone: Backbone, role: str, *rest: Any, **named: Any) -> None:
+        add_role(context, backbone, role, *rest, **named)
         perturb(backbone, role, 0.2)
 
-    monkeypatch.setattr(stage, "add_role", add_trained_role)
+    monkeypatch.setattr(reward_members, "add_role", add_trained_role)
     norms = {}
     for dropout in (0.0, 0.5):
         folder = tmp_path / str(dropout)
