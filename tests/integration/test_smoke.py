@@ -1,5 +1,6 @@
 """`pe-rlhf run smoke`, whole: every file that a run promises, and that a run can be had again to the last bit."""
 
+import datetime as dt
 import json
 import math
 import os
@@ -135,7 +136,10 @@ def test_the_run_ends_with_a_table_and_a_report(smoke: Path) -> None:
 
 
 def test_recipes_of_a_run_are_recipes(smoke: Path) -> None:
-    expected = load_recipe(bundled("recipes") / "smoke.yaml", ["threads=1"])
+    day = load_recipe(smoke / "recipe.yaml").date  # the run's first, for what chat templates print
+    assert day is not None
+    assert abs((dt.date.today() - dt.date.fromisoformat(str(day))).days) <= 1
+    expected = load_recipe(bundled("recipes") / "smoke.yaml", ["threads=1", f"date={day}"])
     for folder in (smoke, *(smoke / stage for stage in STAGES)):
         assert load_recipe(folder / "recipe.yaml") == expected
 
