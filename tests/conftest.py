@@ -18,6 +18,7 @@ from pe_rlhf.adapters.kind import KINDS
 from pe_rlhf.adapters.lora.init_registry import INITS
 from pe_rlhf.cli.main import main
 from pe_rlhf.config.adapter import INIT_OPTIONS
+from pe_rlhf.rollout.vllm.embedded import RANK_VARIABLES
 from reward.errors import Failure
 from tests.paths import SHARED_DATA
 from tests.runs import Outcome, contents
@@ -79,6 +80,18 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_launcher() -> Iterator[None]:
+    """A launcher's variables that a library sets are gone after the file: later runs would wait for other ranks."""
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(autouse=True)
