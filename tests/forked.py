@@ -31,13 +31,22 @@ class Forked:
         """Wait for a moment in its life; that it ends or hangs before is an error."""
         deadline = time.monotonic() + SECONDS
         while not moment():
-            assert self._process.is_alive(), self._said.read_text(encoding="utf-8")
+            assert self._process.is_alive(), self.said
             assert time.monotonic() < deadline, "it hangs"
             time.sleep(0.001)
 
-    def send(self, number: int) -> None:
+    @property
+    def pid(self) -> int:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        return self._process.pid
+
+    @property
+    def said(self) -> str:
+        """What it has said so far."""
+        return self._said.read_text(encoding="utf-8") if self._said.exists() else ""
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def kill(self) -> int | None:
         """SIGKILL; the exit code, which is another if it had ended before."""
@@ -50,9 +59,8 @@ class Forked:
         self._process.join(SECONDS)
         if self._process.is_alive():
             self.kill()
-        said = self._said.read_text(encoding="utf-8")
-        assert self._process.exitcode == code, said
-        return said
+        assert self._process.exitcode == code, self.said
+        return self.said
 
 
 def _command(arguments: list[str], folder: Path, cache: Path, said: Path, environment: dict[str, str]) -> None:

@@ -6,17 +6,13 @@ in its folder and is left alone until it is to be tried again.
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 
+from pe_rlhf.comparison.own_process import call
 from pe_rlhf.comparison.plan import PlannedRun
 from pe_rlhf.comparison.run_result import Status
 from pe_rlhf.config.load import changes_since, save_recipe
@@ -97,8 +93,7 @@ def _run(run: PlannedRun) -> None:
     files.failure.unlink(missing_ok=True)
     recipe = run.folder.with_name(f"{run.folder.name}.yaml")
     save_recipe(run.recipe, recipe)
-    command = [sys.executable, "-m", "pe_rlhf", "run", str(recipe), "--run-dir", str(run.folder), "--resume"]
-    code, asked = _call(command, files.log)
+    code, asked = call(["run", str(recipe), "--run-dir", str(run.folder), "--resume"], files.log)
     if code == 0 and not asked:
         return
     if asked or code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
@@ -108,51 +103,6 @@ def _run(run: PlannedRun) -> None:
     elif not files.failure.is_file():
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         write_json(files.failure, {"message": f"the run {how}; see {files.log}", "kind": "process", "exit_code": code})
-
-
-def _call(command: list[str], log: Path) -> tuple[int, int]:
-    """Run a command: its exit code, and the number of the signal that asked this process to stop meanwhile, or 0.
-
-    The command gets that signal too. If this process is killed, the command is killed with it.
-    """
-    received = 0
-    process: subprocess.Popen[bytes] | None = None
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received = number
-        if process is not None:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=file, process_group=0, preexec_fn=_die_with(os.getpid())
-            )
-        if received:  # while the process was being started
-            process.send_signal(received)
-        return process.wait(), received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """What a child does first, so that it is killed when its parent is: an orphan would keep its folder locked."""
-    if sys.platform != "linux":
-        return None
-    import ctypes
-
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork, after which little is safe
-    set_death_signal = 1
-
-    def ask() -> None:
-        prctl(set_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent died in between
-            os._exit(1)
-
-    return ask
 
 
 def refuse_changed(runs: Sequence[PlannedRun]) -> None:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.paths import ROOT
 from tests.runs import contents, recipe, write_recipe
 
-CHECKOUT = ROOT
 COMPARE: dict[str, Any] = {"grid": {"init": ["lora", "pissa"]}, "seeds": [1]}
 
 
@@ -21,21 +16,6 @@ def comparison(folder: Path, **changes: Any) -> Path:
     tree = recipe("reward", "ppo", "evaluate", ppo__reward=[{"adapter": "stage"}], **changes)
     tree["compare"] = {**COMPARE, **tree.get("compare", {})}
     return write_recipe(folder, {"name": "inits", **tree})
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "pe_rlhf", "compare", *map(str, arguments)]
-
-
-def environment(cache: Path, **more: str) -> dict[str, str]:
-    own = {"PYTHONPATH": str(CHECKOUT), "PE_RLHF_CACHE": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
-    return os.environ | own | {"OMP_NUM_THREADS": "1"} | more
-
-
-def run(folder: Path, cache: Path, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=folder, env=environment(cache, **more), capture_output=True, text=True, check=False
-    )
 
 
 def results(folder: Path) -> list[dict[str, str]]:

@@ -6,9 +6,14 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.comparison.sweeps import comparison, environment, results, run
+import pytest
+
+from tests.integration.comparison.sweeps import comparison, results
+from tests.paths import ROOT
+from tests.runs import Outcome
 
 
 class TestSlurm:
@@ -28,12 +33,15 @@ class TestSlurm:
             tool.chmod(0o755)
         return tools
 
-    def test_jobs_wait_for_each_other_and_do_the_whole(self, tmp_path: Path, model_cache: Path) -> None:
+    def test_jobs_wait_for_each_other_and_do_the_whole(
+        self, tmp_path: Path, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         tools = self.cluster(tmp_path)
+        monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
         path = comparison(tmp_path, compare={"grid": {"rank": [2]}, "nodes": 3})
-        more = {"PATH": f"{tools}:{os.environ['PATH']}"}
-        done = run(tmp_path, model_cache, path, "ppo.steps=1", "--dir", "out", "--submit", "slurm", **more)
-        assert done.returncode == 0, done.stderr
+        done = cli("compare", path, "ppo.steps=1", "--dir", "out", "--submit", "slurm")
+        assert done.code == 0, done.err
         lines = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
         waits = [next((a for a in line if a.startswith("--dependency")), None) for line in lines]
         assert waits == [None, "--dependency=afterok:101", "--dependency=afterany:102"]
@@ -45,7 +53,7 @@ class TestSlurm:
                 job = subprocess.run(
                     ["bash", *line[script:]],
                     cwd=tmp_path,
-                    env=environment(model_cache, **more, **({"SLURM_ARRAY_TASK_ID": str(task)} if array else {})),
+                    env=os.environ | ({"SLURM_ARRAY_TASK_ID": str(task)} if array else {}),
                     capture_output=True,
                     text=True,
                     check=False,
@@ -53,13 +61,13 @@ class TestSlurm:
                 assert job.returncode == 0, job.stderr
         assert [row["status"] for row in results(tmp_path / "out")] == ["finished"]
 
-    def test_print_shows_commands_that_a_shell_can_run(self, tmp_path: Path, model_cache: Path) -> None:
+    def test_print_shows_commands_that_a_shell_can_run(self, tmp_path: Path, cli: Callable[..., Outcome]) -> None:
         tools = self.cluster(tmp_path)
         path = comparison(tmp_path, compare__tune={"lr_factors": [1.0, 2.0]}, compare__seeds=[1, 2, 3])
-        done = run(tmp_path, model_cache, path, "--dir", "out", "--submit", "print")
-        assert done.returncode == 0, done.stderr
+        done = cli("compare", path, "--dir", "out", "--submit", "print")
+        assert done.code == 0, done.err
         assert not (tmp_path / "jobs").exists()
-        subprocess.run(["bash", "-euc", done.stdout], env={"PATH": f"{tools}:{os.environ['PATH']}"}, check=True)
+        subprocess.run(["bash", "-euc", done.out], env={"PATH": f"{tools}:{os.environ['PATH']}"}, check=True)
         lines = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
         assert [next((a for a in line if a.startswith("--dependency")), None) for line in lines] == [
             None,
