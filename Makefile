@@ -13,7 +13,7 @@ smoke: .venv/demo
 
 # Two processes, each with one thread: most of the time goes into starting programs. The tests of a file stay in one
 # process, since they share expensive fixtures. `make stats` reads the times that are left in .reports.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --instafail
 
 # The fast tier and one run of all stages.
 test: .venv/dev
