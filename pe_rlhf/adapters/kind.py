@@ -21,7 +21,6 @@ A recipe names it by `adapter: {kind: shift}`, or imports it: `kind: my_module:S
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pe_rlhf.adapters.layer_statistics import LayerStatistics, Need
 from pe_rlhf.config.adapter import AdapterConfig, set_kinds
-from reward.errors import InputError
+from reward.errors import InputError, look_up
 from reward.judges import load_function
 
 if TYPE_CHECKING:
@@ -200,15 +199,7 @@ def find_kind(name: str) -> type[AdapterKind[Any]]:
         if not (isinstance(found, type) and issubclass(found, AdapterKind)):
             raise InputError(f"{name} is no AdapterKind", kind="user_code", key="kind")
         KINDS[name] = found
-    if name not in KINDS:
-        close = difflib.get_close_matches(name, KINDS, n=1)
-        raise InputError(
-            f"unknown kind of adapter {name!r}; there are {', '.join(sorted(KINDS))}",
-            kind="unknown",
-            key="kind",
-            fix=f"did you mean {close[0]!r}?" if close else None,
-        )
-    found = KINDS[name]
+    found = look_up(KINDS, name, f"unknown kind of adapter {name!r}", "kind")
     return resolve_name(found) if isinstance(found, str) else found
 
 

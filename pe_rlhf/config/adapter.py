@@ -5,14 +5,13 @@ Every other kind has its settings in its own file in `pe_rlhf/adapters/kinds/`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
 from pe_rlhf.config.section import Positive, Section, refusal
-from reward.errors import InputError
+from reward.errors import InputError, did_you_mean
 
 # The options of each adapter init by its name. `pe_rlhf.adapters.lora.inits`, which the package imports first, fills
 # it: so an init has its options in its own file, and a recipe is checked before torch is imported.
@@ -143,10 +142,9 @@ def refuse_unknown(owner: str, what: str, given: dict[str, Any], schema: type[Se
     known = list(schema.model_fields)
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             raise InputError(
                 f"{owner} has no {what} {key!r}; it has {', '.join(known) or 'none'}",
                 kind="unknown",
                 key=f"{below}{key}",
-                fix=f"did you mean {close[0]!r}?" if close else None,
+                fix=did_you_mean(str(key), known, cutoff=0.5),
             )

@@ -66,9 +66,11 @@ class RoleGroup:
         """
         if self.kind is None:
             return [(1.0, dict(self.parameters))]
-        if lora_plus_ratio != 1 and not self.kind.fast:
+        layer_parts = (name.rpartition(".") for name in self.parameters)
+        fast = {part for layer, _, part in layer_parts if layer in self.layers} & set(self.kind.fast)
+        if lora_plus_ratio != 1 and not fast:
             raise InputError(
-                f"lora_plus_ratio: LoRA+ is for factors B and A, which the kind {self.kind.settings.kind} has not",
+                "lora_plus_ratio: LoRA+ is for factors B and A that both train; those of this kind or init do not",
                 kind="conflict",
                 key="optimizer.lora_plus_ratio",
                 fix="leave it at 1",
@@ -77,7 +79,7 @@ class RoleGroup:
         for name, parameter in self.parameters.items():
             layer, _, part = name.rpartition(".")
             factor = self.kind.rate(part) if layer in self.layers else 1.0
-            if layer in self.layers and part in self.kind.fast:
+            if layer in self.layers and part in fast:
                 factor *= lora_plus_ratio
             groups.setdefault(factor, {})[name] = parameter
         return sorted(groups.items(), key=lambda group: group[0])

@@ -123,9 +123,9 @@ def _add_low_rank(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float) 
 
 
 def anchored_tensors(A_RI: Tensor, B_OR: Tensor) -> dict[str, Tensor]:
-    """The tensors of a layer that starts from these factors. Where B0 is zero the second term does not exist."""
+    """The tensors of a layer that starts from these factors. Where A0 or B0 is zero there is no product to subtract."""
     made = {"lora_A": A_RI, "lora_B": B_OR}
-    return made | {"initial_A_RI": A_RI, "initial_B_OR": B_OR} if bool(B_OR.any()) else made
+    return made | {"initial_A_RI": A_RI, "initial_B_OR": B_OR} if bool(A_RI.any() and B_OR.any()) else made
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -186,6 +186,15 @@ class LoRA(AdapterKind[LowRankConfig]):
         s = self.settings
         given = (context.weight_OI, s.rank, scale_of(s), context.generator, self._options, context.statistics)
         return anchored_tensors(*self.init(InitContext(*given)))
+
+    def build(self, tensors: Mapping[str, Tensor], weight_OI: Tensor) -> AdapterLayer:
+        """A layer of these tensors; what the init freezes is a buffer, as all that an adapter does not train."""
+        layer = super().build(tensors, weight_OI)
+        for name in self.init.frozen:
+            tensor = layer.get_parameter(name).detach()
+            delattr(layer, name)
+            layer.register_buffer(name, tensor)
+        return layer
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         rank = self.settings.rank

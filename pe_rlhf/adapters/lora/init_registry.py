@@ -10,17 +10,16 @@ in a module that is imported. A recipe can import it: `init: my_module:halves`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from pe_rlhf.adapters.layer_statistics import InputMoments, LayerStatistics, Need
 from pe_rlhf.config.adapter import INIT_OPTIONS, LowRankConfig, parse_options
 from pe_rlhf.config.section import Positive, Section
-from reward.errors import InputError
+from reward.errors import InputError, look_up
 from reward.judges import load_function
 
 if TYPE_CHECKING:
@@ -70,16 +69,21 @@ class InitContext:
 
 
 InitFunction = Callable[[InitContext], "tuple[Tensor, Tensor]"]
+Factor = Literal["lora_A", "lora_B"]
 
 
 @dataclass(frozen=True)
 class Init:
-    """A registered init: the function, the schema of its options, and what it needs beyond the weight."""
+    """A registered init: the function, the schema of its options, and what it needs beyond the weight.
+
+    `frozen` are the factors that are not trained: `lora_A` or `lora_B`.
+    """
 
     name: str
     function: InitFunction
     options: type[Section] = NoOptions
     needs: Need | None = None
+    frozen: tuple[Factor, ...] = ()
 
     def __call__(self, context: InitContext) -> tuple[Tensor, Tensor]:
         """`(A_RI, B_OR)`. Raises `InputError` where the statistics that it needs are missing, zero or not finite."""
@@ -139,13 +143,14 @@ def register_init(
     *,
     options: type[Section] = NoOptions,
     needs: Need | None = None,
+    frozen: tuple[Factor, ...] = (),
 ) -> Callable[[InitFunction], InitFunction]:
     """Add an init under a name, called or as a decorator. Raises ValueError for a name that is taken."""
 
     def add(function: InitFunction) -> InitFunction:
         if name in INITS:
             raise ValueError(f"an adapter init named {name!r} is already registered")
-        INITS[name] = Init(name, function, options, needs)
+        INITS[name] = Init(name, function, options, needs, frozen)
         INIT_OPTIONS[name] = options
         return function
 
@@ -158,16 +163,7 @@ def get_init(name: str) -> Init:
     """The init of that name, or of `module:function`. Raises `InputError` for one that does not exist."""
     if name not in INITS and ":" in name:
         _register_loaded(name, load_function(name))
-    if name in INITS:
-        return INITS[name]
-    known = init_names()
-    close = difflib.get_close_matches(name, known, n=1)
-    raise InputError(
-        f"adapter.init: unknown init {name!r}; there are {', '.join(known)}",
-        kind="unknown",
-        key="adapter.init",
-        fix=f"did you mean {close[0]!r}?" if close else None,
-    )
+    return look_up(INITS, name, f"adapter.init: unknown init {name!r}", "adapter.init")
 
 
 def init_of(settings: LowRankConfig) -> tuple[Init, Section]:

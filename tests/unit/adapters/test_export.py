@@ -32,6 +32,7 @@ from tests.tiny import (
     tiny_model,
     train_role,
 )
+from tests.unit.adapters.anchored import ZERO_PRODUCT
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 
@@ -39,7 +40,6 @@ IDS_BT = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [20, 30, 40, 50, 60, 3, 2, 4
 
 
 # Inits whose B starts at zero have nothing to subtract, and export at their own rank.
-B_ZERO = ("lora", "gaussian", "rlpo", "rlmo", "eva")
 
 
 # Every init with every architecture, and both with every form, but not all three together.
@@ -78,7 +78,7 @@ def test_policy_loads_in_peft_as_it_is(family: str, init: str, tmp_path: Path) -
     assert_has_moved(backbone, "policy")
     backbone.export_adapter("policy", tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == (3 if init in B_ZERO else 6)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == (3 if init in ZERO_PRODUCT else 6)
     peft_model = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path)
     found = plain_logits(peft_model, input_ids=IDS_BT)
     torch.testing.assert_close(found, role_logits(backbone, "policy", IDS_BT), atol=2e-5, rtol=1e-5)
