@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -116,6 +117,28 @@ class RolloutConfig(SamplingConfig):
         " capped",
     )
     correction_cap: float = Field(default=2.0, gt=0, description="largest weight of a token under correction")
+    ahead: int = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="1: vLLM samples the next step's responses while this step's are trained on, from the policy before"
+        " the update; correction is truncated_is then unless it is given, and an embedded engine does not sleep",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ahead_is_corrected(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("ahead") != 1:
+            return given
+        return {"correction": "truncated_is", "sleep": False, **given}
+
+    @model_validator(mode="after")
+    def _ahead_fits(self) -> RolloutConfig:
+        if self.ahead and self.engine == "hf":
+            raise refusal("ahead", "hf samples in the trainer's process, which trains meanwhile; set engine: vllm")
+        if self.ahead and self.sleep:
+            raise refusal("sleep", "with ahead: 1 the engine is never idle; leave sleep out")
+        return self
 
     @model_validator(mode="after")
     def _no_biased_sampling(self) -> RolloutConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pe_rlhf.config import SamplingConfig
@@ -31,6 +31,18 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Leave nothing behind: no process, no file."""
+        ...
+
+
+class BackgroundEngine(RolloutEngine, Protocol):
+    """An engine that samples outside this process, so that this one can train meanwhile."""
+
+    def begin(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Callable[[], Rollout]:
+        """Begin what `generate` does; the function returned waits for it.
+
+        Nothing else may be asked of the engine before. Where the engine fails on the way, that function raises
+        `TrainingError` of kind `server` or `process`, on all ranks; `sync` mends what can be mended.
+        """
         ...
 
 

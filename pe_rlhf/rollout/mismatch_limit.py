@@ -17,12 +17,18 @@ LIMIT_FP32, LIMIT_NARROW = 0.01, 0.1
 
 
 def mismatch_metrics(
-    log_ratio_N: Tensor, config: SamplingConfig, dtype: torch.dtype, anchor_ratio_N: Tensor | None = None
+    log_ratio_N: Tensor,
+    config: SamplingConfig,
+    dtype: torch.dtype,
+    anchor_ratio_N: Tensor | None = None,
+    *,
+    limited: bool = True,
 ) -> dict[str, float]:
     """The mismatch as metrics by name, from log π_trainer − log π_sampler of sampled tokens.
 
     Args:
         anchor_ratio_N: log π_anchor − log π_sampler of the same tokens; None where the anchor itself was sampled from.
+        limited: whether both are to hold the same policy.
 
     Raises `TrainingError` where the mean is over the limit or is not a number, and where the sampler is no nearer to
     the policy than to the anchor. Truncated sampling is from another distribution on purpose: it has no limit unless
@@ -30,7 +36,7 @@ def mismatch_metrics(
     """
     found = mismatch(log_ratio_N)
     default = math.inf if truncates(config) else LIMIT_FP32 if dtype == torch.float32 else LIMIT_NARROW
-    limit = config.mismatch_limit or default
+    limit = config.mismatch_limit or default if limited else math.inf
     if not found.mean <= limit:
         raise TrainingError(
             f"the sampler's log-probs are {found.mean:.3g} nats per token away from the trainer's (at most"
@@ -45,7 +51,7 @@ def mismatch_metrics(
         "logprob_mismatch_max": found.max,
         "effective_sample_size": found.effective_sample_size,
     }
-    if anchor_ratio_N is None or truncates(config):
+    if anchor_ratio_N is None or not limited or truncates(config):
         return metrics
     test = anchor_test(log_ratio_N, anchor_ratio_N)
     if test.is_anchor:

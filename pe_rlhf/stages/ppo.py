@@ -36,17 +36,18 @@ from pe_rlhf.stages.init_batches import AnchorRollouts
 from pe_rlhf.stages.judge_during_ppo import JudgeEvaluation
 from pe_rlhf.stages.ppo_collect import collect_experience
 from pe_rlhf.stages.ppo_update import update
+from pe_rlhf.stages.rollouts import Rollouts, pack
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import Stopped, TrainingError, at_step
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import progress, say
-from pe_rlhf.system.seeding import derive_seed
 from pe_rlhf.system.stop_signals import stop_requests
 from pe_rlhf.types import Experience, Rollout
 from reward.records import Prompt
 
 POLICY, VALUE = "policy", "value"
+ROLLOUT_PREFIX = "rollout/"  # of tensors in a checkpoint
 
 
 def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
@@ -63,9 +64,11 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     scorer, reward_roles = make_scorer(config.reward, backbone, context.run_dir, budget, columns, **sources)
     start_from = critic_start(context, backbone, reward_roles)
     optimizer = _add_roles(context, backbone, scorer, codec, asked, start_from)
-    sampler = anchor.engine = context.sampler(backbone, POLICY, config.rollout, asked.ids)
+    sampler = context.sampler(backbone, POLICY, config.rollout, asked.ids)
+    anchor.engine = None if config.rollout.ahead else sampler  # which is busy when the anchor is asked
+    rollouts = Rollouts(sampler, POLICY, prompts, config, seed)
     judge = JudgeEvaluation(context, backbone, codec, POLICY) if config.eval_every is not None else None
-    first_step, beta = _resume(context, backbone, optimizer, scorer)
+    first_step, beta = _resume(context, backbone, optimizer, scorer, rollouts)
     writer = context.metrics(first_step)
     truncate_jsonl(context.files.samples, first_step)
     scorer.learns = True
@@ -75,20 +78,18 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
             with at_step(step + 1):
                 start = time.monotonic()
                 # 1. the sampler gets the policy as it is; responses
-                sampler.sync(step, POLICY)
-                batch = prompts.batch(step)
-                rollout = sampler.generate(batch.ids, derive_seed(seed, "rollout", step))
-                _refuse_other_version(rollout, step)
+                batch, rollout = prompts.batch(step), rollouts.take(step)
                 sampled = time.monotonic()
                 # 2. to 4. anchor log-probs, values, scores; rewards shaped with the KL; advantages and returns
                 moments = scorer.moments()  # before this rollout: whoever goes on from here scores it again
-                experience, metrics = collect_experience(backbone, scorer, codec, batch, rollout, beta, config)
+                stale = step - rollout.version
+                experience, metrics = collect_experience(backbone, scorer, codec, batch, rollout, beta, config, stale)
                 metrics |= scorer.metrics
                 _refuse_high_kl(metrics["kl"], config)
                 scored = time.monotonic()
                 # Only weights whose rollout was scored are kept: a run that fails goes on from sound ones.
                 if step > first_step and step % config.checkpoint_every == 0:
-                    _save(context, backbone, optimizer, step, beta, moments, metrics)
+                    _save(context, backbone, optimizer, step, beta, moments, metrics, rollout)
                 saved = time.monotonic()
                 # 5. epochs of minibatches with the clipped losses
                 # Where step 2 knows the mismatch of sampler and trainer, step 5 compares the trainer with itself.
@@ -104,7 +105,7 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
                 _write_samples(context, step + 1, batch.prompts, rollout, experience, codec)
                 beta = _next_beta(beta, metrics["kl"], len(rollout.responses), config.kl)
                 if (stopped := stop.received()) or step + 1 == config.steps:
-                    _save(context, backbone, optimizer, step + 1, beta, scorer.moments(), metrics)
+                    _save(context, backbone, optimizer, step + 1, beta, scorer.moments(), metrics, rollouts.wait())
                 if stopped:
                     raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
                 advance(1)
@@ -144,15 +145,6 @@ def _add_roles(
 def _trained(config: PPOConfig) -> tuple[str, ...]:
     """The roles that the stage trains."""
     return (POLICY, VALUE) if config.has_critic else (POLICY,)
-
-
-def _refuse_other_version(rollout: Rollout, step: int) -> None:
-    if rollout.version != step:
-        raise TrainingError(
-            f"version {rollout.version} of the policy was sampled from, the trainer is at {step}",
-            kind="mismatch",
-            key="ppo.rollout",
-        )
 
 
 def _refuse_high_kl(kl: float, config: PPOConfig) -> None:
@@ -208,7 +200,11 @@ def _write_samples(
 
 
 def _resume(
-    context: StageContext[PPOConfig], backbone: Backbone, optimizer: RoleOptimizer, scorer: WeightedScorer
+    context: StageContext[PPOConfig],
+    backbone: Backbone,
+    optimizer: RoleOptimizer,
+    scorer: WeightedScorer,
+    rollouts: Rollouts,
 ) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: the next step and β, which is the recipe's where it is fixed."""
     kl = context.config.kl
@@ -220,6 +216,7 @@ def _resume(
         backbone.set_role_state(role, without_prefix(f"{role}/", tensors))
     optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
     scorer.set_moments(state.get("moments", {}))
+    rollouts.restore(step, without_prefix(ROLLOUT_PREFIX, tensors))
     say(f"ppo: continuing after step {step}")
     return step, state["beta"] if kl.controller == "adaptive" else kl.beta
 
@@ -232,12 +229,18 @@ def _save(
     beta: float,
     moments: Moments,
     metrics: dict[str, float],
+    rollout: Rollout | None,
 ) -> None:
-    """`metrics` are those of the newest rollout: sampled from these weights, or before the update that made them."""
+    """`metrics` are those of the newest rollout: sampled from these weights, or before the update that made them.
+
+    rollout: what the step after this checkpoint trains on, which is kept where it was sampled ahead.
+    """
     config = context.config
     score = kl_objective(metrics["reward_shaped"], metrics["kl"], beta=config.kl.beta, form=config.kl.form)
     tensors, specs = roles_in(backbone, *_trained(config))
     tensors |= with_prefix(CHECKPOINT_PREFIX, optimizer.state(copy=False))
+    if config.rollout.ahead:
+        tensors |= with_prefix(ROLLOUT_PREFIX, pack(rollout))
     state = {"beta": beta, **({"moments": moments} if moments else {}), **specs}
     save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
 

@@ -32,8 +32,12 @@ def collect_experience(
     rollout: Rollout,
     beta: float,
     config: PPOConfig,
+    stale: int = 0,
 ) -> tuple[Experience, dict[str, float]]:
-    """Score a rollout and turn the scores into advantages. Returns the experience and its metrics."""
+    """Score a rollout and turn the scores into advantages. Returns the experience and its metrics.
+
+    stale: by how many updates the policy that was sampled from is older than the trainer's.
+    """
     sequences = Sequences.of(rollout, backbone.pad_token_id)
     backbone.compute_once(sequences, config.micro_batch_tokens)
     mask_BR = sequences.mask_BR
@@ -45,7 +49,7 @@ def collect_experience(
         values_BR = for_each_token(backbone, "value", sequences, config.micro_batch_tokens, backbone.response_values)
     texts = codec.texts(rollout)
     scores_B = scorer.score(prompts.prompts, texts, sequences, prompts.columns)
-    old_BR, weights_BR, mismatch = _old_logprobs(backbone, rollout, sequences, anchor_BR, config)
+    old_BR, weights_BR, mismatch = _old_logprobs(backbone, rollout, sequences, anchor_BR, config, stale)
 
     # 3. and 4. one reward per token, the KL at each and the score at the last; advantages and returns
     kl_BR = kl_estimate(old_BR, anchor_BR, config.kl.estimator)
@@ -66,6 +70,8 @@ def collect_experience(
     }
     if config.compares_groups:
         metrics["groups_alike"] = alike_share(estimate.shaped_B, groups_B)
+    if config.rollout.ahead:
+        metrics["staleness"] = stale
     advantages_BR, returns_BR, _ = estimate
     estimates = (values_BR, advantages_BR, returns_BR)
     return Experience(sequences, mask_BR, old_BR, anchor_BR, *estimates, weights_BR, scores_B), metrics
@@ -112,7 +118,7 @@ def response_logprobs(backbone: Backbone, role: str, sequences: Sequences, confi
 
 
 def _old_logprobs(
-    backbone: Backbone, rollout: Rollout, sequences: Sequences, anchor_BR: Tensor, config: PPOConfig
+    backbone: Backbone, rollout: Rollout, sequences: Sequences, anchor_BR: Tensor, config: PPOConfig, stale: int
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """π_old and the importance weights: the sampler's log-probs as they are, or the trainer's, computed again.
 
@@ -128,14 +134,16 @@ def _old_logprobs(
     if config.rollout.correction == "truncated_is":
         weights_BR = (trainer_BR - sampler_BR).exp().clamp(max=config.rollout.correction_cap)
     policy_N, anchor_N = (trainer_BR - sampler_BR)[mask_BR], (anchor_BR - sampler_BR)[mask_BR]
-    mismatch = mismatch_metrics(policy_N, config.rollout, backbone.precision, anchor_N)
+    # An older policy may be the anchor, and is another one than the trainer's: that is no fault of the sampler.
+    mismatch = mismatch_metrics(policy_N, config.rollout, backbone.precision, anchor_N, limited=not stale)
     return trainer_BR, weights_BR, mismatch
 
 
 def recomputes_old_logprobs(backbone: Backbone, config: PPOConfig) -> bool:
     """Whether π_old is computed again. In fp32 sampler and trainer agree to rounding, and a pass can be saved."""
-    # A truncated sampler's log-probs are of the distribution that it was left with, not of the policy's.
-    if config.rollout.correction != "none" or truncates(config.rollout):
+    # A truncated sampler's log-probs are of the distribution that it was left with, not of the policy's. Those of a
+    # rollout ahead are of an older policy.
+    if config.rollout.correction != "none" or config.rollout.ahead or truncates(config.rollout):
         return True
     if config.rollout.old_logprobs == "auto":
         return backbone.precision != torch.float32

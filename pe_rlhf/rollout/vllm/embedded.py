@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Pipe
 from pathlib import Path
@@ -89,6 +89,14 @@ class EmbeddedVLLM:
         except EngineDied as death:
             self._restart(death)
             responses = self._ask(prompts, seeds)
+        return self._checked(prompts, responses)
+
+    def begin(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Callable[[], Rollout]:
+        """As `generate`, while this process goes on. An engine that dies on the way is started again by `sync`."""
+        self._send_batch(prompts, response_seeds(seed, prompts, rows))
+        return lambda: self._checked(prompts, self._process.answer(self._config.timeout))
+
+    def _checked(self, prompts: list[list[int]], responses: list[tuple[list[int], list[float]]]) -> Rollout:
         try:
             return checked_rollout(prompts, responses, self._version, self._backbone, self._config)
         except ValueError as error:
@@ -142,12 +150,16 @@ class EmbeddedVLLM:
 
     def _ask(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], list[float]]]:
         self._wake_up()
-        sampling = sampling_parameters(self._config, self._backbone.eos_token_ids)
-        responses = self._call("generate", tag=self._tag, prompts=prompts, seeds=seeds, sampling=sampling)
+        self._send_batch(prompts, seeds)
+        responses = self._process.answer(self._config.timeout)
         if self._sleeps:
             self._call("sleep")
             self._asleep = True
         return responses
+
+    def _send_batch(self, prompts: list[list[int]], seeds: list[int]) -> None:
+        sampling = sampling_parameters(self._config, self._backbone.eos_token_ids)
+        self._process.send("generate", tag=self._tag, prompts=prompts, seeds=seeds, sampling=sampling)
 
     def _wake_up(self) -> None:
         if self._asleep:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 
 from pe_rlhf.config import SamplingConfig
@@ -62,6 +65,7 @@ class ServerVLLM:
             if not self._merges:
                 self._check_base(server)
         self._exchange = WeightExchange(Path(config.exchange_dir) if config.exchange_dir else folder)
+        self._asked: Future[list[Response]] | None = None  # in the background
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -82,6 +86,8 @@ class ServerVLLM:
 
     def close(self) -> None:
         """Unload the adapter, or put the base back; a server that is gone is left as it is."""
+        if self._asked is not None:
+            self._asked.cancel()
         for server in self._servers:
             try:
                 server.unload()
@@ -162,6 +168,28 @@ class ServerVLLM:
                 say(f"{last}; the batch is asked for again")
                 failed |= {server.url for server in self._servers if server.down}
         raise server_error(f"a batch of {len(prompts)} responses failed {ATTEMPTS} times, the last time: {last}")
+
+    def begin(self, prompts: list[list[int]], seed: int, rows: Sequence[int] | None = None) -> Callable[[], Rollout]:
+        """As `generate`, in the background, with one attempt: a second one would need the policy as it was."""
+        servers, seeds = self._usable(set()), response_seeds(seed, prompts, rows)
+        self._asked = asyncio.run_coroutine_threadsafe(self._sample(servers, prompts, seeds), self._background)
+
+        def wait() -> Rollout:
+            assert self._asked is not None
+            try:
+                responses = self._asked.result()
+            except ServerFault as fault:
+                raise server_error(str(fault)) from fault
+            return checked_rollout(prompts, responses, self._version, self._backbone, self._config)
+
+        return wait
+
+    @cached_property
+    def _background(self) -> asyncio.AbstractEventLoop:
+        """A loop in a thread that ends with this process."""
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        return loop
 
     def _usable(self, failed: set[str]) -> list[Server]:
         """The servers that have the role. Those that failed in this batch only if no other one answers.

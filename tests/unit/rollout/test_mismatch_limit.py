@@ -100,3 +100,12 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check_installed(RolloutConfig(engine="vllm"))
     check_installed(RolloutConfig())
     check_installed(RolloutConfig(engine="vllm", mode="server", urls=["http://a:1"]))
+
+
+def test_an_older_policy_has_no_limit_but_is_measured() -> None:
+    """Hand-worked: log-probs two nats away, and the sampler is the anchor."""
+    ratio_N, anchor_N = torch.full((50,), 2.0), torch.zeros(50)
+    with pytest.raises(TrainingError):
+        mismatch_metrics(ratio_N, RolloutConfig(), torch.float32, anchor_N)
+    found = mismatch_metrics(ratio_N, RolloutConfig(), torch.float32, anchor_N, limited=False)
+    assert found == {"logprob_mismatch": 2.0, "logprob_mismatch_max": 2.0, "effective_sample_size": pytest.approx(1)}
