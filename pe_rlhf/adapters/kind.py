@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pe_rlhf.adapters.layer_statistics import LayerStatistics, Need
 from pe_rlhf.config.adapter import AdapterConfig, set_kinds
@@ -81,6 +81,7 @@ class PeftFiles:
 
 
 Layers = Mapping[str, Any]
+Restart = Literal["moments", "momentum"]
 
 
 class AdapterKind(Generic[S]):
@@ -90,12 +91,15 @@ class AdapterKind(Generic[S]):
         settings_type: the recipe's section: a subclass of `AdapterConfig` with the keys of this kind.
         layer: the module that computes one layer.
         fast: the parameters that LoRA+ gives a learning rate of their own; none: it is refused.
+        restarted: the parameters, by name in a layer, that `after_step` may let start again, and what of AdamW's state
+            does: all (`moments`), so that they are as fresh ones, or the `momentum`, where gradients keep their size.
         rank_of_weight: whether its rank can be no more than the weight's; the size of a block or vector can.
     """
 
     settings_type: ClassVar[type[AdapterConfig]] = AdapterConfig
     layer: ClassVar[type[AdapterLayer]]
     fast: ClassVar[tuple[str, ...]] = ()
+    restarted: ClassVar[Mapping[str, Restart]] = {}
     rank_of_weight: ClassVar[bool] = False
 
     def __init__(self, settings: S) -> None:
@@ -144,8 +148,7 @@ class AdapterKind(Generic[S]):
     def after_step(self, layers: Layers, time: Time) -> set[str]:
         """Change parameters or buffers once the optimizer has made its step.
 
-        Returns the names, in a layer, of the parameters whose momentum starts again from zero. AdamW's second moment
-        stays: it has the size of the gradients, and at zero would make the next steps up to six times too large.
+        Returns those of `restarted` that start again now, in all layers.
         """
         return set()
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pe_rlhf.adapters.kind import Restart
 from pe_rlhf.config import OptimizerConfig
 
 MOMENTUM = "exp_avg"
 MOMENTS = (MOMENTUM, "exp_avg_sq")
 MASTER = "master"
+RESTARTS: dict[Restart, tuple[str, ...]] = {"momentum": (MOMENTUM,), "moments": (*MOMENTS, "step")}
 
 
 class PlainAdamW:
@@ -30,14 +33,15 @@ class PlainAdamW:
         self._parameters = parameters
         self._masters = {name: p if is_wide(p) else nn.Parameter(p.detach().float()) for name, p in parameters.items()}
         self._adamw = adamw(list(self._masters.values()), config)
-        decay = config.weight_decay
+        self._decay = decay = config.weight_decay
         self._pulls = [(self._masters[n], start, decay) for n, start in starts.items() if decay and n in parameters]
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, correction: float = 1.0) -> None:
+        """A step of AdamW with the moments' part, but not the decay, times `correction`."""
         narrow = [(p, self._masters[name]) for name, p in self._parameters.items() if p is not self._masters[name]]
         for parameter, master in narrow:
             master.grad = None if parameter.grad is None else parameter.grad.float()
-        self._adamw.param_groups[0]["lr"] = rate
+        set_rate(self._adamw.param_groups[0], rate, self._decay, correction)
         for master, start, decay in self._pulls:
             pull(master, start, rate * decay)
         self._adamw.step()
@@ -45,10 +49,14 @@ class PlainAdamW:
             parameter.data.copy_(master)
             master.grad = None
 
-    def take_over(self, restart: Set[str]) -> None:
-        """Go on from the parameters as they are now, which were written to; momentum of `restart` begins at zero."""
-        for name in restart & self._parameters.keys():
-            self._adamw.state[self._masters[name]][MOMENTUM].zero_()
+    def take_over(self) -> None:
+        """Go on from the parameters as they are now, which were written to."""
+
+    def restart(self, what: Restart) -> None:
+        """Start the moments again from zero, all of them with their step count, or the momentum only."""
+        for state in self._adamw.state.values():
+            for name in RESTARTS[what]:
+                state[name].zero_()
 
     def state(self, copy: bool) -> dict[str, Tensor]:
         moments = {
@@ -70,6 +78,11 @@ class PlainAdamW:
             moments = {m: tensors[f"{name}/{m}"].to(master.device, copy=True) for m in MOMENTS}
             step = torch.tensor(float(steps), device=master.device)  # where a fused AdamW reads it
             self._adamw.state[master] = {"step": step, **moments}
+
+
+def set_rate(group: dict[str, Any], rate: float, decay: float, correction: float) -> None:
+    """Set the rate of AdamW's next step so that the moments' part is times `correction`, and the decay is not."""
+    group["lr"], group["weight_decay"] = rate * correction, decay / correction
 
 
 def pull(parameter: Tensor, start: Tensor, share: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.kind import AdapterKind, Time
+from pe_rlhf.adapters.kind import AdapterKind, Restart, Time
 from pe_rlhf.adapters.layer import AdapterLayer
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import OptimizerConfig
@@ -58,14 +58,14 @@ class RoleGroup:
             return cls(role, parameters, learning_rate, starts)
         return cls(role, parameters, learning_rate, starts, spec.kind, backbone.role_layers(role))
 
-    def by_rate(self, lora_plus_ratio: float) -> list[tuple[float, dict[str, nn.Parameter]]]:
-        """The parameters by the factor of their learning rate: the kind's, and that of LoRA+ (arXiv 2402.12354).
+    def by_rate(self, lora_plus_ratio: float) -> list[tuple[float, str, dict[str, nn.Parameter]]]:
+        """The parameters by the factor of their learning rate, and by the name that the kind may restart them under.
 
-        LoRA+ has those of a layer learn faster that stand behind the bottleneck, whatever the init: `kind.fast`.
-        Raises `InputError` where the kind has none.
+        The factor is the kind's, and that of LoRA+ (arXiv 2402.12354), which has those of a layer learn faster that are
+        behind the bottleneck, whatever the init: `kind.fast`. Raises `InputError` where the kind has none.
         """
         if self.kind is None:
-            return [(1.0, dict(self.parameters))]
+            return [(1.0, "", dict(self.parameters))]
         layer_parts = (name.rpartition(".") for name in self.parameters)
         fast = {part for layer, _, part in layer_parts if layer in self.layers} & set(self.kind.fast)
         if lora_plus_ratio != 1 and not fast:
@@ -75,14 +75,15 @@ class RoleGroup:
                 key="optimizer.lora_plus_ratio",
                 fix="leave it at 1",
             )
-        groups: dict[float, dict[str, nn.Parameter]] = {}
+        groups: dict[tuple[float, str], dict[str, nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
             layer, _, part = name.rpartition(".")
             factor = self.kind.rate(part) if layer in self.layers else 1.0
             if layer in self.layers and part in fast:
                 factor *= lora_plus_ratio
-            groups.setdefault(factor, {})[name] = parameter
-        return sorted(groups.items(), key=lambda group: group[0])
+            restarts = part if layer in self.layers and part in self.kind.restarted else ""
+            groups.setdefault((factor, restarts), {})[name] = parameter
+        return [(*key, groups[key]) for key in sorted(groups)]
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -95,13 +96,34 @@ def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> flo
     return (total_steps - step) / max(1, total_steps - warmup)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Slice:
-    """The parameters of a role that share a learning rate: the role's, times a factor."""
+    """The parameters of a role that share a learning rate, the role's times a factor, and their age.
+
+    Attributes:
+        restarts: the name of these parameters in a layer where the kind may start their moments again, else empty.
+        steps, momentum_steps: how many steps are in the second moment, and in the momentum.
+    """
 
     role: str
     factor: float
+    restarts: str
     optimizer: PlainAdamW | ZeRO
+    steps: int = 0
+    momentum_steps: int = 0
+
+    def step(self, rate: float, beta: float) -> None:
+        """AdamW's step. It corrects the momentum's bias by `steps`; what is missing for a younger one is made up."""
+        self.steps, self.momentum_steps = self.steps + 1, self.momentum_steps + 1
+        younger = self.momentum_steps != self.steps
+        correction = (1 - beta**self.steps) / (1 - beta**self.momentum_steps) if younger else 1.0
+        self.optimizer.step(self.factor * rate, correction)
+
+    def restart(self, what: Restart) -> None:
+        """Start the moments again from zero: all of them, with a step count of their own, or the momentum only."""
+        self.momentum_steps = 0
+        self.steps = 0 if what == "moments" else self.steps
+        self.optimizer.restart(what)
 
 
 class RoleOptimizer:
@@ -125,12 +147,13 @@ class RoleOptimizer:
             _Slice(
                 group.role,
                 factor,
+                restarts,
                 PlainAdamW(parameters, config, group.starts)
                 if deepspeed is None
                 else ZeRO(parameters, config, deepspeed, group.starts),
             )
             for group in groups
-            for factor, parameters in group.by_rate(config.lora_plus_ratio)
+            for factor, restarts, parameters in group.by_rate(config.lora_plus_ratio)
         ]
 
     def backward(self, loss: Tensor) -> None:
@@ -161,7 +184,7 @@ class RoleOptimizer:
                 )
         rates = self.learning_rates()
         for part in self._slices:
-            part.optimizer.step(part.factor * rates[part.role])
+            part.step(rates[part.role], self._config.betas[0])
         for group in self._groups:
             if group.kind is not None:
                 self._let_kind_change(group, group.kind, time)
@@ -175,10 +198,14 @@ class RoleOptimizer:
         """What the kind does after a step; what it writes into parameters goes on to where the optimizer keeps them."""
         with torch.no_grad():
             again = kind.after_step(group.layers, time)
-        restart = {f"{layer}.{part}" for layer in group.layers for part in again}
-        for part in self._slices if kind.changes_parameters else ():
-            if part.role == group.role:
-                part.optimizer.take_over(restart)
+        if unknown := sorted(again - kind.restarted.keys()):
+            message = f"the kind {kind.settings.kind} starts {unknown[0]} again, which is not in its `restarted`"
+            raise InputError(message, kind="user_code", key="adapter.kind")
+        for part in self._slices:
+            if part.role == group.role and kind.changes_parameters:
+                part.optimizer.take_over()
+            if part.role == group.role and part.restarts in again:
+                part.restart(kind.restarted[part.restarts])
 
     def learning_rates(self) -> dict[str, float]:
         """Each role's learning rate at the next step; under LoRA+ it is A's."""
@@ -195,13 +222,17 @@ class RoleOptimizer:
         if self.steps:
             for part in self._slices:
                 tensors |= with_prefix(f"{part.role}/", part.optimizer.state(copy))
+                if part.restarts:
+                    tensors[f"{part.role}/{part.restarts}/steps"] = torch.tensor([part.steps, part.momentum_steps])
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Set what `state` gave, onto the parameters as they are now."""
         self.steps = int(tensors["steps"])
         for part in self._slices if self.steps else ():
-            part.optimizer.load_state(without_prefix(f"{part.role}/", tensors), self.steps)
+            ages = tensors.get(f"{part.role}/{part.restarts}/steps", torch.tensor([self.steps, self.steps]))
+            part.steps, part.momentum_steps = ages.tolist()
+            part.optimizer.load_state(without_prefix(f"{part.role}/", tensors), part.steps)
 
 
 def _sum_gradients(group: RoleGroup) -> None:

@@ -6,7 +6,7 @@ The one file that imports DeepSpeed.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pe_rlhf.adapters.kind import Restart
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.model.loading import use_sound_attention
-from pe_rlhf.optim.adamw import MASTER, MOMENTS, MOMENTUM, adamw, flatten, is_wide, pull, unflatten
+from pe_rlhf.optim.adamw import MASTER, MOMENTS, RESTARTS, adamw, flatten, is_wide, pull, set_rate, unflatten
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import accelerator_environment, launched
 
@@ -55,20 +56,26 @@ class ZeRO:
         )
         return engine
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, correction: float = 1.0) -> None:
+        """A step of AdamW with the moments' part, but not the decay, times `correction`."""
         if self._starts:
             self._pull(rate * self._config.weight_decay)
-        self._step(rate, flatten([p.grad for p in self._parameters if p.grad is not None]).float())
+        self._step(rate, flatten([p.grad for p in self._parameters if p.grad is not None]).float(), correction)
         for parameter, value in zip(self._parameters, unflatten(self._copy.detach(), self._parameters), strict=True):
             parameter.data.copy_(value)
 
-    def take_over(self, restart: Set[str]) -> None:
-        """Go on from the parameters as they are now, which were written to; momentum of `restart` begins at zero."""
+    def take_over(self) -> None:
+        """Go on from the parameters as they are now, which were written to."""
         self._set_whole(flatten(self._parameters).float())
-        if restart & set(self._names):
-            parts = zip(self._names, unflatten(self._moment(MOMENTUM).clone(), self._parameters), strict=True)
-            kept = [torch.zeros_like(part) if name in restart else part for name, part in parts]
-            self._set_moment(MOMENTUM, flatten(kept))
+
+    def restart(self, what: Restart) -> None:
+        """Start the moments again from zero, all of them with their step count, or the momentum only."""
+        for name in RESTARTS[what]:
+            if name in MOMENTS:
+                self._set_moment(name, torch.zeros_like(self._moment(name)))
+            else:
+                for state in self._adamw.state.values():
+                    state[name].zero_()
 
     def state(self, copy: bool) -> dict[str, Tensor]:
         tensors = {}
@@ -96,8 +103,8 @@ class ZeRO:
         """The optimizer inside ZeRO's, or the engine's own where there is no ZeRO."""
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
-    def _step(self, rate: float, gradient: Tensor) -> None:
-        self._engine.optimizer.param_groups[0]["lr"] = rate
+    def _step(self, rate: float, gradient: Tensor, correction: float = 1.0) -> None:
+        set_rate(self._engine.optimizer.param_groups[0], rate, self._config.weight_decay, correction)
         self._engine.backward((self._copy * gradient).sum())
         self._engine.step()
 

@@ -8,19 +8,20 @@
 chosen, at step 0 every term is exactly zero, and choosing them changes no output. They are buffers, so a run that is
 resumed, or a role that starts from another's end, has them and does not choose again.
 
-The first steps of Δσ after the choice are up to six times as large as later ones: AdamW counts the role's steps.
+AdamW counts the steps of Δσ from the choice on: its first steps are those of a fresh parameter.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.kind import LayerContext, Layers, Time
+from pe_rlhf.adapters.kind import LayerContext, Layers, Restart, Time
 from pe_rlhf.adapters.layer import LowRankFactors, weight_out_in
 from pe_rlhf.adapters.lora.anchored import AnchoredLoRA, LoRA, add_product
 from pe_rlhf.adapters.lora.init_registry import refuse_rank
@@ -60,12 +61,12 @@ class LoRADashLayer(AnchoredLoRA):
         return add_product(x, self.add_low_rank(x, base(x)), self.dash_Vh_SI, self.dash_U_OS * self.delta_sigma)
 
     @torch.no_grad()
-    def choose(self) -> None:
-        """Take the directions that ΔW changes most for their size, unless there are some already."""
+    def choose(self) -> bool:
+        """Take the directions that ΔW changes most for their size, unless there are some already: whether it did."""
         base = self._base() if self._base else None
         low_rank = AnchoredLoRA.lora_factors(self)
         if bool(self.dash_U_OS.any()) or base is None or low_rank is None:
-            return
+            return False
         U_OK, S_K, Vh_KI = full_svd(weight_out_in(base))
         along_K = low_rank.scale * ((U_OK.T @ low_rank.B_OR) * (Vh_KI @ low_rank.A_RI.T)).sum(1)
         chosen = (along_K.abs() / (S_K + EPSILON)).topk(len(self.delta_sigma)).indices
@@ -73,6 +74,7 @@ class LoRADashLayer(AnchoredLoRA):
         U_OS, Vh_SI = from_main((U_OK[:, chosen].cpu(), Vh_KI[chosen].cpu()))
         self.dash_U_OS.copy_(U_OS)
         self.dash_Vh_SI.copy_(Vh_SI)
+        return True
 
     @torch.no_grad()
     def lora_factors(self) -> LowRankFactors | None:
@@ -97,6 +99,7 @@ class LoRADash(LoRA):
     settings: LoRADashConfig
     settings_type: ClassVar[type[AdapterConfig]] = LoRADashConfig
     layer = LoRADashLayer
+    restarted: ClassVar[Mapping[str, Restart]] = {"delta_sigma": "moments"}
 
     @property
     def changes_parameters(self) -> bool:
@@ -115,7 +118,7 @@ class LoRADash(LoRA):
 
     def after_step(self, layers: Layers, time: Time) -> set[str]:
         """Choose the directions once LoRA has trained for the warm-up."""
-        if time.step == self.settings.warmup_steps:
-            for layer in layers.values():
-                layer.choose()
-        return set()
+        if time.step != self.settings.warmup_steps:
+            return set()
+        chosen = [layer.choose() for layer in layers.values()]
+        return {"delta_sigma"} if any(chosen) else set()

@@ -12,13 +12,14 @@ buffer, so a resumed run draws the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.kind import AdapterKind, LayerContext, Layers, Time
+from pe_rlhf.adapters.kind import AdapterKind, LayerContext, Layers, Restart, Time
 from pe_rlhf.adapters.layer import AdapterLayer
 from pe_rlhf.adapters.lora.anchored import add_product, writable
 from pe_rlhf.config.adapter import AdapterConfig
@@ -103,6 +104,7 @@ class Redrawn(AdapterKind[RedrawnConfig]):
 
     settings_type: ClassVar[type[AdapterConfig]] = RedrawnConfig
     layer = RedrawnLayer
+    restarted: ClassVar[Mapping[str, Restart]] = {"learned": "momentum"}
 
     def tensors(self, context: LayerContext) -> dict[str, Tensor]:
         """Zeros, a seed and its first draw."""
@@ -119,7 +121,10 @@ class Redrawn(AdapterKind[RedrawnConfig]):
         return {"learned": (out_features, rank) if self.settings.side == "inputs" else (rank, in_features)}
 
     def after_step(self, layers: Layers, time: Time) -> set[str]:
-        """Fold and draw every k steps. What was learned has another meaning then: its momentum starts again."""
+        """Fold and draw every k steps. What was learned has another meaning then: its momentum starts again.
+
+        AdamW's second moment stays. It has the size of the gradients, which is the same for every draw.
+        """
         if time.step % self.settings.every:
             return set()
         for layer in layers.values():

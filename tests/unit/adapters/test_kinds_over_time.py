@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.kind import AdapterKind, Time
+from pe_rlhf.adapters.kind import AdapterKind, Restart, Time
 from pe_rlhf.adapters.layer import AdapterLayer, weight_out_in
-from pe_rlhf.config import OptimizerConfig
+from pe_rlhf.config import AdapterConfig, OptimizerConfig
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
+from pe_rlhf.optim.zero import init_processes
 from reward.errors import InputError
 from tests.tiny import IDS_BT, tiny_model
 from tests.unit.adapters.dense import (
@@ -41,10 +42,11 @@ DASH: dict[str, Any] = {
 RATE = 0.02
 
 
-def optimizer_of(kind: AdapterKind[Any], layer: AdapterLayer) -> RoleOptimizer:
+def optimizer_of(kind: AdapterKind[Any], layer: AdapterLayer, deepspeed: dict[str, Any] | None = None) -> RoleOptimizer:
     parameters = {f"layer.{name}": parameter for name, parameter in layer.named_parameters()}
     config = OptimizerConfig(eps=1e-4, max_grad_norm=1e9)
-    return RoleOptimizer([RoleGroup("policy", parameters, RATE, {}, kind, {"layer": layer})], config, STEPS)
+    group = RoleGroup("policy", parameters, RATE, {}, kind, {"layer": layer})
+    return RoleOptimizer([group], config, STEPS, deepspeed)
 
 
 def train(optimizer: RoleOptimizer, layer: AdapterLayer, base: nn.Module, start: int = 0, stop: int = STEPS) -> None:
@@ -132,7 +134,8 @@ def test_ten_steps_of_dash_are_those_of_a_dense_implementation(init: str) -> Non
     base = base_layer()
     kind, layer = placed(base, init=init)
     tensors = wide(layer)
-    dense = dense_adamw([tensors["lora_A"], tensors["lora_B"], tensors["delta_sigma"]])
+    dense = dense_adamw([tensors["lora_A"], tensors["lora_B"]])
+    fresh = dense_adamw([tensors["delta_sigma"]])
     directions = [torch.zeros(OUT, IN, dtype=torch.double)] * DIRECTIONS
 
     def delta() -> Tensor:
@@ -140,8 +143,11 @@ def test_ten_steps_of_dash_are_those_of_a_dense_implementation(init: str) -> Non
 
     for step, (x, target) in enumerate(batches(STEPS), start=1):
         dense.zero_grad()
+        fresh.zero_grad()
         dense_loss(base, delta(), x, target).backward()
         dense.step()
+        if step > SWITCH:  # Δσ is not there before: its optimizer has made no step yet
+            fresh.step()
         if step == SWITCH:
             directions = top_by_hand(base, lora_part(tensors))
     train(optimizer_of(kind, layer), layer, base)
@@ -232,46 +238,88 @@ def test_redrawn_each_step_has_full_trainings_step_of_sgd_in_the_mean(side: str)
 
 
 def test_ten_steps_of_redrawn_are_those_of_a_dense_implementation() -> None:
-    """Momentum starts again at every draw, the second moment goes on."""
+    """AdamW by hand: momentum and its bias correction start again at every draw, the second moment goes on."""
     base = base_layer()
     kind, layer = made(base, "redrawn", rank=RANK, every=3)
     learned, change_OI = torch.zeros(OUT, RANK, dtype=torch.double, requires_grad=True), torch.zeros(OUT, IN)
-    own, dense, draws = optimizer_of(kind, layer), dense_adamw([learned]), []
+    own, draws = optimizer_of(kind, layer), []
+    momentum, square, since = torch.zeros(OUT, RANK), torch.zeros(OUT, RANK), 0
     for step, (x, target) in enumerate(batches(STEPS), start=1):
-        projection = layer.drawn.double()
-        dense.zero_grad()
-        dense_loss(base, change_OI + learned @ projection, x, target).backward()
-        dense.step()
+        projection, since = layer.drawn.double(), since + 1
+        (gradient,) = torch.autograd.grad(dense_loss(base, change_OI + learned @ projection, x, target), [learned])
+        momentum, square = 0.9 * momentum + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        size = (square / (1 - 0.999**step)).sqrt() + 1e-4
+        learned = (learned - RATE * momentum / (1 - 0.9**since) / size).detach().requires_grad_()
         if step % 3 == 0:
             change_OI = change_OI + (learned @ projection).detach()
             draws.append(projection)
-            dense.state[learned]["exp_avg"].zero_()
-            with torch.no_grad():
-                learned.zero_()
+            momentum, since = torch.zeros(OUT, RANK), 0
+            learned = torch.zeros_like(learned).requires_grad_()
         train(own, layer, base, step - 1, step)
     expected = change_OI + learned.detach() @ layer.drawn.double()
     assert len({float(draw[0, 0]) for draw in draws}) == 3
     torch.testing.assert_close(layer.delta_weight(base.weight).double(), expected, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5, 6])
+DEEPSPEED: dict[str, dict[str, Any] | None] = {"plain": None, "zero2": {"zero_optimization": {"stage": 2}}}
+
+
+@pytest.mark.parametrize("deepspeed", list(DEEPSPEED))
+@pytest.mark.parametrize("what", ["moments", "momentum"])
+def test_parameters_that_start_again_take_steps_of_the_size_of_the_rate(what: Restart, deepspeed: str) -> None:
+    """Under a constant gradient each step of AdamW has the length of the rate, before and after a restart."""
+    if deepspeed != "plain":
+        init_processes(wants_deepspeed=True)
+    kind = Restarts(AdapterConfig())
+    kind.restarted = {"shift": what}  # type: ignore[misc]
+    layer = nn.Module()
+    layer.shift, layer.other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    parameters = {f"layer.{name}": parameter for name, parameter in layer.named_parameters()}
+    group = RoleGroup("policy", parameters, RATE, {}, kind, {"layer": layer})  # type: ignore[dict-item]
+    config = OptimizerConfig(eps=1e-12, max_grad_norm=1e9, weight_decay=0.1)
+    optimizer = RoleOptimizer([group], config, 6, DEEPSPEED[deepspeed])
+    for step in range(6):
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        # Before the restart `shift` has no gradient at all, as directions that are not chosen yet.
+        loss = layer.other.sum() + (layer.shift.sum() if what == "momentum" or step > 2 else 0 * layer.shift.sum())
+        optimizer.backward(loss)
+        optimizer.step()
+        for name, parameter in parameters.items():
+            moves = name != "layer.shift" or what == "momentum" or step > 2
+            expected = before[name] * (1 - RATE * 0.1) - RATE * moves
+            torch.testing.assert_close(parameter.detach(), expected, atol=2e-6, rtol=1e-5)
+
+
+class Restarts(AdapterKind[AdapterConfig]):
+    """Lets `shift` start again after the third step."""
+
+    def after_step(self, layers: Any, time: Time) -> set[str]:
+        return {"shift"} if time.step == 3 else set()
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "stop"), [("plain", 3), ("plain", 4), ("plain", 5), ("plain", 6), ("zero2", 4), ("zero2", 6)]
+)
 @pytest.mark.parametrize(("name", "given"), [("lora_dash", DASH), ("redrawn", {"rank": RANK, "every": 5})])
 def test_a_run_that_is_cut_off_around_the_change_ends_with_the_same_bits(
-    name: str, given: dict[str, Any], stop: int
+    name: str, given: dict[str, Any], deepspeed: str, stop: int
 ) -> None:
+    if deepspeed != "plain":
+        init_processes(wants_deepspeed=True)
+    zero = DEEPSPEED[deepspeed]
     base = base_layer()
     kind, whole = made(base, name, **given)
     _, first = made(base, name, **given)
     whole.put_on(base)
     first.put_on(base)
-    train(optimizer_of(kind, whole), whole, base)
+    train(optimizer_of(kind, whole, zero), whole, base)
 
-    own = optimizer_of(kind, first)
+    own = optimizer_of(kind, first, zero)
     train(own, first, base, 0, stop)
     saved, state = {n: t.clone() for n, t in first.state_dict().items()}, own.state()
     second = kind.build(saved, weight_out_in(base))
     second.put_on(base)
-    resumed = optimizer_of(kind, second)
+    resumed = optimizer_of(kind, second, zero)
     resumed.load_state(state)
     train(resumed, second, base, stop)
     assert all(torch.equal(tensor, whole.state_dict()[n]) for n, tensor in second.state_dict().items())
