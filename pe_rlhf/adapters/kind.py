@@ -132,6 +132,9 @@ class AdapterKind(Generic[S]):
         """A layer of these tensors, fresh or saved, for a base of that weight."""
         return self.layer(tensors, self.settings)
 
+    def share(self, layers: Layers) -> None:
+        """Let layers share parameters; called whenever those of a role, in the model's order, are put on a model."""
+
     # ---- while it trains --------------------------------------------------------------------------------------------
 
     def rate(self, name: str) -> float:
@@ -179,6 +182,7 @@ KINDS: dict[str, str | type[AdapterKind[Any]]] = {
     "shira": "pe_rlhf.adapters.kinds.shira:ShiRA",
     "spectral_a": "pe_rlhf.adapters.kinds.spectral_a:SpectralA",
     "spectral_r": "pe_rlhf.adapters.kinds.spectral_r:SpectralR",
+    "tinylora": "pe_rlhf.adapters.kinds.tinylora:TinyLoRA",
     "vera": "pe_rlhf.adapters.kinds.vera:VeRA",
 }
 

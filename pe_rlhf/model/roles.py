@@ -216,12 +216,22 @@ class ModelWithRoles(nn.Module):
 
         Without `copy` those that are on the CPU are the role's own, to be written away before the next step.
         """
-        return {name: t.detach().to("cpu", copy=copy).contiguous() for name, t in self._named(role, unique_tensors)}
+        state: dict[str, Tensor] = {}
+        places: set[int] = set()
+        for name, tensor in self._named(role, unique_tensors):
+            found = tensor.detach().to("cpu", copy=copy).contiguous()
+            # A file cannot hold a tensor under two names, which layers that share one have.
+            state[name] = found.clone() if found.data_ptr() in places else found
+            places.add(found.data_ptr())
+        return state
 
     def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The parameters of a role that an optimizer trains, by name."""
-        named = self._named(role, lambda module: dict(module.named_parameters()))
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
+        """The parameters of a role that an optimizer trains, by name; one that layers share has the first one's."""
+        found: dict[nn.Parameter, str] = {}
+        for name, parameter in self._named(role, lambda module: dict(module.named_parameters())):
+            if parameter.requires_grad:
+                found.setdefault(parameter, name)
+        return {name: parameter for parameter, name in found.items()}
 
     def role_starts(self, role: str) -> dict[str, Tensor]:
         """What weight decay pulls a role's parameters to, by name, so that it ends at the anchor; others go to 0."""
@@ -260,6 +270,7 @@ class ModelWithRoles(nn.Module):
 
     def _install(self, role: str, spec: AdapterSpec, adapters: dict[str, nn.Module], head: ScalarHead | None) -> None:
         """Put a role that is complete on the layers, in place of the one of that name."""
+        spec.kind.share(adapters)
         self._remove(role)
         for name, adapter in adapters.items():
             layer = self._wrap(name)

@@ -21,7 +21,16 @@ from pe_rlhf.system.processes import openmp_environment
 os.environ |= openmp_environment()  # as the command line does; before torch is imported
 
 import torch
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, MissConfig, PeftConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoHaConfig,
+    LoraConfig,
+    MissConfig,
+    PeftConfig,
+    TinyLoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.kind import KINDS
@@ -42,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "redrawn": {},
     "spectral_a": {"rank": 8},
     "spectral_r": {"rank": 32},
+    "tinylora": {"rank": 2, "size": 64},
 }
 
 
@@ -57,6 +67,7 @@ def peft_config(kind: str) -> PeftConfig | None:
         "loha": lambda: LoHaConfig(r=rank, alpha=8, **common),
         "miss": lambda: MissConfig(r=rank, **common),
         "bat": lambda: MissConfig(r=rank, init_weights="bat", **common),  # type: ignore[arg-type]
+        "tinylora": lambda: TinyLoraConfig(r=2, u=64, save_projection=True, **common),
         "vera": lambda: VeraConfig(r=rank, save_projection=True, **common),
     }
     return configs[kind]() if kind in configs else None
@@ -86,7 +97,7 @@ def measure(kind: str, peft: bool, arguments: argparse.Namespace) -> dict[str, f
 
 
 def kind_of_name(name: str) -> bool:
-    return any(part in name for part in ("lora_", "hada_", "miss_", "vera_"))
+    return any(part in name for part in ("lora_", "hada_", "miss_", "tinylora_", "vera_"))
 
 
 def add(backbone: Backbone, kind: str, ids_BT: torch.Tensor) -> None:

@@ -15,38 +15,24 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.kind import AdapterKind, LayerContext
-from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
-from pe_rlhf.adapters.lora.anchored import add_product
-from pe_rlhf.adapters.lora.inits.svd import top_directions
+from pe_rlhf.adapters.kinds.spectral import SpectralConfig, SpectralKind, SpectralLayer
 from pe_rlhf.config.adapter import AdapterConfig
-from pe_rlhf.config.section import Positive
 
 
-class SpectralRConfig(AdapterConfig):
+class SpectralRConfig(SpectralConfig):
     """The top singular vectors of each weight are rotated among themselves."""
 
     rank: int = Field(default=16, ge=2, description="how many singular vectors r of each side")
-    niter: Positive | None = Field(
-        default=None, description="randomised SVD with this number of power iterations; default: exact SVD"
-    )
 
 
-class SpectralRLayer(AdapterLayer):
-    """`base(x) + ΔW x`; the tensors are the entries of K below the diagonal, and the kept `U_OR`, `S_R`, `Vh_RI`."""
+class SpectralRLayer(SpectralLayer):
+    """The trained tensors are the entries of K below the diagonal, `skew_U` and `skew_V`."""
 
     trained: ClassVar[tuple[str, ...]] = ("skew_U", "skew_V")
-    kept: ClassVar[tuple[str, ...]] = ("U_OR", "S_R", "Vh_RI")
     skew_U: nn.Parameter
     skew_V: nn.Parameter
-    U_OR: Tensor
-    S_R: Tensor
-    Vh_RI: Tensor
 
-    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        return add_product(x, base(x), *self._factors())
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """`(R_U S1 R_Vᵀ − S1) V1ᵀ` and U1."""
         S_RR = self.S_R.double().diag()
         turn_U, turn_V = (_turn(skew, len(self.S_R)) for skew in (self.skew_U, self.skew_V))
@@ -61,18 +47,6 @@ class SpectralRLayer(AdapterLayer):
         turn_U, turn_V = (_turn(skew, len(eye_RR)) for skew in (self.skew_U, self.skew_V))
         return (eye_RR + turn_U).float(), (eye_RR + turn_V).float()
 
-    @torch.no_grad()
-    def lora_factors(self) -> LowRankFactors | None:
-        """Plain LoRA factors of rank r."""
-        up, down = self._factors()
-        return LowRankFactors(up, down.clone(), 1.0)
-
-    @torch.no_grad()
-    def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
-        """ΔW_OI, fp32."""
-        up, down = self._factors()
-        return down @ up
-
 
 def _turn(skew_P: Tensor, rank: int) -> Tensor:
     """R − I = −2K(I + K)⁻¹ of a skew-symmetric K, given by its entries below the diagonal; _RR, fp64."""
@@ -83,18 +57,11 @@ def _turn(skew_P: Tensor, rank: int) -> Tensor:
     return torch.linalg.solve(eye_RR + skew_RR, -2 * skew_RR)  # K and (I + K)⁻¹ commute
 
 
-class SpectralR(AdapterKind[SpectralRConfig]):
+class SpectralR(SpectralKind[SpectralRConfig]):
     """Singular vectors of the weight, rotated."""
 
     settings_type: ClassVar[type[AdapterConfig]] = SpectralRConfig
-    rank_of_weight = True
     layer = SpectralRLayer
-
-    def tensors(self, context: LayerContext) -> dict[str, Tensor]:
-        """The top singular vectors, and zeros."""
-        top = top_directions(context.weight_OI, self.settings.rank, self.settings.niter, cache=True)
-        kept = {"U_OR": top.U_OK, "S_R": top.S_K, "Vh_RI": top.Vh_KI}
-        return {name: torch.zeros(size) for name, size in self.sizes(*context.weight_OI.shape).items()} | kept
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         count = self.settings.rank * (self.settings.rank - 1) // 2

@@ -16,7 +16,7 @@ from tests.tiny import train_role
 from tests.unit.adapters.test_kinds import SMALL, add
 
 LONGER = {"spectral_r": {"rank": 4}, "additive": {"rank": 4}, "lora_dash": {"rank": 3, "directions": 2}}
-AS_LORA = ("adalora", "additive", "lora_dash", "miss", "spectral_a", "spectral_r")
+AS_LORA = ("adalora", "additive", "lora_dash", "miss", "spectral_a", "spectral_r", "tinylora")
 
 
 @pytest.fixture(scope="module")

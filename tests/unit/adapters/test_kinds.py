@@ -32,10 +32,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "dora": {"rank": 4},
     "loha": {"rank": 3},
     "miss": {"rank": 5},
+    "tinylora": {"rank": 4, "size": 9, "vectors": 3},
     "vera": {"rank": 16},
 }
 # What PEFT loads a role as.
-PEFT_TYPES = {"bat": "MISS", "loha": "LOHA", "miss": "MISS", "vera": "VERA"}
+PEFT_TYPES = {"bat": "MISS", "loha": "LOHA", "miss": "MISS", "tinylora": "TINYLORA", "vera": "VERA"}
 FAMILIES = ("llama", "gpt2")
 STEPS = 10
 
