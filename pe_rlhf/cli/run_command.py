@@ -49,7 +49,7 @@ def run(
     from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
     from pe_rlhf.runs.layout import STAGE_INFO, RunFiles
     from pe_rlhf.stages.outcome_table import outcome_table
-    from pe_rlhf.stages.pipeline import check_inputs, run_recipe
+    from pe_rlhf.stages.pipeline import check_inputs, cost_lines, run_recipe
     from pe_rlhf.system.processes import is_main
     from pe_rlhf.system.progress import console
     from reward.judges.user_code import time_limit
@@ -61,7 +61,7 @@ def run(
         for stage in stages:
             typer.echo(f"  {stage}: {STAGE_INFO[stage].sentence}")
         settled = settle(loaded)
-        typer.echo("\n".join(plan_lines(settled, stages)))
+        typer.echo("\n".join([*cost_lines(settled, stages), *plan_lines(settled, stages)]))
         refuse_impossible(settled)
         return
     start = "resume" if resume else "new" if first is None else "anew"

@@ -7,11 +7,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pe_rlhf.config.adapter import Adapter, LoRAConfig
-from pe_rlhf.config.optimizer import OptimizerConfig
+from pe_rlhf.config.optimizer import AdamWConfig
 from pe_rlhf.config.section import Data, Positive, Section, Share, refusal
 
 
-class SFTOptimizerConfig(OptimizerConfig):
+class SFTOptimizerConfig(AdamWConfig):
     """AdamW for the sft stage."""
 
     schedule: Literal["constant", "linear"] = Field(

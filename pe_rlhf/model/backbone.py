@@ -11,8 +11,8 @@ anchor is the base with no adapter at all, and a role is a context manager:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from pe_rlhf.model.loading import (
     use_sound_attention,
 )
 from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.noise import noisy_weights
 from pe_rlhf.model.probes import check_model, decoder_of, logits_of, probe_tokens, use_published_attention
 from pe_rlhf.model.role_exports import RolesToExport
 from pe_rlhf.system.distributed import is_sharded, max_over_ranks, world_size
@@ -253,6 +254,12 @@ class Backbone(RolesToExport):
         # With several ranks a row is not on the same one in every pass.
         if world_size() == 1 and self._trunk.has_room(int(rows.lengths_B.sum())):
             self._trunk.fill(rows, token_budget, lambda part: self._hidden(part.ids_BT.to(self.device)), advance)
+
+    @contextmanager
+    def noisy_base(self, sigma: float, seed: int) -> Iterator[None]:
+        """Within it every role is on a base with noise (`pe_rlhf/model/noise.py`); its weights are not touched."""
+        with self._trunk.set_aside(), noisy_weights(self.model, sigma, seed):
+            yield
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

@@ -93,7 +93,8 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
     if (reward := recipe.reward) is not None:
         members = 1 if reward.ensemble is None else reward.ensemble.members
         roles = {"reward role": members * _role_bytes(recipe, shape, "reward")}
-        yield Phase("reward", "update", base | roles | _activations(recipe, shape, reward))
+        noisy = _noisy_base(recipe, shape, reward)
+        yield Phase("reward", "update", base | noisy | roles | _activations(recipe, shape, reward))
     if (ppo := recipe.ppo) is not None:
         name, trained = ("policy and value", 2) if ppo.has_critic else ("policy", 1)
         own = recipe.reward.ensemble.members if recipe.reward is not None and recipe.reward.ensemble else 5
@@ -102,7 +103,8 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
         roles = {name: trained * _role_bytes(recipe, shape, "ppo"), "reward adapters": frozen}
         yield Phase("ppo", "sampling", base | roles | _sampling(recipe, shape, ppo.rollout, ppo.max_prompt_tokens))
         logits = {"logits": HEAD_CHUNK if on_gpu else 4 * 4 * CHUNK * shape.vocabulary}
-        yield Phase("ppo", "update", base | roles | logits | _activations(recipe, shape, ppo))
+        noisy = _noisy_base(recipe, shape, ppo)
+        yield Phase("ppo", "update", base | noisy | roles | logits | _activations(recipe, shape, ppo))
     if recipe.evaluate is not None:
         yield Phase("evaluate", "sampling", base | _sampling(recipe, shape, recipe.evaluate.sampling))
 
@@ -157,6 +159,11 @@ def _beside_activations(recipe: Recipe, shape: ModelShape) -> float:
     """The most that an update has in memory besides its activations."""
     updates = [phase for phase in memory_phases(recipe, shape, _ranks()) if "activations" in phase.parts]
     return max((phase.total - phase.parts["activations"] for phase in updates), default=0.0)
+
+
+def _noisy_base(recipe: Recipe, shape: ModelShape, config: RewardConfig | PPOConfig) -> dict[str, float]:
+    """The copy of the base that has noise on it (`optimizer.noise_on: model`)."""
+    return {"noisy base": weight_bytes(shape, recipe.backbone)} if config.optimizer.noises_base else {}
 
 
 def _activations(recipe: Recipe, shape: ModelShape, config: RewardConfig | PPOConfig) -> dict[str, float]:

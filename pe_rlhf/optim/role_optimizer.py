@@ -11,9 +11,9 @@ Steps are made in fp32. Adapters and heads are fp32 anyway; weights of a narrowe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,17 @@ from pe_rlhf.adapters.kind import AdapterKind, Restart, Time
 from pe_rlhf.adapters.layer import AdapterLayer
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.model.roles import ModelWithRoles
+from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.adamw import PlainAdamW, flatten, unflatten
+from pe_rlhf.optim.sharpness import NoisyBase, take_beside
 from pe_rlhf.optim.zero import ZeRO
 from pe_rlhf.system.distributed import sum_over_ranks, world_size
 from pe_rlhf.system.failures import TrainingError
+from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
+
+Rows = TypeVar("Rows", list[int], Tensor)
 
 CHECKPOINT_PREFIX = "engine/"  # of the optimizer's tensors in checkpoints, those of earlier versions too
 
@@ -40,6 +44,7 @@ class RoleGroup:
     Attributes:
         starts: what weight decay pulls a parameter to, by name; of one that is not there it is 0.
         kind, layers: the kind of the role's adapter, and its layers by name; none of weights of its own.
+        noisy_base: a context in which the base that the role is on has noise, given σ and a seed.
     """
 
     role: str
@@ -48,15 +53,16 @@ class RoleGroup:
     starts: Mapping[str, Tensor] = field(default_factory=dict)
     kind: AdapterKind[Any] | None = None
     layers: Mapping[str, AdapterLayer] = field(default_factory=dict)
+    noisy_base: NoisyBase | None = None
 
     @classmethod
-    def of(cls, backbone: ModelWithRoles, role: str, learning_rate: float) -> RoleGroup:
+    def of(cls, backbone: Backbone, role: str, learning_rate: float) -> RoleGroup:
         """A role of a backbone."""
         parameters, starts = backbone.role_parameters(role), backbone.role_starts(role)
         spec = backbone.specs[role]
         if not isinstance(spec, AdapterSpec):
             return cls(role, parameters, learning_rate, starts)
-        return cls(role, parameters, learning_rate, starts, spec.kind, backbone.role_layers(role))
+        return cls(role, parameters, learning_rate, starts, spec.kind, backbone.role_layers(role), backbone.noisy_base)
 
     def by_rate(self, lora_plus_ratio: float) -> list[tuple[float, str, dict[str, nn.Parameter]]]:
         """The parameters by the factor of their learning rate, and by the name that the kind may restart them under.
@@ -131,7 +137,8 @@ class RoleOptimizer:
 
     A loss is a rank's share of the loss of the whole batch: the ranks' gradients are added, not averaged.
     `total_steps` is the number of optimizer steps of the whole stage, which the schedule needs. `deepspeed` is a
-    DeepSpeed configuration, of which ZeRO and offload are used; None is plain AdamW.
+    DeepSpeed configuration, of which ZeRO and offload are used; None is plain AdamW. `seed` is that of the noise of
+    `sharpness: rwp`.
     """
 
     def __init__(
@@ -140,8 +147,9 @@ class RoleOptimizer:
         config: OptimizerConfig,
         total_steps: int,
         deepspeed: dict[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
-        self._groups, self._config, self._total_steps = groups, config, total_steps
+        self._groups, self._config, self._total_steps, self._seed = groups, config, total_steps, seed
         self.steps = 0
         self._slices = [
             _Slice(
@@ -162,15 +170,34 @@ class RoleOptimizer:
             raise TrainingError(f"the loss is {loss.item()} before optimizer step {self.steps + 1}", kind="not_finite")
         loss.backward()
 
-    def step(self) -> dict[str, float]:
+    def batches(self, rows: Rows) -> tuple[Rows, Rows]:
+        """The rows of a batch that the first and the second gradient of a step are of: all of them, or a half each.
+
+        Without `sharpness` the second one is not asked for. A half counts as a batch: its loss is a mean over it.
+        """
+        half = len(rows) // 2
+        if self._config.is_perturbed and self._config.sharpness_batches == "two" and half:
+            return rows[:half], rows[half:]
+        return rows, rows
+
+    def step(self, again: Callable[[], object] | None = None) -> dict[str, float]:
         """Clip, step, and clear the gradients. Returns each role's gradient norm before clipping.
+
+        again: accumulates the gradients a second time, of the second of `batches`; only `sharpness` calls it.
 
         Raises `TrainingError` for a gradient that is not finite; the weights are then as they were.
         """
         norms = {}
         time = Time(self.steps + 1, self._total_steps)
+        self._sum_gradients()
+        if self._config.is_perturbed:
+            if again is None:
+                raise ValueError(f"sharpness {self._config.sharpness} needs the gradients a second time")
+            roles = {group.role: group.parameters for group in self._groups}
+            noisy = next((group.noisy_base for group in self._groups if group.noisy_base is not None), None)
+            seed = derive_seed(self._seed, "sharpness", self.steps)
+            take_beside(roles, self._config, seed, again, self._sum_gradients, noisy)
         for group in self._groups:
-            _sum_gradients(group)
             if group.kind is not None:
                 # The penalty is of weights only, which are the same on all ranks: its gradient is added once.
                 if (penalty := group.kind.penalty(group.layers)) is not None:
@@ -206,6 +233,10 @@ class RoleOptimizer:
                 part.optimizer.take_over()
             if part.role == group.role and part.restarts in again:
                 part.restart(kind.restarted[part.restarts])
+
+    def _sum_gradients(self) -> None:
+        for group in self._groups:
+            _sum_gradients(group)
 
     def learning_rates(self) -> dict[str, float]:
         """Each role's learning rate at the next step; under LoRA+ it is A's."""

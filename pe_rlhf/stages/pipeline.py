@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pe_rlhf.adapters.kind import kind_of
-from pe_rlhf.config import STAGES, Recipe, SamplerConfig
+from pe_rlhf.config import STAGES, OptimizerConfig, Recipe, SamplerConfig
 from pe_rlhf.config.load import load_deepspeed_config, load_recipe, save_recipe
 from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.data.codec import dated, read_template
@@ -225,6 +225,12 @@ def check_inits(recipe: Recipe) -> None:
             kind_of(member.adapter)
 
 
+def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+    """What some stages take more of than usual, a sentence each."""
+    optimizers = {stage: getattr(getattr(recipe, stage), "optimizer", None) for stage in stages}
+    return [f"{name}: {o.cost}" for name, o in optimizers.items() if isinstance(o, OptimizerConfig) and o.cost]
+
+
 def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
     """The recipe's stages from `first` to `last`, both included. Raises `InputError` for one the recipe hasn't got."""
     for name in (first, last):
@@ -242,6 +248,8 @@ def _run_stage(context: StageContext[Any]) -> None:
     context.folder.mkdir(exist_ok=True)
     save_recipe(context.recipe, context.files.recipe)
     reset_peak_memory()
+    for line in cost_lines(context.recipe, [context.stage]):
+        say(line)
     try:
         with context.resources:
             summary = RUN[context.stage](context)

@@ -139,7 +139,7 @@ def _add_roles(
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup.of(backbone, role, rates[role]) for role in _trained(config)]
     total_steps = config.steps * config.epochs * config.minibatches
-    return RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed)
+    return RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed, context.recipe.seed)
 
 
 def _trained(config: PPOConfig) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,12 +40,15 @@ def update(
     for epoch in range(config.epochs):
         order = torch.tensor(permutation(len(experience.sequences), seed, "minibatches", step, epoch))
         for rows in order.tensor_split(config.minibatches):
-            sums, log_ratios_N2 = _accumulate(backbone, optimizer, experience, rows, costs_B[rows], beta, config)
+            own, others = optimizer.batches(rows)
+            sums, log_ratios_N2 = _accumulate(backbone, optimizer, experience, own, costs_B[own], beta, config)
             if not means:
                 # No step was taken yet: what differs from π_old now is the sampler against the trainer.
                 metrics = mismatch_metrics(log_ratios_N2[:, 0], config.rollout, backbone.precision, log_ratios_N2[:, 1])
             rates = optimizer.learning_rates()
-            norms = optimizer.step()
+            norms = optimizer.step(
+                partial(_accumulate, backbone, optimizer, experience, others, costs_B[others], beta, config)
+            )
             for name, value in sums.items():
                 means[name].append(value)
             for role in norms:

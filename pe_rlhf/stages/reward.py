@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     groups = [RoleGroup.of(backbone, member.role, config.learning_rate) for member in members]
-    optimizer = RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed)
+    optimizer = RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed, context.recipe.seed)
     first_step, seconds_before = _resume(context, backbone, optimizer, members)
     everything = train.responses() + held_out.responses()
     with progress("reward: frozen blocks", len(everything), "responses") as advance:
@@ -72,18 +73,16 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
         for step in range(first_step, total_steps):
             epoch, batch = divmod(step, steps_per_epoch)
             step_start = time.monotonic()
-            line: dict[str, float] = {"epoch": epoch}
-            for member in reversed(members):  # one after the other, so that their activations are not held together
-                rows = member.batch(epoch, batch, config.batch_size)
-                with seeded(member.seed, "reward dropout", step, rank()):
-                    line |= accumulate(backbone, optimizer, train, rows, config, member.role)  # the first one's stay
+            gradients = partial(_gradients, backbone, optimizer, members, train, step, (epoch, batch), config)
+            line: dict[str, float] = {"epoch": epoch} | gradients(0)
             spent = time.monotonic() - step_start
             # Only weights whose loss on the next pairs is finite are kept: a run that fails goes on from sound ones.
             if step > first_step and step % config.checkpoint_every == 0:
                 seconds = seconds_before + step_start - start
                 _save(context, backbone, optimizer, members, step, seconds, held_out_loss)
             step_start = time.monotonic() - spent  # without the saving
-            line |= {"lr": optimizer.learning_rates()[REWARD], "grad_norm": optimizer.step()[REWARD]}
+            rates, norms = optimizer.learning_rates(), optimizer.step(partial(gradients, 1))
+            line |= {"lr": rates[REWARD], "grad_norm": norms[REWARD]}
             line["seconds_step"] = time.monotonic() - step_start
             done, held_out_loss = step + 1, None
             if done % config.eval_every == 0 or done == total_steps:
@@ -133,6 +132,28 @@ def _centre(backbone: Backbone, members: Sequence[Member], train: Pairs, config:
         for member in members:
             mean_score = evaluate_pairs(backbone, train, config, advance, role=member.role).mean_score
             backbone.head(member.role).shift(-mean_score)
+
+
+def _gradients(
+    backbone: Backbone,
+    optimizer: RoleOptimizer,
+    members: Sequence[Member],
+    train: Pairs,
+    step: int,
+    batch: tuple[int, int],
+    config: RewardConfig,
+    which: int,
+) -> dict[str, float]:
+    """Gradients of all members on a batch (epoch, number), the first or the second of the optimizer's `batches`.
+
+    Dropout is the same in both.
+    """
+    line: dict[str, float] = {}
+    for member in reversed(members):  # one after the other, so that their activations are not held together
+        rows = optimizer.batches(member.batch(*batch, config.batch_size))[which]
+        with seeded(member.seed, "reward dropout", step, rank()):
+            line |= accumulate(backbone, optimizer, train, rows, config, member.role)  # the first one's stay
+    return line
 
 
 def accumulate(

@@ -145,6 +145,15 @@ class TrunkCache:
         except Exception:  # whatever a model's blocks raise for what they do not expect
             return False
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Within it no states are given: those of a base that is another for a while are others."""
+        rows, self._rows = self._rows, {}
+        try:
+            yield
+        finally:
+            self._rows = rows
+
     def one_pass(self, sequences: Sequences, packing: Packing | None) -> AbstractContextManager[None]:
         """Within it the states of these rows are given, where all of them are kept; otherwise nothing changes."""
         if not self._rows or self._trunk.depth != self._depth:  # another adapter may reach further down

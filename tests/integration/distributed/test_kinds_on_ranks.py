@@ -19,6 +19,14 @@ KINDS = {
     # Of full rank, it makes much of the ranks' rounding: its steps are smaller.
     "redrawn": ["adapter.kind=redrawn", "adapter.every=2", "reward.learning_rate=1e-3", "ppo.learning_rate=1e-3"],
     "shira": ["adapter.kind=shira"],
+    # Ways to make a step, which look at gradients and write into weights, too.
+    "sam": [f"{stage}.optimizer.{key}" for stage in ("reward", "ppo") for key in ("sharpness=sam", "rho=0.1")],
+    # A noisy model makes much of the ranks' rounding.
+    "rwp": [
+        f"{stage}.{key}"
+        for stage in ("reward", "ppo")
+        for key in ("optimizer.sharpness=rwp", "optimizer.noise_on=model", "learning_rate=1e-3")
+    ],
 }
 
 
