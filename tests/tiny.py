@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
-from pe_rlhf.adapters.layer_statistics import Need
+from pe_rlhf.adapters.layer_statistics import LayerStatistics, Need
 from pe_rlhf.adapters.lora.init_registry import INITS as REGISTRY
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.types import Sequences
@@ -162,10 +162,25 @@ def statistics_for(backbone: Backbone) -> ProbedStatistics:
     return ProbedStatistics(backbone.base_layer, probes)
 
 
+class OtherWeights:
+    """Weights that a base might have had before it was quantised, for inits of what was lost."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+
+    def visit(self, modules: Sequence[str], need: Need, take: Callable[[str, LayerStatistics], None]) -> None:
+        generator = torch.Generator().manual_seed(4)
+        for name in modules:
+            weight_OI = self._backbone.base_weight(name).float()
+            lost_OI = 0.1 * torch.randn(weight_OI.shape, generator=generator)
+            take(name, LayerStatistics(original_OI=weight_OI + lost_OI))
+
+
 def add_role(backbone: Backbone, role: str, init: str, **settings: Any) -> None:
     """`add_adapter`, with statistics for the inits that need some."""
     needs = REGISTRY[init].needs
-    backbone.add_adapter(role, init=init, statistics=statistics_for(backbone) if needs else None, **settings)
+    source = OtherWeights(backbone) if needs == "original weight" else statistics_for(backbone) if needs else None
+    backbone.add_adapter(role, init=init, statistics=source, **settings)
 
 
 @torch.no_grad()

@@ -102,6 +102,7 @@ def inspect_inits(
     adapters: Sequence[LowRankConfig],
     seed: Callable[[str], int],
     done: Callable[[int], None] = lambda count: None,
+    original: Callable[[str], Tensor] | None = None,
 ) -> Inspection:
     """Run one pass over a batch and work out every init's metrics on every layer as its gradient comes by.
 
@@ -111,6 +112,7 @@ def inspect_inits(
         adapters: settings that share rank, alpha and scaling, but not the init and its options.
         seed: the seed of a layer, by its name.
         done: called after each layer.
+        original: the weight of a layer before it was quantised, for inits that need it.
     """
     chosen = [init_of(settings) for settings in adapters]
     scale, rank = scale_of(adapters[0]), adapters[0].rank
@@ -134,7 +136,8 @@ def inspect_inits(
         result.best_square += best
         for (registered, options), init in zip(chosen, metrics, strict=True):
             given = {"two gradients": halves, "gradient": (G_OI,)}.get(registered.needs or "", ())
-            statistics = LayerStatistics(given, moments if registered.needs == "inputs" else None)
+            before = original(name) if original and registered.needs == "original weight" else None
+            statistics = LayerStatistics(given, moments if registered.needs == "inputs" else None, before)
             generator = torch.Generator().manual_seed(seed(name))
             context = InitContext(weight_OI, rank, scale, generator, options, statistics)
             A_RI, B_OR = registered(context)

@@ -1,4 +1,4 @@
-"""What an init may read of a layer beyond its weight: gradients of a loss, moments of the layer's inputs."""
+"""What an init may read of a layer beyond its weight: gradients, moments of inputs, the weight before quantising."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from reward.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What an init needs: the gradient of one batch, of two batches (or tasks), or moments of the layer's inputs.
-Need = Literal["gradient", "two gradients", "inputs"]
+# What an init needs: the gradient of one batch, of two batches (or tasks), moments of the layer's inputs, or the weight
+# as it was before it was quantised.
+Need = Literal["gradient", "two gradients", "inputs", "original weight"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class LayerStatistics:
 
     gradients_OI: tuple[Tensor, ...] = ()
     inputs: InputMoments | None = None
+    original_OI: Tensor | None = None
 
 
 class StatisticsSource(Protocol):

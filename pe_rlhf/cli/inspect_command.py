@@ -43,7 +43,8 @@ def inspect(
     folder = run_dir or Path("runs") / loaded.name
     page = to or folder / f"inspect-{chosen}.html"
     claim_page(page)
-    result = inspect_recipe(loaded, chosen, inits_named(inits, loaded.adapter_for(chosen)), folder)
+    named = inits_named(inits, loaded.adapter_for(chosen), loaded.backbone.quantization)
+    result = inspect_recipe(loaded, chosen, named, folder)
     table = Table(title=f"{loaded.name}: adapter inits under the loss of {chosen}")
     for heading in ("init", *COLUMNS.values()):
         table.add_column(heading, justify="left" if heading == "init" else "right")

@@ -18,6 +18,15 @@ from reward.errors import InputError, did_you_mean
 INIT_OPTIONS: dict[str, type[Section]] = {}
 
 
+class OptionsOnQuantised(Section):
+    """The options of an init for a quantised base only."""
+
+
+def init_fits(init: str, quantization: str) -> bool:
+    """Whether an init can be taken on a base that is quantised like that; one that is not registered yet can."""
+    return quantization != "none" or not issubclass(INIT_OPTIONS.get(init, Section), OptionsOnQuantised)
+
+
 class AdapterConfig(Section):
     """The adapter of a role: the keys that every kind has. Each kind has others beside them."""
 

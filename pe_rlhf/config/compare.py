@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pe_rlhf.config.adapter import INIT_OPTIONS
+from pe_rlhf.config.adapter import INIT_OPTIONS, init_fits
 from pe_rlhf.config.section import Positive, Section, Share, refusal
 
 SHORT_KEYS = {
@@ -45,7 +45,7 @@ class CompareConfig(Section):
     grid: dict[str, list[Any]] = Field(
         default_factory=dict,
         description="key → list of values; every combination is an arm. `seed` here is the same as seeds; `init: all`"
-        " is every init, lora first",
+        " is every init that needs no quantised base, lora first",
     )
     arms: list[dict[str, Any]] = Field(
         default_factory=list, description="further arms, each a mapping of keys to values, with an optional name"
@@ -71,7 +71,7 @@ class CompareConfig(Section):
     @classmethod
     def _all_inits(cls, tree: Any) -> Any:
         if isinstance(tree, dict) and isinstance(grid := tree.get("grid"), dict) and grid.get("init") == "all":
-            every = ["lora", *sorted(INIT_OPTIONS.keys() - {"lora"})]
+            every = ["lora", *(name for name in sorted(INIT_OPTIONS) if name != "lora" and init_fits(name, "none"))]
             return {**tree, "grid": {key: every if key == "init" else values for key, values in grid.items()}}
         return tree
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pe_rlhf.config.adapter import Adapter, AdapterConfig, LoRAConfig, settings_of
+from pe_rlhf.config.adapter import Adapter, AdapterConfig, LoRAConfig, init_fits, settings_of
 from pe_rlhf.config.compare import CompareConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
 from pe_rlhf.config.model import BackboneConfig
@@ -120,7 +120,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _quantised_base(self) -> Recipe:
-        """What a quantised base cannot be: trained, or what vLLM samples from."""
+        """What a quantised base cannot be: trained, or what vLLM samples from; and what only a quantised one has."""
+        for stage in self.stages:
+            init = getattr(self.adapter_for(stage), "init", "")
+            if not init_fits(init, self.backbone.quantization):
+                raise refusal(
+                    "adapter.init", f"{init} starts from what quantising lost; set backbone.quantization", "conflict"
+                )
         if self.backbone.quantization == "none":
             return self
         if self.tuning == "full" or self.sft is not None:

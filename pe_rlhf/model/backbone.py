@@ -102,18 +102,21 @@ def load_backbone(
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"load_backbone: dtype {dtype!r} is none of {', '.join(DTYPES)}", kind="unknown", key="dtype")
-    loaded, own_tokenizer = load_causal_lm(
+    load = partial(
+        load_causal_lm,
         str(model),
         dtype=dtype,
-        device=find_device(str(device)),
         attention=attention,
         trust_remote_code=trust_remote_code,
         revision=revision,
-        quantization=quantization,
     )
+    loaded, own_tokenizer = load(device=find_device(str(device)), quantization=quantization)
     # An adapter's folder is merged into a model, which is what exports have to name as their base.
     name = resolve_model(str(model)) if is_adapter(Path(str(model)).expanduser()) else str(model)
-    return Backbone(loaded, tokenizer or own_tokenizer, name, fast)
+    backbone = Backbone(loaded, tokenizer or own_tokenizer, name, fast)
+    if quantization != "none":
+        backbone.load_original = lambda: load(device=torch.device("cpu"))[0]
+    return backbone
 
 
 class Backbone(RolesToExport):

@@ -6,7 +6,7 @@ A role may also have weights of its own, the whole model trained: the baseline t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource
 from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, adapter_settings, new_adapters, saved_adapter
 from pe_rlhf.adapters.targets import say_what_is_left_out
 from pe_rlhf.config import AdapterConfig
+from pe_rlhf.model.original_weights import OriginalWeights
 from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.model.tensors import set_tensors, unique_tensors, with_prefix, without_prefix
 from pe_rlhf.system.distributed import is_sharded
@@ -41,6 +42,8 @@ class ModelWithRoles(nn.Module):
         self.own_models = nn.ModuleDict()
         self.specs: dict[str, RoleSpec] = {}
         self._state = RoleState()
+        # How the base is loaded without quantising it, where it was.
+        self.load_original: Callable[[], PreTrainedModel] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +123,7 @@ class ModelWithRoles(nn.Module):
 
         Args:
             settings: the adapter section of a recipe. Its keys may be given by name instead: `kind="dora", rank=16`.
-            statistics: what the kind or init needs beyond the weights.
+            statistics: what the kind or init needs beyond the weights; original weights are read from the disk.
 
         Raises `InputError` for a role that is there already, an unknown kind, init or option, targets that match
         nothing, or where `statistics` are needed and not given.
@@ -128,6 +131,8 @@ class ModelWithRoles(nn.Module):
         self._refuse_taken(role)
         spec = AdapterSpec.on(self.model, settings or adapter_settings(**named))
         say_what_is_left_out(self.model, spec.modules, spec.settings.targets, spec.settings.last_layers)
+        if statistics is None and spec.kind.needs == "original weight":
+            statistics = self.original_weights()
         adapters = new_adapters(spec, self.base_weight, lambda name: derive_seed(seed, role, name), statistics)
         self._install(role, spec, adapters, self._new_head(role))
 
@@ -141,6 +146,10 @@ class ModelWithRoles(nn.Module):
         if head is not None and source in self.heads:
             head.load_state_dict(self.heads[source].state_dict())
         self._install_own(role, self._plain_copy(source, whole=head is None), head)
+
+    def original_weights(self) -> OriginalWeights:
+        """The weights of the base as they were before it was quantised."""
+        return OriginalWeights(self.load_original)
 
     def base_weight(self, name: str) -> Tensor:
         """The frozen weight _OI of a layer that adapters can be put on; a quantised one is dequantised."""

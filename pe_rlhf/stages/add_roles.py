@@ -48,7 +48,7 @@ def add_role(
         )
     if needs is None or (saved := load_checkpoint(context.folder)) is None:
         own = context.recipe.seed if seed is None else seed
-        backbone.add_adapter(role, adapter, seed=own, statistics=statistics)
+        backbone.add_adapter(role, adapter, seed=own, statistics=None if needs == "original weight" else statistics)
         if world_size() > 1:  # an SVD may come out with other signs on another machine, and ranks must not differ
             backbone.set_role_state(role, from_main(backbone.role_state(role)))
         return None

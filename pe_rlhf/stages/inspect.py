@@ -12,6 +12,7 @@ from pe_rlhf.adapters.inspection import Inspection, inspect_inits
 from pe_rlhf.adapters.lora.init_registry import get_init, init_names
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import AdapterConfig, LowRankConfig, PPOConfig, Recipe, RewardConfig
+from pe_rlhf.config.adapter import init_fits
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.device_plan import settle
 from pe_rlhf.report.inspect_page import inspect_page
@@ -52,7 +53,7 @@ def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) 
     layers = {name: backbone.base_layer(name) for name in AdapterSpec.on(backbone.model, adapter).modules}
     with progress(f"inspecting {len(adapters)} inits", len(layers), "layers") as advance:
         seed = partial(derive_seed, recipe.seed, ROLES[stage])
-        result = inspect_inits(layers, probe, adapters, seed, advance)
+        result = inspect_inits(layers, probe, adapters, seed, advance, backbone.original_weights().weight)
     if result.gradient_square == 0:
         raise InputError(
             f"--stage {stage}: the loss of this batch has no gradient, so there is no step to compare inits by",
@@ -63,9 +64,10 @@ def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) 
     return result
 
 
-def inits_named(text: str, adapter: AdapterConfig) -> list[str]:
-    """The inits of a comma-separated list; `all`, and by default the recipe's beside plain LoRA."""
-    names = init_names() if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+def inits_named(text: str, adapter: AdapterConfig, quantization: str = "none") -> list[str]:
+    """The inits of a comma-separated list; `all` that the base can have, by default the recipe's beside plain LoRA."""
+    every = [name for name in init_names() if init_fits(name, quantization)]
+    names = every if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
     names = list(dict.fromkeys(names)) or list(dict.fromkeys([low_rank(adapter).init, "lora"]))
     for name in names:
         get_init(name)

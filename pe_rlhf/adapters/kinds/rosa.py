@@ -60,9 +60,9 @@ class RoSA(LoRA):
 
     def __init__(self, settings: RoSAConfig) -> None:
         super().__init__(settings)
-        if self.init.needs == "inputs":
+        if self.init.needs not in (None, "gradient", "two gradients"):
             raise InputError(
-                f"rosa chooses its entries by gradients, and the init {self.init.name} reads inputs",
+                f"rosa chooses its entries by gradients, and the init {self.init.name} reads something else",
                 kind="conflict",
                 key="adapter.init",
                 fix="take an init that reads no data, or gradients",

@@ -62,6 +62,12 @@ class InitContext:
         return self.statistics.gradients_OI[0]
 
     @property
+    def original_OI(self) -> Tensor:
+        """The weight as it was before it was quantised, fp32."""
+        assert self.statistics.original_OI is not None
+        return self.statistics.original_OI
+
+    @property
     def inputs(self) -> InputMoments:
         """Moments of the layer's inputs."""
         assert self.statistics.inputs is not None
@@ -104,12 +110,14 @@ class Init:
 
     def _check_statistics(self, found: LayerStatistics) -> None:
         wanted = {"gradient": 1, "two gradients": 2}.get(self.needs or "", 0)
-        if len(found.gradients_OI) < wanted or (self.needs == "inputs" and found.inputs is None):
+        absent = {"inputs": found.inputs is None, "original weight": found.original_OI is None}
+        if len(found.gradients_OI) < wanted or absent.get(self.needs or "", False):
             what = "moments of the layers' inputs" if self.needs == "inputs" else f"the layers' {self.needs}"
             raise self._error(
                 f"needs {what}", kind="missing", fix="give add_adapter(…, statistics=…); the stages reward and ppo do"
             )
         tensors = list(found.gradients_OI) + ([found.inputs.second_II] if found.inputs else [])
+        tensors += [] if found.original_OI is None else [found.original_OI]
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise self._error("was given statistics of a layer that are not finite", kind="not_finite")
         if any(not bool(tensor.any()) for tensor in tensors):

@@ -47,7 +47,8 @@ def adapter_for(base: nn.Module, init: str, dropout: float = 0.0) -> AnchoredLoR
     gradients = torch.randn(OUT, IN, generator=generator), torch.randn(OUT, IN, generator=generator)
     x_NI = torch.randn(40, IN, generator=generator)
     moments = InputMoments(x_NI.T @ x_NI / len(x_NI), x_NI.mean(0), len(x_NI))
-    statistics = {"layer": LayerStatistics(gradients, moments)}
+    original_OI = dense_base(base)[0] + 0.1 * gradients[0]
+    statistics = {"layer": LayerStatistics(gradients, moments, original_OI)}
     adapter = new_adapters(spec_for(init, dropout), lambda _: dense_base(base)[0], lambda _: 0, statistics)["layer"]
     assert isinstance(adapter, AnchoredLoRA)
     return adapter

@@ -123,7 +123,7 @@ def test_after_one_step_of_adam_a_bf16_server_has_the_update_to_one_percent(init
     moments = InputMoments(torch.eye(narrow), torch.zeros(narrow), 100)
     gradients = torch.randn(wide, narrow, generator=generator), torch.randn(wide, narrow, generator=generator)
     spec = AdapterSpec(LoRAConfig(init=init, rank=rank, alpha=2.0 * rank), ("layer",))
-    statistics = {"layer": LayerStatistics(gradients, moments)}
+    statistics = {"layer": LayerStatistics(gradients, moments, W0 + gradients[0])}
     adapter = new_adapters(spec, lambda _: W0, lambda _: 0, statistics)["layer"]
     assert isinstance(adapter, AnchoredLoRA)
     A0, B0 = initial(adapter)

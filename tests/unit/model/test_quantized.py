@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor
 from typer.testing import CliRunner
 
 from pe_rlhf.adapters.layer import WrappedLayer
 from pe_rlhf.cli.main import app
 from pe_rlhf.config import SamplingConfig
+from pe_rlhf.config.load import make_recipe
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from reward.errors import InputError
+from tests.failures import raises
 from tests.runs import read_jsonl, recipe, write_recipe
 from tests.tiny import ALL_INITS, add_role, perturb, ragged_sequences, role_logits, tiny_model
 
@@ -76,6 +79,27 @@ def test_pissa_is_that_of_the_dequantised_weight(folder: Path, kind: str) -> Non
         product = state[f"{name}.initial_B_OR"].double() @ state[f"{name}.initial_A_RI"].double()
         torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
         assert product.norm() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loftq_is_that_of_peft_for_what_quantising_lost(folder: Path, kind: str) -> None:
+    backbone, whole = quantised(folder, kind), load_backbone(str(folder))
+    backbone.add_adapter("policy", init="loftq", rank=3, alpha=6)
+    whole.add_adapter("policy", rank=1)
+    state = backbone.role_state("policy")
+    for name in backbone.adapter_spec("policy").modules:
+        lost_OI = whole.base_weight(name) - backbone.base_weight(name).float()
+        theirs = _low_rank_decomposition(lost_OI.double(), reduced_rank=3)
+        product = 2.0 * state[f"{name}.lora_B"].double() @ state[f"{name}.lora_A"].double()
+        torch.testing.assert_close(product, theirs["L"] @ theirs["R"], rtol=1e-3, atol=1e-6)
+        assert product.norm() > 0.1 * lost_OI.norm()
+
+
+def test_loftq_is_refused_where_nothing_was_quantised(folder: Path) -> None:
+    with raises("conflict", key="adapter.init"):
+        load_backbone(str(folder)).add_adapter("policy", init="loftq", rank=3)
+    with raises("conflict", key="adapter.init"):
+        make_recipe(recipe("reward", adapter={"init": "loftq"}), folder / "recipe.yaml")
 
 
 def test_the_dequantised_weight_is_near_the_original_after_any_pass(folder: Path) -> None:

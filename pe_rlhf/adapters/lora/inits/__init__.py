@@ -13,6 +13,7 @@ from pe_rlhf.adapters.lora.inits import (  # noqa: F401
     eva,
     gaussian,
     geora,
+    loftq,
     lora,
     lora_ga,
     mica,
