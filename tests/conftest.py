@@ -1,3 +1,5 @@
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +25,10 @@ from reward.errors import Failure
 from tests.paths import SHARED_DATA
 from tests.runs import Outcome, contents
 from tests.tiny import EOS, FAMILIES, VOCABULARY, tiny_model
+
+# A stage collects garbage at its end: what was imported is never any, and takes most of a second to look through.
+gc.freeze()
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

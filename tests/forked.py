@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -12,19 +13,37 @@ from pathlib import Path
 
 from pe_rlhf.cli.main import main
 
+gc.freeze()  # as in conftest.py, for the server
+
 SECONDS = 300
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["pe_rlhf.stages.pipeline", "transformers.models.llama.modeling_llama", "matplotlib.figure", "tests.forked"]
+    [
+        *("pe_rlhf.stages.pipeline", "pe_rlhf.optim.zero", "deepspeed"),
+        *("transformers.models.llama.modeling_llama", "matplotlib.figure", "tests.forked"),
+    ]
 )
 
 
 class Forked:
-    """A command that runs: `Forked(["run", "recipe.yaml"], folder, cache)`."""
+    """A command that runs: `Forked(["run", "recipe.yaml"], folder, cache)`.
 
-    def __init__(self, arguments: list[str], folder: Path, cache: Path) -> None:
+    more: its environment besides this process's. before: what it calls first.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        folder: Path,
+        cache: Path,
+        more: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         self._said = folder / f".said-{time.monotonic_ns()}"
-        self._process = _SERVER.Process(target=_command, args=(arguments, folder, cache, self._said, dict(os.environ)))
+        environment = {**os.environ, **(more or {})}
+        self._process = _SERVER.Process(
+            target=_command, args=(arguments, folder, cache, self._said, environment, before)
+        )
         self._process.start()
 
     def wait_until(self, moment: Callable[[], bool]) -> None:
@@ -63,7 +82,14 @@ class Forked:
         return self.said
 
 
-def _command(arguments: list[str], folder: Path, cache: Path, said: Path, environment: dict[str, str]) -> None:
+def _command(
+    arguments: list[str],
+    folder: Path,
+    cache: Path,
+    said: Path,
+    environment: dict[str, str],
+    before: Callable[[], None] | None,
+) -> None:
     with said.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -71,4 +97,6 @@ def _command(arguments: list[str], folder: Path, cache: Path, said: Path, enviro
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["pe-rlhf", *arguments]
+    if before is not None:
+        before()
     main()

@@ -10,11 +10,13 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.typing import RcKeyType
@@ -30,6 +32,8 @@ GREY = "#7a828e"
 DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 SETTINGS: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "font.size": 9.5,
     "text.color": GREY,
     "text.parse_math": False,  # a name with a dollar sign is no formula
@@ -54,6 +58,10 @@ SETTINGS: dict[RcKeyType, Any] = {
 SIZE = (4.3, 3.0)
 FEW_POINTS = 12  # up to here each point gets a marker: a line does not show where it was measured
 LABEL_LENGTH = 26
+PLOTS_KEPT = 64
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,23 @@ def points(rows: Sequence[Row], key: str, label: str, low: str | None = None, hi
     return Line(label, steps, values, below, above)
 
 
+def drawn_once(draw: Callable[P, T]) -> Callable[P, T]:
+    """Keep what was drawn, by the arguments: a run's page is written after each stage, with the plots of all before."""
+    kept: dict[str, T] = {}
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> T:
+        key = repr((args, kwargs))
+        if key not in kept:
+            if len(kept) == PLOTS_KEPT:
+                kept.clear()
+            kept[key] = draw(*args, **kwargs)
+        return kept[key]
+
+    return drawn
+
+
+@drawn_once
 def draw_lines(
     title: str,
     unit: str,
@@ -177,6 +202,7 @@ def draw_bars(
     return Plot(title, note, _svg(title, draw, (SIZE[0], 0.6 + 0.3 * len(bars))))
 
 
+@drawn_once
 def draw_reliability(bins: Sequence[Row]) -> Plot | None:
     """How often a reward model is right (y) at each confidence (x); bins are those of the reward stage's summary."""
     filled = [row for row in bins if row["count"]]
@@ -246,7 +272,7 @@ def _svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = 
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=no_metadata)  # `savefig` draws twice
     document = buffer.getvalue()
     # Groups are numbered from 1 in every plot: ids that nothing refers to, and that would be there twice.
     return Markup(re.sub(r'<g id="[^"]*_\d+"', "<g", document[document.index("<svg") :]))

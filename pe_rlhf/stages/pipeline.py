@@ -105,7 +105,8 @@ def run_recipe(
                 continue
             _run_stage(StageContext(recipe, run_dir, stage))
             on_main(lambda: write_report(run_dir))
-        on_main(lambda: write_report(run_dir))
+        if set(stages) == set(finished):
+            on_main(lambda: write_report(run_dir))
     return {stage: summary for stage in recipe.stages if (summary := read_summary(files.stage(stage))) is not None}
 
 

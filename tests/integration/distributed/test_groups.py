@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import Forked
-from tests.integration.distributed.launching import ROOT, deepspeed, finish, start
+from tests.integration.distributed.launching import run_on_ranks
 from tests.integration.distributed.test_ranks import assert_same_run, small
 from tests.runs import read_jsonl, write_recipe
 
@@ -22,11 +22,9 @@ OPTIONS = [
 def test_two_ranks_are_one(tmp_path: Path, model_cache: Path) -> None:
     path = write_recipe(tmp_path, small("ppo"))
     Forked(["run", str(path), *OPTIONS, "--run-dir", "plain"], tmp_path, model_cache).finish()
-    worker = str(ROOT / "tests" / "integration" / "distributed" / "worker.py")
-    name = ",".join(["deepspeed=zero2", *OPTIONS])
-    finish(start(deepspeed(2, worker, str(path), str(tmp_path), name), tmp_path, model_cache))
-    assert_same_run(tmp_path / name, tmp_path / "plain", ("ppo",))
-    lines = read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl")
+    run_on_ranks(["run", str(path), "deepspeed=zero2", *OPTIONS, "--run-dir", "two"], tmp_path, model_cache)
+    assert_same_run(tmp_path / "two", tmp_path / "plain", ("ppo",))
+    lines = read_jsonl(tmp_path / "two" / "ppo" / "metrics.jsonl")
     assert lines[-1]["policy_grad_norm"] > 0
     assert lines[-1]["episodes"] == 3 * 5 * 3
-    assert not list((tmp_path / name).rglob("*value*"))
+    assert not list((tmp_path / "two").rglob("*value*"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import Forked
-from tests.integration.distributed.launching import ROOT, deepspeed, finish, start
+from tests.integration.distributed.launching import run_on_ranks
 from tests.integration.distributed.test_ranks import assert_same_run, small
 from tests.runs import write_recipe
 
@@ -30,24 +30,11 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
-    """One process for each kind, then all kinds on two ranks, under ZeRO 0 and 2 in turn."""
-    folder = tmp_path_factory.mktemp("kinds")
-    path = write_recipe(folder, {**small("reward", "ppo"), "adapter": {}})
-    for kind, options in KINDS.items():
-        Forked(["run", str(path), *options, "--run-dir", kind], folder, model_cache).finish()
-    worker = str(ROOT / "tests" / "integration" / "distributed" / "worker.py")
-    names = [two_ranks(kind) for kind in KINDS]
-    finish(start(deepspeed(2, worker, str(path), str(folder), *names), folder, model_cache))
-    return folder
-
-
-def two_ranks(kind: str) -> str:
-    zero = "zero2" if kind in ("adalora", "redrawn") else "zero0"
-    return ",".join([f"deepspeed={zero}", *KINDS[kind]])
-
-
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_two_ranks_are_one(runs: Path, kind: str) -> None:
-    assert_same_run(runs / two_ranks(kind), runs / kind, ("reward", "ppo"), weights=1e-3)
+def test_two_ranks_are_one(tmp_path: Path, model_cache: Path, kind: str) -> None:
+    path = write_recipe(tmp_path, {**small("reward", "ppo"), "adapter": {}})
+    command = ["run", str(path), *KINDS[kind]]
+    Forked([*command, "--run-dir", "one"], tmp_path, model_cache).finish()
+    zero = "zero2" if kind in ("adalora", "redrawn") else "zero0"
+    run_on_ranks([*command, f"deepspeed={zero}", "--run-dir", "two"], tmp_path, model_cache)
+    assert_same_run(tmp_path / "two", tmp_path / "one", ("reward", "ppo"), weights=1e-3)

@@ -16,17 +16,26 @@ import torch
 from safetensors.torch import load_file
 
 from tests.forked import Forked
-from tests.integration.distributed.launching import ROOT, deepspeed, finish, free_port, kill, launch, start
+from tests.integration.distributed.launching import (
+    ROOT,
+    finish,
+    free_port,
+    kill,
+    launch,
+    run_on_ranks,
+    start,
+    start_ranks,
+)
 from tests.runs import Tree, read_jsonl, recipe, without_time, write_recipe
 
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 
-CONFIGURATIONS = [f"deepspeed={name}" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")]
-LOOKS_AT_DATA = "adapter.init=lora_ga"
-JUDGED_BY_A_RUN = "evaluate.judge=reward_model:plain"
+CONFIGURATIONS = {name: [f"deepspeed={name}"] for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")}
 # Every weight is split, and a rank's micro-batch has more rows, so more response tokens, than the other's.
-ALL_SPLIT = "deepspeed=all_split.json,ppo.micro_batch_tokens=120"
-FULL = "tuning=full,reward.learning_rate=1e-3,ppo.learning_rate=1e-3"
+CONFIGURATIONS["all_split"] = ["deepspeed=all_split.json", "ppo.micro_batch_tokens=120"]
+LOOKS_AT_DATA = ["adapter.init=lora_ga"]
+JUDGED_BY_A_RUN = ["evaluate.judge=reward_model:plain"]
+FULL = ["tuning=full", "reward.learning_rate=1e-3", "ppo.learning_rate=1e-3"]
 STAGES = ("preferences", "reward", "ppo", "evaluate")
 ROLES = ["reward/adapter", "ppo/adapter", "ppo/value"]
 
@@ -60,25 +69,26 @@ def small(*stages: str) -> Tree:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
-    """The same recipe by one process (`plain`) and by two ranks under every configuration."""
+    """A recipe, and `plain`: its run by one process."""
     folder = tmp_path_factory.mktemp("ranks")
     tree = small(*STAGES)
     tree["reward"].pop("data")
     tree["preferences"]["judge"] = "judge:score"
     (folder / "judge.py").write_text(JUDGE)
     path = write_recipe(folder, tree)
-    for name, override in (("plain", "seed=0"), ("plain-lora_ga", LOOKS_AT_DATA), ("plain-judged", JUDGED_BY_A_RUN)):
-        Forked(["run", str(path), override, "--run-dir", name], folder, model_cache).finish()
-    Forked(["run", str(path), *FULL.split(","), "--run-dir", "plain-full"], folder, model_cache).finish()
+    Forked(["run", str(path), "--run-dir", "plain"], folder, model_cache).finish()
     zero3 = json.loads((ROOT / "launch" / "zero3.json").read_text())
     zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (folder / "all_split.json").write_text(json.dumps(zero3))
-    worker = str(ROOT / "tests" / "integration" / "distributed" / "worker.py")
-    others = [f"deepspeed=zero1,{own}" for own in (LOOKS_AT_DATA, JUDGED_BY_A_RUN)]
-    others += [f"deepspeed=zero2,{FULL}", ALL_SPLIT]
-    for overrides in (CONFIGURATIONS, others):
-        finish(start(deepspeed(2, worker, str(path), str(folder), *overrides), folder, model_cache))
     return folder
+
+
+def one_and_two(folder: Path, cache: Path, name: str, zero: str, overrides: list[str]) -> tuple[Path, Path]:
+    """The run of a recipe with overrides by one process and by two ranks."""
+    command = ["run", str(folder / "recipe.yaml"), *overrides]
+    Forked([*command, "--run-dir", f"{name}-one"], folder, cache).finish()
+    run_on_ranks([*command, f"deepspeed={zero}", "--run-dir", f"{name}-two"], folder, cache)
+    return folder / f"{name}-one", folder / f"{name}-two"
 
 
 def assert_same_run(found: Path, expected: Path, stages: tuple[str, ...] = STAGES, weights: float = 1e-4) -> None:
@@ -95,8 +105,10 @@ def assert_same_run(found: Path, expected: Path, stages: tuple[str, ...] = STAGE
                 torch.testing.assert_close(state[name], tensor, atol=weights, rtol=1e-3, msg=f"{role} {name}")
 
 
-@pytest.mark.parametrize("configuration", [*CONFIGURATIONS, ALL_SPLIT])
-def test_two_ranks_are_one(runs: Path, configuration: str) -> None:
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_two_ranks_are_one(runs: Path, model_cache: Path, configuration: str) -> None:
+    command = ["run", str(runs / "recipe.yaml"), *CONFIGURATIONS[configuration], "--run-dir", configuration]
+    run_on_ranks(command, runs, model_cache)
     assert_same_run(runs / configuration, runs / "plain")
     for name in ("preferences/preferences.jsonl", "evaluate/samples.jsonl"):
         assert (runs / configuration / name).read_text() == (runs / "plain" / name).read_text()
@@ -104,23 +116,23 @@ def test_two_ranks_are_one(runs: Path, configuration: str) -> None:
     assert (runs / configuration / "report.html").is_file()
 
 
-def test_an_init_that_looks_at_data_sees_the_same_on_two_ranks(runs: Path) -> None:
-    two, one = runs / f"deepspeed=zero1,{LOOKS_AT_DATA}", runs / "plain-lora_ga"
+def test_an_init_that_looks_at_data_sees_the_same_on_two_ranks(runs: Path, model_cache: Path) -> None:
+    one, two = one_and_two(runs, model_cache, "lora_ga", "zero1", LOOKS_AT_DATA)
     assert_same_run(two, one, ("preferences", "reward"))
     # PPO's init is made of singular vectors of a gradient that the reward's rounding is in: they are less exact.
     assert_same_run(two, one, ("ppo", "evaluate"), weights=1e-3)
 
 
-def test_full_tuning_is_the_same_on_two_ranks(runs: Path) -> None:
-    two, one = runs / f"deepspeed=zero2,{FULL}", runs / "plain-full"
+def test_full_tuning_is_the_same_on_two_ranks(runs: Path, model_cache: Path) -> None:
+    one, two = one_and_two(runs, model_cache, "full", "zero2", FULL)
     assert_same_run(two, one)
     before, after = (load_file(one / role / "role.safetensors") for role in ("reward/adapter", "ppo/value"))
     shared = [name for name in after if name.startswith("model.")]
     assert max((after[name] - before[name]).abs().max() for name in shared) > 1e-3  # the critic was trained on
 
 
-def test_a_reward_run_judges_on_rank_0_alone_and_all_of_the_batch(runs: Path) -> None:
-    two, one = runs / f"deepspeed=zero1,{JUDGED_BY_A_RUN}", runs / "plain-judged"
+def test_a_reward_run_judges_on_rank_0_alone_and_all_of_the_batch(runs: Path, model_cache: Path) -> None:
+    one, two = one_and_two(runs, model_cache, "judged", "zero1", JUDGED_BY_A_RUN)
     assert_same_run(two, one)
     found, expected = (read_jsonl(run / "evaluate" / "samples.jsonl") for run in (two, one))
     for side in ("score_policy", "score_anchor"):
@@ -244,20 +256,22 @@ def wait_for_steps(metrics: Path, steps: int, process: subprocess.Popen[str]) ->
 
 def test_killed_and_resumed_on_two_ranks_and_on_one(tmp_path: Path, model_cache: Path) -> None:
     tree = small("ppo")
-    tree["ppo"]["steps"] = 8
+    tree["ppo"]["steps"] = 6
     path = write_recipe(tmp_path, tree)
-    finish(start(launch(path, "deepspeed=zero2", "--", "--run-dir=whole"), tmp_path, model_cache))
+    command = ["run", str(path), "deepspeed=zero2", "--run-dir"]
+    run_on_ranks([*command, "whole"], tmp_path, model_cache)
     for resumed_on, overrides in ((2, "deepspeed=zero2"), (1, "deepspeed=null")):
         run = f"killed-{resumed_on}"
-        process = start(launch(path, "deepspeed=zero2", "--", f"--run-dir={run}"), tmp_path, model_cache)
-        wait_for_steps(tmp_path / run / "ppo" / "metrics.jsonl", 3, process)
-        kill(process)
-        process.communicate()
-        options = [f"--run-dir={run}", "--resume"]
+        metrics = tmp_path / run / "ppo" / "metrics.jsonl"
+        ranks = start_ranks([*command, run], tmp_path, model_cache)
+        ranks[0].wait_until(lambda metrics=metrics: lines(metrics) >= 3)
+        for rank in ranks:
+            rank.kill()
+        resume = ["run", str(path), overrides, "--run-dir", run, "--resume"]
         if resumed_on == 2:
-            said = finish(start(launch(path, overrides, "--", *options), tmp_path, model_cache))
+            said = run_on_ranks(resume, tmp_path, model_cache)
         else:
-            said = Forked(["run", str(path), overrides, *options], tmp_path, model_cache).finish()
+            said = Forked(resume, tmp_path, model_cache).finish()
         assert "continuing after step" in said
         assert_same_run(tmp_path / run, tmp_path / "whole", ("ppo",))
     whole, again = (load_file(tmp_path / run / "ppo" / "adapter" / "role.safetensors") for run in ("whole", "killed-2"))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.forked import Forked
-from tests.integration.distributed.launching import finish, launch, start
+from tests.integration.distributed.launching import run_on_ranks
 from tests.runs import read_jsonl, recipe, without_time, write_recipe
 
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
@@ -38,7 +38,7 @@ def test_two_ranks_are_one(tmp_path: Path, model_cache: Path) -> None:
     }
     path = write_recipe(tmp_path, recipe("reward", "ppo", "evaluate", **changes))
     Forked(["run", str(path), "--run-dir", "one"], tmp_path, model_cache).finish()
-    finish(start(launch(path, "--run-dir", "two"), tmp_path, model_cache))
+    run_on_ranks(["run", str(path), "--run-dir", "two"], tmp_path, model_cache)
     for stage in ("reward", "ppo", "evaluate"):
         one, two = (read_jsonl(tmp_path / run / stage / "metrics.jsonl") for run in ("one", "two"))
         for line, want in zip(two, one, strict=True):
