@@ -1,4 +1,4 @@
-"""The page of `pe-rlhf inspect`: what each adapter init would do before anything is trained."""
+"""The page of `pe-rlhf inspect`: what each adapter would do before anything is trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ COLUMNS = {
 }
 NOTE = (
     "Position: where A's rows are in the weight's spectrum, 0 at the greatest singular value, 1 at the least. Cosine:"
-    " between the first step of SGD, s²(B·Bᵀ·G + G·Aᵀ·A), and the full gradient G. Kernel error: ‖K − K_full‖/‖K_full‖;"
+    " between the weight's change in the first step of SGD, s²(B·Bᵀ·G + G·Aᵀ·A) of a LoRA, and the full gradient G. The"
+    " best of rank 2r bounds adapters that have the form of a LoRA. Kernel error: ‖K − K_full‖/‖K_full‖;"
     " alignment: their cosine as long vectors."
 )
 
@@ -33,7 +34,7 @@ def inspect_page(metrics: Row, name: str, subtitle: str) -> str:
     inits = metrics["inits"]
     kernels = [draw_matrix("Kernel: full model", metrics["kernel"], "sample")]
     return Page(
-        title=f"{name}: adapter inits",
+        title=f"{name}: adapters before training",
         kind="inspect",
         subtitle=subtitle,
         sections=[
@@ -61,8 +62,7 @@ def _table(first: str, rows: Sequence[Row], columns: dict[str, str], note: str =
 def _cosines(init: Row) -> Plot | None:
     """How well the first step follows the gradient, layer by layer, beside the best that rank 2r allows."""
     places = range(len(init["layers"]))
-    lines = [
-        Line("best of rank 2r", places, [row["best"] for row in init["layers"]]),
-        Line(init["init"], places, [row["cosine"] for row in init["layers"]]),
-    ]
+    lines = [Line(init["init"], places, [row["cosine"] for row in init["layers"]])]
+    if init["best"] is not None:
+        lines.insert(0, Line("best of rank 2r", places, [row["best"] for row in init["layers"]]))
     return draw_lines(f"First step: {init['init']}", "cosine with G", lines, x_label="layer")

@@ -1,4 +1,4 @@
-"""`pe-rlhf inspect`: the stage's own batch and loss, every init that was asked for, and a page about it."""
+"""`pe-rlhf inspect`: the stage's own batch and loss, every init and kind that was asked for, and a page about it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from pe_rlhf.adapters.gradients import Probe
 from pe_rlhf.adapters.inspection import Inspection, inspect_inits
 from pe_rlhf.adapters.lora.init_registry import get_init, init_names
-from pe_rlhf.adapters.specs import AdapterSpec
+from pe_rlhf.adapters.specs import AdapterSpec, adapter_settings
 from pe_rlhf.config import AdapterConfig, LowRankConfig, PPOConfig, Recipe, RewardConfig
-from pe_rlhf.config.adapter import init_fits
+from pe_rlhf.config.adapter import init_fits, kind_names
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.device_plan import settle
 from pe_rlhf.report.inspect_page import inspect_page
@@ -32,10 +32,14 @@ ONE_PASS = 10**9
 ROLES = {"reward": "reward", "ppo": "policy"}
 
 
-def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) -> Inspection:
-    """Metrics of the inits under the loss of a stage (`reward`, or `ppo`: the policy's). Trains nothing.
+def inspect_recipe(
+    recipe: Recipe, stage: str, adapters: list[AdapterConfig], run_dir: Path, *, lenient: bool = False
+) -> Inspection:
+    """Metrics of adapters under the loss of a stage (`reward`, or `ppo`: the policy's). Trains nothing.
 
-    Raises `InputError` for a stage that the recipe has not, and for an init that is unknown or cannot be used.
+    `lenient` leaves out adapters that the model cannot have, and says why in the result.
+
+    Raises `InputError` for a stage that the recipe has not, and for a kind or init that cannot be used.
     """
     there = [name for name in recipe.stages if name in ROLES]
     if stage not in there:
@@ -47,16 +51,17 @@ def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) 
     recipe = settle(recipe)
     context: StageContext[RewardConfig | PPOConfig] = StageContext(recipe, run_dir, stage)
     backbone = context.backbone()
-    adapter = low_rank(recipe.adapter_for(stage))
-    adapters = [_with_init(adapter, init) for init in inits]
+    adapter = recipe.adapter_for(stage)
     probe = _probe(context, backbone, adapter)
     layers = {name: backbone.base_layer(name) for name in AdapterSpec.on(backbone.model, adapter).modules}
-    with progress(f"inspecting {len(adapters)} inits", len(layers), "layers") as advance:
+    with progress(f"inspecting {len(adapters)} adapters", len(layers), "layers") as advance:
         seed = partial(derive_seed, recipe.seed, ROLES[stage])
-        result = inspect_inits(layers, probe, adapters, seed, advance, backbone.original_weights().weight)
+        result = inspect_inits(
+            layers, probe, adapters, seed, advance, backbone.original_weights().weight, lenient=lenient
+        )
     if result.gradient_square == 0:
         raise InputError(
-            f"--stage {stage}: the loss of this batch has no gradient, so there is no step to compare inits by",
+            f"--stage {stage}: the loss of this batch has no gradient, so there is no step to compare adapters by",
             kind="empty",
             key=f"{stage}.batch_size",
             fix="its rewards are all equal: raise ppo.batch_size" if stage == "ppo" else "give it other pairs",
@@ -64,22 +69,47 @@ def inspect_recipe(recipe: Recipe, stage: str, inits: list[str], run_dir: Path) 
     return result
 
 
-def inits_named(text: str, adapter: AdapterConfig, quantization: str = "none") -> list[str]:
-    """The inits of a comma-separated list; `all` that the base can have, by default the recipe's beside plain LoRA."""
-    every = [name for name in init_names() if init_fits(name, quantization)]
-    names = every if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
-    names = list(dict.fromkeys(names)) or list(dict.fromkeys([low_rank(adapter).init, "lora"]))
-    for name in names:
-        get_init(name)
-    return names
+def adapters_named(inits: str, kinds: str, recipe: Recipe, stage: str) -> list[AdapterConfig]:
+    """The adapters to compare, on the layers of the stage's own one; by default that one, beside plain LoRA.
+
+    Args:
+        inits: comma-separated, of the stage's kind; `all` that its base can have.
+        kinds: comma-separated; `all` whose layers have a change of the weight. The stage's own has its settings, others
+            their defaults.
+
+    Raises `InputError` for a name that does not exist, and for inits of a kind that has none.
+    """
+    own = recipe.adapter_for(stage)
+    every = [name for name in init_names() if init_fits(name, recipe.backbone.quantization)]
+    named = [_with_init(low_rank(own), name) for name in _names(inits, every)]
+    named += [own if name == own.kind else _of_kind(name, own) for name in _names(kinds, kind_names())]
+    if named:
+        return named
+    plain = _with_init(own, "lora") if isinstance(own, LowRankConfig) else _of_kind("lora", own)
+    return [own] if own == plain else [own, plain]
+
+
+def _names(text: str, every: list[str]) -> list[str]:
+    """The names of a comma-separated list, each once."""
+    return every if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _of_kind(kind: str, own: AdapterConfig) -> AdapterConfig:
+    """An adapter of a kind on the layers of another."""
+    return adapter_settings(kind, targets=own.targets, exclude=own.exclude, last_layers=own.last_layers)
 
 
 def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Path:
     """Write the metrics as a self-contained HTML page, and beside it as JSON."""
-    adapter, metrics = low_rank(recipe.adapter_for(stage)), result.as_json()
+    adapter, metrics = recipe.adapter_for(stage), result.as_json()
+    size = (
+        f"rank {adapter.rank}, alpha {adapter.alpha:g} ({adapter.scaling})"
+        if isinstance(adapter, LowRankConfig)
+        else adapter.kind
+    )
     model = recipe.model if recipe.sft is None else f"{recipe.model} after sft"
     subtitle = (
-        f"{model}, rank {adapter.rank}, alpha {adapter.alpha:g} ({adapter.scaling}), targets {adapter.targets};"
+        f"{model}, {size}, targets {adapter.targets};"
         f" the loss of {stage} on {len(result.kernel)} samples, before training"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,12 +122,16 @@ def low_rank(adapter: AdapterConfig) -> LowRankConfig:
     """The settings of an adapter that is made by an init. Raises `InputError` for a kind without one."""
     if not isinstance(adapter, LowRankConfig):
         raise InputError(
-            f"the kind {adapter.kind} has no init, which is what inspect compares", kind="conflict", key="adapter.kind"
+            f"the kind {adapter.kind} has no init",
+            kind="conflict",
+            key="adapter.kind",
+            fix=f"compare kinds instead: --kinds {adapter.kind},lora",
         )
     return adapter
 
 
 def _with_init(adapter: LowRankConfig, init: str) -> LowRankConfig:
+    get_init(init)
     options = adapter.init_options if init == adapter.init else {}
     return adapter.model_copy(update={"init": init, "init_options": options})
 

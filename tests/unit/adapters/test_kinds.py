@@ -234,7 +234,7 @@ def vera(t: Tensors, W: Tensor) -> Tensor:
     out_features, in_features = W.shape
     A = (2 * torch.rand(in_features, 16, generator=torch.Generator().manual_seed(0)) - 1).T / in_features**0.5
     B = (2 * torch.rand(out_features, 16, generator=torch.Generator().manual_seed(1)) - 1) / 4
-    return W + t["vera_lambda_b"][:, None] * (B @ (t["vera_lambda_d"][:, None] * A))
+    return W + t["vera_lambda_b"][:, None] * (B.to(W.dtype) @ (t["vera_lambda_d"][:, None] * A))
 
 
 ORACLES: dict[str, Callable[[Tensors, Tensor], Tensor]] = {
