@@ -183,6 +183,7 @@ KINDS: dict[str, str | type[AdapterKind[Any]]] = {
     "spectral_a": "pe_rlhf.adapters.kinds.spectral_a:SpectralA",
     "spectral_r": "pe_rlhf.adapters.kinds.spectral_r:SpectralR",
     "tinylora": "pe_rlhf.adapters.kinds.tinylora:TinyLoRA",
+    "stacked": "pe_rlhf.adapters.kinds.stacked:Stacked",
     "vera": "pe_rlhf.adapters.kinds.vera:VeRA",
 }
 

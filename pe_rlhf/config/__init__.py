@@ -6,6 +6,7 @@ wrong between keys is checked here too, before a model or a data set is touched.
 
 from pe_rlhf.config.adapter import AdapterConfig, LoRAConfig, LowRankConfig
 from pe_rlhf.config.compare import CollapseConfig, CompareConfig
+from pe_rlhf.config.continual import ContinualConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
 from pe_rlhf.config.model import BackboneConfig
 from pe_rlhf.config.optimizer import OptimizerConfig, RewardOptimizerConfig
@@ -24,6 +25,7 @@ __all__ = [
     "BackboneConfig",
     "CollapseConfig",
     "CompareConfig",
+    "ContinualConfig",
     "DataSource",
     "EvaluateConfig",
     "KLConfig",

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pe_rlhf.config.adapter import Adapter, AdapterConfig, LoRAConfig, init_fits, settings_of
 from pe_rlhf.config.compare import CompareConfig
+from pe_rlhf.config.continual import ContinualConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
 from pe_rlhf.config.model import BackboneConfig
 from pe_rlhf.config.ppo import PPOConfig
@@ -70,6 +71,9 @@ class Recipe(Section):
     reward: RewardConfig | None = None
     ppo: PPOConfig | None = None
     evaluate: EvaluateConfig | None = None
+    continual: ContinualConfig | None = Field(
+        default=None, description="the policy goes on from that of another run, or of the task before"
+    )
     compare: CompareConfig | None = Field(default=None, description="arms and seeds for `pe-rlhf compare`")
 
     @model_validator(mode="before")
@@ -116,6 +120,12 @@ class Recipe(Section):
             raise refusal(
                 "evaluate", "it compares the policy of the ppo stage with the anchor; add a ppo section", "missing"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> Recipe:
+        if self.continual is not None and self.tuning == "full":
+            raise refusal("continual", "it is about adapters; use tuning: adapter")
         return self
 
     @model_validator(mode="after")

@@ -44,6 +44,7 @@ class RoleGroup:
     Attributes:
         starts: what weight decay pulls a parameter to, by name; of one that is not there it is 0.
         kind, layers: the kind of the role's adapter, and its layers by name; none of weights of its own.
+        penalty: a term of the loss that depends on the weights only, beside that of the kind.
         noisy_base: a context in which the base that the role is on has noise, given σ and a seed.
     """
 
@@ -54,6 +55,7 @@ class RoleGroup:
     kind: AdapterKind[Any] | None = None
     layers: Mapping[str, AdapterLayer] = field(default_factory=dict)
     noisy_base: NoisyBase | None = None
+    penalty: Callable[[], Tensor] | None = None
 
     @classmethod
     def of(cls, backbone: Backbone, role: str, learning_rate: float) -> RoleGroup:
@@ -198,8 +200,10 @@ class RoleOptimizer:
             seed = derive_seed(self._seed, "sharpness", self.steps)
             take_beside(roles, self._config, seed, again, self._sum_gradients, noisy)
         for group in self._groups:
+            # A penalty is of weights only, which are the same on all ranks: its gradient is added once.
+            if group.penalty is not None:
+                self.backward(group.penalty())
             if group.kind is not None:
-                # The penalty is of weights only, which are the same on all ranks: its gradient is added once.
                 if (penalty := group.kind.penalty(group.layers)) is not None:
                     self.backward(penalty)
                 group.kind.after_backward(group.layers, time)

@@ -100,6 +100,7 @@ class StageFiles(_Files):
     anchor_responses = _Below("anchor_responses.jsonl")  # what they were compared with
     samples = _Below("samples.jsonl")
     samples_table = _Below("samples.md")
+    fisher = _Below("fisher.safetensors")  # ppo: for `continual: {method: ewc}` of the next task
     drift = _Below("drift.json")  # ppo: how `compare` found the weights changed
     tensorboard = _Below("tensorboard")
     vllm_log = _Below("vllm.log")

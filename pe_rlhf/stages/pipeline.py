@@ -33,6 +33,7 @@ from pe_rlhf.scoring.scorers import find_reward
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.preflight import check_model
+from pe_rlhf.stages.previous_policy import find_previous
 from pe_rlhf.stages.reward_members import members_of
 from pe_rlhf.system.distributed import on_main, world_size
 from pe_rlhf.system.failures import ElsewhereError, Stopped, TrainingError, failure_noted
@@ -205,6 +206,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
                 _, records, _ = load_preferences(source, f"reward.{key}", recipe.reward.max_bad_share, lambda row: row)
                 first.setdefault("reward", records[0].prompt)
     if recipe.ppo is not None and "ppo" in stages:
+        find_previous(recipe, run_dir or Path())
         for source in recipe.ppo.reward:
             if source.model is not None:
                 check_model_name(source.model, "ppo.reward.model")

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pe_rlhf.algo.kl import adapt_beta
@@ -23,6 +25,7 @@ from pe_rlhf.config import KLConfig, PPOConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptOrder, PromptSet
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
@@ -36,14 +39,16 @@ from pe_rlhf.stages.init_batches import AnchorRollouts
 from pe_rlhf.stages.judge_during_ppo import JudgeEvaluation
 from pe_rlhf.stages.ppo_collect import collect_experience
 from pe_rlhf.stages.ppo_update import update
+from pe_rlhf.stages.previous_policy import PreviousPolicy, fisher_of, save_fisher
 from pe_rlhf.stages.rollouts import Rollouts, pack
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import Stopped, TrainingError, at_step
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import progress, say
+from pe_rlhf.system.seeding import derive_seed
 from pe_rlhf.system.stop_signals import stop_requests
-from pe_rlhf.types import Experience, Rollout
+from pe_rlhf.types import Experience, Rollout, Sequences
 from reward.records import Prompt
 
 POLICY, VALUE = "policy", "value"
@@ -63,7 +68,9 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     sources = {"files": context.files, "anchor": anchor}
     scorer, reward_roles = make_scorer(config.reward, backbone, context.run_dir, budget, columns, **sources)
     start_from = critic_start(context, backbone, reward_roles)
-    optimizer = _add_roles(context, backbone, scorer, codec, asked, start_from)
+    previous = PreviousPolicy.of(context.recipe, context.run_dir, backbone)
+    optimizer = _add_roles(context, backbone, scorer, codec, asked, start_from, previous)
+    kl_to = ANCHOR if previous is None else previous.anchor
     sampler = context.sampler(backbone, POLICY, config.rollout, asked.ids)
     anchor.engine = None if config.rollout.ahead else sampler  # which is busy when the anchor is asked
     rollouts = Rollouts(sampler, POLICY, prompts, config, seed)
@@ -83,7 +90,9 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
                 # 2. to 4. anchor log-probs, values, scores; rewards shaped with the KL; advantages and returns
                 moments = scorer.moments()  # before this rollout: whoever goes on from here scores it again
                 stale = step - rollout.version
-                experience, metrics = collect_experience(backbone, scorer, codec, batch, rollout, beta, config, stale)
+                experience, metrics = collect_experience(
+                    backbone, scorer, codec, batch, rollout, beta, config, stale, kl_to
+                )
                 metrics |= scorer.metrics
                 _refuse_high_kl(metrics["kl"], config)
                 scored = time.monotonic()
@@ -113,7 +122,14 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
 
     for role in _trained(config):
         save_role(backbone, role, context.files.role(role).folder)
+    if (continual := context.recipe.continual) is not None and continual.method == "ewc":
+        sampler.sync(config.steps, POLICY)
+        ids = [asked.ids[i % len(asked.ids)] for i in range(continual.fisher_samples)]
+        sampled = sampler.generate(ids, derive_seed(seed, "fisher"))
+        own = fisher_of(backbone, Sequences.of(sampled, backbone.pad_token_id), config.rollout.temperature)
+        save_fisher(backbone, continual, previous, own, context.files.fisher)
     summary = on_main(lambda: _summary(context, backbone))
+    summary |= {} if previous is None else previous.metrics()
     if moments := scorer.moments():
         summary["moments"] = moments  # by which the evaluation normalises
     write_json(context.files.summary, summary)
@@ -127,17 +143,24 @@ def _add_roles(
     codec: TextCodec,
     prompts: PromptSet,
     start_from: str | None,
+    previous: PreviousPolicy | None,
 ) -> RoleOptimizer:
-    """The policy, fresh; the critic from the role `start_from`, or fresh; the optimizer that trains both."""
+    """The policy, fresh or from `previous`; the critic from `start_from`, or fresh; the optimizer of both."""
     config = context.config
     # Dropout would make the ratio of new to old policy differ from 1 before the first update.
     adapter = context.recipe.adapter_for("ppo").without_dropout()
     anchor = AnchorRollouts(context, backbone, scorer, codec, prompts, adapter, start_from)
-    add_role(context, backbone, POLICY, adapter, anchor.policy_statistics())
+    add_fresh = partial(add_role, context, backbone, POLICY, adapter, anchor.policy_statistics())
+    if previous is None:
+        add_fresh()
+    else:
+        previous.add_policy(adapter, add_fresh)
     if config.has_critic:
         add_critic(context, backbone, VALUE, adapter, anchor.value_statistics(), start_from)
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup.of(backbone, role, rates[role]) for role in _trained(config)]
+    if previous is not None:
+        groups[0] = replace(groups[0], penalty=previous.penalty())
     total_steps = config.steps * config.epochs * config.minibatches
     return RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed, context.recipe.seed)
 

@@ -33,17 +33,19 @@ def collect_experience(
     beta: float,
     config: PPOConfig,
     stale: int = 0,
+    anchor: str = ANCHOR,
 ) -> tuple[Experience, dict[str, float]]:
     """Score a rollout and turn the scores into advantages. Returns the experience and its metrics.
 
     stale: by how many updates the policy that was sampled from is older than the trainer's.
+    anchor: the role that the KL is measured to.
     """
     sequences = Sequences.of(rollout, backbone.pad_token_id)
     backbone.compute_once(sequences, config.micro_batch_tokens)
     mask_BR = sequences.mask_BR
 
     # 2. anchor log-probs, values, scores
-    anchor_BR = response_logprobs(backbone, ANCHOR, sequences, config)
+    anchor_BR = response_logprobs(backbone, anchor, sequences, config)
     values_BR = None
     if config.has_critic:
         values_BR = for_each_token(backbone, "value", sequences, config.micro_batch_tokens, backbone.response_values)

@@ -115,6 +115,14 @@ def add_product(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
     return _AddLowRank.apply(writable(y), x.to(y.dtype), A_RI, B_OR, up, down, 1.0)
 
 
+def add_frozen(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """`y + s·B(A x)` of factors that are not trained, all of y's dtype, written into y; it has the bits of a LoRA."""
+    if not torch.is_grad_enabled():
+        _add_low_rank(y, x, A_RI, B_OR, scale)
+        return y
+    return _AddLowRank.apply(y, x, A_RI, B_OR, A_RI, B_OR, scale)
+
+
 def _add_low_rank(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
     """`y += s·down(up x)` in place; returns `up x` as _NR."""
     low_NR = F.linear(x.flatten(0, -2), up)

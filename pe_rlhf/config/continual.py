@@ -1,0 +1,60 @@
+"""Several tasks, one policy: what a later task does with what the earlier ones left."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pe_rlhf.config.section import Positive, Rate, Section, refusal
+
+NEW, SAME = ("olora", "nlora"), ("ewc",)  # the methods that need an adapter of each task's own, or one for all
+
+
+class ContinualConfig(Section):
+    """How a policy goes on from that of the task before (docs/continual.md)."""
+
+    method: Literal["sequential", "separate", "olora", "nlora", "ewc"] = Field(
+        default="sequential",
+        description="sequential: nothing against forgetting; separate: each task starts from the base; olora: the new A"
+        " orthogonal to earlier ones; nlora: a sparse new B·A; ewc: weights that mattered stay",
+    )
+    strength: Rate = Field(
+        default=0.5, description="olora, nlora, ewc: λ, weight of the penalty in the policy's loss; 0: no penalty"
+    )
+    adapter: Literal["new", "same"] | None = Field(
+        default=None,
+        description="new: a new adapter on top of the earlier ones, which are frozen; same: the earlier one is trained"
+        " on; default: new for olora and nlora, same for sequential and ewc",
+    )
+    anchor: Literal["base", "previous"] = Field(
+        default="base", description="what the KL of PPO is measured to: the base, or the policy before the task"
+    )
+    previous: str | None = Field(
+        default=None,
+        description="the run whose policy this one goes on from, beside this run's directory or by its path; default:"
+        " the task before",
+    )
+    fisher: Literal["summed", "per_task"] = Field(
+        default="summed",
+        description="ewc: earlier tasks' Fisher information is around the last weights (summed), or that of each task"
+        " around the weights after it (per_task)",
+    )
+    fisher_samples: Positive = Field(
+        default=64, description="ewc: responses of the policy that its Fisher information is estimated from"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> ContinualConfig:
+        for methods, adapter in ((NEW, "new"), (SAME, "same")):
+            if self.method in methods and self.adapter not in (None, adapter):
+                raise refusal("adapter", f"{self.method} is for adapter: {adapter}; leave it out")
+        if self.method == "separate" and (self.anchor == "previous" or self.adapter or self.previous):
+            key = "anchor" if self.anchor == "previous" else "adapter" if self.adapter else "previous"
+            raise refusal(key, "with method: separate nothing comes before a task; leave it out")
+        return self
+
+    @property
+    def stacks(self) -> bool:
+        """Whether a task has an adapter of its own on top of the earlier ones."""
+        return (self.adapter or ("new" if self.method in NEW else "same")) == "new"
