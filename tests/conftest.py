@@ -20,11 +20,12 @@ from pe_rlhf.adapters.kind import KINDS
 from pe_rlhf.adapters.lora.init_registry import INITS
 from pe_rlhf.cli.main import main
 from pe_rlhf.config.adapter import INIT_OPTIONS
+from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.vllm.embedded import RANK_VARIABLES
 from reward.errors import Failure
 from tests.paths import SHARED_DATA
 from tests.runs import Outcome, contents
-from tests.tiny import EOS, FAMILIES, VOCABULARY, tiny_model
+from tests.tiny import EOS, FAMILIES, VOCABULARY, Settings, tiny_model
 
 # A stage collects garbage at its end: what was imported is never any, and takes most of a second to look through.
 gc.freeze()
@@ -114,6 +115,16 @@ def _own_registries() -> Iterator[None]:
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models that runs of the tests make, apart from the user's."""
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def quantisable_model(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
+    """A tiny Llama on the disk whose sides bitsandbytes takes, with the tokenizer of the tiny random model."""
+    path = tmp_path_factory.mktemp("quantisable")
+    sizes: Settings = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
+    tiny_model("llama", vocab_size=257, **sizes).save_pretrained(path)
+    load_backbone("random:tiny-llama").tokenizer.save_pretrained(path)
+    return path
 
 
 @pytest.fixture

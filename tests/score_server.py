@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.loopback import QuietHandler, serving
 
 # Gets the number of the request, from 0: what goes wrong with it, as `Handler._fault` knows it, or None.
 Faults = Callable[[int], Any]
@@ -29,24 +31,13 @@ class ScoreServer:
 
 @contextmanager
 def running(server: ScoreServer) -> Iterator[ScoreServer]:
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
-    http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{http.server_address[1]}"
-    try:
+    with serving(_handler(server)) as address:
+        server.url = address
         yield server
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
 
 
 def _handler(server: ScoreServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Nothing into the tests' output."""
-
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             self._send(404, b"no such page")  # a scorer of a user's own may have no page of its health
 

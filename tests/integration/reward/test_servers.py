@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import email.utils
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -21,6 +19,8 @@ from reward.judges.judge_settings import JudgeSettings, ServerSettings
 from reward.judges.llm import LLMJudge
 from reward.judges.server_errors import retry_after
 from reward.judges.templates import JudgePrompt
+from tests import loopback
+from tests.loopback import QuietHandler
 
 Body = dict[str, Any]
 # Gets the body of a request and its number; gives status, answer (an object, or bytes) and headers.
@@ -37,10 +37,7 @@ class Server:
 def serving(rule: Rule) -> Iterator[Server]:
     server = Server(rule)
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
-
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.bodies.append(body)
@@ -54,15 +51,9 @@ def serving(rule: Rule) -> Iterator[Server]:
             self.end_headers()
             self.wfile.write(data)
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
-    try:
+    with loopback.serving(Handler) as address:
+        server.url = f"{address}/v1"
         yield server
-    finally:
-        http.shutdown()
-        http.server_close()
 
 
 def said(text: Any, finish: str = "stop", top: Any = None) -> Body:

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from pe_rlhf.adapters.kind import KINDS
 from pe_rlhf.model.backbone import load_backbone
-from tests.tiny import role_logits, tiny_model
+from tests.tiny import role_logits
 from tests.unit.adapters.test_kinds import STEPS, add, loss_of, optimizer_of, train
 
 pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
-    """A tiny Llama on the disk; its tokenizer is that of the tiny random model."""
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("llama", vocab_size=257, **SIZES).save_pretrained(path)
-    load_backbone("random:tiny-llama").tokenizer.save_pretrained(path)
-    return path
-
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_a_role_on_a_quantised_base_starts_as_it_and_learns(folder: Path, kind: str) -> None:
-    backbone = load_backbone(str(folder), quantization="4bit")
+def test_a_role_on_a_quantised_base_starts_as_it_and_learns(quantisable_model: Path, kind: str) -> None:
+    backbone = load_backbone(str(quantisable_model), quantization="4bit")
     anchor = role_logits(backbone, "anchor")
     before = {n: p.detach().clone() for n, p in backbone.model.named_parameters() if ".adapters." not in n}
     add(backbone, "policy", kind)

@@ -20,25 +20,15 @@ from pe_rlhf.rollout.hf import HFRollout
 from reward.errors import InputError
 from tests.failures import raises
 from tests.runs import read_jsonl, recipe, write_recipe
-from tests.tiny import ALL_INITS, add_role, perturb, ragged_sequences, role_logits, tiny_model
+from tests.tiny import ALL_INITS, add_role, perturb, ragged_sequences, role_logits
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
 KINDS = ["4bit", "8bit"]
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
-    """A tiny Llama on the disk; its tokenizer is that of the tiny random model."""
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("llama", vocab_size=257, **SIZES).save_pretrained(path)
-    load_backbone("random:tiny-llama").tokenizer.save_pretrained(path)
-    return path
-
-
-def quantised(folder: Path, kind: str) -> Backbone:
-    return load_backbone(str(folder), quantization=kind)
+def quantised(quantisable_model: Path, kind: str) -> Backbone:
+    return load_backbone(str(quantisable_model), quantization=kind)
 
 
 def base_bytes(backbone: Backbone) -> dict[str, Tensor]:
@@ -47,22 +37,22 @@ def base_bytes(backbone: Backbone) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("init", ALL_INITS)
-def test_step_0_is_the_quantised_base_to_the_bit(folder: Path, kind: str, init: str) -> None:
-    plain, whole = quantised(folder, kind), load_backbone(str(folder))
+def test_step_0_is_the_quantised_base_to_the_bit(quantisable_model: Path, kind: str, init: str) -> None:
+    plain, whole = quantised(quantisable_model, kind), load_backbone(str(quantisable_model))
     difference = role_logits(plain, "anchor") - role_logits(whole, "anchor")
     assert 0 < difference.norm() < 0.5 * role_logits(whole, "anchor").norm()
     assert sum(parameter.dtype in (torch.uint8, torch.int8) for parameter in plain.model.parameters()) == 14
     expected = role_logits(plain, "anchor")
-    backbone = quantised(folder, kind)
+    backbone = quantised(quantisable_model, kind)
     add_role(backbone, "policy", init, rank=3)
     assert torch.equal(role_logits(backbone, "policy"), expected)
     assert torch.equal(role_logits(backbone, "anchor"), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pissa_is_that_of_the_dequantised_weight(folder: Path, kind: str) -> None:
+def test_pissa_is_that_of_the_dequantised_weight(quantisable_model: Path, kind: str) -> None:
     """Against numpy's SVD of what bitsandbytes itself makes of the layer."""
-    backbone = quantised(folder, kind)
+    backbone = quantised(quantisable_model, kind)
     add_role(backbone, "policy", "pissa", rank=3, alpha=3)
     state = backbone.role_state("policy")
     for name in backbone.adapter_spec("policy").modules:
@@ -82,8 +72,8 @@ def test_pissa_is_that_of_the_dequantised_weight(folder: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loftq_is_that_of_peft_for_what_quantising_lost(folder: Path, kind: str) -> None:
-    backbone, whole = quantised(folder, kind), load_backbone(str(folder))
+def test_loftq_is_that_of_peft_for_what_quantising_lost(quantisable_model: Path, kind: str) -> None:
+    backbone, whole = quantised(quantisable_model, kind), load_backbone(str(quantisable_model))
     backbone.add_adapter("policy", init="loftq", rank=3, alpha=6)
     whole.add_adapter("policy", rank=1)
     state = backbone.role_state("policy")
@@ -95,18 +85,18 @@ def test_loftq_is_that_of_peft_for_what_quantising_lost(folder: Path, kind: str)
         assert product.norm() > 0.1 * lost_OI.norm()
 
 
-def test_loftq_is_refused_where_nothing_was_quantised(folder: Path) -> None:
+def test_loftq_is_refused_where_nothing_was_quantised(quantisable_model: Path) -> None:
     with raises("conflict", key="adapter.init"):
-        load_backbone(str(folder)).add_adapter("policy", init="loftq", rank=3)
+        load_backbone(str(quantisable_model)).add_adapter("policy", init="loftq", rank=3)
     with raises("conflict", key="adapter.init"):
-        make_recipe(recipe("reward", adapter={"init": "loftq"}), folder / "recipe.yaml")
+        make_recipe(recipe("reward", adapter={"init": "loftq"}), quantisable_model / "recipe.yaml")
 
 
-def test_the_dequantised_weight_is_near_the_original_after_any_pass(folder: Path) -> None:
+def test_the_dequantised_weight_is_near_the_original_after_any_pass(quantisable_model: Path) -> None:
     """Whatever layout a fast kernel may want: passes without a gradient come first."""
-    whole = load_backbone(str(folder))
+    whole = load_backbone(str(quantisable_model))
     for kind, near in (("4bit", 0.15), ("8bit", 0.02)):
-        backbone = quantised(folder, kind)
+        backbone = quantised(quantisable_model, kind)
         role_logits(backbone, "anchor")
         add_role(backbone, "policy", "lora", rank=3)
         whole.add_adapter(kind.replace("4", "four").replace("8", "eight"))
@@ -116,8 +106,8 @@ def test_the_dequantised_weight_is_near_the_original_after_any_pass(folder: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_leaves_the_base_as_it_was(folder: Path, kind: str) -> None:
-    backbone = quantised(folder, kind)
+def test_training_leaves_the_base_as_it_was(quantisable_model: Path, kind: str) -> None:
+    backbone = quantised(quantisable_model, kind)
     add_role(backbone, "policy", "lora", rank=3)
     perturb(backbone, "policy")
     before = base_bytes(backbone)
@@ -138,8 +128,10 @@ def test_training_leaves_the_base_as_it_was(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_run_and_its_export(folder: Path, tmp_path: Path, kind: str) -> None:
-    tree = recipe("reward", "ppo", "evaluate", model=str(folder), backbone__quantization=kind, adapter__init="pissa")
+def test_a_whole_run_and_its_export(quantisable_model: Path, tmp_path: Path, kind: str) -> None:
+    tree = recipe(
+        "reward", "ppo", "evaluate", model=str(quantisable_model), backbone__quantization=kind, adapter__init="pissa"
+    )
     done = CliRunner().invoke(app, ["run", str(write_recipe(tmp_path, tree)), "--run-dir", str(tmp_path / "run")])
     assert done.exit_code == 0, (done.output, done.exception)
     first = read_jsonl(tmp_path / "run" / "ppo" / "metrics.jsonl")[0]
@@ -168,9 +160,9 @@ def test_what_does_not_go_with_it(tmp_path: Path, changes: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_base_is_not_merged(folder: Path, kind: str) -> None:
+def test_a_quantised_base_is_not_merged(quantisable_model: Path, kind: str) -> None:
     """Sampling leaves the adapter as it is; asked to merge, it refuses to dequantise everything."""
-    backbone = quantised(folder, kind)
+    backbone = quantised(quantisable_model, kind)
     backbone.add_adapter("policy", rank=3)
     perturb(backbone, "policy", 0.3)
     assert not backbone.can_merge("policy")
@@ -183,6 +175,6 @@ def test_a_quantised_base_is_not_merged(folder: Path, kind: str) -> None:
         HFRollout(backbone, "policy", SamplingConfig(sync="merged")).generate([[5, 6]], seed=0)
 
 
-def test_a_quantised_base_is_not_tuned_whole(folder: Path) -> None:
+def test_a_quantised_base_is_not_tuned_whole(quantisable_model: Path) -> None:
     with pytest.raises(InputError, match="a quantised base cannot be trained"):
-        quantised(folder, "4bit").add_own_weights("policy")
+        quantised(quantisable_model, "4bit").add_own_weights("policy")
