@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 from reward.records import Prompt
 from tests.chat_server import KEY, ChatServer, running
-from tests.paths import ROOT
+from tests.forked import Forked
 from tests.runs import PROMPTS, Outcome, read_jsonl, recipe, write_jsonl, write_recipe
 from tests.tiny import tiny_model
 
@@ -145,32 +143,26 @@ def test_an_endpoint_as_policy_and_judge(
     assert all(KEY not in path.read_text() for path in (tmp_path / "e").iterdir())
 
 
-def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, model_cache: Path) -> None:
     mine, other = write_outputs(tmp_path)
-    environment = os.environ | {"OPENAI_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
 
     def slowly(number: int) -> None:
         time.sleep(0.3)
 
     with running(ChatServer(faults=slowly)) as server:
-        command = [sys.executable, "-m", "pe_rlhf", "evaluate", str(mine), "--against", str(other), "--judge", "llm:m"]
+        command = ["evaluate", str(mine), "--against", str(other), "--judge", "llm:m"]
         command += [f"judge.base_url={server.url}", "judge.concurrency=1", "--out", "e"]
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+        process = Forked(command, tmp_path, model_cache, {"OPENAI_API_KEY": KEY})
         verdicts = tmp_path / "e" / "verdicts.jsonl"
-        deadline = time.monotonic() + 120
-        while not (verdicts.exists() and verdicts.read_bytes().count(b"\n") >= 5):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait_until(lambda: verdicts.exists() and verdicts.read_bytes().count(b"\n") >= 5)
+        assert process.kill() == -signal.SIGKILL
         server.faults = lambda number: None
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    line = json.loads(done.stdout)
+        said = Forked(command, tmp_path, model_cache, {"OPENAI_API_KEY": KEY}).finish()
+    line = json.loads((tmp_path / "e" / "summary.json").read_text())
     assert (line["n"], line["win_rate"]) == (12, pytest.approx(0.5))
     # The one question that was under way when it was killed has been asked again, no other.
     assert sum(server.answered.values()) <= 24 + 1
-    assert KEY not in done.stderr + verdicts.read_text()
+    assert KEY not in said + verdicts.read_text()
 
 
 def test_the_page_has_the_pairs_of_this_evaluation_alone(cli: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -189,21 +181,15 @@ def test_the_page_has_the_pairs_of_this_evaluation_alone(cli: Callable[..., Outc
     assert "Prompt 2" not in page
 
 
-def test_a_judge_that_was_edited_is_asked_again(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_judge_that_was_edited_is_asked_again(tmp_path: Path, model_cache: Path) -> None:
     mine, other = write_outputs(tmp_path)
     source, rates = "def prefer(prompts, a, b):\n    return [SURE * (len(x) > len(y)) for x, y in zip(a, b)]\n", []
     for sure in ("1.0", "0.5", "1.0"):
         (tmp_path / "my_judge.py").write_text(source.replace("SURE", sure))
-        arguments = ["--against", str(other), "--judge", "my_judge:prefer", "--out", "e"]
-        done = subprocess.run(
-            [sys.executable, "-m", "pe_rlhf", "evaluate", str(mine), *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        rates.append(json.loads(done.stdout)["win_rate"])
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # it tells versions apart by seconds
+        command = ["evaluate", str(mine), "--against", str(other), "--judge", "my_judge:prefer", "--out", "e"]
+        Forked(command, tmp_path, model_cache).finish()
+        rates.append(json.loads((tmp_path / "e" / "summary.json").read_text())["win_rate"])
     assert rates == [1.0, 0.75, 1.0]
 
 
