@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 
 from pe_rlhf.runs.checkpoint import load_checkpoint
 from reward.errors import Failure
-from tests.paths import ROOT
+from tests.forked import Forked
 from tests.runs import Outcome, contents, read_jsonl, recipe, write_jsonl, write_recipe
 
 Cli = Callable[..., Outcome]
@@ -288,20 +286,12 @@ def test_a_run_directory_in_use_and_free_again_after_a_kill(
 ) -> None:
     (tmp_path / "waits.py").write_text(WAITS_THE_FIRST_TIME)
     path = write_recipe(tmp_path, recipe("ppo", ppo__reward=[{"function": "waits:score"}]))
-    command = [sys.executable, "-m", "pe_rlhf", "run", str(path), "--run-dir", "out"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PE_RLHF_CACHE": str(model_cache)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as other:
-        try:
-            deadline = time.monotonic() + 120
-            while not (tmp_path / "started").exists():
-                assert other.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            for option in ("--resume", "--from=ppo"):
-                said = refused("run", path, "--run-dir", "out", option, code=75)
-                assert said == f"out is in use by another run (process {other.pid})"
-        finally:
-            other.send_signal(signal.SIGKILL)
+    other = Forked(["run", str(path), "--run-dir", "out"], tmp_path, model_cache)
+    other.wait_until((tmp_path / "started").exists)
+    for option in ("--resume", "--from=ppo"):
+        said = refused("run", path, "--run-dir", "out", option, code=75)
+        assert said == f"out is in use by another run (process {other.pid})"
+    other.kill()
     assert cli("run", path, "--run-dir", "out", "--resume").code == 0
     assert steps(tmp_path / "out/ppo") == [1, 2]
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.paths import ROOT
+from tests.forked import Forked
 from tests.runs import Outcome, read_jsonl, recipe, write_recipe
 
 VLLM = {"engine": "vllm", "max_new_tokens": 4}
@@ -66,23 +63,18 @@ def test_no_engine_outlives_a_stage_that_is_stopped(tmp_path: Path, model_cache:
     (tmp_path / "stops.py").write_text(STOPS)
     changes = {"ppo__rollout": {**VLLM, "sync": "adapter"}, "ppo__reward": [{"function": "stops:score"}]}
     path = write_recipe(tmp_path, recipe("ppo", **changes))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PE_RLHF_CACHE": str(model_cache)}
-    command = [sys.executable, "-m", "pe_rlhf", "run", str(path), "--run-dir", "out"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as run:
-        deadline = time.monotonic() + 240
-        while not (tmp_path / "sampled").exists():
-            assert run.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        (engine,) = engines(run.pid)
-        folder = Path(engine.cmdline()[-1])
-        assert folder.is_dir()
-        run.send_signal(how)
-        if how == signal.SIGINT:
-            time.sleep(1)
-            run.send_signal(how)  # the first asks for a stop at the end of the step, the second for one now
-        code = run.wait(60)
-    assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    run = Forked(["run", str(path), "--run-dir", "out"], tmp_path, model_cache)
+    run.wait_until((tmp_path / "sampled").exists)
+    (engine,) = engines(run.pid)
+    folder = Path(engine.cmdline()[-1])
+    assert folder.is_dir()
+    if how == signal.SIGINT:
+        run.send(how)
+        time.sleep(1)
+        run.send(how)  # the first asks for a stop at the end of the step, the second for one now
+        run.finish(code=130)
+    else:
+        assert run.kill() == -signal.SIGKILL
     deadline = time.monotonic() + 30
     while engine.is_running() or folder.exists():
         assert time.monotonic() < deadline
