@@ -9,17 +9,19 @@ from safetensors.torch import load_file
 
 from tests.forked import Forked
 from tests.integration.stages.test_resume import kill_when, lines
-from tests.runs import read_jsonl, without_time
+from tests.runs import read_jsonl, recipe, without_time, write_recipe
 
 SETTINGS = [
     *("threads=1", "ppo.advantage=rloo", "ppo.rollout.samples_per_prompt=4", "ppo.ratio=sequence"),
-    *("ppo.loss_aggregation=sequence", "ppo.batch_size=6", "ppo.steps=6", "ppo.checkpoint_every=1"),
+    *("ppo.loss_aggregation=sequence", "ppo.batch_size=4", "ppo.steps=6", "ppo.learning_rate=1e-2"),
 ]
 
 
 def test_killed_and_resumed(tmp_path: Path, model_cache: Path) -> None:
+    file = str(write_recipe(tmp_path, recipe("ppo")))
+
     def start(folder: str, *options: str) -> Forked:
-        return Forked(["run", "smoke", *SETTINGS, f"--run-dir={folder}", *options], tmp_path, model_cache)
+        return Forked(["run", file, *SETTINGS, f"--run-dir={folder}", *options], tmp_path, model_cache)
 
     said = start("whole").finish()
     assert "explained_variance" not in said
