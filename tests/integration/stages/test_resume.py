@@ -10,15 +10,29 @@ from pathlib import Path
 import pytest
 
 from tests.forked import Forked
-from tests.runs import read_jsonl, without_time
+from tests.runs import read_jsonl, recipe, without_time, write_recipe
 
 # A checkpoint at every step, and all that a checkpoint has to hold: dropout, a β that adapts, an order of prompts
 # that runs over the end of a pass.
-SETTINGS = [
-    *("threads=1", "reward.checkpoint_every=1", "reward.adapter.dropout=0.2", "reward.batch_size=4"),
-    *("ppo.checkpoint_every=1", "ppo.steps=6", "ppo.batch_size=12", "ppo.samples_every=1"),
-    *("ppo.kl.controller=adaptive", "ppo.kl.horizon=50", "ppo.kl.target=0.1"),
-]
+RECIPE = recipe(
+    *("preferences", "reward", "ppo"),
+    threads=1,
+    preferences__judge="judge:score",
+    reward__epochs=6,
+    reward__batch_size=2,
+    reward__learning_rate=1e-2,
+    reward__adapter={"dropout": 0.2},
+    ppo__reward=[{"adapter": "stage"}],
+    ppo__steps=6,
+    ppo__learning_rate=1e-2,
+    ppo__samples_every=1,
+    ppo__kl={"controller": "adaptive", "target": 0.1, "horizon": 50},
+)
+del RECIPE["reward"]["data"]
+JUDGE = """
+def score(prompts, responses):
+    return [float(sum(map(ord, response)) % 97) for response in responses]
+"""
 
 
 def lines(stage: Path) -> int:
@@ -34,10 +48,13 @@ def kill_when(process: Forked, moment: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_killed_three_times(tmp_path: Path, model_cache: Path) -> None:
-    def start(*options: str) -> Forked:
-        return Forked(["run", "smoke", *SETTINGS, "--run-dir=killed", "--to=ppo", *options], tmp_path, model_cache)
+    (tmp_path / "judge.py").write_text(JUDGE)
+    path = str(write_recipe(tmp_path, RECIPE))
 
-    Forked(["run", "smoke", *SETTINGS, "--run-dir=whole", "--to=ppo"], tmp_path, model_cache).finish()
+    def start(*options: str) -> Forked:
+        return Forked(["run", path, "--run-dir=killed", *options], tmp_path, model_cache)
+
+    Forked(["run", path, "--run-dir=whole"], tmp_path, model_cache).finish()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     # 1. in the middle of the reward stage, a metrics line on the disk whose checkpoint may be there or not
