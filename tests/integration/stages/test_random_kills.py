@@ -12,7 +12,7 @@ import pytest
 from tests.forked import Forked
 from tests.runs import Tree, read_jsonl, recipe, without_time, write_recipe
 
-KILLS = {"ppo": 10, "reward": 6}
+KILLS = {"ppo": 20, "reward": 10}
 ROLES = {"ppo": ("ppo/adapter", "ppo/value"), "reward": ("reward/adapter",)}
 
 
@@ -57,6 +57,7 @@ def result(run: Path, stage: str) -> dict[str, object]:
 @pytest.mark.parametrize("stage", ["ppo", "reward"])
 def test_killed_at_random_moments(stage: str, tmp_path: Path, model_cache: Path) -> None:
     path = str(write_recipe(tmp_path, several_seconds_of(stage)))
+    Forked(["run", path, "--run-dir=first"], tmp_path, model_cache).finish()  # starts the server, makes the model
     began = time.monotonic()
     Forked(["run", path, "--run-dir=whole"], tmp_path, model_cache).finish()
     seconds = time.monotonic() - began
