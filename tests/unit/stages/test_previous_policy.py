@@ -18,6 +18,7 @@ from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages.pipeline import run_recipe
 from pe_rlhf.stages.previous_policy import fisher_of
+from reward.errors import Kind
 from tests.failures import raises
 from tests.runs import Tree, read_jsonl
 from tests.stage_support import byte_model, run, write_prompts
@@ -35,7 +36,8 @@ def three_tasks(dtype: torch.dtype = torch.float32) -> tuple[Backbone, list[Tens
     backbone.add_adapter("policy", init="pissa", rank=2, alpha=4)
     perturb(backbone, "policy", 0.05)
     seen = [logits(backbone, "policy")]
-    for number, settings in enumerate(({"rank": 3, "alpha": 5, "scaling": "rslora"}, {"rank": 1, "alpha": 2})):
+    later: list[Tree] = [{"rank": 3, "alpha": 5, "scaling": "rslora"}, {"rank": 1, "alpha": 2}]
+    for number, settings in enumerate(later):
         below = f"before_{number}"
         backbone.copy_role("policy", below)
         backbone.add_adapter(f"new_{number}", seed=number, **settings)
@@ -79,7 +81,9 @@ def test_gradients_of_a_stack_are_autograds() -> None:
     found = torch.autograd.grad((layer(x, backbone.base_layer(name)) * goal).sum(), parameters)
     own_A, own_B = (p.detach().clone().requires_grad_() for p in layer.parameters())
     scale = 2.0
-    frozen = layer.delta_weight(backbone.base_weight(name)) - scale * (own_B @ own_A).detach()
+    whole = layer.delta_weight(backbone.base_weight(name))
+    assert whole is not None
+    frozen = whole - scale * (own_B @ own_A).detach()
     weight = backbone.base_weight(name) + frozen + scale * own_B @ own_A
     wanted = torch.autograd.grad((x @ weight.T * goal).sum(), [x, own_A, own_B])
     for one, other in zip(found, wanted, strict=True):
@@ -98,7 +102,7 @@ def test_the_fisher_information_is_the_mean_of_squared_gradients() -> None:
         ids = sequences.ids_BT[row : row + 1, :whole]
         with backbone.role("policy"):
             logprobs = torch.log_softmax(backbone(ids).logits[0] / 0.7, dim=-1)
-        chosen = sum(logprobs[t - 1, ids[0, t]] for t in range(prompt, whole))
+        chosen = torch.stack([logprobs[t - 1, ids[0, t]] for t in range(prompt, whole)]).sum()
         for name, gradient in zip(parameters, torch.autograd.grad(chosen, [*parameters.values()]), strict=True):
             wanted[name] += gradient.square() / 3
     for name, fisher in wanted.items():
@@ -219,7 +223,7 @@ def test_ewc_without_strength_is_sequential_and_with_much_it_freezes(first: Path
         ({"method": "separate", "anchor": "previous"}, {}, "conflict", "continual.anchor"),
     ],
 )
-def test_what_does_not_fit_is_refused(first: Path, continual: Tree, changes: Tree, kind: str, key: str) -> None:
+def test_what_does_not_fit_is_refused(first: Path, continual: Tree, changes: Tree, kind: Kind, key: str) -> None:
     tree = recipe(first, continual)
     tree["adapter"] |= changes
     path = first / "bad.yaml"
