@@ -62,6 +62,12 @@ def kill(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
+def deepspeed(ranks: int, *script: str) -> list[str]:
+    """DeepSpeed's own launcher on a script."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    return [*launcher, f"--master_port={free_port()}", "--no_local_rank", *script]
+
+
 def few_chunks() -> None:
     """So few tokens in a chunk that the ranks' response tokens are of different numbers of chunks."""
     logprobs.CHUNK = 3

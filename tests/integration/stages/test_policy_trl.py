@@ -7,6 +7,7 @@ that our sampler gave. They score them, estimate the advantages with the old pol
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Recorder(RoleOptimizer):
         self.loss += loss.item()
         super().backward(loss)
 
-    def step(self) -> dict[str, float]:
+    def step(self, again: Callable[[], object] | None = None) -> dict[str, float]:
         self.gradients = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
             for name, p in self._groups[0].parameters.items()
