@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 
 from pe_rlhf.adapters.kind import Restart
@@ -49,11 +51,12 @@ class ZeRO:
 
     @cached_property
     def _engine(self) -> Any:
-        engine, *_ = import_deepspeed().initialize(
-            model=nn.ParameterList([self._copy]),
-            optimizer=adamw([self._copy], self._config),
-            config=_role_config(self._deepspeed),
-        )
+        with _local_rank():
+            engine, *_ = import_deepspeed().initialize(
+                model=nn.ParameterList([self._copy]),
+                optimizer=adamw([self._copy], self._config),
+                config=_role_config(self._deepspeed),
+            )
         return engine
 
     def step(self, rate: float, correction: float = 1.0) -> None:
@@ -168,10 +171,15 @@ def init_processes(wants_deepspeed: bool) -> None:
         # A rank may wait for hours while rank 0 asks a judge; one that has died is noticed by its closed connection.
         torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     else:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented all the same
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    import_deepspeed().init_distributed(verbose=False)
+    with _local_rank():
+        import_deepspeed().init_distributed(verbose=False)
+
+
+def _local_rank() -> AbstractContextManager[None]:
+    """LOCAL_RANK as DeepSpeed asks for it. Without a launcher it is gone afterwards: other libraries would see one."""
+    return patch_environment(LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
 
 
 def shard_base(model: nn.Module, deepspeed: dict[str, Any], device: torch.device) -> None:
@@ -187,12 +195,14 @@ def shard_base(model: nn.Module, deepspeed: dict[str, Any], device: torch.device
             for parameter in own:
                 # A copy: DeepSpeed writes into it, and would make a page of memory of each page of the file.
                 parameter.data = parameter.data.to(device, copy=True)
-            library.zero.Init(module=nn.ParameterList(own), config_dict_or_path=config)
+            with _local_rank():
+                library.zero.Init(module=nn.ParameterList(own), config_dict_or_path=config)
     for buffer in model.buffers():  # DeepSpeed leaves them where they are
         buffer.data = buffer.data.to(device)
     if device.type == "cuda":
         use_sound_attention()  # the model was not there yet when the backbone was made
-    library.initialize(model=model, config=config)
+    with _local_rank():
+        library.initialize(model=model, config=config)
 
 
 def _role_config(deepspeed: dict[str, Any]) -> dict[str, Any]:
