@@ -149,10 +149,10 @@ def test_an_ensemble_that_is_stopped_goes_on_to_the_same_weights(
     run(tree, tmp_path / "whole")
     step = RoleOptimizer.step
 
-    def failing(self: RoleOptimizer) -> dict[str, float]:
+    def failing(self: RoleOptimizer, *again: Any) -> dict[str, float]:
         if self.steps == 3:
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, *again)
 
     with monkeypatch.context() as patch:
         patch.setattr(RoleOptimizer, "step", failing)
