@@ -1,6 +1,7 @@
 """What is handed to others: the wheel with its recipes, and scripts that a shell can read."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ import pytest
 
 import pe_rlhf
 from tests.paths import ROOT
+from tests.unit.test_layering import imports
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,26 @@ def test_the_launch_script_calls_the_command_with_options_that_it_has(tmp_path: 
     unnamed = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
     assert unnamed.returncode != 0
     assert "name a recipe" in unnamed.stderr
+
+
+BROUGHT_ALONG = {"numpy", "huggingface_hub", "tokenizers", "markupsafe", "pydantic_core"}  # by those that are named
+OPTIONAL = {"vllm", "deepspeed", "wandb", "vaderSentiment"}
+
+
+def test_what_the_package_imports_is_installed_with_it() -> None:
+    """The development environment has more: an import that only it satisfies fails for users."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in project["dependencies"]}
+    modules = {"yaml" if name == "pyyaml" else name for name in named}
+    imported = {
+        name.split(".")[0]
+        for package in ("pe_rlhf", "reward")
+        for path in files(package)
+        if path.suffix == ".py"
+        for name in imports(path)
+    }
+    own = {"pe_rlhf", "reward", *sys.stdlib_module_names}
+    assert imported - own - modules - BROUGHT_ALONG == OPTIONAL
 
 
 def test_versions_agree() -> None:
