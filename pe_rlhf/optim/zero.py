@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate.utils import patch_environment
 from torch import Tensor, nn
 
 from pe_rlhf.adapters.kind import Restart
@@ -51,12 +49,11 @@ class ZeRO:
 
     @cached_property
     def _engine(self) -> Any:
-        with _local_rank():
-            engine, *_ = import_deepspeed().initialize(
-                model=nn.ParameterList([self._copy]),
-                optimizer=adamw([self._copy], self._config),
-                config=_role_config(self._deepspeed),
-            )
+        engine, *_ = import_deepspeed().initialize(
+            model=nn.ParameterList([self._copy]),
+            optimizer=adamw([self._copy], self._config),
+            config=_role_config(self._deepspeed),
+        )
         return engine
 
     def step(self, rate: float, correction: float = 1.0) -> None:
@@ -143,7 +140,8 @@ class ZeRO:
 
 
 def import_deepspeed() -> Any:
-    for name, value in accelerator_environment().items():
+    # Its engines, and later each gathering of ZeRO-3, ask for LOCAL_RANK, which no launcher has set for one process.
+    for name, value in {"LOCAL_RANK": "0", **accelerator_environment()}.items():
         os.environ.setdefault(name, value)
     try:
         import deepspeed
@@ -173,13 +171,7 @@ def init_processes(wants_deepspeed: bool) -> None:
     else:
         store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented all the same
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    with _local_rank():
-        import_deepspeed().init_distributed(verbose=False)
-
-
-def _local_rank() -> AbstractContextManager[None]:
-    """LOCAL_RANK as DeepSpeed asks for it. Without a launcher it is gone afterwards: other libraries would see one."""
-    return patch_environment(LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
+    import_deepspeed().init_distributed(verbose=False)
 
 
 def shard_base(model: nn.Module, deepspeed: dict[str, Any], device: torch.device) -> None:
@@ -195,14 +187,12 @@ def shard_base(model: nn.Module, deepspeed: dict[str, Any], device: torch.device
             for parameter in own:
                 # A copy: DeepSpeed writes into it, and would make a page of memory of each page of the file.
                 parameter.data = parameter.data.to(device, copy=True)
-            with _local_rank():
-                library.zero.Init(module=nn.ParameterList(own), config_dict_or_path=config)
+            library.zero.Init(module=nn.ParameterList(own), config_dict_or_path=config)
     for buffer in model.buffers():  # DeepSpeed leaves them where they are
         buffer.data = buffer.data.to(device)
     if device.type == "cuda":
         use_sound_attention()  # the model was not there yet when the backbone was made
-    with _local_rank():
-        library.initialize(model=model, config=config)
+    library.initialize(model=model, config=config)
 
 
 def _role_config(deepspeed: dict[str, Any]) -> dict[str, Any]:
