@@ -42,6 +42,8 @@ def reason_not_to_run(command: Command) -> str | None:
     program, *words = command.words
     if program != "pe-rlhf" or (len(words) < 2 and words != ["doctor"]):
         return "not one of ours, or a name"
+    if words[0] == "serve-reward":
+        return "it serves until it is stopped"
     return next((why for word in words[1:] for pattern, why in NEEDS.items() if re.search(pattern, word)), None)
 
 
