@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import openai
 
 from reward.errors import InputError, JudgeError
@@ -198,7 +197,7 @@ class Endpoint:
             raise self._of_status(error, sent) from None
         except openai.APITimeoutError:
             raise Passing(f"no answer within {self._settings.timeout:g} s") from None
-        except (openai.APIConnectionError, httpx.HTTPError) as error:
+        except openai.APIConnectionError as error:
             raise Passing(f"the connection failed: {error.__cause__ or error}") from None
         except DAMAGED as error:
             raise Passing(f"the body is not a chat completion: {error}") from None
