@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_rlhf.adapters.layer import AdapterLayer, RoleState, WrappedLayer, unwrap, weight_out_in
+from pe_rlhf.adapters.layer import AdapterLayer, RoleState, WrappedLayer, weight_out_in
 from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource
 from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, adapter_settings, new_adapters, saved_adapter
 from pe_rlhf.adapters.targets import say_what_is_left_out
 from pe_rlhf.config import AdapterConfig
 from pe_rlhf.model.original_weights import OriginalWeights
+from pe_rlhf.model.own_weights import plain_copy
 from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.model.tensors import set_tensors, unique_tensors, with_prefix, without_prefix
-from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 from reward.head import ScalarHead
@@ -145,7 +145,11 @@ class ModelWithRoles(nn.Module):
         head = self._new_head(role)
         if head is not None and source in self.heads:
             head.load_state_dict(self.heads[source].state_dict())
-        self._install_own(role, self._plain_copy(source, whole=head is None), head)
+        own = self._own_model(source) if source in self.own_models else None
+        if own is not None and head is None and source in self.heads:
+            message = f"{source} has no language-model head of its own that a copy could start from"
+            raise InputError(message, kind="conflict", key=source)
+        self._install_own(role, plain_copy(self.model, source, own, whole=head is None), head)
 
     def original_weights(self) -> OriginalWeights:
         """The weights of the base as they were before it was quantised."""
@@ -191,7 +195,7 @@ class ModelWithRoles(nn.Module):
             if head is not None:
                 head.load_state_dict(without_prefix("head.", state))
             if isinstance(spec, FullSpec):
-                model = self._plain_copy(ANCHOR, whole=head is None)
+                model = plain_copy(self.model, ANCHOR, None, whole=head is None)
                 set_tensors(unique_tensors(model), without_prefix("model.", state))
                 return self._install_own(role, model, head)
             # One weight at a time: under ZeRO-3 each is a whole copy, and that of a quantised one is dequantised.
@@ -314,23 +318,6 @@ class ModelWithRoles(nn.Module):
         prefix = next(f"{name}." for name, module in self.model.named_modules() if module is decoder)
         prefix = prefix if role in self.heads else ""
         return with_prefix(prefix, unique_tensors(self.own_models[role]))
-
-    def _plain_copy(self, source: str, *, whole: bool) -> nn.Module:
-        """A model without adapters that computes what a role does, all of it trainable; its decoder unless `whole`."""
-        if is_sharded(self.model):
-            message = "tuning: full: the base has to be whole on each process: not with zero3"
-            raise InputError(message, kind="conflict", key="tuning")
-        if source in self.own_models:
-            if whole and source in self.heads:
-                message = f"{source} has no language-model head of its own that a copy could start from"
-                raise InputError(message, kind="conflict", key=source)
-            own = copy.deepcopy(self._own_model(source))
-            return own if whole else decoder_of(own)
-        model = copy.deepcopy(self.model)
-        unwrap(model, source)
-        if not all(parameter.is_floating_point() for parameter in model.parameters()):
-            raise InputError("tuning: full: a quantised base cannot be trained", kind="conflict", key="tuning")
-        return (model if whole else decoder_of(model)).requires_grad_(True)
 
     def _wrap(self, name: str) -> WrappedLayer:
         parent_name, _, leaf = name.rpartition(".")

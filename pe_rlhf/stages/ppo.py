@@ -39,16 +39,15 @@ from pe_rlhf.stages.init_batches import AnchorRollouts
 from pe_rlhf.stages.judge_during_ppo import JudgeEvaluation
 from pe_rlhf.stages.ppo_collect import collect_experience
 from pe_rlhf.stages.ppo_update import update
-from pe_rlhf.stages.previous_policy import PreviousPolicy, fisher_of, save_fisher
+from pe_rlhf.stages.previous_policy import PreviousPolicy, leave_fisher
 from pe_rlhf.stages.rollouts import Rollouts, pack
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import Stopped, TrainingError, at_step
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import progress, say
-from pe_rlhf.system.seeding import derive_seed
 from pe_rlhf.system.stop_signals import stop_requests
-from pe_rlhf.types import Experience, Rollout, Sequences
+from pe_rlhf.types import Experience, Rollout
 from reward.records import Prompt
 
 POLICY, VALUE = "policy", "value"
@@ -122,12 +121,7 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
 
     for role in _trained(config):
         save_role(backbone, role, context.files.role(role).folder)
-    if (continual := context.recipe.continual) is not None and continual.method == "ewc":
-        sampler.sync(config.steps, POLICY)
-        ids = [asked.ids[i % len(asked.ids)] for i in range(continual.fisher_samples)]
-        sampled = sampler.generate(ids, derive_seed(seed, "fisher"))
-        own = fisher_of(backbone, Sequences.of(sampled, backbone.pad_token_id), config.rollout.temperature)
-        save_fisher(backbone, continual, previous, own, context.files.fisher)
+    leave_fisher(context, backbone, sampler, asked.ids, previous)
     summary = on_main(lambda: _summary(context, backbone))
     summary |= {} if previous is None else previous.metrics()
     if moments := scorer.moments():

@@ -13,14 +13,17 @@ from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.adapters.kinds.stacked import StackedLoRA, stacked
 from pe_rlhf.adapters.layer import AdapterLayer
 from pe_rlhf.algo.forgetting import collision_rate, elastic, joined, orthogonality, sparsity
-from pe_rlhf.config import AdapterConfig, ContinualConfig, Recipe
+from pe_rlhf.config import AdapterConfig, ContinualConfig, PPOConfig, Recipe
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.model.tensors import with_prefix, without_prefix
+from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.saved_roles import SavedRole, find_role, load_role
+from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.progress import say
+from pe_rlhf.system.seeding import derive_seed
 from pe_rlhf.system.tensor_files import load_tensors, save_tensors
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -170,6 +173,25 @@ def find_previous(recipe: Recipe, run_dir: Path) -> SavedRole | None:
 
 
 # ---- Fisher information ---------------------------------------------------------------------------------------------
+
+
+def leave_fisher(
+    context: StageContext[PPOConfig],
+    backbone: Backbone,
+    sampler: RolloutEngine,
+    prompts: list[list[int]],
+    previous: PreviousPolicy | None,
+) -> None:
+    """Where the method is EWC, write the Fisher information of the trained policy, of responses of its own."""
+    config = context.recipe.continual
+    if config is None or config.method != "ewc":
+        return
+    sampler.sync(context.config.steps, POLICY)
+    asked = [prompts[i % len(prompts)] for i in range(config.fisher_samples)]
+    sampled = sampler.generate(asked, derive_seed(context.recipe.seed, "fisher"))
+    sequences = Sequences.of(sampled, backbone.pad_token_id)
+    own = fisher_of(backbone, sequences, context.config.rollout.temperature)
+    save_fisher(backbone, config, previous, own, context.files.fisher)
 
 
 def fisher_of(backbone: Backbone, sequences: Sequences, temperature: float) -> dict[str, Tensor]:
