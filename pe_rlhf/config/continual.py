@@ -14,10 +14,10 @@ NEW, SAME = ("olora", "nlora"), ("ewc",)  # the methods that need an adapter of 
 class ContinualConfig(Section):
     """How a policy goes on from that of the task before (docs/continual.md)."""
 
-    method: Literal["sequential", "separate", "olora", "nlora", "ewc"] = Field(
+    method: Literal["sequential", "olora", "nlora", "ewc"] = Field(
         default="sequential",
-        description="sequential: nothing against forgetting; separate: each task starts from the base; olora: the new A"
-        " orthogonal to earlier ones; nlora: a sparse new B·A; ewc: weights that mattered stay",
+        description="sequential: nothing against forgetting; olora: the new A orthogonal to earlier ones; nlora: a"
+        " sparse new B·A; ewc: weights that mattered stay",
     )
     strength: Rate = Field(
         default=0.5, description="olora, nlora, ewc: λ, weight of the penalty in the policy's loss; 0: no penalty"
@@ -33,7 +33,7 @@ class ContinualConfig(Section):
     previous: str | None = Field(
         default=None,
         description="the run whose policy this one goes on from, beside this run's directory or by its path; default:"
-        " the task before",
+        " none, this is the first task",
     )
     fisher: Literal["summed", "per_task"] = Field(
         default="summed",
@@ -49,9 +49,9 @@ class ContinualConfig(Section):
         for methods, adapter in ((NEW, "new"), (SAME, "same")):
             if self.method in methods and self.adapter not in (None, adapter):
                 raise refusal("adapter", f"{self.method} is for adapter: {adapter}; leave it out")
-        if self.method == "separate" and (self.anchor == "previous" or self.adapter or self.previous):
-            key = "anchor" if self.anchor == "previous" else "adapter" if self.adapter else "previous"
-            raise refusal(key, "with method: separate nothing comes before a task; leave it out")
+        if self.previous is None and (self.anchor == "previous" or self.adapter):
+            key = "anchor" if self.anchor == "previous" else "adapter"
+            raise refusal(key, "nothing comes before this task; name the earlier run in previous", "missing")
         return self
 
     @property

@@ -220,7 +220,8 @@ def test_ewc_without_strength_is_sequential_and_with_much_it_freezes(first: Path
         ({"method": "nlora", "previous": "first"}, {"last_layers": 1}, "conflict", "adapter.targets"),
         ({"method": "ewc", "adapter": "new"}, {}, "conflict", "continual.adapter"),
         ({"method": "olora", "adapter": "same"}, {}, "conflict", "continual.adapter"),
-        ({"method": "separate", "anchor": "previous"}, {}, "conflict", "continual.anchor"),
+        ({"anchor": "previous"}, {}, "missing", "continual.anchor"),
+        ({"adapter": "new"}, {}, "missing", "continual.adapter"),
     ],
 )
 def test_what_does_not_fit_is_refused(first: Path, continual: Tree, changes: Tree, kind: Kind, key: str) -> None:
