@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pe_rlhf.config.adapter import Adapter, AdapterConfig, LoRAConfig, init_fits, settings_of
+from pe_rlhf.config.adapter import Adapter, AdapterConfig, LoRAConfig, LowRankConfig, init_fits, settings_of
 from pe_rlhf.config.compare import CompareConfig
 from pe_rlhf.config.continual import ContinualConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
@@ -111,6 +111,10 @@ class Recipe(Section):
             raise refusal("ppo.reward", "it names an ensemble; add reward.ensemble: {members: 5}", "missing")
         if trained is not None and trained.members > 1 and self.tuning == "full":
             raise refusal("reward.ensemble", "each member would be a whole model; use tuning: adapter", "conflict")
+        own = self.adapter_for("reward")
+        if trained is not None and trained.diversity and not isinstance(own, LowRankConfig):
+            reason = f"an adapter of the kind {own.kind} has no LoRA factor A; leave it at 0"
+            raise refusal("reward.ensemble.diversity", reason, "conflict")
         has_reward = self.reward or any(source.adapter or source.ensemble for source in sources)
         if self.ppo and self.ppo.value_init == "reward" and not has_reward:
             raise refusal("ppo.value_init", "there is no reward adapter to start the critic from; use fresh", "missing")

@@ -23,6 +23,11 @@ class EnsembleConfig(Section):
     inits: list[str] = Field(
         default_factory=list, description="vary with init: the inits of the second member and on, in turn"
     )
+    diversity: Rate = Field(
+        default=0.0,
+        description="weight of the loss term −‖A‖_*/‖A‖_F of the members' LoRA factors A below one another, mean over"
+        " layers (UP-RLHF), which keeps them apart",
+    )
 
     @model_validator(mode="after")
     def _differ(self) -> EnsembleConfig:
@@ -31,6 +36,8 @@ class EnsembleConfig(Section):
         if ("init" in self.vary) != bool(self.inits):
             reason = "vary has init: name the inits, such as [lora, pissa]" if not self.inits else "vary has no init"
             raise refusal("inits", reason, "conflict" if self.inits else "missing")
+        if self.diversity and self.members < 2:
+            raise refusal("diversity", "one member has no others to differ from; use members: 5", "conflict")
         return self
 
 

@@ -24,14 +24,22 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.micro_batches import own_micro_batches
 from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.model.tensors import with_prefix, without_prefix
-from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptimizer
+from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.layout import RunFiles, StageFiles
 from pe_rlhf.runs.learning_flags import reward_flags
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages.add_roles import REWARD
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.reward_members import Member, add_members, ensemble_metrics, member_rows, members_of
+from pe_rlhf.stages.reward_members import (
+    Member,
+    add_members,
+    diversity_metrics,
+    ensemble_metrics,
+    groups_of,
+    member_rows,
+    members_of,
+)
 from pe_rlhf.system.distributed import on_main, rank, sum_metrics
 from pe_rlhf.system.failures import Stopped, TrainingError
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
@@ -58,7 +66,7 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
     add_members(context, backbone, members, train)
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
-    groups = [RoleGroup.of(backbone, member.role, config.learning_rate) for member in members]
+    groups = groups_of(backbone, members, config)
     optimizer = RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed, context.recipe.seed)
     first_step, seconds_before = _resume(context, backbone, optimizer, members)
     everything = train.responses() + held_out.responses()
@@ -88,7 +96,7 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
             if done % config.eval_every == 0 or done == total_steps:
                 results = _evaluate_members(backbone, members, held_out, config)
                 together = ensemble_metrics([result.margins for result in results])
-                line |= results[0].metrics() | together
+                line |= results[0].metrics() | together | diversity_metrics(backbone, members, config)
                 held_out_loss = together.get("ensemble_eval_loss", results[0].loss)
                 append_jsonl(context.files.reliability, {"step": done, "bins": reliability_table(results[0].margins)})
                 say(_line(done, total_steps, line))
@@ -105,13 +113,17 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
     _centre(backbone, members, train, config)
     for member in members:
         save_role(backbone, member.role, context.files.role(member.role).folder)
-    summary = _summary(members, results, len(train)) | {
-        "steps": total_steps,
-        "seconds_per_step": on_main(lambda: _seconds_per_step(context)),
-        "trainable_parameters": sum(p.numel() for group in groups for p in group.parameters.values()),
-        "seconds": round(seconds_before + time.monotonic() - start, 2),
-        **peak_memory(),
-    }
+    summary = (
+        _summary(members, results, len(train))
+        | diversity_metrics(backbone, members, config)
+        | {
+            "steps": total_steps,
+            "seconds_per_step": on_main(lambda: _seconds_per_step(context)),
+            "trainable_parameters": sum(p.numel() for group in groups for p in group.parameters.values()),
+            "seconds": round(seconds_before + time.monotonic() - start, 2),
+            **peak_memory(),
+        }
+    )
     summary["warnings"] = reward_flags(summary)
     write_json(context.files.summary, summary)
     return summary

@@ -1,24 +1,27 @@
 """The members of a reward ensemble: how each differs from the others, and what they say together.
 
 The first member is the reward model that is trained without an ensemble, to the bit. The others differ from it in what
-`reward.ensemble.vary` names.
+`reward.ensemble.vary` names. Only `reward.ensemble.diversity` lets the members know of each other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from pe_rlhf.algo.ensembles import diversity
 from pe_rlhf.config import AdapterConfig, Recipe, RewardConfig
 from pe_rlhf.config.adapter import LowRankConfig
 from pe_rlhf.data.preference_pairs import Pairs
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.optim.role_optimizer import RoleGroup
 from pe_rlhf.stages.add_roles import REWARD, add_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import reward_statistics
@@ -81,6 +84,43 @@ def add_members(
             continue
         statistics = reward_statistics(backbone, train, member.adapter, context.config, member.seed)
         add_role(context, backbone, member.role, member.adapter, statistics, seed=member.seed)
+
+
+def groups_of(backbone: Backbone, members: Sequence[Member], config: RewardConfig) -> list[RoleGroup]:
+    """What the optimizer trains: a group a member; the first one carries the term that keeps them apart."""
+    groups = [RoleGroup.of(backbone, member.role, config.learning_rate) for member in members]
+    if not (weight := _diversity_weight(config)):
+        return groups
+    factors_LMRI = _factors(backbone, members)
+    # Its gradient reaches all members, and no group's gradient is clipped before the first one's penalty is added.
+    return [replace(groups[0], penalty=lambda: -weight * diversity(factors_LMRI)), *groups[1:]]
+
+
+def diversity_metrics(backbone: Backbone, members: Sequence[Member], config: RewardConfig) -> dict[str, float]:
+    """How far the members' factors are apart, where the loss has a term for it: `ensemble_diversity`."""
+    if not _diversity_weight(config):
+        return {}
+    with torch.no_grad():
+        return {"ensemble_diversity": diversity(_factors(backbone, members)).item()}
+
+
+def _diversity_weight(config: RewardConfig) -> float:
+    return config.ensemble.diversity if config.ensemble is not None else 0.0
+
+
+def _factors(backbone: Backbone, members: Sequence[Member]) -> list[list[Tensor]]:
+    """The factor A of each member, layer by layer. Raises `InputError` for one that its init does not train."""
+    layers = [(member, backbone.role_layers(member.role)) for member in members]
+    for member, own in layers:
+        if untrained := next((name for name, layer in own.items() if "lora_A" not in layer._parameters), None):
+            init = getattr(member.adapter, "init", member.adapter.kind)
+            raise InputError(
+                f"reward.ensemble.diversity: the init {init} trains no factor A, on {untrained}",
+                kind="conflict",
+                key="reward.ensemble.diversity",
+                fix="leave it at 0, or use another init",
+            )
+    return [[own[name].get_parameter("lora_A") for _, own in layers] for name in layers[0][1]]
 
 
 def ensemble_metrics(margins: Sequence[Sequence[float]]) -> dict[str, float]:
