@@ -97,6 +97,10 @@ def main() -> None:
             _leave_after_main(stop.code)
         _end(str(stop), stop.code)
     except RuntimeError as error:
+        from pe_rlhf.system.distributed import late_rank
+
+        if (late := late_rank(error)) is not None:
+            _fail(late, TRAINING_STOPPED)
         if not _is_another_ranks(error):
             raise
         if is_main() and not isinstance(error, ElsewhereError):

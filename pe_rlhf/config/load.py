@@ -19,7 +19,8 @@ from reward.errors import InputError, did_you_mean
 S = TypeVar("S", bound=BaseModel)
 
 # Where and with how much memory a run computes; what it computes is the same.
-FREE_TO_CHANGE = ("deepspeed", "threads", "tracking", "function_timeout", "backbone.device", "backbone.trunk_cache_mib")
+FREE_TO_CHANGE = ("deepspeed", "threads", "tracking", "function_timeout", "rank_timeout", "deterministic")
+FREE_TO_CHANGE += ("backbone.device", "backbone.trunk_cache_mib")
 # Of the engines that sample, too: which servers answer, and how long somebody waits for them.
 FREE_TO_CHANGE += tuple(
     f"{section}.{key}"

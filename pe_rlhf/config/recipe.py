@@ -57,6 +57,18 @@ class Recipe(Section):
         default=None,
         description="ZeRO stage: zero0 … zero3, zero3_offload, or a DeepSpeed JSON file; default: no DeepSpeed",
     )
+    rank_timeout: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e8,
+        description="several processes: seconds that one waits for another before the run fails; default: 30 minutes"
+        " for the first contact and for gradients on GPUs, otherwise 7 days, since rank 0 may ask a judge for hours",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="on a GPU: only kernels that give the same bits each time, so that a resumed run is the"
+        " uninterrupted one to the bit; slower; on a CPU every run is",
+    )
     function_timeout: float | None = FUNCTION_TIMEOUT
     backbone: BackboneConfig = BackboneConfig()
     tuning: Literal["adapter", "full"] = Field(

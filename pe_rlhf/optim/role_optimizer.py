@@ -1,9 +1,10 @@
 """Training: backward, clipping, optimizer step, learning-rate schedule, and their state.
 
 Each role is trained by an optimizer of its own, so that policy and critic have learning rates and gradient norms of
-their own. Gradients of an adapter are a few MB: they are summed over the ranks once per step, clipped and checked here,
-and then go to AdamW or, under DeepSpeed, to its ZeRO engine. So the numbers do not depend on how the states are split,
-and ranks may cut their share of a batch into different numbers of micro-batches. Fully tuned roles go the same way.
+their own. Gradients of an adapter are small beside the base: they are summed over the ranks once per step, clipped and
+checked here, and then go to AdamW or, under DeepSpeed, to its ZeRO engine. So the numbers do not depend on how the
+states are split, and ranks may cut their share of a batch into different numbers of micro-batches. Fully tuned roles
+go the same way.
 
 Steps are made in fp32. Adapters and heads are fp32 anyway; weights of a narrower dtype have a master copy.
 """

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from pe_rlhf.adapters.kind import Restart
 from pe_rlhf.config import OptimizerConfig
@@ -21,7 +22,9 @@ from pe_rlhf.optim.adamw import MASTER, MOMENTS, RESTARTS, adamw, flatten, is_wi
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import accelerator_environment, launched
 
-LONGEST_WAIT = timedelta(days=7)
+# A rank may wait for hours while rank 0 asks a judge; one that has died is noticed by its closed connection. For the
+# first contact and for gradients nobody has a reason to be late.
+LONGEST_WAIT, USUAL_WAIT = timedelta(days=7), timedelta(minutes=30)
 
 
 class ZeRO:
@@ -52,7 +55,7 @@ class ZeRO:
         engine, *_ = import_deepspeed().initialize(
             model=nn.ParameterList([self._copy]),
             optimizer=adamw([self._copy], self._config),
-            config=_role_config(self._deepspeed),
+            config=_role_config(self._deepspeed, self._copy.numel()),
         )
         return engine
 
@@ -157,8 +160,12 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def init_processes(wants_deepspeed: bool) -> None:
-    """Join the other processes, where a launcher has started this one; alone, be a group of one for DeepSpeed."""
+def init_processes(wants_deepspeed: bool, timeout: float | None = None) -> None:
+    """Join the other processes, where a launcher has started this one; alone, be a group of one for DeepSpeed.
+
+    timeout: seconds that a process waits for another, in place of `LONGEST_WAIT` and `USUAL_WAIT`. Where one is late,
+    gloo raises a `RuntimeError` (`distributed.late_rank`), and NCCL's watchdog ends the process.
+    """
     if torch.distributed.is_initialized() or not (launched() or wants_deepspeed):
         return
     # gloo carries what lies on the CPU (counts, texts, experience), whatever the weights are on.
@@ -166,8 +173,12 @@ def init_processes(wants_deepspeed: bool) -> None:
     if launched():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # A rank may wait for hours while rank 0 asks a judge; one that has died is noticed by its closed connection.
-        torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
+        long, usual = (timedelta(seconds=timeout),) * 2 if timeout else (LONGEST_WAIT, USUAL_WAIT)
+        store, rank, size = next(rendezvous("env://", timeout=usual))
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=long)
+        if torch.cuda.is_available():  # as torch's own _set_pg_timeout, which would set gloo's, too
+            group = torch.distributed.distributed_c10d._get_default_group()
+            group._get_backend(torch.device("cuda"))._set_default_timeout(usual)
     else:
         store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented all the same
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -195,13 +206,17 @@ def shard_base(model: nn.Module, deepspeed: dict[str, Any], device: torch.device
     library.initialize(model=model, config=config)
 
 
-def _role_config(deepspeed: dict[str, Any]) -> dict[str, Any]:
-    """ZeRO-3 shards the base; the few MB of a role are whole on each rank, with their states split as in ZeRO-2."""
+def _role_config(deepspeed: dict[str, Any], size: int) -> dict[str, Any]:
+    """ZeRO-3 shards the base; a role's own weights are whole on each rank, with their states split as in ZeRO-2."""
     zero = dict(deepspeed.get("zero_optimization", {}))
     zero["stage"] = min(2, zero.get("stage", 0))
     zero = {key: value for key, value in zero.items() if not key.startswith(("stage3", "offload_param"))}
     if zero["stage"] == 0:
         zero.pop("offload_optimizer", None)
+    else:
+        # Its own default are 2 GB of fp32 for each role. DeepSpeed wants an even number.
+        size += size % 2
+        zero = {"reduce_bucket_size": size, "allgather_bucket_size": size} | zero
     return {**_common(deepspeed), "zero_optimization": zero}
 
 

@@ -18,6 +18,7 @@ from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.rollout.interface import stop_strings
 from pe_rlhf.rollout.reading import FORCED_BR, ONE_TOKEN, PROMPTS, Reading, find_reading
 from pe_rlhf.rollout.stops import StopsEarly
+from pe_rlhf.system.determinism import cumulative
 from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.progress import Advance
@@ -258,14 +259,14 @@ def sample(probabilities_BV: Tensor, uniform_B1: Tensor, block: int = 256) -> Te
     """
     padding = -probabilities_BV.shape[1] % block
     blocks_BNK = torch.nn.functional.pad(probabilities_BV, (0, padding)).unflatten(1, (-1, block))
-    cdf_BN = blocks_BNK.sum(dim=-1).double().cumsum(dim=-1)
+    cdf_BN = cumulative(blocks_BNK.sum(dim=-1).double())
     if not cdf_BN[:, -1].isfinite().all():
         raise TrainingError(
             "the logits are not finite: the weights have diverged, or the base's dtype is too narrow", kind="not_finite"
         )
     block_B1, fraction_B1 = _find(cdf_BN, uniform_B1)
     inside_BK = blocks_BNK.gather(1, block_B1[..., None].expand(-1, 1, block))[:, 0]
-    token_B1, _ = _find(inside_BK.double().cumsum(dim=-1), fraction_B1)
+    token_B1, _ = _find(cumulative(inside_BK.double()), fraction_B1)
     return block_B1 * block + token_B1
 
 

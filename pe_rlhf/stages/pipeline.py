@@ -35,7 +35,8 @@ from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.preflight import check_model
 from pe_rlhf.stages.previous_policy import find_previous
 from pe_rlhf.stages.reward_members import members_of
-from pe_rlhf.system.distributed import on_main, world_size
+from pe_rlhf.system.determinism import deterministic, is_refused
+from pe_rlhf.system.distributed import late_rank, on_main, world_size
 from pe_rlhf.system.failures import ElsewhereError, Stopped, TrainingError, failure_noted
 from pe_rlhf.system.files import locked
 from pe_rlhf.system.memory import is_out_of_memory, reset_peak_memory
@@ -73,9 +74,10 @@ def run_recipe(
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    init_processes(recipe.deepspeed is not None)
     files = RunFiles(run_dir)
     with ExitStack() as held:
+        held.enter_context(deterministic(recipe.deterministic))
+        init_processes(recipe.deepspeed is not None, recipe.rank_timeout)
         held.enter_context(time_limit(recipe.function_timeout))
         on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
         # In the lock: what another run is still writing is not read, and for a folder in use nothing is fetched.
@@ -262,12 +264,24 @@ def _run_stage(context: StageContext[Any]) -> None:
         message = f"{context.stage}: {context.folder} cannot be written or read: {error}"
         raise TrainingError(message, kind="disk", file=error.filename or context.folder) from error
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if (failure := _known(context.stage, error)) is None:
             raise
-        raise _out_of_memory(context.stage, error) from error
+        raise failure from error
     for warning in summary.get("warnings", []):
         say(f"warning: {context.stage}: {warning}")
     say(f"{context.stage}: done in {summary['seconds']:.0f} s, {context.folder}")
+
+
+def _known(stage: str, error: BaseException) -> TrainingError | None:
+    """The failure of a stage that an error of torch means, where it is one that has a remedy."""
+    if is_out_of_memory(error):
+        return _out_of_memory(stage, error)
+    if is_refused(error):
+        said = str(error).partition(",")[0]
+        return TrainingError(
+            f"{stage}: {said}", kind="conflict", key="deterministic", fix="go on with --resume deterministic=false"
+        )
+    return None if (late := late_rank(error)) is None else late.at(stage)
 
 
 def _out_of_memory(stage: str, error: BaseException) -> TrainingError:

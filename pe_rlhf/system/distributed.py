@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pe_rlhf.system.failures import ElsewhereError
-from pe_rlhf.system.processes import is_main
+from pe_rlhf.system.failures import ElsewhereError, TrainingError
+from pe_rlhf.system.processes import is_main, launched
 
 T = TypeVar("T")
 
@@ -33,6 +33,20 @@ def leave_group() -> None:
     """End this rank's part in the group: its threads can abort an interpreter that ends with them still there."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def late_rank(error: BaseException) -> TrainingError | None:
+    """The failure that another rank has not come within `rank_timeout`, where that is what an error says."""
+    # gloo has no class for it; the store of the first contact has, for all that can go wrong there.
+    late = isinstance(error, dist.DistStoreError) or "Timed out waiting" in str(error)
+    if not (late and isinstance(error, RuntimeError) and launched()):
+        return None
+    return TrainingError(
+        f"another process did not come within rank_timeout: {' '.join(str(error).split())}",
+        kind="process",
+        key="rank_timeout",
+        fix="see what the other processes said; raise rank_timeout if they only need longer, and go on with --resume",
+    )
 
 
 def own_rows(count: int) -> list[int]:

@@ -111,6 +111,19 @@ def test_weight_decay_pulls_to_where_a_parameter_started(deepspeed: dict[str, An
             np.testing.assert_allclose(parameter.detach().numpy(), expected[role][name], atol=2e-6)
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, 4), ({"reduce_bucket_size": 2}, 2)])
+def test_zeros_buckets_have_the_size_of_the_role(given: dict[str, int], expected: int) -> None:
+    """DeepSpeed's own are of 5e8 numbers, for each role."""
+    from pe_rlhf.optim.zero import ZeRO, init_processes
+
+    init_processes(wants_deepspeed=True)
+    parameter = nn.Parameter(torch.ones(3))
+    zero = ZeRO({"a": parameter}, CONFIG, {"zero_optimization": {"stage": 2, **given}}, {})
+    parameter.grad = torch.ones(3)
+    zero.step(0.1)
+    assert zero._engine.optimizer.reduce_bucket_size == expected
+
+
 def test_steps_are_those_of_adamw_written_out() -> None:
     parameters = fresh()
     expected, expected_norms = numpy_adamw(as_numpy(parameters), TOTAL)
