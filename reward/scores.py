@@ -73,6 +73,19 @@ def repetition_penalty(
     return found
 
 
+def brevity(prompts: Sequence[Prompt], responses: Sequence[str], words: int = 5) -> list[float]:
+    """0 for a response of 1 to `words` words, −1 for an empty one, and minus what is beyond, in units of `words`."""
+    if words < 1:
+        raise _wrong_argument(f"brevity: words is {words}, not a number from 1")
+    counts = (len(response.split()) for response in responses)
+    return [-max(0, count - words) / words if count else -1.0 for count in counts]
+
+
+def asks(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """1 for a response that ends with a question mark, else 0."""
+    return [float(response.rstrip().endswith("?")) for response in responses]
+
+
 def matches(prompts: Sequence[Prompt], responses: Sequence[str], pattern: str) -> list[float]:
     """1 for a response that the regular expression matches as a whole, white space around it left out, else 0."""
     try:

@@ -103,10 +103,14 @@ def _parse_only(text: str | None) -> Only:
 def _check(plan: Plan) -> None:
     """Check all arms before anything runs, so that a mistake in the last arm is reported at once."""
     from pe_rlhf.stages.pipeline import check_inits, check_inputs
+    from pe_rlhf.stages.tasks import check_tasks, task_recipes
 
+    check_tasks(list(task_recipes(plan.base, plan.root)), plan.root)
     check_inputs(plan.base, plan.base.stages)
     for arm in plan.arms:
-        check_inits(next(iter(plan.runs(arm).values())).recipe)
+        recipe = next(iter(plan.runs(arm).values())).recipe
+        for each in (recipe, *task_recipes(recipe, plan.root)):
+            check_inits(each)
 
 
 def _run_parts(plan: Plan, chosen: Only, retry: bool) -> None:

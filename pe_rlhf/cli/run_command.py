@@ -11,6 +11,7 @@ from reward.errors import InputError
 
 if TYPE_CHECKING:
     from pe_rlhf.config import Recipe
+    from pe_rlhf.runs.changes import Start
 
 
 def run(
@@ -24,9 +25,10 @@ def run(
         Path | None, typer.Option(help="Where everything of this run goes; runs/<recipe's name> if left out.")
     ] = None,
     first: Annotated[
-        str | None, typer.Option("--from", help="Start at this stage; it and later ones that are there are put aside.")
+        str | None,
+        typer.Option("--from", help="Start at this stage, or task; it and later ones that are there are put aside."),
     ] = None,
-    last: Annotated[str | None, typer.Option("--to", help="Stop after this stage.")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Stop after this stage, or task.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue: finished stages stay, the next one goes on.")
     ] = False,
@@ -45,6 +47,10 @@ def run(
     one reads it from there. The run ends with a table and report.html.
     """
     loaded, target, stages = plan(recipe, overrides, run_dir, first, last)
+    start = "resume" if resume else "new" if first is None else "anew"
+    if loaded.tasks is not None:
+        _run_tasks(loaded, target, (first, last), start, dry_run=dry_run, may_change=may_change)
+        return
 
     from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
     from pe_rlhf.runs.layout import STAGE_INFO, RunFiles
@@ -64,12 +70,55 @@ def run(
         typer.echo("\n".join([*cost_lines(settled, stages), *plan_lines(settled, stages)]))
         refuse_impossible(settled)
         return
-    start = "resume" if resume else "new" if first is None else "anew"
     summaries = run_recipe(loaded, target, stages, start, may_change or ())
     if not is_main():
         return
     console.print(outcome_table(loaded.name, summaries))
     typer.echo(f"report: {RunFiles(target).report.resolve()}")
+
+
+def _run_tasks(
+    recipe: Recipe,
+    target: Path,
+    between: tuple[str | None, str | None],
+    start: Start,
+    *,
+    dry_run: bool,
+    may_change: list[str] | None,
+) -> None:
+    """The same for a recipe with tasks, of which --from and --to name the first and the last."""
+    from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
+    from pe_rlhf.runs.layout import RunFiles
+    from pe_rlhf.stages.outcome_table import task_outcome_table
+    from pe_rlhf.stages.pipeline import cost_lines
+    from pe_rlhf.stages.tasks import check_tasks, run_tasks, select_tasks, task_recipes
+    from pe_rlhf.system.processes import is_main
+    from pe_rlhf.system.progress import console
+    from reward.judges.user_code import time_limit
+
+    if may_change:
+        raise InputError(
+            "--may-change: the tasks of a run have one recipe",
+            kind="conflict",
+            key="--may-change",
+            fix="--from TASK runs that task and all after it anew with another",
+        )
+    if dry_run:
+        every = list(task_recipes(recipe, target))
+        recipes = [every[number] for number in select_tasks(recipe, *between)]
+        with time_limit(recipe.function_timeout):
+            check_tasks(recipes, target)
+        names = " → ".join(task.name for task in recipe.tasks or [])
+        typer.echo(f"{recipe.name}: tasks {names} with {recipe.model}, into {target}; the recipe is valid")
+        for own in map(settle, recipes):
+            typer.echo("\n".join([f"  {own.name}: {' → '.join(own.stages)}", *cost_lines(own, own.stages)]))
+            typer.echo("\n".join(plan_lines(own, own.stages)))
+            refuse_impossible(own)
+        return
+    table = run_tasks(recipe, target, *between, start)
+    if is_main():
+        console.print(task_outcome_table(recipe.name, table))
+        typer.echo(f"report: {RunFiles(target).report.resolve()}")
 
 
 def plan(
@@ -86,4 +135,6 @@ def plan(
     # Imported here: torch and transformers take seconds, and a mistake in the recipe should be told at once.
     from pe_rlhf.stages.pipeline import select_stages
 
+    if loaded.tasks is not None:  # --from and --to are about tasks
+        return loaded, run_dir or Path("runs") / loaded.name, []
     return loaded, run_dir or Path("runs") / loaded.name, select_stages(loaded, first, last)

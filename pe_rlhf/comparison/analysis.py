@@ -109,7 +109,25 @@ def _arm(
         reward_peak_mib=_each(_peaks(finished, "reward"), max),
         reward_seconds_per_step=_each(of("reward", "seconds_per_step"), median),
         collapses=[found for run in runs for found in find_collapses(run, collapse)],
+        tasks=_tasks(finished),
     )
+
+
+def _tasks(runs: list[RunResult]) -> dict[str, Estimate]:
+    """What the arm's runs have in common of what is known of their tasks; see `ArmResult.tasks`."""
+    figures = [task_figures(run) for run in runs]
+    names = [name for name in (figures[0] if figures else {}) if all(name in each for each in figures)]
+    return {name: seeds_estimate([each[name] for each in figures]) for name in names}
+
+
+def task_figures(run: RunResult) -> dict[str, float]:
+    """The figures of one run's tasks by name; empty for a recipe without tasks."""
+    if run.tasks is None:
+        return {}
+    named = {name: getattr(run.tasks, name) for name in ("average", "forgetting", "forward_transfer")}
+    figures = {name: bounded.value for name, bounded in named.items() if bounded is not None}
+    figures |= {name: run.ppo[name] for name in ("overlap", "collision_rate") if name in run.ppo}
+    return figures | {f"{cell.after} → {cell.on}": cell.win_rate for cell in run.tasks.cells}
 
 
 def _win_rate(runs: list[RunResult]) -> Estimate | None:
@@ -209,6 +227,7 @@ def to_rows(analysis: Analysis) -> list[Row]:
         | {"collapses": "; ".join(collapses.get((run.arm, run.seed), []))}
         | {"reward": last_quarter(run, "reward"), "kl": last_quarter(run, "kl")}
         | {f"{s}_{key}": _cell(_plain(getattr(run, s).get(key))) for s, names in COLUMNS.items() for key in names}
+        | {f"tasks_{name}": value for name, value in task_figures(run).items()}
         for run in analysis.runs
     ]
 

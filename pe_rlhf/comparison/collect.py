@@ -14,6 +14,7 @@ from pe_rlhf.comparison.runner import refuse_changed, state_of
 from pe_rlhf.comparison.trials import Choice
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
+from pe_rlhf.runs.task_table import TaskTable
 from pe_rlhf.system.files import read_jsonl
 
 # Of a kind without a rank: how many singular directions of a weight its drift is measured in.
@@ -39,9 +40,13 @@ def collect(plan: Plan, choices: Sequence[Choice]) -> list[RunResult]:
 def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRun | None) -> RunResult:
     state = state_of(run)
     is_finished = state.status == "finished"
+    tasks = TaskTable.read(run.recipe, run.folder) if run.recipe.tasks else None
+    if tasks is not None:
+        run = _last_task(run)
     files = RunFiles(run.folder)
     reward = _summary(run, "reward") or (_summary(shared, "reward") if shared else {})
     rank = getattr(run.recipe.adapter_for("ppo"), "rank", DIRECTIONS)
+    average = tasks.average if tasks is not None else None
     return RunResult(
         arm,
         seed,
@@ -52,11 +57,19 @@ def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRu
         settings=settings,
         reward=reward,
         ppo=_summary(run, "ppo"),
-        evaluate=_summary(run, "evaluate"),
+        evaluate=_summary(run, "evaluate") if tasks is None else {"win_rate": average and average.value},
         metrics=_metrics(files.stage("ppo").metrics, is_finished),
-        preferences=_preferences(files.stage("evaluate").samples) if is_finished else {},
+        preferences=_preferences(files.stage("evaluate").samples) if is_finished and tasks is None else {},
         drift=drift_of_run(run.folder, run.recipe, rank) if files.role("policy").folder.is_dir() else {},
+        tasks=tasks,
     )
+
+
+def _last_task(run: PlannedRun) -> PlannedRun:
+    """The run of the last of a run's tasks."""
+    tasks = run.recipe.tasks or []
+    folder = RunFiles(run.folder).task(tasks[-1].name).folder
+    return PlannedRun(run.name, folder, run.recipe.task_recipe(len(tasks) - 1))
 
 
 def _summary(run: PlannedRun, stage: str) -> Row:

@@ -65,7 +65,7 @@ class Plan:
     def shared(self) -> PlannedRun | None:
         """The stages that are run once, with the base recipe as it is; None where there are none to share."""
         stages = {"reward": BEFORE_PPO, "preferences": BEFORE_PPO[:-1], "nothing": ()}[self.config.share]
-        if not (kept := [stage for stage in stages if self.tree.get(stage) is not None]):
+        if self.base.tasks or not (kept := [stage for stage in stages if self.tree.get(stage) is not None]):
             return None
         tree = _with_stages(self.tree, kept)
         return PlannedRun("shared stages", ComparisonFiles(self.root).shared, _settled(tree, self.path))
@@ -132,7 +132,11 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
             file=path,
             fix="see compare_inits_small",
         )
-    if base.ppo is None:
+    if base.tasks is not None and base.compare.tune is not None:
+        message = f"{path}: a learning rate cannot be tried for several tasks at once"
+        fix = "give each arm its ppo.learning_rate, found on one task"
+        raise InputError(message, kind="conflict", key="compare.tune", file=path, fix=fix)
+    if base.ppo is None and base.tasks is None:
         raise InputError(
             f"{path}: arms are compared by their PPO stage, and there is none", kind="missing", key="ppo", file=path
         )

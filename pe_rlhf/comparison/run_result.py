@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pe_rlhf.runs.task_table import TaskTable
+
 Row = dict[str, Any]
 Status = Literal["finished", "failed", "unfinished"]
 CollapseKind = Literal["not finite", "KL blow-up", "entropy collapse", "reward hacking", "reward collapse"]
@@ -22,6 +24,8 @@ class RunResult:
     metrics: the lines of `ppo/metrics.jsonl`.
     preferences: the judge's preferences for the policy, by prompt.
     drift: size, rank and direction of the policy's update; see `drift.py`.
+    tasks: of a recipe with tasks: every task after every task. `ppo`, `metrics` and `drift` are then the last task's,
+        and the win-rate of `evaluate` is the average over tasks after the last one.
     """
 
     arm: str
@@ -37,6 +41,7 @@ class RunResult:
     metrics: list[Row] = field(default_factory=list)
     preferences: dict[str, list[float]] = field(default_factory=dict)
     drift: Row = field(default_factory=dict)
+    tasks: TaskTable | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class ArmResult:
     at_equal_kl: reward where the KL first reaches `Analysis.equal_kl`. judge_at_equal_kl: the judge's win-rate there.
     steps_to_target, seconds_to_target: until the reward reaches `Analysis.target_reward`; None where a run never did.
     win_rate_iqm: interquartile mean over the runs' win-rates.
+    tasks: of a recipe with tasks: average, forgetting, forward_transfer, overlap and collision_rate of the last task,
+        and the win-rate on each task after each, by `after → on`.
     """
 
     arm: str
@@ -88,6 +95,7 @@ class ArmResult:
     reward_peak_mib: float | None = None
     reward_seconds_per_step: float | None = None
     collapses: list[Collapse] = field(default_factory=list)
+    tasks: dict[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

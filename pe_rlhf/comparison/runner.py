@@ -17,6 +17,7 @@ from pe_rlhf.comparison.plan import PlannedRun
 from pe_rlhf.comparison.run_result import Status
 from pe_rlhf.config.load import changes_since, save_recipe
 from pe_rlhf.runs.layout import RunFiles
+from pe_rlhf.runs.task_table import has_finished
 from pe_rlhf.system.failures import IN_USE, Stopped
 from pe_rlhf.system.files import read_json, write_json
 from pe_rlhf.system.progress import say
@@ -48,7 +49,8 @@ class RunState:
 def state_of(run: PlannedRun) -> RunState:
     """The state of a run, read from its folder."""
     files = RunFiles(run.folder)
-    if all(files.stage(stage).summary.is_file() for stage in run.recipe.stages):
+    stages = run.recipe.stages
+    if has_finished(run.recipe, files) if run.recipe.tasks else all(files.stage(s).summary.is_file() for s in stages):
         return RunState("finished")
     if not files.failure.is_file():
         return RunState("unfinished")

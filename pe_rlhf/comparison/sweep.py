@@ -7,6 +7,7 @@ from pe_rlhf.comparison.runner import Share, refuse_changed, run_all, run_to_end
 from pe_rlhf.comparison.trials import choose
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
+from pe_rlhf.runs.task_table import TaskTable
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
@@ -64,7 +65,10 @@ def run_arms(plan: Plan, share: Share, *, retry: bool) -> None:
 
 
 def _ending(run: PlannedRun) -> str:
-    """Reward, KL and win-rate at the end of a run."""
+    """Reward, KL and win-rate at the end of a run; of one with tasks, their average."""
+    if run.recipe.tasks:
+        average = TaskTable.read(run.recipe, run.folder).average
+        return f"win-rate over all tasks {average.value:.3f}" if average else ""
     ppo, final = (read_summary(RunFiles(run.folder).stage(stage)) for stage in ("ppo", "evaluate"))
     words = f"reward {ppo['reward_first']:.3f} → {ppo['reward_last']:.3f}, KL {ppo['kl_last']:.1f}" if ppo else ""
     return f"{words}, win-rate {final['win_rate']:.3f}" if final else words

@@ -18,9 +18,11 @@ from pe_rlhf.config.reward_source import RewardSource
 from pe_rlhf.config.sampling import RolloutConfig, SamplerConfig, SamplingConfig
 from pe_rlhf.config.section import DataSource, Section
 from pe_rlhf.config.sft import SFTConfig, SFTOptimizerConfig
+from pe_rlhf.config.tasks import TASK_STAGES, TaskConfig
 
 __all__ = [
     "STAGES",
+    "TASK_STAGES",
     "AdapterConfig",
     "BackboneConfig",
     "CollapseConfig",
@@ -44,5 +46,6 @@ __all__ = [
     "SamplerConfig",
     "SamplingConfig",
     "Section",
+    "TaskConfig",
     "TrackingConfig",
 ]

@@ -245,14 +245,15 @@ def _resolve_paths(node: BaseModel, folder: Path) -> None:
     """Make the paths of data files absolute: beside the recipe first, then below the working directory."""
     for name in type(node).model_fields:
         value = getattr(node, name)
-        if isinstance(value, DataSource):
-            named = Path(value.path).expanduser()
-            for base in (folder, Path.cwd()):
-                if (base / named).is_file():
-                    value.path = str((base / named).resolve())
-                    break
-        elif isinstance(value, BaseModel):
-            _resolve_paths(value, folder)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, DataSource):
+                named = Path(each.path).expanduser()
+                for base in (folder, Path.cwd()):
+                    if (base / named).is_file():
+                        each.path = str((base / named).resolve())
+                        break
+            elif isinstance(each, BaseModel):
+                _resolve_paths(each, folder)
 
 
 def _describe(tree: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pe_rlhf.config.adapter import Adapter, AdapterConfig, LoRAConfig, LowRankConfig, init_fits, settings_of
 from pe_rlhf.config.compare import CompareConfig
@@ -17,6 +17,7 @@ from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.config.section import FUNCTION_TIMEOUT, TEMPLATE_DATE, Day, Positive, Section, refusal
 from pe_rlhf.config.sft import SFTConfig
+from pe_rlhf.config.tasks import TASK_STAGES, TaskConfig, with_common_sections
 from reward.errors import InputError
 
 STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
@@ -83,6 +84,11 @@ class Recipe(Section):
     reward: RewardConfig | None = None
     ppo: PPOConfig | None = None
     evaluate: EvaluateConfig | None = None
+    tasks: list[TaskConfig] | None = Field(
+        default=None,
+        description="tasks that one policy learns one after the other, instead of the stages of one; the recipe's own"
+        " sections are then what all tasks share",
+    )
     continual: ContinualConfig | None = Field(
         default=None, description="the policy goes on from that of another run, or of the task before"
     )
@@ -90,23 +96,66 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _stage_adapters_override(cls, tree: Any) -> Any:
-        """A stage's `adapter` names what differs; the rest is the recipe's."""
-        if isinstance(tree, dict) and isinstance(common := tree.get("adapter", {}), dict):
-            for stage in STAGES:
-                section = tree.get(stage)
-                if isinstance(section, dict) and isinstance(own := section.get("adapter"), dict):
-                    start = _plain(common) if stage == "sft" else common
-                    tree = {**tree, stage: {**section, "adapter": {**_inherited(start, own), **own}}}
-        return tree
+    def _sections_inherit(cls, tree: Any) -> Any:
+        """A task's sections and a stage's `adapter` name what differs; the rest is the recipe's."""
+        if not isinstance(tree, dict):
+            return tree
+        if isinstance(tree.get("tasks"), list):
+            tree = with_common_sections(tree)
+            common = tree.get("adapter", {})
+            tasks = [_with_adapters(task, common) if isinstance(task, dict) else task for task in tree["tasks"]]
+            return {**tree, "tasks": tasks}
+        return _with_adapters(tree, tree.get("adapter", {}))
 
     @property
     def stages(self) -> list[str]:
-        """The stages that this recipe has, in the order they run."""
+        """The stages that this recipe has, in the order they run; those of tasks are in `task_recipe`."""
         return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+    def task_recipe(self, number: int) -> Recipe:
+        """The ordinary recipe of one task, which goes on from the run of the task before.
+
+        Raises `ValidationError` where the task's sections do not fit.
+        """
+        assert self.tasks is not None
+        task, how = self.tasks[number], self.continual or ContinualConfig()
+        tree = self.model_dump(exclude_unset=True, exclude={"tasks", "continual", "compare"})
+        own = task.model_dump(exclude_unset=True)
+        before = self.tasks[number - 1].name if number else how.previous
+        return Recipe.model_validate(
+            {**tree, **{stage: own.get(stage) for stage in TASK_STAGES}}
+            | {"name": f"{self.name}-{task.name}", "continual": how.after(before)}
+        )
+
+    @model_validator(mode="after")
+    def _tasks_fit(self) -> Recipe:
+        if self.tasks is None:
+            return self
+        if not self.tasks:
+            raise refusal("tasks", "there are no tasks in it", "empty")
+        if self.tuning == "full":
+            raise refusal("tasks", "a policy learns several tasks in adapters; use tuning: adapter")
+        if self.sft is not None:
+            raise refusal("sft", "tasks start from one model; run sft by itself, and name its model in model")
+        names = [task.name.casefold() for task in self.tasks]
+        for number, task in enumerate(self.tasks):
+            if names.index(task.name.casefold()) != number:
+                raise refusal(f"tasks.{number}.name", f"there are two tasks {task.name!r}", "conflict")
+            if task.ppo is None:
+                raise refusal(f"tasks.{number}.ppo", "a task trains the policy; give it a ppo section", "missing")
+            try:
+                self.task_recipe(number)
+            except ValidationError as error:
+                first = error.errors()[0]
+                found = first.get("ctx", {})
+                place = ".".join(["tasks", str(number), *map(str, first["loc"]), *filter(None, [found.get("key")])])
+                raise refusal(place, found.get("message", first["msg"]), found.get("kind", "invalid")) from error
+        return self
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
+        if self.tasks is not None:
+            return self
         if not self.stages:
             raise refusal("", f"a recipe needs a section for at least one stage: {', '.join(STAGES)}", "missing")
         if self.reward and self.reward.data is None and not self.preferences:
@@ -142,6 +191,8 @@ class Recipe(Section):
     def _goes_on(self) -> Recipe:
         if self.continual is not None and self.tuning == "full":
             raise refusal("continual", "it is about adapters; use tuning: adapter")
+        if self.tasks is None and self.continual is not None:
+            self.continual.refuse_for_one_task()
         return self
 
     @model_validator(mode="after")
@@ -172,6 +223,16 @@ class Recipe(Section):
         if (own := getattr(getattr(self, stage), "adapter", None)) is not None:
             return own
         return LoRAConfig(**_plain(self.adapter.model_dump())) if stage == "sft" else self.adapter
+
+
+def _with_adapters(tree: dict[str, Any], common: Any) -> dict[str, Any]:
+    """A tree whose stages' adapters have what they do not name from `common`."""
+    for stage in STAGES if isinstance(common, dict) else ():
+        section = tree.get(stage)
+        if isinstance(section, dict) and isinstance(own := section.get("adapter"), dict):
+            start = _plain(common) if stage == "sft" else common
+            tree = {**tree, stage: {**section, "adapter": {**_inherited(start, own), **own}}}
+    return tree
 
 
 def _inherited(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from pe_rlhf.config.adapter import INIT_OPTIONS, AdapterConfig, LoRAConfig, LowRankConfig, kind_names, settings_of
-from pe_rlhf.config.evaluate import EvaluationSettings
+from pe_rlhf.config.evaluate import EvaluateConfig, EvaluationSettings
+from pe_rlhf.config.ppo import PPOConfig
+from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.recipe import Recipe
+from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.sampling import SamplingConfig
 from pe_rlhf.config.section import DataSource, Section
 from reward.judges.judge_settings import JudgeSettings
@@ -33,6 +36,11 @@ TOLD_AT: dict[type[Section], str] = {
     DataSource: "preferences.prompts",
     JudgeSettings: "preferences.judge",
     SamplingConfig: "preferences.sampling",
+    # of `tasks`
+    PreferencesConfig: "preferences",
+    RewardConfig: "reward",
+    PPOConfig: "ppo",
+    EvaluateConfig: "evaluate",
 }
 
 

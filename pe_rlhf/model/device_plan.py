@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from pe_rlhf.algo.logprobs import CHUNK
-from pe_rlhf.config import PPOConfig, Recipe, RewardConfig, SamplingConfig
+from pe_rlhf.config import TASK_STAGES, PPOConfig, Recipe, RewardConfig, SamplingConfig
 from pe_rlhf.config.load import load_deepspeed_config
 from pe_rlhf.model.memory_plan import (
     ADAPTER_STATES,
@@ -64,6 +64,10 @@ def settle(recipe: Recipe, saved: Recipe | None = None, *, fetch: bool = False) 
                 _set_unless_given(settled, key, max(1024, tokens_that_fit(shape, settled.backbone, room)), None)
         else:
             _set_unless_given(settled, key, None, saved)
+    for number, task in enumerate(settled.tasks or []):
+        own = settle(recipe.task_recipe(number), fetch=fetch)
+        for stage in TASK_STAGES:
+            setattr(task, stage, getattr(own, stage))
     return settled
 
 

@@ -64,9 +64,21 @@ class RunFiles(_Files):
     report = _Below("report.html")
     failure = _Below("failure.json")  # why the last command on it failed; not there where it did not
     log = _Below("log.txt")  # what the run printed, where `compare` started it
+    tasks = _Below("tasks")  # of a recipe with tasks: a run's directory for each
+    on_tasks = _Below("on")  # of the run of one task: its policy on the prompts of the other tasks
+    summary = _Below("summary.json")  # of a recipe with tasks: every task after every task
+    task_table = _Below("task_table.csv")
 
     def stage(self, name: str) -> StageFiles:
         return StageFiles(self.folder / STAGE_INFO[name].name)
+
+    def task(self, name: str) -> RunFiles:
+        """The run of one of several tasks."""
+        return RunFiles(self.tasks / name)
+
+    def on_task(self, name: str) -> RunFiles:
+        """Where the policy of this task's run is evaluated on another task: a run that has that stage only."""
+        return RunFiles(self.on_tasks / name)
 
     def role(self, role: str) -> RoleFiles:
         """Where the stage that trains a role leaves it."""

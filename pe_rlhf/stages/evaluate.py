@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,17 +46,25 @@ RESULTS += (
 
 def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
     """Sample both, have them compared, and write `summary.json`, `metrics.jsonl` and `samples.jsonl`."""
+    return evaluate_policy(context, RunFiles(context.run_dir).role("policy").folder, with_reward=True)
+
+
+def evaluate_policy(context: StageContext[EvaluateConfig], policy: Path, *, with_reward: bool) -> dict[str, Any]:
+    """The policy of a folder as the recipe says.
+
+    with_reward: also what the run's reward thinks of both sides and of the best of n, which only the run itself knows.
+    """
     config, ppo = context.config, context.section("ppo", PPOConfig)
     start = time.monotonic()
     judge = make_judge(config.judge) if is_main() else None
     backbone = context.backbone()
     codec = context.codec(backbone)
-    load_role(backbone, "policy", RunFiles(context.run_dir).role("policy").folder)
+    load_role(backbone, "policy", policy)
     asked = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
     repeated = asked.take([i for i in range(len(asked)) for _ in range(config.samples_per_prompt)])
 
     rollouts: dict[str, Rollout] = {}
-    n, several = config.policy.best_of or 0, None
+    n, several = (config.policy.best_of or 0) if with_reward else 0, None
     with progress("evaluate: sampling", (2 + n) * len(repeated), "responses") as advance:
         sampler = context.sampler(backbone, "policy", config.sampling, asked.ids, advance)
         for version, role in enumerate(("policy", "anchor")):
@@ -65,34 +74,31 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
             ids = [ids for ids in repeated.ids for _ in range(n)]
             several = sampler.generate(ids, derive_seed(context.recipe.seed, "evaluate", "best of"))
     texts = {role: codec.texts(rollout) for role, rollout in rollouts.items()}
-    pairs = make_pairs(repeated.prompts, texts["policy"], texts["anchor"])
-    options: Any = {
-        "title": "evaluate: judging",
-        "names": ("policy", "anchor"),
-        "max_invalid": config.max_invalid_share,
-    }
-    outcomes = on_main(lambda: ask_judge(judge, pairs, context.files.verdicts, **options))
-    result = summarise("policy", outcomes)
 
-    # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
-    anchor = AnchorTexts(context, backbone, codec, config.sampling, asked.ids)
-    anchor.engine = sampler
-    sources: Any = {"files": context.files, "anchor": anchor}
-    scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens, asked.columns, **sources)
-    scorer.set_moments((read_summary(RunFiles(context.run_dir).stage("ppo")) or {}).get("moments", {}))
-    sequences = {r: Sequences.of(o, backbone.pad_token_id) for r, o in rollouts.items()}
-    rewards: dict[str, float] = {}
-    for role in rollouts:
-        scores_B = scorer.score(repeated.prompts, texts[role], sequences[role], repeated.columns)
-        rewards[f"reward_{role}"] = scores_B.mean().item()
-        rewards |= {f"{name}_{role}": value for name, value in scorer.metrics.items() if not name.endswith("_std")}
-    baseline: dict[str, Any] = {}
-    if several is not None:
-        best = best_of(scorer, codec, repeated, several, n, backbone.pad_token_id)
-        against = make_pairs(repeated.prompts, best.texts, texts["anchor"])
-        options |= {"title": f"evaluate: judging the best of {n}", "names": ("best_of", "anchor")}
-        verdicts = context.files.best_of_verdicts
-        baseline = best.metrics(on_main(lambda: ask_judge(judge, against, verdicts, **options)))
+    def ask(responses: list[str], name: str, title: str, verdicts: Path) -> list[Outcome]:
+        pairs = make_pairs(repeated.prompts, responses, texts["anchor"])
+        options: Any = {"title": title, "names": (name, "anchor"), "max_invalid": config.max_invalid_share}
+        return on_main(lambda: ask_judge(judge, pairs, verdicts, **options))
+
+    outcomes = ask(texts["policy"], "policy", "evaluate: judging", context.files.verdicts)
+    result = summarise("policy", outcomes)
+    sequences = {role: Sequences.of(rollout, backbone.pad_token_id) for role, rollout in rollouts.items()}
+    rewards: dict[str, Any] = {}
+    if with_reward:
+        # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
+        anchor = AnchorTexts(context, backbone, codec, config.sampling, asked.ids)
+        anchor.engine = sampler
+        sources: Any = {"files": context.files, "anchor": anchor}
+        scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens, asked.columns, **sources)
+        scorer.set_moments((read_summary(RunFiles(context.run_dir).stage("ppo")) or {}).get("moments", {}))
+        for role in rollouts:
+            scores_B = scorer.score(repeated.prompts, texts[role], sequences[role], repeated.columns)
+            rewards[f"reward_{role}"] = scores_B.mean().item()
+            rewards |= {f"{name}_{role}": v for name, v in scorer.metrics.items() if not name.endswith("_std")}
+        if several is not None:
+            best = best_of(scorer, codec, repeated, several, n, backbone.pad_token_id)
+            verdicts = context.files.best_of_verdicts
+            rewards |= best.metrics(ask(best.texts, "best_of", f"evaluate: judging the best of {n}", verdicts))
     summary = {
         **{key: result[key] for key in RESULTS if key in result},
         **_policy_metrics(backbone, rollouts["policy"], sequences["policy"], config.sampling, ppo),
@@ -100,13 +106,13 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
         "gold_policy": _mean([outcome.verdict.score_a for outcome in outcomes]),
         "gold_anchor": _mean([outcome.verdict.score_b for outcome in outcomes]),
         **rewards,
-        **baseline,
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
     }
     writer = context.metrics()
     writer.write(ppo.steps, {name: value for name, value in summary.items() if value is not None})
     writer.close()
+    pairs = make_pairs(repeated.prompts, texts["policy"], texts["anchor"])
     on_main(lambda: _write_samples(context, pairs, outcomes, config.table_rows))
     write_json(context.files.summary, summary)
     return summary

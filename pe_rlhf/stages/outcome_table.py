@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from pe_rlhf.runs.task_table import TaskTable
+
 HEADINGS = ("result", "before", "after", "95 % interval, n")
 ACCURACY = "{eval_accuracy_low:.3f} – {eval_accuracy_high:.3f}, {eval_pairs} pairs"
 WIN_RATE = "{ci_low:.3f} – {ci_high:.3f}, {n} ({ties} ties)"
@@ -37,4 +39,21 @@ def outcome_table(name: str, summaries: dict[str, dict[str, Any]]) -> Table:
     seconds = sum(summary.get("seconds", 0) for summary in summaries.values())
     if peaks:
         table.add_row("peak memory (MiB), time (s)", f"{max(peaks):.0f}", f"{seconds:.0f}", "")
+    return table
+
+
+def task_outcome_table(name: str, tasks: TaskTable) -> Table:
+    """What several tasks came to: the win-rate over the base on each of them, after each of them."""
+    table = Table(title=f"pe-rlhf: {name}", title_justify="left")
+    measured = [task for task in tasks.tasks if any(cell.on == task for cell in tasks.cells)]
+    for heading in ("policy of" if tasks.separate else "after", *(f"on {task}" for task in measured)):
+        table.add_column(heading, justify="right" if heading.startswith("on ") else "left")
+    for after in tasks.tasks:
+        cells = [tasks.cell(after, on) for on in measured]
+        shown = [f"{c.win_rate:.3f} ({c.ci_low:.3f} – {c.ci_high:.3f})" if c else "–" for c in cells]
+        table.add_row(after, *shown)
+    for figure in ("average", "forgetting", "forward_transfer"):
+        if (value := getattr(tasks, figure)) is not None:
+            shown = f"{value.value:.3f} ({value.low:.3f} – {value.high:.3f})"
+            table.add_row(figure.replace("_", " "), shown, *[""] * (len(measured) - 1))
     return table

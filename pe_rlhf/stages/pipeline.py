@@ -106,7 +106,7 @@ def run_recipe(
             if read_summary(files.stage(stage)) is not None:
                 say(f"{stage}: finished before, left as it is")
                 continue
-            _run_stage(StageContext(recipe, run_dir, stage))
+            run_stage(StageContext(recipe, run_dir, stage), RUN[stage])
             on_main(lambda: write_report(run_dir))
         if set(stages) == set(finished):
             on_main(lambda: write_report(run_dir))
@@ -249,7 +249,8 @@ def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[s
     return [stage for stage in recipe.stages if start <= STAGES.index(stage) <= end]
 
 
-def _run_stage(context: StageContext[Any]) -> None:
+def run_stage(context: StageContext[Any], run: Callable[[StageContext[Any]], dict[str, Any]]) -> None:
+    """Run one stage in its folder. Raises what it raises with the stage's name; `TrainingError` for a full disk."""
     context.folder.mkdir(exist_ok=True)
     save_recipe(context.recipe, context.files.recipe)
     reset_peak_memory()
@@ -257,7 +258,7 @@ def _run_stage(context: StageContext[Any]) -> None:
         say(line)
     try:
         with context.resources:
-            summary = RUN[context.stage](context)
+            summary = run(context)
     except TrainingError as error:
         raise error.at(context.stage) from error
     except OSError as error:

@@ -12,7 +12,7 @@ from pe_rlhf.comparison.page.comparison_plots import (
     draw_spectra,
     draw_win_rates,
 )
-from pe_rlhf.comparison.page.tables import arm_tables, pair_table, seconds, settings_table
+from pe_rlhf.comparison.page.tables import arm_tables, pair_table, seconds, settings_table, task_tables
 from pe_rlhf.comparison.paired_runs import SIGNIFICANT
 from pe_rlhf.comparison.run_result import Analysis, PairResult
 from pe_rlhf.report.charts import legend
@@ -45,6 +45,7 @@ def write_comparison_report(analysis: Analysis, path: Path, *, recipe: str, fact
         sections=[
             Section("Arms", note=overview(analysis), tables=arm_tables(analysis)),
             *_findings(analysis),
+            _tasks(analysis),
             Section("Training", legend=keys, plots=_training_plots(analysis)),
             Section("Win-rate and cost", plots=_outcome_plots(analysis)),
             Section("What training did to the weights", legend=keys, plots=_weight_plots(analysis)),
@@ -81,6 +82,13 @@ def _findings(analysis: Analysis) -> list[Section]:
 def _pairs(title: str, pairs: list[PairResult], measure: str, *, note: str = "", folded: bool = False) -> Section:
     tables = [pair_table(pairs, measure)] if pairs else []
     return Section(title, note, [pair.sentence for pair in pairs], tables, folded=folded)
+
+
+def _tasks(analysis: Analysis) -> Section:
+    """Every task after every task; empty for a recipe without tasks."""
+    note = "Mean over seeds with its 95 % interval. The win-rate of an arm is its average; curves are the last task's."
+    tables = task_tables(analysis)
+    return Section("Tasks", note=note if tables else "", tables=tables)
 
 
 def _training_plots(analysis: Analysis) -> list[Plot]:

@@ -56,6 +56,30 @@ def arm_tables(analysis: Analysis) -> list[Table]:
     ]
 
 
+def task_tables(analysis: Analysis) -> list[Table]:
+    """What came of several tasks in each arm, and of each arm every task after every task; none without tasks."""
+    if not any(arm.tasks for arm in analysis.arms):
+        return []
+    names = next(run.tasks.tasks for run in analysis.runs if run.tasks is not None)
+    columns: Columns = {
+        "Average": lambda arm: estimate(arm.tasks.get("average"), percent),
+        "Forgetting": lambda arm: estimate(arm.tasks.get("forgetting"), signed_share),
+        "Forward transfer": lambda arm: estimate(arm.tasks.get("forward_transfer"), signed_share),
+        "Overlap of A": lambda arm: estimate(arm.tasks.get("overlap"), number),
+        "Weights changed twice": lambda arm: estimate(arm.tasks.get("collision_rate"), percent),
+    }
+    note = (
+        "Average: win-rate over the base after the last task. Forgetting: the best before the last task minus after it."
+        " Forward transfer: before a task is learnt, above one half. Overlap: √Σ‖A_i A_tᵀ‖² of the last task's adapter;"
+        " changed twice: by it and an earlier one."
+    )
+    found = [_by_arm(analysis, "What came of the tasks", note, columns)]
+    for arm in analysis.arms:
+        rows = [[after, *(estimate(arm.tasks.get(f"{after} → {on}"), percent) for on in names)] for after in names]
+        found.append(Table(["After", *(f"on {name}" for name in names)], rows, title=arm.arm, scrolls=True))
+    return found
+
+
 def settings_table(analysis: Analysis) -> Table | None:
     """What the arms change in the recipe, with the learning rates that were chosen; None where they change nothing."""
     keys = dict.fromkeys(key for arm in analysis.arms for key in arm.settings)

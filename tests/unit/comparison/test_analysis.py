@@ -106,7 +106,7 @@ def test_an_arm_whose_runs_all_failed() -> None:
     arm = result.arms[0]
     assert (arm.seeds, arm.failed, arm.collapses) == ([], [1, 2], [])
     figures = {key: found for key, found in vars(arm).items() if key not in ("arm", "settings", "seeds", "failed")}
-    assert set(map(repr, figures.values())) == {"None", "[]"}
+    assert set(map(repr, figures.values())) == {"None", "[]", "{}"}
     assert [(pair.a, pair.b) for pair in result.pairs] == [("c", "b")]
     assert result.target_reward == pytest.approx(0.4)  # of the first arm that has one
 

@@ -75,6 +75,15 @@ def test_the_repetition_penalty_is_the_share_that_was_said_before(text: str, n: 
     assert scores.repetition_penalty(["p"], [text], n=n) == pytest.approx([expected])
 
 
+def test_brevity_and_questions() -> None:
+    texts = ["", "one two", "a b c d e", "a b c d e f g h i j", "really? no", "really?\n"]
+    assert scores.brevity([""] * 6, texts) == pytest.approx([-1, 0, 0, -1, 0, 0])
+    assert scores.brevity([""] * 6, texts, words=2) == pytest.approx([-1, 0, -1.5, -4, 0, 0])
+    assert scores.asks([""] * 6, texts) == [0, 0, 0, 0, 0, 1]
+    with pytest.raises(InputError):
+        scores.brevity([""], ["a"], words=0)
+
+
 def test_formats() -> None:
     responses = [" yes\n", "yes.", "no", "yes\nno"]
     assert scores.matches(["p"] * 4, responses, r"yes|no") == [1, 0, 1, 0]

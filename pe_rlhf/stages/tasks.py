@@ -1,0 +1,153 @@
+"""Several tasks, one policy: an ordinary run for each, one after the other, and every policy on every task."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from pe_rlhf.config import Recipe
+from pe_rlhf.config.load import load_recipe, refuse_other_recipe, save_recipe
+from pe_rlhf.report.tasks_page import write_tasks_report
+from pe_rlhf.runs.changes import Start
+from pe_rlhf.runs.layout import RunFiles
+from pe_rlhf.runs.metrics import read_summary
+from pe_rlhf.runs.task_table import TaskTable
+from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.evaluate import evaluate_policy
+from pe_rlhf.stages.pipeline import check_inputs, run_recipe, run_stage, with_date
+from pe_rlhf.system.distributed import on_main
+from pe_rlhf.system.failures import failure_noted
+from pe_rlhf.system.files import locked, write_json, write_whole
+from pe_rlhf.system.progress import say
+from pe_rlhf.system.seeding import derive_seed
+from reward.errors import InputError
+
+COLUMNS = ("after", "on", "win_rate", "ci_low", "ci_high", "n", "kl", "gold")
+
+
+def run_tasks(recipe: Recipe, run_dir: Path, first: str | None, last: str | None, start: Start = "new") -> TaskTable:
+    """Run a recipe's tasks from `first` to `last`. Returns every task after every task that has been run.
+
+    Args:
+        start: as of `run_recipe`; `anew` puts the runs of `first` and of all tasks after it aside.
+
+    Raises `InputError` as `run_recipe`, and where the run was started with another recipe.
+    """
+    files = RunFiles(run_dir)
+    numbers = select_tasks(recipe, first, last)
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
+        saved = load_recipe(files.recipe) if files.recipe.is_file() else None
+        on_main(lambda: _refuse(recipe, files, saved, start, numbers))
+        recipe = with_date(recipe, saved)
+        recipes = list(task_recipes(recipe, run_dir))
+        on_main(lambda: check_tasks([recipes[number] for number in numbers], run_dir))
+        on_main(lambda: _prepare(held, recipe, files, numbers if start == "anew" else []))
+        names = [task.name for task in recipe.tasks or []]
+        for number in numbers:
+            folder = files.task(names[number]).folder
+            say(f"task {number + 1} of {len(names)}: {names[number]}")
+            run_recipe(recipes[number], folder, recipes[number].stages, "resume" if folder.is_dir() else "new")
+            _on_other_tasks(folder, recipes, names, number)
+            table = TaskTable.read(recipe, run_dir)
+            on_main(lambda table=table: _write(files, table))
+    return TaskTable.read(recipe, run_dir)
+
+
+def select_tasks(recipe: Recipe, first: str | None, last: str | None) -> list[int]:
+    """The numbers of the tasks from `first` to `last`. Raises `InputError` for one that the recipe has not."""
+    names = [task.name for task in recipe.tasks or []]
+    for name in (first, last):
+        if name is not None and name not in names:
+            has = ", ".join(names)
+            raise InputError(f"the recipe has no task {name!r}; it has {has}", kind="unknown", key=name)
+    start, end = names.index(first) if first else 0, names.index(last) if last else len(names) - 1
+    if start > end:
+        raise InputError(f"--from {first} comes after --to {last}", kind="conflict", key="from")
+    return list(range(start, end + 1))
+
+
+def task_recipes(recipe: Recipe, run_dir: Path) -> Iterator[Recipe]:
+    """The recipe of each task; a later one has a seed of its own, or all would draw the same first adapter."""
+    for number, task in enumerate(recipe.tasks or []):
+        own = recipe.task_recipe(number)
+        if number:
+            own.seed = derive_seed(recipe.seed, "task", task.name) % 2**31
+        elif own.continual is not None and own.continual.previous is not None:
+            beside = run_dir.absolute().parent / own.continual.previous  # of the whole run, not of its first task
+            own.continual.previous = str(beside) if beside.is_dir() else own.continual.previous
+        yield own
+
+
+def check_tasks(recipes: Sequence[Recipe], run_dir: Path) -> None:
+    """Look at everything that `check_inputs` does in each task, before the first one runs."""
+    for number, own in enumerate(recipes):
+        later = {"continual": None} if number else {}  # the run before it is not there yet
+        check_inputs(own.model_copy(update=later), own.stages, run_dir=RunFiles(run_dir).tasks / own.name)
+
+
+def _on_other_tasks(folder: Path, recipes: Sequence[Recipe], names: Sequence[str], number: int) -> None:
+    """Evaluate the policy of a task's run on every other task, by that task's own judge."""
+    files = RunFiles(folder)
+    for other, name in zip(recipes, names, strict=True):
+        place = files.on_task(name)
+        if name == names[number] or other.evaluate is None or read_summary(place.stage("evaluate")) is not None:
+            continue
+        on_main(lambda place=place: place.folder.mkdir(parents=True, exist_ok=True))
+        policy = files.role("policy").folder
+        run_stage(
+            StageContext(other, place.folder, "evaluate"), partial(evaluate_policy, policy=policy, with_reward=False)
+        )
+
+
+def _refuse(recipe: Recipe, files: RunFiles, saved: Recipe | None, start: Start, numbers: Sequence[int]) -> None:
+    """Raise `InputError` where running these tasks would mix runs or run over one. Nothing is touched before."""
+    names = [task.name for task in recipe.tasks or []]
+    if start == "new" and (saved is not None or files.tasks.exists()):
+        raise InputError(
+            f"{files.folder} holds a run already",
+            kind="exists",
+            file=files.folder,
+            fix=f"--resume continues it, --from {names[0]} runs it anew, another --run-dir leaves it alone",
+        )
+    if saved is not None and start == "resume":
+        refuse_other_recipe(recipe, files.recipe)
+    for name in names[: numbers[0]]:
+        if read_summary(files.task(name).stage("ppo")) is None:
+            raise InputError(
+                f"{files.folder} holds no finished task {name}, on which {names[numbers[0]]} goes on",
+                kind="unfinished",
+                key=name,
+                file=files.folder,
+                fix=f"run it first, by --from {name}",
+            )
+
+
+def _prepare(held: ExitStack, recipe: Recipe, files: RunFiles, anew: Sequence[int]) -> None:
+    """Make the run's directory, where it is not there yet, and put aside what is to be run anew."""
+    if not files.folder.is_dir():
+        files.folder.mkdir(parents=True)
+        held.enter_context(locked(files.folder))
+    held.enter_context(failure_noted(files.failure))
+    for task in (recipe.tasks or [])[anew[0] :] if anew else []:
+        if (folder := files.task(task.name).folder).exists():
+            aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{task.name}.old-{i}")).exists())
+            folder.rename(aside)
+            say(f"{folder} was put aside as {aside.name}")
+    files.tasks.mkdir(exist_ok=True)
+    save_recipe(recipe, files.recipe)
+    files.failure.unlink(missing_ok=True)
+
+
+def _write(files: RunFiles, table: TaskTable) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([getattr(cell, column) for column in COLUMNS] for cell in table.cells)
+    write_whole(files.task_table, text.getvalue())
+    write_json(files.summary, table.as_json())
+    write_tasks_report(files.folder, table)
