@@ -28,7 +28,9 @@ def evaluate(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="length, llm:MODEL, reward_model:RUN or MODEL, jury:ONE,TWO, or your own module:callable."),
+        typer.Option(
+            help="length, llm:MODEL, rating:MODEL, reward_model:RUN or MODEL, jury:ONE,TWO, or your module:callable."
+        ),
     ] = None,
     against: Annotated[
         str | None,

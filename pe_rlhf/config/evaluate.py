@@ -27,7 +27,7 @@ class EvaluateConfig(Section):
     prompts: Data
     max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
     judge: NamedJudge = Field(
-        description="length, llm:MODEL, reward_model:RUN, module:callable, or a section with settings"
+        description="length, llm:MODEL, rating:MODEL, reward_model:RUN, module:callable, or a section with settings"
     )
     max_invalid_share: Share = Field(
         default=0.05, description="fail if more than this share of the pairs has no valid verdict"

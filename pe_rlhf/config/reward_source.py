@@ -60,7 +60,7 @@ class RewardSource(Section):
     against: str = Field(
         default=ANCHOR_RESPONSE,
         description="judge: what a response is compared with: anchor (the anchor's response to the same prompt), or a"
-        " column of the prompts with references; score: nothing, for judges that score",
+        " column of the prompts with references; score: nothing, for judges that score; llm rates from 1 to 10",
     )
     server: ScoreServer = Field(default=ScoreServer(), description="url: how it is asked")
     normalise: Literal["none", "running"] = Field(

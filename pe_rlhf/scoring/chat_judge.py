@@ -1,4 +1,4 @@
-"""The kind of judge `llm`: a chat model behind a server, in a vLLM engine, or in this process."""
+"""The judges `llm` and `rating`: a chat model behind a server, in a vLLM engine, or in this process."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from pe_rlhf.model.loading import find_device, load_causal_lm
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.runs.saved_roles import files_of
+from reward.judges import Judge
 from reward.judges.judge_settings import JudgeSettings, api_key
-from reward.judges.llm import ChatBackend, LLMJudge
+from reward.judges.llm import ChatBackend, ChatJudge, LLMJudge
 from reward.judges.templates import JudgePrompt
 
-NAME_IT = "name the model: llm:MODEL"
+NAME_IT = "name the model: KIND:MODEL"
 
 
 class ChatKind:
-    """Makes judges that are chat models."""
+    """Makes judges that are chat models, of one class and with prompts of one class."""
 
-    def __call__(self, settings: JudgeSettings) -> LLMJudge:
-        prompt = JudgePrompt(settings.template)  # first: a model takes minutes to load
-        return LLMJudge(
+    def __init__(self, judge: type[ChatJudge] = LLMJudge, prompt: type[JudgePrompt] = JudgePrompt) -> None:
+        self._judge, self._prompt = judge, prompt
+
+    def __call__(self, settings: JudgeSettings) -> Judge:
+        prompt = self._prompt(settings.template)  # first: a model takes minutes to load
+        return self._judge(
             _backend(settings),
             prompt,
             reasoning=settings.reasoning,
@@ -38,7 +42,7 @@ class ChatKind:
             check_model_name(target, "judge: llm")
         else:
             api_key(settings.base_url, settings.api_key_env)
-        JudgePrompt(settings.template)
+        self._prompt(settings.template)
         check_vllm(settings.engine == "vllm")
 
 

@@ -24,6 +24,8 @@ from pe_rlhf.system.processes import is_main
 from pe_rlhf.types import Sequences
 from reward.asking import Pair, judge_pairs
 from reward.errors import InputError, JudgeError
+from reward.judges.judge_registry import judge_settings
+from reward.judges.judge_settings import JudgeSettings
 from reward.records import NO_COLUMNS, Columns, Prompt
 
 KEY = "ppo.reward.judge"
@@ -41,7 +43,7 @@ class JudgeScorer:
     def __init__(self, source: RewardSource, files: StageFiles, anchor: AnchorResponses | None) -> None:
         assert source.judge is not None
         self._against, self._most, self._files, self._anchor = source.against, source.judge.max_requests, files, anchor
-        self._judge = make_judge(source.judge) if is_main() else None
+        self._judge = make_judge(asked_judge(source)) if is_main() else None
         rows = _kept(files.judged_rewards) if is_main() else []
         self._scores: dict[str, float] = {row["key"]: row["score"] for row in rows}
         self._spent = sum(row["requests"] for row in rows if row["judge"] == self._name)
@@ -116,6 +118,18 @@ class JudgeScorer:
                 key=f"{KEY}.max_requests",
                 fix="raise max_requests, and go on with --resume --may-change ppo.reward",
             )
+
+
+def asked_judge(source: RewardSource) -> JudgeSettings:
+    """The judge of a source: a chat model that is to score a response, not to compare it, rates it."""
+    assert source.judge is not None
+    settings = judge_settings(source.judge)
+    if source.against == OWN_SCORE and settings.kind == "jury":
+        message = f"{KEY}: a jury votes on comparisons, and gives no score of its own"
+        fix = "list its judges as sources of their own, each against: score"
+        raise InputError(message, kind="conflict", key="ppo.reward.against", fix=fix)
+    rates = source.against == OWN_SCORE and settings.kind == "llm"
+    return settings.model_copy(update={"kind": "rating"}) if rates else settings
 
 
 def check_against(source: RewardSource, columns: Collection[str]) -> None:

@@ -15,11 +15,14 @@ from reward.asking import Pair, judge_pairs
 from reward.judges import Judge
 from reward.judges.judge_registry import check_judge, make_judge, register_judge
 from reward.judges.jury import JuryKind
+from reward.judges.rating import RatingJudge
+from reward.judges.templates import RatingPrompt
 from reward.summary import Outcome
 
 __all__ = ["ask_judge", "check_judge", "make_judge"]
 
 register_judge("llm", ChatKind())
+register_judge("rating", ChatKind(RatingJudge, RatingPrompt))
 register_judge("reward_model", RewardModelKind())
 register_judge("jury", JuryKind())
 

@@ -87,7 +87,7 @@ class VLLMChat:
     def label_logprobs(self, chats: Sequence[list[Message]], labels: Sequence[str]) -> list[Completion]:
         """One forward pass per chat. The text is empty: the most likely token is not looked at."""
         rows, answers = self._tokens.encode(chats, room=1)
-        ids = {label: self._tokens.label_ids(label) for label in labels}
+        ids = self._tokens.label_ids(labels)
         every = sorted({i for of_label in ids.values() for i in of_label})
         self._engine.send("first_token_logprobs", tag=BASE, prompts=list(rows.values()), ids=every)
         for i, table in zip(rows, self._engine.answer(TIMEOUT), strict=True):

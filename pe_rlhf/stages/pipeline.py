@@ -26,7 +26,7 @@ from pe_rlhf.runs.changes import Resumption, Start, find_resumption, note_change
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import check_tracking, read_summary
 from pe_rlhf.scoring.ensemble import find_ensemble
-from pe_rlhf.scoring.judge_scorer import check_against
+from pe_rlhf.scoring.judge_scorer import asked_judge, check_against
 from pe_rlhf.scoring.model_judges import check_judge
 from pe_rlhf.scoring.remote import check_columns
 from pe_rlhf.scoring.scorers import find_reward
@@ -215,7 +215,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
             if source.adapter not in (None, "stage"):
                 find_reward(source.adapter, Path())
             if source.judge is not None:
-                check_judge(source.judge, run_dir)
+                check_judge(asked_judge(source), run_dir)
             if source.ensemble is not None and source.ensemble not in OWN_STAGE:
                 find_ensemble(source.ensemble, Path())
     check_model(recipe, [stage for stage in stages if stage not in finished], first)

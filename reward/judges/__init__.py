@@ -10,6 +10,7 @@
 | `length`         | longer wins: the control for length bias                                              |
 | `reward_model`   | rewards: A wins with probability σ(r_A − r_B)                                         |
 | `llm`            | a chat model as a judge, over any `ChatBackend`                                       |
+| `rating`         | a chat model that rates one response from 1 to 10                                     |
 | `answers`        | the verdict in a chat model's answer; `answer_words` has the patterns                 |
 | `templates`      | the prompts of chat models                                                            |
 | `jury`           | several judges as one                                                                 |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -52,21 +53,37 @@ class ChatTokens:
                 rows[i] = ids
         return rows, errors
 
-    def label_ids(self, label: str) -> list[int]:
-        """All tokens that read as the label, with or without a space before it. Raises `InputError` for none."""
-        if label not in self._label_ids:
-            count = min(self._vocabulary, len(self.tokenizer))
-            texts = self.tokenizer.batch_decode([[i] for i in range(count)])
-            found = [i for i, text in enumerate(texts) if text.strip() == label]
-            if not found:
-                raise InputError(
-                    f"judge: the vocabulary of {self._identity} has no token {label!r}",
-                    kind="conflict",
-                    key="judge.verdict",
-                    fix="use verdict: text",
-                )
-            self._label_ids[label] = found
-        return self._label_ids[label]
+    def label_ids(self, labels: Sequence[str]) -> dict[str, list[int]]:
+        """All tokens that read as each label, with or without a space before it.
+
+        A label of several characters that the tokenizer writes as several tokens is left out. Raises `InputError` for
+        one of one character that there is no token of.
+        """
+        for label in labels:
+            if label not in self._label_ids:
+                self._label_ids[label] = self._tokens_of(label)
+        return {label: ids for label in labels if (ids := self._label_ids[label])}
+
+    def _tokens_of(self, label: str) -> list[int]:
+        if len(label) > 1 and not any(
+            len(self.tokenizer(start + label, add_special_tokens=False)["input_ids"]) == 1  # type: ignore[arg-type]
+            for start in ("", " ")
+        ):
+            return []
+        found = [i for i, text in enumerate(self._texts) if text.strip() == label]
+        if not found:
+            raise InputError(
+                f"judge: the vocabulary of {self._identity} has no token {label!r}",
+                kind="conflict",
+                key="judge.verdict",
+                fix="use verdict: text",
+            )
+        return found
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        count = min(self._vocabulary, len(self.tokenizer))
+        return self.tokenizer.batch_decode([[i] for i in range(count)])
 
     def _ids_of(self, chat: list[Message]) -> list[int]:
         if self.tokenizer.chat_template is None:

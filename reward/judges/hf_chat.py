@@ -39,13 +39,12 @@ class HFChat:
     def label_logprobs(self, chats: Sequence[list[Message]], labels: Sequence[str]) -> list[Completion]:
         """One forward pass per batch; the text is the most likely first token."""
         rows, answers = self._tokens.encode(chats, room=1)
+        ids = self._tokens.label_ids(labels)
         for batch in _batches(rows, self.batch_size):
             logprobs_BV = torch.log_softmax(self._last_logits([rows[i] for i in batch]).float(), dim=-1)
             tops = self._tokenizer.batch_decode(logprobs_BV.argmax(dim=-1)[:, None])
             for i, logprobs_V, top in zip(batch, logprobs_BV, tops, strict=True):
-                of_label = {
-                    label: logprobs_V[self._tokens.label_ids(label)].logsumexp(dim=0).item() for label in labels
-                }
+                of_label = {label: logprobs_V[own].logsumexp(dim=0).item() for label, own in ids.items()}
                 answers[i] = Completion(top, of_label, cut=True)
         return [answers[i] for i in range(len(chats))]
 

@@ -37,15 +37,16 @@ class ServerSettings(Section):
 
 
 class JudgeSettings(ServerSettings):
-    """A judge with its settings. As plain text: `length`, `llm:MODEL`, `reward_model:RUN`, or `module:callable`."""
+    """A judge with its settings. As text: `length`, `llm:MODEL`, `rating:MODEL`, `reward_model:RUN`, or a function."""
 
     kind: str = Field(
-        description="length, function, llm, reward_model, jury, or a judge registered from Python; or KIND:TARGET"
+        description="length, function, llm, rating (keys as llm), reward_model, jury, or a judge registered from"
+        " Python; or KIND:TARGET"
     )
     target: str | None = Field(
         default=None,
-        description="llm: the model; reward_model: a run or a model; function: module:callable; jury: its judges,"
-        " separated by commas",
+        description="llm, rating: the model; reward_model: a run or a model; function: module:callable; jury: its"
+        " judges, separated by commas",
     )
     template: str = Field(
         default="general", description="llm: general, helpfulness, harmlessness, summarization, or a Jinja file"
@@ -58,7 +59,9 @@ class JudgeSettings(ServerSettings):
         " and the labels have min_label_mass, otherwise text",
     )
     min_label_mass: Share = Field(
-        default=0.5, description="llm: least p(A) + p(B) at which the labels' probabilities are a verdict"
+        default=0.5,
+        description="llm: least p(A) + p(B) at which the labels' probabilities are a verdict; rating: the same of all"
+        " ratings together",
     )
     answer_tokens: Positive = Field(
         default=4096, description="llm: longest answer in text, tokens; a reasoning model's thoughts are part of it"

@@ -1,4 +1,4 @@
-"""A chat model as a judge.
+"""A chat model as a judge, and how any judge asks one.
 
 It sees both responses as A and B. Its verdict is p(A) / (p(A) + p(B)), from the probabilities of the two labels as its
 next token: one forward pass, no sampling. Where the labels have little probability, the model was about to say
@@ -12,14 +12,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from reward.judges.answers import TIE, label_alone, parse_label, parse_verdict, without_thoughts
 from reward.judges.base import Comparison, Verdict
 from reward.judges.templates import JudgePrompt
 from reward.records import Message
 
-__all__ = ["ChatBackend", "Completion", "LLMJudge", "parse_label", "probability_of_a"]
+__all__ = ["ChatBackend", "ChatJudge", "Completion", "LLMJudge", "parse_label", "probability_of_a"]
 
 LABELS = ("A", "B")
 ASK_AFTER_REASONING = "Now your verdict: which response is better? Answer with one letter, A or B, and nothing else."
@@ -66,15 +66,21 @@ class ChatBackend(Protocol):
         ...
 
 
-class LLMJudge:
-    """Asks a chat model which of two responses is better.
+class ChatJudge:
+    """How a chat model is asked: for its reasoning, for the probabilities of labels, for text. Judges extend it.
 
     answer_tokens: room for an answer in text, the thoughts of a reasoning model included. min_label_mass: the least
-    p(A) + p(B) at which their ratio is a verdict.
+    probability that the labels have together at which it is an answer.
     """
 
-    sees_order = True
-    version = "2"  # of the rules by which answers are read; verdicts by other rules are not reused
+    sees_order: bool
+    kind: ClassVar[str]
+    labels: ClassVar[tuple[str, ...]]
+    mass_of: ClassVar[str]  # how the probability of all labels is written
+    ask_after_reasoning: ClassVar[str]
+    unread: ClassVar[str]  # why a text is no answer
+    no_use: ClassVar[str] = "the model was about to say something else"
+    one_token_is_all: ClassVar[bool] = True  # whether an answer of one token that was not cut can be read
 
     def __init__(
         self,
@@ -94,26 +100,36 @@ class LLMJudge:
         self.batch_size, self.concurrency = backend.batch_size, backend.concurrency
         how = f"reasoning {reasoning_tokens}" if reasoning else "no reasoning"
         how += f", label mass {min_label_mass:g}" if min_label_mass != 0.5 else ""
-        self.identity = f"llm:{backend.identity}:{prompt.name} {prompt.fingerprint}:{verdict}:{how}"
+        self.identity = f"{self.kind}:{backend.identity}:{prompt.name} {prompt.fingerprint}:{verdict}:{how}"
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Return one verdict per comparison; an answer that no attempt could parse is marked invalid."""
-        questions = [
-            _Question([{"role": "user", "content": self._prompt.render(c, reasoning=self._reasoning)}])
-            for c in comparisons
-        ]
+        return self._answers(comparisons)
+
+    def stop(self) -> None:
+        """End the tries that are under way, because the evaluation has failed elsewhere."""
+        if callable(stop := getattr(self._backend, "stop", None)):
+            stop()
+
+    def _of_logprobs(self, answer: Completion) -> Verdict | None:
+        """What the probabilities of the labels say; None where they say nothing."""
+        raise NotImplementedError
+
+    def _of_text(self, said: str, first_line: bool) -> Verdict | None:
+        """What a text says; None where it cannot be understood. first_line: the text was cut after this line."""
+        raise NotImplementedError
+
+    def _answers(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """One answer to each question; one that no attempt could parse is marked invalid."""
+        texts = [self._prompt.render(comparison, reasoning=self._reasoning) for comparison in comparisons]
+        questions = [_Question([{"role": "user", "content": text}]) for text in texts]
         if self._reasoning:
             self._reason(questions)
         if self._verdict != "text":
             self._by_probabilities(questions)
         if self._verdict != "probabilities":
             self._by_text(questions)
-        return [question.answered(self._verdict == "probabilities") for question in questions]
-
-    def stop(self) -> None:
-        """End the tries that are under way, because the evaluation has failed elsewhere."""
-        if callable(stop := getattr(self._backend, "stop", None)):
-            stop()
+        return [self._answered(question) for question in questions]
 
     def _reason(self, questions: list[_Question]) -> None:
         chats = [question.chat for question in questions]
@@ -124,25 +140,23 @@ class LLMJudge:
             # Where there are only thoughts, they are the reasoning.
             question.reason = without_thoughts(answer.text) or answer.text.strip()
             thought: Message = {"role": "assistant", "content": question.reason}
-            question.chat = [*question.chat, thought, {"role": "user", "content": ASK_AFTER_REASONING}]
+            question.chat = [*question.chat, thought, {"role": "user", "content": self.ask_after_reasoning}]
 
     def _by_probabilities(self, questions: list[_Question]) -> None:
         waiting = [question for question in questions if question.verdict is None]
-        answers = self._backend.label_logprobs([question.chat for question in waiting], LABELS)
+        answers = self._backend.label_logprobs([question.chat for question in waiting], self.labels)
         for question, answer in zip(waiting, answers, strict=True):
             if answer.error:
                 question.verdict = Verdict.not_understood(answer.error)
                 continue
             question.mass = label_mass(answer.label_logprobs)
-            probability = probability_of_a(answer.label_logprobs, answer.unreported)
-            if probability is not None and question.mass is not None and question.mass >= self._min_mass:
-                raw = json.dumps({"logprobs": answer.label_logprobs, "text": answer.text}, ensure_ascii=False)
-                question.verdict = Verdict(probability, raw=raw)
-            elif answer.text and not answer.cut:
-                question.read(answer, self._prompt.allows_ties)
+            if question.mass is not None and question.mass >= self._min_mass:
+                question.verdict = self._of_logprobs(answer)
+            if question.verdict is None and self.one_token_is_all and answer.text and not answer.cut:
+                question.verdict = self._read(answer)
 
     def _by_text(self, questions: list[_Question]) -> None:
-        """Ask for text, greedily at first; if the answer names no label, ask again at a temperature."""
+        """Ask for text, greedily at first; if the answer cannot be read, ask again at a temperature."""
         for attempt in range(self._attempts):
             waiting = [question for question in questions if question.verdict is None]
             if not waiting:
@@ -154,9 +168,9 @@ class LLMJudge:
                 if answer.error:
                     question.verdict = Verdict.not_understood(answer.error, answer.text)
                 else:
-                    question.read(answer, self._prompt.allows_ties)
+                    question.verdict = self._read(answer)
                 if question.verdict is None and attempt + 1 == self._attempts:
-                    why = "the answer names neither A nor B"
+                    why = self.unread
                     if answer.cut:
                         why = (
                             f"the answer was cut after {self._answer_tokens} tokens, before its verdict (finish_reason:"
@@ -164,32 +178,57 @@ class LLMJudge:
                         )
                     question.verdict = Verdict.not_understood(why, answer.text)
 
+    def _read(self, answer: Completion) -> Verdict | None:
+        """What a text says. One that was cut has no last statement: only what is by itself on line 1 counts."""
+        said = without_thoughts(answer.text)
+        if answer.cut:
+            first, more, _ = said.partition("\n")
+            said = first if more else ""
+        found = self._of_text(said, answer.cut) if said else None
+        return None if found is None else replace(found, raw=answer.text)
+
+    def _answered(self, question: _Question) -> Verdict:
+        verdict = question.verdict
+        if verdict is None:
+            why = "the labels have no probabilities"
+            if self._verdict == "probabilities" and question.mass is not None:
+                why = f"{self.mass_of} is {question.mass:.3g}: {self.no_use}; use verdict: auto"
+            verdict = Verdict.not_understood(why)
+        return replace(verdict, reason=question.reason, label_mass=question.mass)
+
+
+class LLMJudge(ChatJudge):
+    """Asks a chat model which of two responses is better."""
+
+    sees_order = True
+    version = "2"  # of the rules by which answers are read; verdicts by other rules are not reused
+    kind = "llm"
+    labels = LABELS
+    mass_of = "p(A) + p(B)"
+    ask_after_reasoning = ASK_AFTER_REASONING
+    unread = "the answer names neither A nor B"
+
+    def _of_logprobs(self, answer: Completion) -> Verdict | None:
+        probability = probability_of_a(answer.label_logprobs, answer.unreported)
+        return None if probability is None else Verdict(probability, raw=raw_logprobs(answer))
+
+    def _of_text(self, said: str, first_line: bool) -> Verdict | None:
+        found = label_alone(said) if first_line else parse_verdict(said)
+        return Verdict(PREFERENCES[found]) if found is not None and (found != TIE or self._prompt.allows_ties) else None
+
 
 @dataclass
 class _Question:
-    """A comparison on its way to a verdict."""
+    """A question on its way to a verdict."""
 
     chat: list[Message]
     reason: str | None = None
     mass: float | None = None
     verdict: Verdict | None = None
 
-    def read(self, answer: Completion, ties: bool) -> None:
-        """Take the verdict from a text. One that was cut has no last statement: only a label on line 1 counts."""
-        said = without_thoughts(answer.text)
-        first, more, _ = said.partition("\n")
-        found = (label_alone(first) if more else None) if answer.cut else parse_verdict(said)
-        if found is not None and (found != TIE or ties):
-            self.verdict = Verdict(PREFERENCES[found], raw=answer.text)
 
-    def answered(self, by_probabilities: bool) -> Verdict:
-        verdict = self.verdict
-        if verdict is None:
-            why = "the labels have no probabilities"
-            if by_probabilities and self.mass is not None:
-                why = f"p(A) + p(B) is {self.mass:.3g}: the model was about to say something else; use verdict: auto"
-            verdict = Verdict.not_understood(why)
-        return replace(verdict, reason=self.reason, label_mass=self.mass)
+def raw_logprobs(answer: Completion) -> str:
+    return json.dumps({"logprobs": answer.label_logprobs, "text": answer.text}, ensure_ascii=False)
 
 
 def label_mass(logprobs: dict[str, float] | None) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import ClassVar
 
 from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2 import Template as JinjaTemplate
@@ -25,9 +26,11 @@ class JudgePrompt:
     offers a tie as `[[C]]`, `A=B` or "or tie"; without it a judge that calls a tie gives no valid verdict.
     """
 
+    folder: ClassVar[Path] = FOLDER
+
     def __init__(self, name: str) -> None:
         self.name = name
-        self._template = _load(name)
+        self._template = _load(name, self.folder)
         probe = Comparison([{"role": "user", "content": "p"}], "a", "b")
         text = self.render(probe, reasoning=False) + self.render(probe, reasoning=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -36,16 +39,28 @@ class JudgePrompt:
     def render(self, comparison: Comparison, *, reasoning: bool) -> str:
         """The question to the judge. Raises `InputError` where the template fails."""
         try:
-            return self._template.render(
-                messages=as_messages(comparison.prompt),
-                response_a=comparison.response_a,
-                response_b=comparison.response_b,
-                reasoning=reasoning,
-            ).strip()
+            messages, responses = as_messages(comparison.prompt), self._responses(comparison)
+            return self._template.render(messages=messages, reasoning=reasoning, **responses).strip()
         except TemplateError as error:
             raise InputError(
                 f"judge.template: {self.name} fails: {error}", kind="user_code", key="judge.template"
             ) from error
+
+    def _responses(self, comparison: Comparison) -> dict[str, str]:
+        return {"response_a": comparison.response_a, "response_b": comparison.response_b}
+
+
+class RatingPrompt(JudgePrompt):
+    """The prompt of a judge that rates one response, A: a template of the same names, in `rating`, or a file.
+
+    A file gets `messages`, `response` and `reasoning`, may extend `base.jinja2` of that folder, and has to ask for a
+    number from 1 to 10, by itself or as `[[5]]`.
+    """
+
+    folder = FOLDER / "rating"
+
+    def _responses(self, comparison: Comparison) -> dict[str, str]:
+        return {"response": comparison.response_a}
 
 
 def as_messages(prompt: Prompt) -> list[Message]:
@@ -53,21 +68,21 @@ def as_messages(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def template_names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.jinja2") if path.stem != "base")
+def template_names(folder: Path = FOLDER) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.jinja2") if path.stem != "base")
 
 
-def _load(name: str) -> JinjaTemplate:
-    path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.jinja2"
+def _load(name: str, folder: Path) -> JinjaTemplate:
+    path = Path(name) if Path(name).is_file() else folder / f"{name}.jinja2"
     if not path.is_file() or name == "base":
         raise InputError(
-            f"judge.template: {name!r} is neither one of {', '.join(template_names())} nor a file",
+            f"judge.template: {name!r} is neither one of {', '.join(template_names(folder))} nor a file",
             kind="unknown",
             key="judge.template",
-            fix=did_you_mean(name, template_names()),
+            fix=did_you_mean(name, template_names(folder)),
         )
     # The text goes to a model and not to a browser, so nothing is escaped.
-    loader = FileSystemLoader([path.parent, FOLDER])
+    loader = FileSystemLoader([path.parent, folder])
     environment = ImmutableSandboxedEnvironment(loader=loader, undefined=StrictUndefined, autoescape=False)
     try:
         return environment.get_template(path.name)

@@ -16,10 +16,12 @@ from pe_rlhf.scoring.reward_judge import reward_scores
 from reward.errors import InputError
 from reward.judges import Comparison
 from reward.judges.chat_tokens import ChatTokens
+from reward.judges.hf_chat import HFChat
 from reward.judges.judge_registry import check_judge, judge_settings, register_judge
 from reward.judges.judge_settings import JudgeSettings
+from reward.judges.rating import RATINGS
 from reward.judges.reward_model import reward_model_judge
-from reward.judges.templates import JudgePrompt
+from reward.judges.templates import JudgePrompt, RatingPrompt
 from reward.records import Message
 from tests.stage_support import byte_model
 
@@ -44,6 +46,33 @@ def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) 
         a, b = (logits_V[tokenizer.convert_tokens_to_ids(label)].item() for label in "AB")
         assert verdict.preference == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
         assert set(json.loads(verdict.raw or "")["logprobs"]) == {"A", "B"}
+
+
+def test_a_local_models_ratings_have_the_probabilities_of_a_naive_forward_pass(model: Path) -> None:
+    """This vocabulary has bytes only, so that 10 is a 1 and a 0, and has no probability as the next token."""
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    texts = [RatingPrompt("general").render(comparison, reasoning=False) for comparison in COMPARISONS]
+    chats: list[list[Message]] = [[{"role": "user", "content": text}] for text in texts]
+    for text, found in zip(texts, HFChat(plain, tokenizer, "m").label_logprobs(chats, RATINGS), strict=True):
+        with torch.no_grad():
+            logits_V = plain(torch.tensor([tokenizer(f"User: {text}\n\nAssistant:")["input_ids"]])).logits[0, -1]
+        logprobs_V = logits_V.log_softmax(dim=0)
+        expected = {str(n): logprobs_V[tokenizer.convert_tokens_to_ids(str(n))].item() for n in range(1, 10)}
+        assert found.label_logprobs == pytest.approx(expected, abs=1e-4)
+    judge = make_judge(JudgeSettings(kind="rating", target=str(model), verdict="probabilities", min_label_mass=0))
+    assert all(verdict.score_a is None and verdict.invalid for verdict in judge.compare(COMPARISONS))
+    with pytest.raises(InputError) as caught:
+        ChatTokens(tokenizer, "m", 100, 20).label_ids(["A"])
+    assert caught.value.key == "judge.verdict"
+
+
+def test_a_token_of_two_digits_is_a_rating(model: Path) -> None:
+    """With a token 10 that the tokenizer uses, p(10) and p(1) are apart."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert "10" not in ChatTokens(tokenizer, "m", 100, 300).label_ids(["1", "10"])
+    tokenizer.add_tokens(["10"])
+    ids = ChatTokens(tokenizer, "m", 100, 300).label_ids(["1", "10"])
+    assert ids == {"1": [tokenizer.convert_tokens_to_ids("1")], "10": [len(tokenizer) - 1]}
 
 
 def test_reasoning_and_text_of_a_local_judge(model: Path) -> None:
