@@ -33,18 +33,19 @@ class BatLayer(AdapterLayer):
     miss_block: nn.Parameter
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        return add_dense(base(x), x, lambda: self._change(weight_out_in(base)))
+        return add_dense(x, base, lambda D_KRR: _change(D_KRR, weight_out_in(base)), self.miss_block)
 
     def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
         with torch.no_grad():
-            return self._change(weight_OI)
+            return _change(self.miss_block, weight_OI)
 
-    def _change(self, weight_OI: Tensor) -> Tensor:
-        D_KRR = self.miss_block.to(weight_OI.dtype)
-        rank = D_KRR.shape[-1]
-        blocks_KRJR = weight_OI.unflatten(0, (-1, rank)).unflatten(-1, (-1, rank))
-        changed = torch.einsum("krjs,kst->krjt", blocks_KRJR, D_KRR) + D_KRR[:, :, None, :]
-        return changed.reshape(weight_OI.shape)
+
+def _change(D_KRR: Tensor, weight_OI: Tensor) -> Tensor:
+    D_KRR = D_KRR.to(weight_OI.dtype)
+    across = weight_OI.shape[1] // D_KRR.shape[-1]
+    own_KPR = D_KRR[:, :, None].expand(-1, -1, across, -1).flatten(1, 2)
+    add = Tensor.baddbmm_ if across > 1 else torch.baddbmm  # a single block across is D itself, not a copy
+    return add(own_KPR, weight_OI.reshape(own_KPR.shape), D_KRR).view(weight_OI.shape)
 
 
 class Bat(AdapterKind[BatConfig]):

@@ -2,7 +2,8 @@
 
     ΔW = s·(B1·A1) ∘ (B2·A2)        s = alpha/r
 
-A2 starts at 0, the rest as Kaiming has it. Each pass forms ΔW.
+A2 starts at 0, the rest as Kaiming has it. ΔW is also a LoRA of rank r²: its factors are products of the given ones'
+rows and columns. It is computed as that, unless r² is so large that a matrix ΔW takes less time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from pe_rlhf.adapters.kind import AdapterKind, LayerContext, Layers, PeftFiles
 from pe_rlhf.adapters.kinds.dense_change import add_dense
 from pe_rlhf.adapters.layer import AdapterLayer
+from pe_rlhf.adapters.lora.anchored import add_product
 from pe_rlhf.config.adapter import AdapterConfig
 from pe_rlhf.config.section import Positive
 
@@ -36,15 +38,25 @@ class LoHaLayer(AdapterLayer):
     hada_w2_b: nn.Parameter
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        return add_dense(base(x), x, self._change)
+        B1_OR, A1_RI, B2_OR, A2_RI = (getattr(self, name) for name in self.trained)
+        rank, out, into = len(A1_RI), len(B1_OR), A1_RI.shape[1]
+        if 2 * rank**2 * (out + into) >= out * into:
+            return add_dense(x, base, self._change, B1_OR, A1_RI, B2_OR, A2_RI)
+        # Row by row of A1 and A2, column by column of B1 and B2: a LoRA of rank r², without a matrix.
+        up_QI = (A1_RI[:, None] * A2_RI).flatten(0, 1)
+        down_OQ = ((self._scale * B1_OR)[:, :, None] * B2_OR[:, None]).flatten(1)
+        return add_product(x, base(x), up_QI, down_OQ)
 
     def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
         with torch.no_grad():
-            return self._change()
+            return self._change(*(getattr(self, name) for name in self.trained))
 
-    def _change(self) -> Tensor:
-        scale = self.settings.alpha / self.settings.rank
-        return scale * (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b)
+    @property
+    def _scale(self) -> float:
+        return self.settings.alpha / self.settings.rank
+
+    def _change(self, B1_OR: Tensor, A1_RI: Tensor, B2_OR: Tensor, A2_RI: Tensor) -> Tensor:
+        return ((self._scale * B1_OR) @ A1_RI) * (B2_OR @ A2_RI)
 
 
 class LoHa(AdapterKind[LoHaConfig]):

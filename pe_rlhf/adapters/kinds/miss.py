@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pe_rlhf.adapters.kind import AdapterKind, LayerContext, Layers, PeftFiles
 from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
+from pe_rlhf.adapters.lora.anchored import add_low
 from pe_rlhf.config.adapter import AdapterConfig
 from pe_rlhf.config.section import Positive
 
@@ -34,10 +35,10 @@ class MiSSLayer(AdapterLayer):
     width: Tensor
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        y, D_RO = base(x), self.miss_block
-        rank, width = len(D_RO), x.shape[-1]
-        blocks = F.pad(x, (0, -width % rank)).unflatten(-1, (-1, rank))
-        return y + F.linear(blocks.sum(dim=-2).to(y.dtype), D_RO.T.to(y.dtype))
+        y, rank = base(x), len(self.miss_block)
+        missing = -x.shape[-1] % rank
+        whole = F.pad(x, (0, missing)) if missing else x  # padding by nothing copies
+        return add_low(y, whole.unflatten(-1, (-1, rank)).sum(dim=-2).to(y.dtype), self.miss_block.T)
 
     def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
         """ΔW[o, i] = D[i mod r, o]."""

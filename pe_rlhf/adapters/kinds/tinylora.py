@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from peft import TinyLoraConfig as PeftTinyLoraConfig
 from pydantic import Field
 from torch import Tensor, nn
 
 from pe_rlhf.adapters.kind import LayerContext, Layers, PeftFiles
 from pe_rlhf.adapters.kinds.spectral import SpectralConfig, SpectralKind, SpectralLayer
+from pe_rlhf.adapters.lora.anchored import add_low
 from pe_rlhf.config.adapter import AdapterConfig
 from pe_rlhf.config.section import Positive
 from reward.errors import InputError
@@ -42,15 +44,27 @@ class TinyLoRALayer(SpectralLayer):
     tinylora_v: nn.Parameter
     projections_KRR: Tensor
 
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        """`base(x) + U1 (√S1 Σ v_i P_i √S1) V1ᵀ x`: everything but the singular vectors is in the small matrix."""
+        y = base(x)
+        root_R = self.S_R.sqrt()
+        core_RR = root_R[:, None] * self._mixed() * root_R
+        low = F.linear(F.linear(x.to(y.dtype), self.Vh_RI.to(y.dtype)), core_RR.to(y.dtype))
+        return add_low(y, low, self.U_OR)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """`(Σ v_i P_i) √S1 V1ᵀ` and `U1 √S1`."""
         up_RI, down_OR = self.frozen_factors()
-        return torch.einsum("k,krs->rs", self.tinylora_v, self.projections_KRR) @ up_RI, down_OR
+        return self._mixed() @ up_RI, down_OR
 
     def frozen_factors(self) -> tuple[Tensor, Tensor]:
         """`√S1 V1ᵀ` and `U1 √S1`."""
         root_R = self.S_R.sqrt()
         return root_R[:, None] * self.Vh_RI, self.U_OR * root_R
+
+    def _mixed(self) -> Tensor:
+        """Σ v_i P_i."""
+        return (self.tinylora_v @ self.projections_KRR.flatten(1)).view(self.projections_KRR.shape[1:])
 
 
 class TinyLoRA(SpectralKind[TinyLoRAConfig]):

@@ -9,6 +9,7 @@ only the vectors, and the matrices are in memory once for each size.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pe_rlhf.adapters.kind import AdapterKind, LayerContext, Layers, PeftFiles
 from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
+from pe_rlhf.adapters.lora.anchored import writable
 from pe_rlhf.config.adapter import AdapterConfig
 from pe_rlhf.config.section import Positive
 
@@ -40,17 +42,17 @@ class VeRALayer(AdapterLayer):
     width: Tensor
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        y = base(x)
-        A_RI, B_OR = (matrix.to(y.dtype) for matrix in self.matrices(x.shape[-1]))
-        low = F.linear(x.to(y.dtype), A_RI) * self.vera_lambda_d.to(y.dtype)
-        return torch.addcmul(y, F.linear(low, B_OR), self.vera_lambda_b.to(y.dtype))
+        y = writable(base(x))
+        return _AddVeRA.apply(
+            y, x.to(y.dtype), self.vera_lambda_b, self.vera_lambda_d, *self.matrices(x.shape[-1], y.dtype)
+        )
 
-    def matrices(self, width: int) -> tuple[Tensor, Tensor]:
-        """The shared A _RI and B _OR of a layer with so many inputs, fp32."""
+    def matrices(self, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """The shared A _RI and B _OR of a layer with so many inputs."""
         rank, device = len(self.vera_lambda_d), self.vera_lambda_d.device
         seed = self.settings.projection_seed
-        A_IR = random_table(seed, width, rank, device)
-        return A_IR.T / width**0.5, random_table(seed + 1, len(self.vera_lambda_b), rank, device) / rank**0.5
+        A_IR = random_matrix(seed, width, rank, width, device, dtype)
+        return A_IR.T, random_matrix(seed + 1, len(self.vera_lambda_b), rank, rank, device, dtype)
 
     def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
         factors = self.lora_factors()
@@ -84,8 +86,8 @@ class VeRA(AdapterKind[VeRAConfig]):
         tallest = max(len(layer.vera_lambda_b) for layer in layers.values())
         device = torch.device("cpu")
         shared = {
-            "vera_A": random_table(seed, widest, rank, device).T / widest**0.5,
-            "vera_B": random_table(seed + 1, tallest, rank, device) / rank**0.5,
+            "vera_A": random_matrix(seed, widest, rank, widest, device).T,
+            "vera_B": random_matrix(seed + 1, tallest, rank, rank, device),
         }
         tensors = {
             name: {
@@ -98,7 +100,37 @@ class VeRA(AdapterKind[VeRAConfig]):
 
 
 @lru_cache(maxsize=32)
-def random_table(seed: int, rows: int, rank: int, device: torch.device) -> Tensor:
-    """Numbers in [−1, 1) _NR, row after row: of fewer rows it is the beginning of the same table."""
+def random_matrix(
+    seed: int, rows: int, rank: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Numbers in [−1, 1) _NR over √width, row after row: of fewer rows it is the beginning of the same table."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(rows, rank, generator=generator) * 2 - 1).to(device)
+    return ((torch.rand(rows, rank, generator=generator) * 2 - 1) / width**0.5).to(device, dtype)
+
+
+class _AddVeRA(torch.autograd.Function):
+    """`y += λ_b ⊙ B·(λ_d ⊙ (A·x))`, in place. Gradients go to x and to the vectors, in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, lambda_b: Tensor, lambda_d: Tensor, A_RI: Tensor, B_OR: Tensor
+    ) -> Tensor:
+        by_O, by_R = lambda_b.to(y.dtype), lambda_d.to(y.dtype)
+        low_NR = F.linear(x.flatten(0, -2), A_RI)
+        high_NO = F.linear(low_NR * by_R, B_OR)
+        y.view(-1, y.shape[-1]).addcmul_(high_NO, by_O)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(low_NR, high_NO, by_O, by_R, A_RI, B_OR)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        low_NR, high_NO, by_O, by_R, A_RI, B_OR = ctx.saved_tensors
+        grad_NO = gradients[0].flatten(0, -2)
+        grad_b = (grad_NO * high_NO).sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        through_B_NR = grad_NO @ (by_O[:, None] * B_OR)  # cheaper than λ_b times the wide gradient
+        grad_d = (through_B_NR * low_NR).sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = (through_B_NR.mul_(by_R) @ A_RI).view(*gradients[0].shape[:-1], -1)
+        return gradients[0], grad_x, grad_b, grad_d, None, None

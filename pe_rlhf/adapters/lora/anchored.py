@@ -123,6 +123,11 @@ def add_frozen(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -
     return _AddLowRank.apply(y, x, A_RI, B_OR, A_RI, B_OR, scale)
 
 
+def add_low(y: Tensor, low: Tensor, down_OR: Tensor) -> Tensor:
+    """`y + down·low`, written into y where it can be; low _…R is of y's dtype, down may be of another."""
+    return _AddLow.apply(writable(y), low, down_OR, down_OR.detach().to(y.dtype))
+
+
 def _add_low_rank(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
     """`y += s·down(up x)` in place; returns `up x` as _NR."""
     low_NR = F.linear(x.flatten(0, -2), up)
@@ -167,6 +172,25 @@ class _AddLowRank(torch.autograd.Function):
         if ctx.needs_input_grad[3]:  # the other way round it takes twice the time
             grad_B_OR = (ctx.scale * (low_NR[:, :rank].T @ grad_NO).float()).T
         return gradients[0], grad_x, grad_A_RI, grad_B_OR, None, None, None
+
+
+class _AddLow(torch.autograd.Function):
+    """`y += down·low`, in place; `down` is `down_OR` in y's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, low: Tensor, down_OR: Tensor, down: Tensor) -> Tensor:
+        y.view(-1, y.shape[-1]).addmm_(low.flatten(0, -2), down.T)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(low, down)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        low, down = ctx.saved_tensors
+        grad_NO = gradients[0].flatten(0, -2)
+        grad_low = (grad_NO @ down).view_as(low) if ctx.needs_input_grad[1] else None
+        grad_OR = (low.flatten(0, -2).T @ grad_NO).float().T if ctx.needs_input_grad[2] else None
+        return gradients[0], grad_low, grad_OR, None
 
 
 class LoRA(AdapterKind[LowRankConfig]):
