@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +39,10 @@ def export(
         ExportDtype | None,
         typer.Option(help="merged: dtype of the weights; the base's if left out. Narrow ones lose some of the update."),
     ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a run with tasks: TASK=WEIGHT, repeatable; a policy of the tasks' parts, weighted."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write a trained role for PEFT, vLLM and transformers.
@@ -46,6 +50,13 @@ def export(
     Any adapter init becomes a plain LoRA of rank 2r (r where B starts at zero) on the unmodified base, or is merged
     into fresh base weights. A model card comes with it.
     """
+    from pe_rlhf.config.load import apply_overrides
     from pe_rlhf.runs.export import export_role
 
-    typer.echo(export_role(run, form.value, to, role, checkpoint, None if dtype is None else dtype.value))
+    weights: dict[str, Any] | None = {} if mix else None
+    for each in mix or ():
+        name, equals, value = each.partition("=")
+        apply_overrides(found := {}, [f"weight={value}" if equals else each])
+        assert weights is not None
+        weights[name] = found["weight"]
+    typer.echo(export_role(run, form.value, to, role, checkpoint, None if dtype is None else dtype.value, weights))

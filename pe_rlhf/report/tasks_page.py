@@ -12,7 +12,7 @@ from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.task_table import Bounded, Measured, TaskTable
 from pe_rlhf.system.files import write_whole
 
-INTERVALS = "95 % intervals over prompts; half the base's wins against itself are 50 %."
+INTERVALS = "95 % intervals over prompts; the base against itself has 50 %."
 FIGURES = {
     "average": ("Average", "win-rate over the base, after the last task"),
     "forgetting": ("Forgetting", "best before the last task minus after it; 0 is none"),

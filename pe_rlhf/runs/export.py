@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +46,7 @@ from pe_rlhf.runs.saved_roles import (
     starting_model,
     wanted_roles,
 )
+from pe_rlhf.runs.task_mixture import Weight, mixed_policy
 from pe_rlhf.system.files import new_folder, read_json, write_json, write_whole
 from pe_rlhf.system.progress import say
 from pe_rlhf.system.render import render
@@ -61,6 +64,7 @@ def export_role(
     role: str | None = None,
     checkpoint: str | None = None,
     dtype: Dtype | None = None,
+    mix: Mapping[str, Weight] | None = None,
 ) -> Path:
     """Write a role of a run as `lora` (PEFT's files) or `merged` (a checkpoint), with a model card. Returns where.
 
@@ -70,12 +74,17 @@ def export_role(
         role: a name of `ROLES`; default: the first of these that is there.
         checkpoint: `best`, `newest` or a step's number; default: what the stage ended with.
         dtype: of merged weights; default: the base's, which if narrow loses a part of a small update.
+        mix: of a run with tasks: the weight of each task's part in the policy; see `task_mixture`.
 
     Raises `InputError` where there is no such role, or where `to` is taken.
     """
     if dtype is not None and form == "lora":
         message = "--dtype is for --format merged: a LoRA is written as it was trained"
         raise InputError(message, kind="conflict", key="--dtype")
+    if RunFiles(place).tasks.is_dir():
+        return _export_tasks(place, form, to, role, checkpoint, dtype, mix)
+    if mix is not None:
+        raise InputError(f"--mix: {place} is no run with tasks", kind="conflict", key="--mix", file=place)
     if checkpoint is None:
         found = find_role(place, role)
         return _write_export(found, form, to or found.files.stage.run.export(found.role, form), dtype)
@@ -84,14 +93,42 @@ def export_role(
     recipe = load_recipe(stage.recipe)
     backbone = load_base(recipe, starting_model(recipe, stage.run.folder), "cpu")
     backbone.load_role(name, spec, state)
+    with _as_if_ended(recipe, backbone, stage.folder.name, name) as found:
+        return _write_export(found, form, to or stage.run.export(name, form, step), dtype)
+
+
+@contextmanager
+def _as_if_ended(recipe: Recipe, backbone: Backbone, stage: str, role: str) -> Iterator[SavedRole]:
+    """A role of a backbone as a stage would have left it, had it ended with it."""
     with tempfile.TemporaryDirectory() as scratch:
-        # As the stage would have left it, had it ended with this checkpoint.
-        ended = StageFiles(Path(scratch) / stage.folder.name)
+        ended = StageFiles(Path(scratch) / stage)
         ended.folder.mkdir()
         save_recipe(recipe, ended.recipe)
-        save_role(backbone, name, ended.role(name).folder)
-        found = read_role(ended.role(name).folder)
-        return _write_export(found, form, to or stage.run.export(name, form, step), dtype)
+        save_role(backbone, role, ended.role(role).folder)
+        yield read_role(ended.role(role).folder)
+
+
+def _export_tasks(
+    place: Path,
+    form: Format,
+    to: Path | None,
+    role: str | None,
+    checkpoint: str | None,
+    dtype: Dtype | None,
+    mix: Mapping[str, Weight] | None,
+) -> Path:
+    """The policy after the last of several tasks, or a mixture of their parts."""
+    recipe, files = load_recipe(RunFiles(place).recipe), RunFiles(place)
+    last = (recipe.tasks or [])[-1].name
+    if mix is None:
+        target = to or files.export(role or "policy", form)
+        return export_role(files.task(last).folder, form, target, role, checkpoint, dtype)
+    if role not in (None, "policy") or checkpoint is not None:
+        key = "--role" if role not in (None, "policy") else "--checkpoint"
+        raise InputError("--mix is of the policies that the tasks ended with", kind="conflict", key=key)
+    own = load_recipe(files.task(last).recipe)
+    with _as_if_ended(own, mixed_policy(recipe, place, mix), "ppo", "policy") as found:
+        return _write_export(found, form, to or files.export("mixture", form), dtype)
 
 
 def _find_checkpoints(place: Path, role: str | None) -> tuple[StageFiles, str]:

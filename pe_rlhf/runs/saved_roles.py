@@ -303,7 +303,12 @@ def role_behind(name: str, role: str) -> SavedRole | None:
 
 
 def _folders_of(place: Path, role: str) -> list[Path]:
-    """Where a role of that name may be: `place` is its own folder, that of its stage, or that of the run."""
+    """Where a role of that name may be: `place` is its own folder, that of its stage, or that of the run.
+
+    The role of a run with several tasks is what its last task ended with.
+    """
+    if RunFiles(place).tasks.is_dir() and (tasks := load_recipe(RunFiles(place).recipe).tasks):
+        place = RunFiles(place).task(tasks[-1].name).folder
     stage = StageFiles(place).role(role)
     folders = (place, stage.folder, RunFiles(place).role(role).folder)
     return [folder for folder in folders if RoleFiles(folder).description.is_file()]
