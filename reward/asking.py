@@ -20,6 +20,7 @@ from pathlib import Path
 from reward.advance import Advance, no_progress
 from reward.errors import InputError, JudgeError
 from reward.judges.base import Comparison, Judge, Verdict
+from reward.judges.guest import rest
 from reward.records import Prompt
 from reward.row_files import damaged
 from reward.summary import Outcome, pair_up
@@ -137,6 +138,7 @@ def judge_pairs(
                 tally.refuse_invalid()
     finally:
         file.close()
+        rest(judge)
     # Both orders under one name: an earlier start may have had other names for the same responses.
     found = (file.answers[question.key] for question in questions if question.key in file.answers)
     outcomes = pair_up(replace(answer, candidate=candidate, baseline=baseline) for answer in found)

@@ -39,8 +39,12 @@ class SamplerConfig(Section):
     timeout: float = Field(
         default=600.0, gt=0, description="vllm: seconds for a batch (embedded) or a response (server)"
     )
-    gpu_memory_share: float = Field(
-        default=0.4, gt=0, le=1, description="embedded on a GPU: share of its memory for the engine"
+    gpu_memory_share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="embedded on a GPU: share of its memory for the engine; default: the weights and the cache of a"
+        " batch, as far as the memory plan has room for it",
     )
     tensor_parallel_size: Positive = Field(
         default=1,

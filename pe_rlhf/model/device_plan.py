@@ -19,6 +19,7 @@ from pe_rlhf.config.load import load_deepspeed_config
 from pe_rlhf.model.memory_plan import (
     ADAPTER_STATES,
     CONTEXT,
+    ENGINE,
     GIB,
     HEAD_CHUNK,
     SLACK,
@@ -31,6 +32,7 @@ from pe_rlhf.model.memory_plan import (
 )
 from pe_rlhf.system.processes import launched
 from reward.errors import InputError
+from reward.judges.judge_settings import JudgeSettings
 
 GPU_DEFAULTS: dict[str, Any] = {
     "backbone.dtype": "bfloat16",
@@ -94,6 +96,8 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
     base |= {"context": CONTEXT} if on_gpu else {}
     if recipe.preferences is not None:
         yield Phase("preferences", "sampling", base | _sampling(recipe, shape, recipe.preferences.sampling))
+        if judge := _judge(recipe, recipe.preferences.judge):
+            yield Phase("preferences", "judging", base | judge)
     if (reward := recipe.reward) is not None:
         members = 1 if reward.ensemble is None else reward.ensemble.members
         roles = {"reward role": members * _role_bytes(recipe, shape, "reward")}
@@ -109,8 +113,25 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
         logits = {"logits": HEAD_CHUNK if on_gpu else 4 * 4 * CHUNK * shape.vocabulary}
         noisy = _noisy_base(recipe, shape, ppo)
         yield Phase("ppo", "update", base | noisy | roles | logits | _activations(recipe, shape, ppo))
+        asked = [source.judge for source in ppo.reward if source.judge is not None]
+        asked += [recipe.evaluate.judge] if ppo.eval_every and recipe.evaluate else []
+        for judge in filter(None, (_judge(recipe, settings) for settings in asked)):
+            yield Phase("ppo", "judging", base | roles | judge)
     if recipe.evaluate is not None:
         yield Phase("evaluate", "sampling", base | _sampling(recipe, shape, recipe.evaluate.sampling))
+        if judge := _judge(recipe, recipe.evaluate.judge):
+            yield Phase("evaluate", "judging", base | judge)
+
+
+def reserved_bytes(recipe: Recipe, stage: str, sampling: SamplingConfig) -> float:
+    """What a stage's roles need of a GPU while an embedded vLLM is on it, the base and its copies included; else 0."""
+    if sampling.engine == "hf" or sampling.mode == "server" or not is_on_gpu(recipe):
+        return 0.0
+    if (shape := shape_of_recipe(recipe)) is None:
+        return 0.0
+    phases = memory_phases(recipe, shape, _ranks())
+    parts = next(phase.parts for phase in phases if (phase.stage, phase.name) == (stage, "sampling"))
+    return sum(size for name, size in parts.items() if name not in ("engine", "cache", "logits"))
 
 
 def plan_lines(recipe: Recipe, stages: list[str], ranks: int = 1) -> list[str]:
@@ -148,6 +169,8 @@ def refuse_impossible(recipe: Recipe, ranks: int = 1, room: float | None = None)
         if activations and fitting:
             key = f"{phase.stage}.micro_batch_tokens"
             fix = f"set {key}: {fitting}, or backbone.gradient_checkpointing: true"
+        elif "judge" in phase.parts:
+            key, fix = f"{phase.stage}.judge", "use a judge behind a server (base_url), or a smaller one"
         elif "engine" in phase.parts:
             key, fix = phase.stage, "use vLLM servers on other cards (mode: server), or engine: hf"
         raise InputError(
@@ -186,7 +209,21 @@ def _sampling(
         return {"cache": cache * (1 + 1 / shape.layers), "logits": 4 * 4 * sampling.batch_size * shape.vocabulary}
     if sampling.mode == "server":
         return {}
-    return {"engine": shape.parameters * width + CONTEXT, "cache": cache}
+    return {"engine": shape.parameters * width / sampling.tensor_parallel_size + ENGINE, "cache": cache}
+
+
+def _judge(recipe: Recipe, judge: JudgeSettings) -> dict[str, float]:
+    """The chat models of a judge, which are on the card while it judges; nothing for those behind a server."""
+    kind, _, target = judge.kind.partition(":")
+    size = 0.0
+    for one in judge.judges if kind == "jury" else []:
+        size += _judge(recipe, one).get("judge", 0.0)
+    name = target or judge.target
+    if kind == "llm" and name and not judge.base_url:
+        shape = model_shape(name, recipe.backbone, recipe.adapter)
+        size = shape.parameters * WIDTH[judge.dtype] if shape is not None else 0.0
+        size += ENGINE if judge.engine == "vllm" else 0.0
+    return {"judge": size} if size else {}
 
 
 def _role_bytes(recipe: Recipe, shape: ModelShape, stage: str) -> float:

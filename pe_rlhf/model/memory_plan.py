@@ -24,6 +24,7 @@ GIB = 2**30
 WIDTH = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.6}  # bytes of a weight
 ADAPTER_STATES = 16 + 8  # bytes of a trained adapter's weight: itself, gradient, two moments; A0 and B0 beside them
 CONTEXT = 1.5 * GIB  # CUDA's context, libraries' workspaces
+ENGINE = 2 * CONTEXT  # of vLLM: its context, a prefill's activations, CUDA graphs, adapters
 HEAD_CHUNK = 1.0 * GIB  # logits of a chunk of tokens and what their backward pass keeps
 SLACK = 0.9  # of a card's memory: the allocator's gaps take the rest
 

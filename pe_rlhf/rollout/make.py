@@ -26,6 +26,7 @@ def make_rollout(
     log: Path,
     longest_prompt: int,
     on_progress: Advance | None = None,
+    reserved: float = 0.0,
 ) -> RolloutEngine:
     """The engine that a recipe asks for, sampling from `role`; it has to be closed.
 
@@ -34,6 +35,7 @@ def make_rollout(
         log: where an embedded engine writes its log.
         longest_prompt: in tokens.
         on_progress: gets the number of finished responses.
+        reserved: bytes of a GPU that an embedded engine leaves to the trainer.
     """
     check_installed(config)
     if is_sharded(backbone.model) and config.engine == "hf" and config.sync == "merged":
@@ -55,7 +57,7 @@ def make_rollout(
         from pe_rlhf.rollout.vllm.server import ServerVLLM  # here, so that other runs need no client of servers
 
         return ServerVLLM(backbone, role, config, folder=folder, **common)  # type: ignore[arg-type]
-    return EmbeddedVLLM(backbone, role, config, settings, log=log, **common)  # type: ignore[arg-type]
+    return EmbeddedVLLM(backbone, role, config, settings, log=log, reserved=reserved, **common)  # type: ignore[arg-type]
 
 
 def check_installed(config: SamplerConfig) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pe_rlhf.model.loading import find_device, load_causal_lm
+import torch
+
+from pe_rlhf.model.loading import find_device, load_causal_lm, use_sound_attention
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.runs.saved_roles import files_of
@@ -64,9 +66,11 @@ def _backend(settings: JudgeSettings) -> ChatBackend:
     model, tokenizer = load_causal_lm(
         target,
         dtype=settings.dtype,
-        device=device,
+        device=torch.device("cpu"),  # it comes to its device when it is asked
         attention="sdpa",
         trust_remote_code=False,
         key="judge.target",
     )
-    return HFChat(model, tokenizer, identity, template_kwargs=kwargs)
+    if device.type == "cuda":
+        use_sound_attention()
+    return HFChat(model, tokenizer, identity, template_kwargs=kwargs, device=device)

@@ -43,9 +43,9 @@ class Classifier:
         trust_remote_code: bool = False,
     ) -> None:
         model, self._tokenizer = _load(name, dtype, key, trust_remote_code)
-        self._model = model.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]  # hidden by a decorator
+        self.model = model.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]  # hidden by a decorator
         self._codec, self._batch_size = TextCodec(self._tokenizer), batch_size
-        self._limit = _longest_row(self._model, self._tokenizer)
+        self._limit = _longest_row(self.model, self._tokenizer)
         separates = self._tokenizer.cls_token_id is not None and self._tokenizer.sep_token_id is not None
         self._takes_pairs = self._codec.template is None and separates
 
@@ -94,8 +94,8 @@ class Classifier:
             name: torch.tensor([row[name] + [filling[name]] * (width - len(row[name])) for row in columns])
             for name in columns[0]
         }
-        self._model.config.pad_token_id = pad
-        return self._model(**{n: t.to(self._model.device) for n, t in batch.items()}).logits[:, 0].float().cpu()
+        self.model.config.pad_token_id = pad
+        return self.model(**{n: t.to(self.model.device) for n, t in batch.items()}).logits[:, 0].float().cpu()
 
 
 def by_prompt(prompts: Sequence[Prompt]) -> Iterator[list[int]]:

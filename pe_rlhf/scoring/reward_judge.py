@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from torch import nn
+
 from pe_rlhf.model.loading import find_device
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.model.passes import for_each_row
@@ -13,6 +16,7 @@ from pe_rlhf.runs.saved_roles import role_behind, weights_of
 from pe_rlhf.scoring.classifier import Classifier, by_prompt
 from pe_rlhf.types import Sequences
 from reward.judges import Judge
+from reward.judges.guest import Guest
 from reward.judges.judge_settings import JudgeSettings
 from reward.judges.reward_model import reward_model_judge
 from reward.records import Prompt
@@ -27,9 +31,19 @@ class RewardModelKind:
     def __call__(self, settings: JudgeSettings) -> Judge:
         target = settings.needed_target(NAME_IT)
         trust = settings.trust_remote_code
-        score = reward_scores(target, settings.dtype, settings.device, trust_remote_code=trust)
+        model, score = load_rewards(target, settings.dtype, settings.device, trust_remote_code=trust)
         identity = f"{target} {settings.dtype} {weights_of(target, 'reward')}".rstrip()
-        return reward_model_judge(score, identity)
+        # A quantised base cannot be moved.
+        fixed = getattr(getattr(model, "model", model), "is_quantized", False)
+        guest = Guest(model, torch.device("cpu") if fixed else find_device(settings.device))
+        guest.rest()
+
+        def scores(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+            if not fixed:
+                guest.come()
+            return score(prompts, responses)
+
+        return reward_model_judge(scores, identity, guest.rest)
 
     def check(self, settings: JudgeSettings, run_dir: Path | None) -> None:
         target = settings.needed_target(NAME_IT)
@@ -59,10 +73,17 @@ def reward_scores(
 
     as_trained: cut texts to the run's `reward.max_length`, as its stage does; otherwise to the model's limit.
     """
+    return load_rewards(target, dtype, device, as_trained=as_trained, trust_remote_code=trust_remote_code)[1]
+
+
+def load_rewards(
+    target: str, dtype: str, device: str, *, as_trained: bool = False, trust_remote_code: bool = False
+) -> tuple[nn.Module, RewardScores]:
+    """The model behind `reward_scores`, and those."""
     found = role_behind(target, "reward")
     if found is None:
         classifier = Classifier(target, find_device(device), dtype, trust_remote_code=trust_remote_code)
-        return lambda prompts, responses, cut=None: classifier.score(prompts, responses, cut).tolist()
+        return classifier.model, lambda prompts, responses, cut=None: classifier.score(prompts, responses, cut).tolist()
     backbone, codec = found.load("reward", dtype=dtype, device=device)
     limit = backbone.longest_sequence
     if as_trained and found.recipe is not None and found.recipe.reward is not None:
@@ -80,4 +101,4 @@ def reward_scores(
         budget, compute = MICRO_BATCH_TOKENS, backbone.response_scores
         return for_each_row(backbone, "reward", sequences, budget, compute, this_rank_only=True).tolist()
 
-    return score
+    return backbone, score

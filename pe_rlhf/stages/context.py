@@ -14,6 +14,7 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.data.rows import MAX_BAD_SHARE, PromptRow, load_prompt_rows, note_bad_rows
 from pe_rlhf.model.backbone import Backbone, FastPath
+from pe_rlhf.model.device_plan import reserved_bytes
 from pe_rlhf.model.loading import find_device
 from pe_rlhf.optim.zero import shard_base
 from pe_rlhf.rollout.data_parallel import over_ranks
@@ -137,6 +138,7 @@ class StageContext(Generic[C]):
             log=self.files.vllm_log,
             longest_prompt=max(map(len, prompts)),
             on_progress=on_progress,
+            reserved=reserved_bytes(self.recipe, self.stage, sampling),
         )
 
     def metrics(self, resume_step: int = 0) -> MetricsWriter:

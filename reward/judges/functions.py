@@ -28,13 +28,14 @@ class FunctionJudge:
     """A judge that scores both responses: the higher score wins, equal scores tie.
 
     probability: maps the difference of scores to the probability that A wins; default: its sign.
-    version: see `load_judge`.
+    version: see `load_judge`. rest: gives back what the function has on a GPU until it is called again.
     """
 
     function: ScoreFunction
     identity: str = "function"
     probability: Callable[[float], float] = _sign_probability
     version: str = ""
+    rest: Callable[[], None] = lambda: None
     sees_order = False
     batch_size = 64
     concurrency = 1

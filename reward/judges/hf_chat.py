@@ -11,12 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward.judges.chat_tokens import LEAST_ROOM, ChatTokens
+from reward.judges.guest import Guest
 from reward.judges.llm import Completion
 from reward.records import Message
 
 
 class HFChat:
-    """Chat with a loaded model. The probability of a label is summed over all tokens that read as it."""
+    """Chat with a loaded model. The probability of a label is summed over all tokens that read as it.
+
+    device: where the model computes; between `rest` and the next question it is on the CPU.
+    """
 
     concurrency = 1
 
@@ -27,8 +31,10 @@ class HFChat:
         identity: str,
         batch_size: int = 8,
         template_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
+        self._guest = Guest(model, device or model.device)
         self.identity, self.batch_size = f"hf:{identity}", batch_size
         longest = getattr(model.config, "max_position_embeddings", None) or 10**9
         vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
@@ -38,6 +44,7 @@ class HFChat:
     @torch.no_grad()
     def label_logprobs(self, chats: Sequence[list[Message]], labels: Sequence[str]) -> list[Completion]:
         """One forward pass per batch; the text is the most likely first token."""
+        self._guest.come()
         rows, answers = self._tokens.encode(chats, room=1)
         ids = self._tokens.label_ids(labels)
         for batch in _batches(rows, self.batch_size):
@@ -53,6 +60,7 @@ class HFChat:
         self, chats: Sequence[list[Message]], max_tokens: int, temperature: float, seed: int
     ) -> list[Completion]:
         """Greedy at temperature 0, else sampled; the same seed gives the same answers to the same chats."""
+        self._guest.come()
         rows, answers = self._tokens.encode(chats, room=min(max_tokens, LEAST_ROOM))
         sampling: dict[str, Any] = {"do_sample": temperature > 0, "top_k": 0, "top_p": 1.0}
         if temperature > 0:
@@ -74,6 +82,9 @@ class HFChat:
             for i, text, said in zip(batch, texts, said_BR, strict=True):
                 answers[i] = Completion(text, cut=len(said) == room and not self._ends() & set(said))
         return [answers[i] for i in range(len(chats))]
+
+    def rest(self) -> None:
+        self._guest.rest()
 
     def _last_logits(self, rows: list[list[int]]) -> Tensor:
         ids_BT, mask_BT, position_BT = self._left_padded(rows)

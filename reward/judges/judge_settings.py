@@ -71,7 +71,7 @@ class JudgeSettings(ServerSettings):
     )
     engine: Literal["hf", "vllm"] = Field(default="hf", description="llm: engine for a local model")
     gpu_memory_share: float = Field(
-        default=0.5, gt=0, lt=1, description="llm with engine: vllm: share of the GPU's memory"
+        default=0.5, gt=0, lt=1, description="llm with engine: vllm: most of the GPU's memory that it takes"
     )
     members: list[str | dict[str, Any]] = Field(
         default_factory=list, description="jury: its judges, as text or as sections"

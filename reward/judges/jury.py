@@ -13,6 +13,7 @@ import numpy as np
 
 from reward.errors import InputError
 from reward.judges.base import Comparison, Judge, Verdict
+from reward.judges.guest import rest
 from reward.judges.judge_registry import check_judge, judge_settings, make_judge
 from reward.judges.judge_settings import JudgeSettings
 
@@ -47,6 +48,10 @@ class Jury:
         for judge in self._judges:
             if callable(stop := getattr(judge, "stop", None)):
                 stop()
+
+    def rest(self) -> None:
+        for judge in self._judges:
+            rest(judge)
 
     def _verdict(self, verdicts: Sequence[Verdict]) -> Verdict:
         names = [judge.identity for judge in self._judges]

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, Protocol
 
 from reward.judges.answers import TIE, label_alone, parse_label, parse_verdict, without_thoughts
 from reward.judges.base import Comparison, Verdict
+from reward.judges.guest import rest
 from reward.judges.templates import JudgePrompt
 from reward.records import Message
 
@@ -130,6 +131,9 @@ class ChatJudge:
         if self._verdict != "probabilities":
             self._by_text(questions)
         return [self._answered(question) for question in questions]
+
+    def rest(self) -> None:
+        rest(self._backend)
 
     def _reason(self, questions: list[_Question]) -> None:
         chats = [question.chat for question in questions]

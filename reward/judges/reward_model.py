@@ -1,13 +1,14 @@
 """A reward model as a judge: A wins with probability σ(r_A − r_B), the Bradley–Terry model it is trained with."""
 
 import math
+from collections.abc import Callable
 
 from reward.judges.functions import FunctionJudge, ScoreFunction
 
 
-def reward_model_judge(score: ScoreFunction, identity: str) -> FunctionJudge:
-    """A judge from rewards of (prompts, responses), in nats."""
-    return FunctionJudge(score, identity=f"reward_model:{identity}", probability=_bradley_terry)
+def reward_model_judge(score: ScoreFunction, identity: str, rest: Callable[[], None] = lambda: None) -> FunctionJudge:
+    """A judge from rewards of (prompts, responses), in nats; `rest` as `FunctionJudge` has it."""
+    return FunctionJudge(score, identity=f"reward_model:{identity}", probability=_bradley_terry, rest=rest)
 
 
 def _bradley_terry(difference: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import PretrainedConfig
 
 from pe_rlhf.config import BackboneConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.model.names import resolve_model
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.rollout.interface import checked_rollout
+from pe_rlhf.rollout.vllm.engine_arguments import card_arguments, engine_arguments
 from pe_rlhf.rollout.vllm.exchange import WeightExchange, memory_backed
 from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
 from pe_rlhf.system.distributed import world_size
@@ -30,7 +28,6 @@ from pe_rlhf.system.progress import Advance, no_progress, say
 from pe_rlhf.types import Rollout
 from reward.errors import InputError
 
-BLOCK = 32  # tokens in a block of the KV cache
 SECONDS_TO_END = 10.0
 # A process with these variables is a rank of the trainer; the engine is not one.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -46,6 +43,7 @@ class EmbeddedVLLM:
         longest_prompt: in tokens; with the response's limit it is the engine's context and, times the batch, its cache.
         log: the file for vLLM's output.
         on_progress: gets the number of finished responses.
+        reserved: bytes of a GPU that the trainer needs by its plan, now or later.
     """
 
     def __init__(
@@ -58,12 +56,14 @@ class EmbeddedVLLM:
         longest_prompt: int,
         log: Path,
         on_progress: Advance | None = None,
+        reserved: float = 0.0,
     ) -> None:
         self._backbone, self._role, self._config, self._log = backbone, role, config, log
         self._on_progress = on_progress or no_progress
         self._merges = sync_mode(config, backbone) == "merged"
         self._rank = None if self._merges or role == ANCHOR else vllm_rank(backbone)
-        self._arguments = _engine_arguments(backbone, config, settings, longest_prompt, self._rank)
+        self._arguments = engine_arguments(backbone, config, settings, longest_prompt, self._rank)
+        self._longest, self._reserved = longest_prompt + config.max_new_tokens, reserved
         size = sum(p.nbytes for p in backbone.model.parameters()) if self._merges else 1 << 28
         self._exchange = WeightExchange(memory_backed(size, otherwise=log.parent))
         self._sleeps = config.sleep and backbone.device.type == "cuda"
@@ -72,6 +72,7 @@ class EmbeddedVLLM:
         if backbone.device.type == "cuda":
             # It measures the card's free memory while it loads: nobody may take or free any until it is done.
             self._wait_until_loaded()
+            self._fall_asleep()  # nobody samples before `sync`; a judge's engine may be next
 
     def sync(self, version: int, role: str | None = None) -> None:
         self._role, self._version = role or self._role, version
@@ -107,11 +108,14 @@ class EmbeddedVLLM:
         self._exchange.close()
 
     def _start(self) -> None:
+        arguments = self._arguments
         if self._backbone.device.type == "cuda":
             torch.cuda.empty_cache()  # vLLM asks the card what is free, and torch keeps what it has freed
+            card = torch.cuda.mem_get_info(self._backbone.device)
+            arguments = arguments | card_arguments(self._backbone, self._config, self._longest, card, self._reserved)
         environment = engine_environment(self._backbone.device, self._config.tensor_parallel_size)
         self._process = EngineProcess(self._log, self._exchange.folder, environment, self._on_progress)
-        self._process.send("start", settings=self._arguments)
+        self._process.send("start", settings=arguments)
         self._loading, self._asleep, self._holds_base = True, False, True
 
     def _restart(self, death: EngineDied) -> None:
@@ -152,14 +156,17 @@ class EmbeddedVLLM:
         self._wake_up()
         self._send_batch(prompts, seeds)
         responses = self._process.answer(self._config.timeout)
-        if self._sleeps:
-            self._call("sleep")
-            self._asleep = True
+        self._fall_asleep()
         return responses
 
     def _send_batch(self, prompts: list[list[int]], seeds: list[int]) -> None:
         sampling = sampling_parameters(self._config, self._backbone.eos_token_ids)
         self._process.send("generate", tag=self._tag, prompts=prompts, seeds=seeds, sampling=sampling)
+
+    def _fall_asleep(self) -> None:
+        if self._sleeps:
+            self._call("sleep")
+            self._asleep = True
 
     def _wake_up(self) -> None:
         if self._asleep:
@@ -236,9 +243,9 @@ class EngineProcess:
             if kind == "progress":
                 self._on_progress(value)
             elif kind == "error":
-                raise TrainingError(
-                    f"vLLM stopped with an error: {value}", kind="process", file=self._log, fix=f"see {self._log}"
-                )
+                said, full = f"vLLM stopped with an error: {value}", "OutOfMemory" in value
+                fix = f"see {self._log}" + (", and lower gpu_memory_share or batch_size" if full else "")
+                raise TrainingError(said, kind="memory" if full else "process", file=self._log, fix=fix)
             else:
                 return value
 
@@ -257,47 +264,6 @@ class EngineProcess:
         code = self._process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise EngineDied(f"the vLLM engine {how}", kind="process", file=self._log, fix=f"see {self._log}")
-
-
-def _engine_arguments(
-    backbone: Backbone, config: SamplingConfig, settings: BackboneConfig, longest_prompt: int, rank: int | None
-) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`: the base as the trainer loads it, and room for the recipe's batch of responses."""
-    on_cpu = backbone.device.type == "cpu"
-    length = longest_prompt + config.max_new_tokens
-    arguments = {
-        "model": resolve_model(backbone.name),
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-        "dtype": settings.dtype,
-        "skip_tokenizer_init": not config.stop,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "generation_config": "vllm",
-        "max_model_len": length,
-        "max_num_seqs": config.batch_size,
-        "block_size": BLOCK,
-        "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",  # with temperature and truncation, as the trainer computes them
-        "enforce_eager": on_cpu,
-        "disable_log_stats": True,
-    }
-    if rank is not None:
-        arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
-    if on_cpu:
-        room = cache_bytes(backbone.model.config, backbone.model.dtype, [length] * config.batch_size)
-        return arguments | {"kv_cache_memory_bytes": room}
-    return arguments | {"gpu_memory_utilization": config.gpu_memory_share, "enable_sleep_mode": config.sleep}
-
-
-def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, lengths: Sequence[int]) -> int:
-    """Keys and values of sequences of those lengths in all layers, in whole blocks."""
-    model = config.get_text_config()
-    heads = model.num_attention_heads
-    head_size = getattr(model, "head_dim", None) or model.hidden_size // heads
-    key_heads = getattr(model, "num_key_value_heads", None) or heads
-    of_a_token = 2 * model.num_hidden_layers * key_heads * head_size * dtype.itemsize
-    blocks = sum(math.ceil(length / BLOCK) for length in lengths) + 1  # vLLM keeps one for itself
-    return blocks * BLOCK * of_a_token
 
 
 def engine_environment(device: torch.device, gpus: int = 1) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from pe_rlhf.config import BackboneConfig, LoRAConfig, Recipe
 from pe_rlhf.config.load import make_recipe
@@ -16,6 +16,7 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.model.device_plan import memory_phases, refuse_impossible, settle
 from pe_rlhf.model.memory_plan import GIB, ModelShape, shape_of, tokens_that_fit, weight_bytes
 from reward.errors import InputError
+from tests.stage_support import byte_model
 from tests.tiny import tiny_model
 
 # 2 blocks of width 10, an MLP of 20, one key head of 5, 100 tokens: numbers for the back of an envelope.
@@ -153,3 +154,22 @@ def test_a_plan_that_cannot_be_is_refused_with_what_fits(monkeypatch: pytest.Mon
     with pytest.raises(InputError) as raised:
         refuse_impossible(settled, room=12 * GIB)
     assert (raised.value.kind, raised.value.key) == ("memory", "backbone")
+
+
+def test_a_local_judge_is_there_while_it_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the base and the roles that the stage trains, without the cache and activations of other phases."""
+    path = byte_model(tmp_path, pad_is_eos=True)
+    size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(path).parameters())
+    local = {"kind": f"llm:{path}", "dtype": "bfloat16"}
+    server = {"kind": "llm", "target": str(path), "base_url": "http://localhost:1/v1"}
+    jury = {"kind": "jury", "members": [local, {**local, "kind": "llm", "target": str(path), "engine": "vllm"}, server]}
+    for judge, expected in ((local, 2 * size), (jury, 4 * size + 3 * GIB), (server, 0)):
+        recipe = recipe_of(backbone__dtype="bfloat16", evaluate__judge=judge, ppo__eval_every=1)
+        phases = {phase.stage: phase.parts for phase in memory_phases(recipe, SHAPE) if phase.name == "judging"}
+        assert {stage: parts["judge"] for stage, parts in phases.items()} == (
+            {"ppo": expected, "evaluate": expected} if expected else {}
+        )
+    monkeypatch.setattr(device_plan, "shape_of_recipe", lambda recipe, fetch=False: SHAPE)
+    with pytest.raises(InputError) as raised:
+        refuse_impossible(recipe_of(evaluate__judge=jury), room=4 * GIB)
+    assert (raised.value.kind, raised.value.key) == ("memory", "evaluate.judge")
