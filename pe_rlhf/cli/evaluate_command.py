@@ -77,17 +77,20 @@ def _evaluate_prompts(
     candidate: str, against: str | None, out: Path | None, limit: int | None, settings: EvaluationSettings
 ) -> None:
     """Compare both sides on the prompts of a data set, or of a file of outputs."""
+    from pe_rlhf.evaluation.best_of_run import best_of_run, rewarded_run
     from pe_rlhf.evaluation.prompting import refuse_different_prompting
     from pe_rlhf.evaluation.responses import evaluate_pairs, responses_of, side_of, without_too_long
     from pe_rlhf.report.evaluation_page import write_evaluation_report
     from pe_rlhf.report.format import slug
     from pe_rlhf.runs.layout import EvaluationFiles
     from pe_rlhf.runs.own_output import claim_evaluation
-    from pe_rlhf.scoring.model_judges import make_judge
+    from pe_rlhf.scoring.model_judges import ask_judge, make_judge
     from pe_rlhf.system.files import locked
     from reward.asking import make_pairs
 
     baseline, trained = _baseline(candidate, against)
+    n = settings.policy.best_of
+    run = None if n is None else rewarded_run(candidate)
     asked = _prompts(candidate, baseline, settings)[:limit]
     sides = {
         "candidate": side_of("candidate", candidate, asked, settings),
@@ -104,7 +107,17 @@ def _evaluate_prompts(
         files = EvaluationFiles(folder)
         texts = {name: responses_of(side, asked, files.responses(name)) for name, side in sides.items()}
         pairs = make_pairs(asked, texts["candidate"], texts["baseline"])
-        summary = evaluate_pairs(built, pairs, folder, (candidate, baseline), settings)
+        beside: dict[str, Any] = {}
+        if n is not None and run is not None:
+            prompting = sides["candidate"].prompting
+            assert prompting is not None
+            best, kl = best_of_run(run, n, asked, prompting, settings, folder)
+            names, title = (f"best of {n}", baseline), f"judging the best of {n}"
+            against_it = make_pairs(asked, best.texts, texts["baseline"])
+            share = settings.max_invalid_share
+            outcomes = ask_judge(built, against_it, files.best_of_verdicts, title=title, names=names, max_invalid=share)
+            beside = {"kl": kl, **best.metrics(outcomes)}
+        summary = evaluate_pairs(built, pairs, folder, (candidate, baseline), settings, beside=beside)
         typer.echo(json.dumps(summary, ensure_ascii=False))
         typer.echo(f"report: {write_evaluation_report(folder, pairs).resolve()}", err=True)
 
@@ -123,7 +136,15 @@ def _settings(judge: str | None, prompts: str | None, suite: str | None, overrid
         from pe_rlhf.evaluation.suites import find_suite
 
         find_suite(suite).set_defaults(tree)
-    return validated(EvaluationSettings, tree, "settings", overrides)
+    settings = validated(EvaluationSettings, tree, "settings", overrides)
+    if suite is not None and settings.policy.best_of is not None:
+        raise InputError(
+            "policy.best_of: the answers of a suite are not chosen by a reward",
+            kind="conflict",
+            key="policy.best_of",
+            fix="leave it out, or use --prompts",
+        )
+    return settings
 
 
 def _baseline(candidate: str, against: str | None) -> tuple[str, SavedRole | None]:

@@ -57,6 +57,7 @@ class EvaluationSettings(Section):
     )
     max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
     sampling: ResponseSampling = ResponseSampling()
+    policy: BaselineConfig = BaselineConfig()
     server: ServerSettings = Field(
         default=ServerSettings(), description="how a candidate or baseline behind a server is asked"
     )

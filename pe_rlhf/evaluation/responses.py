@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -133,15 +133,36 @@ def responses_of(side: Side, prompts: Sequence[Prompt], path: Path) -> list[str]
     """
     if side.outputs is not None:
         return list(side.outputs)
-    head = {"identity": side.identity, "prompts": fingerprint(prompts)}
-    done = _finished(path, head, prompts)
-    _write_outputs(path, head, prompts, done)
-    if len(done) < len(prompts):
+
+    def sampled(start: int) -> Iterator[dict[str, Any]]:
         assert side.load is not None
-        with progress(f"sampling {side.name}", len(prompts) - len(done), "responses") as advance:
-            for response in side.load().responses(prompts, len(done)):
-                append_jsonl(path, {"prompt": prompts[len(done)], "response": response})
-                done.append(response)
+        return ({"response": response} for response in side.load().responses(prompts, start))
+
+    rows = rows_of(path, side.identity, prompts, f"sampling {side.name}", sampled)
+    return [row["response"] for row in rows]
+
+
+def rows_of(
+    path: Path,
+    identity: str,
+    prompts: Sequence[Prompt],
+    title: str,
+    sample: Callable[[int], Iterator[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """What was found for each prompt, from a file that goes on where it was interrupted.
+
+    sample: gives what belongs to prompts[start:], one after the other. Raises `InputError` where the file's first line
+    is of another identity, or of other prompts.
+    """
+    head = {"identity": identity, "prompts": fingerprint(prompts)}
+    done = _finished(path, head, prompts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path, (head, *done))
+    if len(done) < len(prompts):
+        with progress(title, len(prompts) - len(done), "responses") as advance:
+            for found in sample(len(done)):
+                done.append({"prompt": prompts[len(done)], **found})
+                append_jsonl(path, done[-1])
                 advance(1)
     return done
 
@@ -158,10 +179,12 @@ def evaluate_pairs(
     settings: EvaluationSettings,
     suite: Suite | None = None,
     difficulty: Sequence[float] | None = None,
+    beside: Summary | None = None,
 ) -> Summary:
     """Have all pairs judged and write `verdicts.jsonl` and `summary.json`; `names` of candidate and baseline.
 
-    difficulty: of each prompt by position, for the length-controlled win-rate. Raises as `judge_pairs`.
+    difficulty: of each prompt by position, for the length-controlled win-rate. beside: what else the summary says.
+    Raises as `judge_pairs`.
     """
     candidate, baseline = names
     files = EvaluationFiles(folder)
@@ -174,12 +197,13 @@ def evaluate_pairs(
         summary["judge_version"] = version
     if suite is not None:
         summary |= {"suite": suite.name, **suite.score(outcomes, result)}
+    summary |= beside or {}
     write_json(files.summary, summary)
     return summary
 
 
-def _finished(path: Path, head: dict[str, Any], prompts: Sequence[Prompt]) -> list[str]:
-    """The responses in the file, up to one that a kill left half written or that belongs to another prompt."""
+def _finished(path: Path, head: dict[str, Any], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """The rows in the file, up to one that a kill left half written or that belongs to another prompt."""
     rows = read_jsonl(path, may_be_cut=True)
     if not rows:
         return []
@@ -191,10 +215,4 @@ def _finished(path: Path, head: dict[str, Any], prompts: Sequence[Prompt]) -> li
             fix="use another --out",
         )
     pairs = zip(prompts, rows[1:], strict=False)
-    return [row["response"] for _, row in takewhile(lambda pair: pair[0] == pair[1]["prompt"], pairs)]
-
-
-def _write_outputs(path: Path, head: dict[str, Any], prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=False)]
-    write_jsonl(path, (head, *rows))
+    return [row for _, row in takewhile(lambda pair: pair[0] == pair[1]["prompt"], pairs)]

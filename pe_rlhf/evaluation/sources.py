@@ -129,7 +129,7 @@ class ServerSource:
 def load_anchor(found: SavedRole, settings: EvaluationSettings, prompting: Prompting) -> ResponseSource:
     """The anchor of a run's policy, in the dtype of the run."""
     backbone, _ = found.load_base(dtype=settings.dtype, device=settings.device)
-    return LocalSource(backbone, ANCHOR, _codec(backbone, prompting), settings)
+    return LocalSource(backbone, ANCHOR, prompted_codec(backbone, prompting), settings)
 
 
 def load_source(name: str, settings: EvaluationSettings, prompting: Prompting) -> ResponseSource:
@@ -142,15 +142,16 @@ def load_source(name: str, settings: EvaluationSettings, prompting: Prompting) -
     dtype, device = settings.dtype, settings.device
     if (found := find_policy(name)) is not None:
         backbone, _ = found.load("policy", dtype=dtype, device=device)
-        return LocalSource(backbone, "policy", _codec(backbone, prompting), settings)
+        return LocalSource(backbone, "policy", prompted_codec(backbone, prompting), settings)
     if (base := base_of_adapter(name)) is not None:
         backbone = load_merged(name, base, dtype=dtype, device=device)
     else:
         backbone = load_backbone(name, dtype=dtype, device=device)
-    return LocalSource(backbone, ANCHOR, _codec(backbone, prompting), settings)
+    return LocalSource(backbone, ANCHOR, prompted_codec(backbone, prompting), settings)
 
 
-def _codec(backbone: Backbone, prompting: Prompting) -> TextCodec:
+def prompted_codec(backbone: Backbone, prompting: Prompting) -> TextCodec:
+    """How texts and tokens of a backbone belong together, prompted in that way."""
     backbone.tokenizer.chat_template = prompting.template
     return codec_of(backbone, "auto", prompting.arguments, prompting.date)
 

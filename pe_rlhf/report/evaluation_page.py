@@ -80,6 +80,10 @@ def write_reward_report(summary: Row) -> str:
 def _tiles(s: Row) -> list[Tile]:
     counts = f"{s['n']} pairs: {s['wins']} wins, {s['ties']} ties, {s['losses']} losses"
     tiles = [Tile("Win-rate", percent(s["win_rate"]), counts, Interval(s["ci_low"], s["win_rate"], s["ci_high"]))]
+    if s.get("best_of_win_rate") is not None:
+        detail = f"the anchor's, at a KL of {number(s['best_of_kl'])}; the policy's KL is {number(s['kl'])}"
+        bounds = Interval(s["best_of_ci_low"], s["best_of_win_rate"], s["best_of_ci_high"])
+        tiles.append(Tile(f"Best of {s['best_of']}", percent(s["best_of_win_rate"]), detail, bounds))
     if (controlled := s.get("length_controlled_win_rate")) is not None:
         lengths = f"{s['mean_len_candidate']:.0f} against {s['mean_len_baseline']:.0f} characters"
         low, high = s["length_controlled_ci_low"], s["length_controlled_ci_high"]

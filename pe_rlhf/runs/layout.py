@@ -177,9 +177,10 @@ class EvaluationFiles(_Files):
     summary = _Below("summary.json")
     report = _Below("report.html")
     verdicts = _Below("verdicts.jsonl")
+    best_of_verdicts = _Below("best_of_verdicts.jsonl")
 
     def responses(self, side: str) -> Path:
-        """The responses of one side, `candidate` or `baseline`."""
+        """The responses of one side, `candidate` or `baseline`, or of the anchor's `best_of` n."""
         return self.folder / f"{side}.jsonl"
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from pe_rlhf.runs.layout import ComparisonFiles, EvaluationFiles
+from pe_rlhf.runs.layout import ComparisonFiles, EvaluationFiles, StageFiles
 from pe_rlhf.system.files import read_json
 from reward.errors import InputError
 
 
 def claim_evaluation(folder: Path, key: str = "--out") -> None:
     """Raise `InputError` unless a folder is empty, not there, or one that `pe-rlhf evaluate` has written."""
-    files = EvaluationFiles(folder)
-    own = {files.responses("candidate"), files.responses("baseline"), files.verdicts, files.summary, files.report}
+    files, judged = EvaluationFiles(folder), StageFiles(folder)
+    own = {files.responses(side) for side in ("candidate", "baseline", "best_of")}
+    own |= {files.verdicts, files.best_of_verdicts, files.summary, files.report}
+    own |= {judged.judged_rewards, judged.anchor_responses, judged.open_questions}  # of a reward that is a judge
+    own |= {*folder.glob("candidate-turn-*.jsonl"), *folder.glob("baseline-turn-*.jsonl")} if folder.is_dir() else set()
     _claim(folder, {path.name for path in own}, "an evaluation", key)
     if files.summary.exists() and not files.verdicts.exists():
         raise _taken(folder, "results of something else than pe-rlhf evaluate", key)

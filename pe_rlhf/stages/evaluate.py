@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.config import EvaluateConfig, PPOConfig, SamplingConfig
+from pe_rlhf.evaluation.best_of import best_of
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.passes import for_each_token
 from pe_rlhf.model.roles import ANCHOR
@@ -22,7 +23,6 @@ from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.model_judges import ask_judge, make_judge
 from pe_rlhf.scoring.weighted import make_scorer
 from pe_rlhf.stages.anchor_texts import AnchorTexts
-from pe_rlhf.stages.best_of import best_of
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import append_jsonl, write_json

@@ -141,6 +141,8 @@ def test_each_side_goes_on_from_its_own_first_answer(cli: Callable[..., Outcome]
     verdicts = read_jsonl(tmp_path / "e" / "verdicts.jsonl")
     assert sorted((row["position"], row["sample"]) for row in verdicts) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all("0123456789" in row["response_baseline"] for row in verdicts)
+    # The same command goes on, though the folder has files of second turns.
+    assert json.loads(cli("evaluate", "random:tiny-llama", *arguments, "--limit", 2).out) == json.loads(outcome.out)
 
 
 def game(preference: float, order: str, raw: str, sample: int = 0) -> Verdict:
