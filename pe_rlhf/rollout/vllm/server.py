@@ -24,6 +24,7 @@ from pe_rlhf.rollout.vllm.http import Response, Server, ServerFault, server_erro
 from pe_rlhf.rollout.vllm.probe import Probe
 from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
 from pe_rlhf.system.distributed import on_main
+from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import Advance, no_progress, say
 from pe_rlhf.types import Rollout
 from reward.errors import InputError
@@ -70,19 +71,29 @@ class ServerVLLM:
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def sync(self, version: int, role: str | None = None) -> None:
-        """Put the role as it is now into every server, and check by the probe that it is there."""
+        """Put the role as it is now into every server, and check by the probe that it is there.
+
+        Rank 0 does it for all: a server computes with one adapter at a time, and with one set of weights.
+        """
         self._role, self._version = role or self._role, version
+        before, (self._tag, self._path, left_out) = self._tag, on_main(self._hand_over)
+        for server in [] if is_main() else self._servers:
+            server.adapter = None if self._merges or self._role == ANCHOR else self._tag
+            server.down = server.url in left_out
+        if before:
+            self._exchange.drop(before)
+
+    def _hand_over(self) -> tuple[str, Path, list[str]]:
+        """Put the role into the servers. Returns its tag, where it is, and the servers that were left out."""
         # vLLM keeps the prefix cache of an adapter that is reloaded under its old name, so every state has a new one.
-        before, self._tag = self._tag, f"{self._role}-{version}-{os.urandom(4).hex()}"
+        self._tag = f"{self._role}-{self._version}-{os.urandom(4).hex()}"
         if self._merges:
             self._path = self._exchange.put_merged(self._backbone, self._role, self._tag)
-            on_main(self._push_merged)
         elif self._role != ANCHOR:
             self._path = self._exchange.put_adapter(self._backbone, self._role, self._tag, self._rank)
         for server in self._servers:
-            self._or_leave_out(server, self._probe_role if self._merges else self._put)
-        if before:
-            self._exchange.drop(before)
+            self._or_leave_out(server, self._put)
+        return self._tag, self._path, [server.url for server in self._servers if server.down]
 
     def close(self) -> None:
         """Unload the adapter, or put the base back; a server that is gone is left as it is."""
@@ -112,11 +123,6 @@ class ServerVLLM:
                 if attempt == ATTEMPTS:
                     raise
                 time.sleep(SECONDS_BETWEEN_PROBES)
-
-    def _push_merged(self) -> None:
-        # On rank 0 only: a server has one set of weights, and no rank's requests may run while they change.
-        for server in self._servers:
-            self._or_leave_out(server, lambda server: server.load_merged(self._path))
 
     def _or_leave_out(self, server: Server, step: Callable[[Server], None]) -> None:
         try:
