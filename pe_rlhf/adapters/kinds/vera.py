@@ -132,5 +132,5 @@ class _AddVeRA(torch.autograd.Function):
         grad_d = (through_B_NR * low_NR).sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         grad_x = None
         if ctx.needs_input_grad[1]:
-            grad_x = (through_B_NR.mul_(by_R) @ A_RI).view(*gradients[0].shape[:-1], -1)
+            grad_x = (through_B_NR.mul_(by_R) @ A_RI).view(*gradients[0].shape[:-1], A_RI.shape[1])
         return gradients[0], grad_x, grad_b, grad_d, None, None

@@ -106,32 +106,43 @@ def check_output_and_gradients(base: nn.Module, layer: AdapterLayer, delta: Delt
 
 
 def check_training(base: nn.Module, layer: AdapterLayer, delta: Delta, steps: int = 10) -> None:
-    """That many steps of AdamW end where those of a dense implementation in fp64 end; the base keeps its bytes."""
+    """That many steps of AdamW end where those of a dense implementation in fp64 end; the base keeps its bytes.
+
+    On a narrow base they end within a few percent of it.
+    """
     before = weight_out_in(base).clone()
     tensors = wide(layer)
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
     options: dict[str, Any] = {"lr": 0.02, "eps": 1e-4, "weight_decay": 0.01}
     own, dense = torch.optim.AdamW(layer.parameters(), **options), torch.optim.AdamW(leaves, **options)
-    bias: Any = base.bias
-    for x, target in batches(steps):
+    bias = None if (given := getattr(base, "bias", None)) is None else given.double()
+    for x, target in batches(steps, *before.shape):
+        x = x.to(before.dtype)
         own.zero_grad()
-        (layer(x, base) - target).square().mean().backward()
+        (layer(x, base).float() - target).square().mean().backward()
         own.step()
         dense.zero_grad()
         weight_OI = weight_out_in(base).double() + delta(tensors)
-        (F.linear(x.double(), weight_OI, bias.double()) - target.double()).square().mean().backward()
+        (F.linear(x.double(), weight_OI, bias) - target.double()).square().mean().backward()
         dense.step()
     expected = delta(tensors).detach()
     assert expected.norm() > 0.1
-    found: Any = layer.delta_weight(before)
-    torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=1e-3)
+    found: Any = layer.delta_weight(before.float())
+    assert_close(found, expected, before.dtype)
     assert torch.equal(weight_out_in(base), before)
 
 
-def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """After some steps: to fp32's rounding, and on a narrow base to three percent of the whole."""
+    if dtype == torch.float32:
+        torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=1e-3)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def batches(count: int, outputs: int = OUT, inputs: int = IN) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(11)
     for _ in range(count):
-        yield torch.randn(3, 4, IN, generator=generator), torch.randn(3, 4, OUT, generator=generator)
+        yield torch.randn(3, 4, inputs, generator=generator), torch.randn(3, 4, outputs, generator=generator)
 
 
 def check_saved(base: nn.Module, kind: AdapterKind[Any], layer: AdapterLayer) -> None:
@@ -174,6 +185,8 @@ def check_all(name: str, delta: Delta, statistics: LayerStatistics | None = None
     """Everything that every kind with a ΔW owes, on both layouts of the base."""
     check_fresh(name, statistics, **given)
     check_narrow(name, delta, statistics, **given)
+    narrow = base_layer(dtype=torch.bfloat16)
+    check_training(narrow, made(narrow, name, statistics, **given)[1], delta)
     for module in ("linear", "conv1d"):
         base = base_layer(module)
         kind, layer = made(base, name, statistics, **given)
