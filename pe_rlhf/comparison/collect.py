@@ -66,9 +66,9 @@ def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRu
 
 
 def _last_task(run: PlannedRun) -> PlannedRun:
-    """The run of the last of a run's tasks."""
+    """The run of the policy that a run with tasks ends with."""
     tasks = run.recipe.tasks or []
-    folder = RunFiles(run.folder).task(tasks[-1].name).folder
+    folder = RunFiles(run.folder).task(run.recipe.last_policy).folder
     return PlannedRun(run.name, folder, run.recipe.task_recipe(len(tasks) - 1))
 
 

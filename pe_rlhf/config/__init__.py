@@ -16,7 +16,7 @@ from pe_rlhf.config.recipe import STAGES, Recipe, TrackingConfig
 from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.reward_source import RewardSource
 from pe_rlhf.config.sampling import RolloutConfig, SamplerConfig, SamplingConfig
-from pe_rlhf.config.section import DataSource, Section
+from pe_rlhf.config.section import DataFile, DataPart, DataSource, Section
 from pe_rlhf.config.sft import SFTConfig, SFTOptimizerConfig
 from pe_rlhf.config.tasks import TASK_STAGES, TaskConfig
 
@@ -28,6 +28,8 @@ __all__ = [
     "CollapseConfig",
     "CompareConfig",
     "ContinualConfig",
+    "DataFile",
+    "DataPart",
     "DataSource",
     "EvaluateConfig",
     "KLConfig",

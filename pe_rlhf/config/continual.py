@@ -14,10 +14,11 @@ NEW, SAME = ("olora", "nlora"), ("ewc",)  # the methods that need an adapter of 
 class ContinualConfig(Section):
     """How a policy goes on from that of the task before (docs/continual.md)."""
 
-    method: Literal["sequential", "olora", "nlora", "ewc", "separate"] = Field(
+    method: Literal["sequential", "olora", "nlora", "ewc", "separate", "joint"] = Field(
         default="sequential",
         description="sequential: nothing against forgetting; olora: the new A orthogonal to earlier ones; nlora: a"
-        " sparse new B·A; ewc: weights that mattered stay; separate: each of `tasks` has a policy of its own",
+        " sparse new B·A; ewc: weights that mattered stay; separate: each of `tasks` has a policy of its own; joint:"
+        " one policy learns all of `tasks` at once",
     )
     strength: Rate = Field(
         default=0.5, description="olora, nlora, ewc: λ, weight of the penalty in the policy's loss; 0: no penalty"
@@ -53,15 +54,15 @@ class ContinualConfig(Section):
 
     def refuse_for_one_task(self) -> None:
         """Refuse what is about several tasks, or about the policy before the task where there is none."""
-        if self.method == "separate":
-            raise refusal("continual.method", "separate is for a recipe with tasks; leave continual out")
+        if self.method in ("separate", "joint"):
+            raise refusal("continual.method", f"{self.method} is for a recipe with tasks; leave continual out")
         if self.previous is None and (self.anchor == "previous" or self.adapter):
             key = "continual.anchor" if self.anchor == "previous" else "continual.adapter"
             raise refusal(key, "nothing comes before this task; name the earlier run in previous", "missing")
 
     def after(self, previous: str | None) -> dict[str, Any]:
         """These settings for the task after `previous`; for a first task, those that it can have."""
-        if self.method == "separate":
+        if self.method in ("separate", "joint"):
             return {}
         tree = {**self.model_dump(exclude_unset=True), "previous": previous}
         return tree if previous is not None else {k: v for k, v in tree.items() if k not in ("anchor", "adapter")}

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.composer import ComposerError
 
-from pe_rlhf.config import DataSource, Recipe
+from pe_rlhf.config import DataFile, DataSource, Recipe
 from pe_rlhf.config.explain import explain_validation_error
 from pe_rlhf.system.files import write_whole
 from reward.errors import InputError, did_you_mean
@@ -246,7 +246,7 @@ def _resolve_paths(node: BaseModel, folder: Path) -> None:
     for name in type(node).model_fields:
         value = getattr(node, name)
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, DataSource):
+            if isinstance(each, DataFile) and each.path:
                 named = Path(each.path).expanduser()
                 for base in (folder, Path.cwd()):
                     if (base / named).is_file():

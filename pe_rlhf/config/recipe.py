@@ -17,7 +17,7 @@ from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.config.section import FUNCTION_TIMEOUT, TEMPLATE_DATE, Day, Positive, Section, refusal
 from pe_rlhf.config.sft import SFTConfig
-from pe_rlhf.config.tasks import TASK_STAGES, TaskConfig, with_common_sections
+from pe_rlhf.config.tasks import JOINT, TASK_STAGES, TaskConfig, with_common_sections
 from reward.errors import InputError
 
 STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
@@ -112,6 +112,16 @@ class Recipe(Section):
         """The stages that this recipe has, in the order they run; those of tasks are in `task_recipe`."""
         return [stage for stage in STAGES if getattr(self, stage) is not None]
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether one policy learns all tasks at once."""
+        return self.continual is not None and self.continual.method == "joint"
+
+    @property
+    def last_policy(self) -> str:
+        """The folder of what a run with tasks ends with."""
+        return JOINT if self.is_joint else (self.tasks or [])[-1].name
+
     def task_recipe(self, number: int) -> Recipe:
         """The ordinary recipe of one task, which goes on from the run of the task before.
 
@@ -138,11 +148,15 @@ class Recipe(Section):
         if self.sft is not None:
             raise refusal("sft", "tasks start from one model; run sft by itself, and name its model in model")
         names = [task.name.casefold() for task in self.tasks]
+        if self.is_joint and JOINT in names:
+            raise refusal("tasks", f"no task can have the name {JOINT}, which the policy of all tasks has")
         for number, task in enumerate(self.tasks):
             if names.index(task.name.casefold()) != number:
                 raise refusal(f"tasks.{number}.name", f"there are two tasks {task.name!r}", "conflict")
             if task.ppo is None:
                 raise refusal(f"tasks.{number}.ppo", "a task trains the policy; give it a ppo section", "missing")
+            if self.is_joint and task.ppo.prompts.mix is not None:
+                raise refusal(f"tasks.{number}.ppo.prompts", "joint mixes the tasks' prompts; give each one data set")
             try:
                 self.task_recipe(number)
             except ValidationError as error:

@@ -63,6 +63,11 @@ class RewardSource(Section):
         " column of the prompts with references; score: nothing, for judges that score; llm rates from 1 to 10",
     )
     server: ScoreServer = Field(default=ScoreServer(), description="url: how it is asked")
+    where: dict[str, Any] = Field(
+        default_factory=dict,
+        description="score only the responses to prompts with these values in their columns, `{source: maths}` for the"
+        " part of a mixture; others get 0 from this source; default: all",
+    )
     normalise: Literal["none", "running"] = Field(
         default="none",
         description="running: subtract the mean of this source's scores so far and divide by their standard deviation",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from reward.settings import Positive, Section, Share, refusal
 
@@ -13,6 +14,8 @@ __all__ = [
     "FUNCTION_TIMEOUT",
     "TEMPLATE_DATE",
     "Data",
+    "DataFile",
+    "DataPart",
     "DataSource",
     "Day",
     "Decay",
@@ -45,12 +48,13 @@ Rate = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class DataSource(Section):
+class DataFile(Section):
     """A data set: a local file (json, jsonl, jsonl.gz, parquet, csv, txt), a folder or a hub id; text is its `path`."""
 
     path: str = Field(
+        default="",
         description="a file, a folder of such files or of `save_to_disk`, or a hub id; what is local is looked for"
-        " beside the recipe, then in the working directory"
+        " beside the recipe, then in the working directory",
     )
     data_dir: str | None = Field(default=None, description="folder within the data set, such as `helpful-base`")
     format: str | None = Field(
@@ -66,6 +70,71 @@ class DataSource(Section):
 
 def _string_is_path(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
+
+
+class DataPart(DataFile):
+    """One data set of a mixture."""
+
+    label: str | None = Field(
+        default=None, description="what the column `source` of its rows says; default: the name of the file or data set"
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="its share of the mixture is in proportion to it; default: all rows of all parts",
+    )
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> DataPart:
+        if not self.path:
+            raise refusal("path", "it is missing", "missing")
+        return self
+
+    @property
+    def short_name(self) -> str:
+        """The name of the file or data set."""
+        return Path(self.path).name.partition(".")[0]
+
+
+class DataSource(DataFile):
+    """A data set: a local file (json, jsonl, jsonl.gz, parquet, csv, txt), a folder or a hub id; text is its `path`.
+
+    Or a mixture of several, `mix`.
+    """
+
+    mix: list[Annotated[DataPart, BeforeValidator(_string_is_path)]] | None = Field(
+        default=None, description="several data sets as one, instead of `path`; their rows take turns"
+    )
+    size: Positive | None = Field(
+        default=None,
+        description="mix with weights: rows of the mixture; a part that has too few is repeated; default: as many as"
+        " there can be without repeating any",
+    )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> DataSource:
+        if self.mix is None:
+            if self.size is not None:
+                raise refusal("size", "it is for a mixture; take rows of one data set by split: train[:100]")
+            if not self.path:
+                raise refusal("path", "it is missing", "missing")
+            return self
+        given = {name: getattr(self, name) for name in DataFile.model_fields if name in self.model_fields_set}
+        if others := [name for name, value in given.items() if value and (name, value) != ("split", "train")]:
+            raise refusal(others[0], "it is for one data set; give it to the parts of mix")
+        if not self.mix:
+            raise refusal("mix", "there are no data sets in it", "empty")
+        weighted = [part.weight is not None for part in self.mix]
+        if any(weighted) != all(weighted):
+            raise refusal(f"mix.{weighted.index(False)}.weight", "give each part a weight, or none of them", "missing")
+        if self.size is not None and not any(weighted):
+            raise refusal("size", "it needs weights", "missing")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What errors call it."""
+        return self.path if self.mix is None else " + ".join(part.path for part in self.mix)
 
 
 Data = Annotated[DataSource, BeforeValidator(_string_is_path)]

@@ -12,6 +12,7 @@ from pe_rlhf.config.preferences import PreferencesConfig
 from pe_rlhf.config.reward import RewardConfig
 from pe_rlhf.config.section import Section
 
+JOINT = "joint"  # the folder of a policy that learns all tasks at once
 TASK_STAGES = ("preferences", "reward", "ppo", "evaluate")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from pe_rlhf.config import DataSource
+from pe_rlhf.config import DataFile
 from pe_rlhf.data.formats import converted
 from pe_rlhf.data.local_files import READERS, Row, Rows, ending, read_file
 from pe_rlhf.system.progress import console, say
@@ -17,7 +17,7 @@ LARGE = 50 * 2**20  # bytes: reading this takes seconds
 ENDINGS = (*READERS, ".parquet")
 
 
-def load_rows(source: DataSource, key: str) -> Rows:
+def load_rows(source: DataFile, key: str) -> Rows:
     """All rows of a data set, columns renamed to ours, and converted where it names a format.
 
     `key` is where the recipe names it, for errors. A row that cannot be read is an `InputError` in its place. Raises
@@ -37,7 +37,7 @@ def load_rows(source: DataSource, key: str) -> Rows:
     return renamed if source.format is None else converted(renamed, source.format, key, source.path)
 
 
-def _local_rows(source: DataSource, key: str) -> Rows:
+def _local_rows(source: DataFile, key: str) -> Rows:
     path = Path(source.path).expanduser()
     path = path / source.data_dir if source.data_dir else path
     if path.is_dir():
@@ -62,7 +62,7 @@ def _local_rows(source: DataSource, key: str) -> Rows:
     return _sliced(rows, source, key)
 
 
-def _sliced(rows: Rows, source: DataSource, key: str) -> Rows:
+def _sliced(rows: Rows, source: DataFile, key: str) -> Rows:
     """The slice that a split names, in the words of `datasets`; files know of one split, train."""
     where: dict[str, Any] = {"file": source.path}
     asked = [part.split("[")[0] for part in source.split.split("+")]
@@ -92,7 +92,7 @@ def _parquet_rows(path: Path, key: str) -> Rows:
         raise InputError(message, kind="unreadable", key=key, file=str(path)) from error
 
 
-def _saved_rows(path: Path, kind: str, source: DataSource, key: str) -> Rows:
+def _saved_rows(path: Path, kind: str, source: DataFile, key: str) -> Rows:
     """Rows that `save_to_disk` wrote: of one split, or of several."""
     try:
         saved = datasets.load_from_disk(str(path))
@@ -108,12 +108,12 @@ def _saved_rows(path: Path, kind: str, source: DataSource, key: str) -> Rows:
     return _sliced([dict(row) for row in saved[name]], _as_train(source, name), key)
 
 
-def _as_train(source: DataSource, split: str) -> DataSource:
+def _as_train(source: DataFile, split: str) -> DataFile:
     """The source where that split has been found and is all there is."""
     return source.model_copy(update={"split": source.split.replace(split, "train", 1)})
 
 
-def _hub_rows(source: DataSource, key: str) -> Rows:
+def _hub_rows(source: DataFile, key: str) -> Rows:
     # A download takes long enough to be watched: by the library's bar, or one line without a terminal.
     (datasets.enable_progress_bars if console.is_terminal else datasets.disable_progress_bars)()
     if not console.is_terminal:

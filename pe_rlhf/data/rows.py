@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pe_rlhf.config import DataSource
+from pe_rlhf.config import DataFile, DataPart, DataSource
 from pe_rlhf.data.data_sources import load_rows
 from pe_rlhf.data.examples import COMPLETIONS, Example, has_format, parse_example
 from pe_rlhf.data.local_files import Row, Rows, ending
+from pe_rlhf.data.mixture import mixed
 from pe_rlhf.system.files import write_jsonl
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import say
@@ -31,6 +32,7 @@ Record = TypeVar("Record")
 T = TypeVar("T")
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected", "margin", "chosen_truncated", "rejected_truncated")
 EXAMPLE_COLUMNS = ("prompt", *COMPLETIONS, "messages", "text")
+SOURCE = "source"  # the column that names the part of a mixture
 MAX_BAD_SHARE = 0.05
 SHOWN = 300  # letters of the first row
 ASKS = ("question", "instruction", "query", "input", "problem", "context", "post")  # what others call a prompt
@@ -51,13 +53,25 @@ def load_prompts(source: DataSource, key: str, max_bad_share: float = MAX_BAD_SH
 
 
 def load_prompt_rows(
-    source: DataSource, key: str, then: Callable[[PromptRow], T], max_bad_share: float = MAX_BAD_SHARE
+    source: DataFile, key: str, then: Callable[[PromptRow], T], max_bad_share: float = MAX_BAD_SHARE
 ) -> tuple[list[T], list[BadRecord]]:
     """Prompts, and separately the unusable rows.
 
     They are the column `prompt` (in a .txt file the lines), else what the responses of preference pairs answer, else
-    the messages before a final one of the assistant. `then` is applied to each; what it refuses is unusable, too.
+    the messages before a final one of the assistant. `then` is applied to each; what it refuses is unusable, too. Rows
+    of a mixture have the label of their part in the column `source`; without a label its name, unless they have such a
+    column.
     """
+
+    def named(part: DataPart) -> Callable[[PromptRow], T]:
+        label = {SOURCE: part.label or part.short_name}
+        return lambda row: then(PromptRow(row.prompt, row.columns | label if part.label else label | row.columns))
+
+    if isinstance(source, DataSource) and source.mix is not None:
+        _, rows, bad = _mixture(
+            source, key, lambda part, key: ("", *load_prompt_rows(part, key, named(part), max_bad_share))
+        )
+        return rows, bad
     rows = load_rows(source, key)
     names = _names(rows)
     given = "text" if ending(Path(source.path)) == ".txt" and not source.columns else "prompt"
@@ -87,12 +101,14 @@ def load_prompt_rows(
 
 
 def load_preferences(
-    source: DataSource, key: str, max_bad_share: float, then: Callable[[PreferenceRecord], T]
+    source: DataFile, key: str, max_bad_share: float, then: Callable[[PreferenceRecord], T]
 ) -> tuple[str, list[T], list[BadRecord]]:
     """What the rows of a data set are taken for, its preference pairs, and its unusable rows; see `reward.records`.
 
     `then` is applied to each pair; what it refuses is unusable, too.
     """
+    if isinstance(source, DataSource) and source.mix is not None:
+        return _mixture(source, key, lambda part, key: load_preferences(part, key, max_bad_share, then))
     rows = load_rows(source, key)
     names = _names(rows)
     _refuse_unknown(source, key, PREFERENCE_COLUMNS)
@@ -105,12 +121,15 @@ def load_preferences(
 
 
 def load_examples(
-    source: DataSource, key: str, max_bad_share: float, then: Callable[[Example], T]
+    source: DataFile, key: str, max_bad_share: float, then: Callable[[Example], T]
 ) -> tuple[list[T], list[BadRecord]]:
     """The rows of a data set to fine-tune on, and separately its unusable rows; see `examples.py`.
 
     `then` is applied to each; what it refuses is unusable, too.
     """
+    if isinstance(source, DataSource) and source.mix is not None:
+        _, examples, bad = _mixture(source, key, lambda part, key: ("", *load_examples(part, key, max_bad_share, then)))
+        return examples, bad
     rows = load_rows(source, key)
     names = _names(rows)
     _refuse_unknown(source, key, EXAMPLE_COLUMNS)
@@ -124,6 +143,20 @@ def load_examples(
             fix="map them with columns: {completion: …}",
         )
     return parse_rows(rows, lambda row: then(parse_example(row)), source.path, max_bad_share, key)
+
+
+def _mixture(
+    source: DataSource, key: str, load: Callable[[DataPart, str], tuple[str, list[T], list[BadRecord]]]
+) -> tuple[str, list[T], list[BadRecord]]:
+    """The rows of a mixture, each part loaded for itself: what its rows are taken for, the rows, the unusable ones."""
+    loaded = [load(part, f"{key}.mix.{number}") for number, part in enumerate(source.mix or [])]
+    bad = [
+        replace(record, reason=f"{part.path}: {record.reason}")
+        for part, (_, _, own) in zip(source.mix or [], loaded, strict=True)
+        for record in own
+    ]
+    layouts = "; ".join(dict.fromkeys(layout for layout, _, _ in loaded))
+    return layouts, mixed(source, [rows for _, rows, _ in loaded], key), bad
 
 
 def say_first(key: str, count: int, what: str, text: str) -> None:
@@ -170,7 +203,7 @@ def _without_answer(messages: Any) -> Any:
     return messages[:-1] if answered else messages
 
 
-def _refuse_unknown(source: DataSource, key: str, known: Collection[str]) -> None:
+def _refuse_unknown(source: DataFile, key: str, known: Collection[str]) -> None:
     """A mapping to a name that means nothing here would leave its column out in silence."""
     if source.format is not None:
         return
@@ -185,7 +218,7 @@ def _refuse_unknown(source: DataSource, key: str, known: Collection[str]) -> Non
             )
 
 
-def _refuse_guess(rows: Rows, names: set[str], source: DataSource, key: str) -> None:
+def _refuse_guess(rows: Rows, names: set[str], source: DataFile, key: str) -> None:
     """Two texts without a prompt would be read by their common start, though another column holds what they answer."""
     if "prompt" in names or source.format is not None:
         return
@@ -205,7 +238,7 @@ def _refuse_guess(rows: Rows, names: set[str], source: DataSource, key: str) -> 
         )
 
 
-def _no_column(column: str, names: set[str], source: DataSource, key: str) -> InputError:
+def _no_column(column: str, names: set[str], source: DataFile, key: str) -> InputError:
     message = f"{key}: {source.path} has no column {column!r}; it has {', '.join(sorted(names))}"
     fix = f"map it with columns: {{{column}: …}}, or name its format"
     return InputError(message, kind="missing", key=key, file=source.path, fix=fix)

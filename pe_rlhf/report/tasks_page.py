@@ -59,11 +59,11 @@ def matrix(table: TaskTable) -> Table:
     """A row after each task, a column for each that is measured."""
     measured = [task for task in table.tasks if any(cell.on == task for cell in table.cells)]
     rows: list[list[str | Cell]] = []
-    for after in table.tasks:
+    for after in table.policies:
         cells = [table.cell(after, on) for on in measured]
         if any(cells):
             rows.append([after, *map(_shown, cells)])
-    heading = "Policy of" if table.separate else "After"
+    heading = "After" if table.how == "in turn" else "Policy"
     return Table([heading, *(f"on {task}" for task in measured)], rows, scrolls=True)
 
 
@@ -77,7 +77,7 @@ def curves(table: TaskTable) -> Plot | None:
     """The win-rate on each task over the tasks that were learnt."""
     lines: list[Line] = []
     for on in table.tasks:
-        cells = [(i, cell) for i, after in enumerate(table.tasks, 1) if (cell := table.cell(after, on)) is not None]
+        cells = [(i, cell) for i, after in enumerate(table.policies, 1) if (cell := table.cell(after, on)) is not None]
         rate, low, high = ([getattr(cell, name) for _, cell in cells] for name in ("win_rate", "ci_low", "ci_high"))
         lines.append(Line(on, [i for i, _ in cells], rate, low, high))
     note = "band: 95 % interval; line at 50 %"
@@ -90,7 +90,7 @@ def _tasks(files: RunFiles, table: TaskTable) -> list[Table]:
     """What each task's PPO came to, and how far its change gets in the way of the earlier ones'."""
     columns = ("Task", "Reward, first → last step", "KL", "Overlap of A", "Weights changed twice", "Page")
     rows: list[tuple[str, ...]] = []
-    for task in table.tasks:
+    for task in table.policies:
         if (ppo := read_summary(files.task(task).stage("ppo"))) is None:
             continue
         rate = ppo.get("collision_rate")

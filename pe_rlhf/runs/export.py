@@ -119,7 +119,7 @@ def _export_tasks(
 ) -> Path:
     """The policy after the last of several tasks, or a mixture of their parts."""
     recipe, files = load_recipe(RunFiles(place).recipe), RunFiles(place)
-    last = (recipe.tasks or [])[-1].name
+    last = recipe.last_policy
     if mix is None:
         target = to or files.export(role or "policy", form)
         return export_role(files.task(last).folder, form, target, role, checkpoint, dtype)

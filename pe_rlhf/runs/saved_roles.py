@@ -307,8 +307,8 @@ def _folders_of(place: Path, role: str) -> list[Path]:
 
     The role of a run with several tasks is what its last task ended with.
     """
-    if RunFiles(place).tasks.is_dir() and (tasks := load_recipe(RunFiles(place).recipe).tasks):
-        place = RunFiles(place).task(tasks[-1].name).folder
+    if RunFiles(place).tasks.is_dir():
+        place = RunFiles(place).task(load_recipe(RunFiles(place).recipe).last_policy).folder
     stage = StageFiles(place).role(role)
     folders = (place, stage.folder, RunFiles(place).role(role).folder)
     return [folder for folder in folders if RoleFiles(folder).description.is_file()]

@@ -75,14 +75,13 @@ def mixture(parts: Parts, weights: Sequence[Weight], names: Sequence[str]) -> tu
 def _parts(recipe: Recipe, run_dir: Path, names: Sequence[str], backbone: Backbone) -> Parts:
     """What each task has added to each layer."""
     files = RunFiles(run_dir)
-    method = recipe.continual
-    if method is not None and method.method == "separate":
+    if recipe.continual is not None and recipe.continual.method == "separate":
         found: list[Mapping[str, AdapterLayer]] = []
         for number, name in enumerate(names):
             load_role(backbone, f"task_{number}", find_role(files.task(name).folder, "policy").folder)
             found.append(backbone.role_layers(f"task_{number}"))
         return {layer: [part for own in found for part in parts_of(own[layer])] for layer in found[0]}
-    load_role(backbone, "all_tasks", find_role(files.task(names[-1]).folder, "policy").folder)
+    load_role(backbone, "all_tasks", find_role(files.task(recipe.last_policy).folder, "policy").folder)
     parts = {layer: parts_of(adapter) for layer, adapter in backbone.role_layers("all_tasks").items()}
     if any(len(own) != len(names) for own in parts.values()):
         raise InputError(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from scipy.stats import norm
 
 from pe_rlhf.config import Recipe
+from pe_rlhf.config.tasks import JOINT
 from pe_rlhf.runs.layout import RunFiles, StageFiles
 from pe_rlhf.runs.metrics import read_summary
 
@@ -56,23 +57,33 @@ class Measured:
 class TaskTable:
     """All that was measured so far. `tasks` in the order they are learnt, with those that are not measured.
 
-    separate: each task has a policy of its own, so that at the end a task is what its own policy does.
+    how: the tasks are learnt in turn; or each has a policy of its own, so that at the end a task is what its own policy
+    does; or all are learnt at once.
     """
 
     tasks: Sequence[str]
     cells: Sequence[Measured]
-    separate: bool = False
+    how: Literal["in turn", "separate", "joint"] = "in turn"
+
+    @property
+    def policies(self) -> Sequence[str]:
+        """What is measured: the policy after each task, or the one that learns all at once."""
+        return [JOINT] if self.how == "joint" else self.tasks
 
     @classmethod
     def read(cls, recipe: Recipe, run_dir: Path) -> TaskTable:
         """What a run's directory holds."""
         files, names = RunFiles(run_dir), [task.name for task in recipe.tasks or []]
+        how = "joint" if recipe.is_joint else "in turn"
+        if recipe.continual is not None and recipe.continual.method == "separate":
+            how = "separate"
+        found = cls(names, [], how)
         cells: list[Measured] = []
-        for after in names:
+        for after in found.policies:
             for on in names:
                 if (summary := read_summary(evaluation_of(files, after, on))) is not None:
                     cells += filter(None, [Measured.of(after, on, summary)])
-        return cls(names, cells, recipe.continual is not None and recipe.continual.method == "separate")
+        return replace(found, cells=cells)
 
     def cell(self, after: str, on: str) -> Measured | None:
         return next((cell for cell in self.cells if (cell.after, cell.on) == (after, on)), None)
@@ -94,12 +105,12 @@ class TaskTable:
             before = [cell for after in self.tasks[:-1] if (cell := self.cell(after, task)) is not None]
             best = max(before, key=lambda cell: cell.win_rate, default=None)
             pairs.append([(1, best), (-1, self._last(task))])
-        return None if self.separate else _mean(pairs)
+        return _mean(pairs) if self.how == "in turn" else None
 
     @property
     def forward_transfer(self) -> Bounded | None:
         """1/(T − 1) · Σ_{j>1} (a[j − 1, j] − ½): what a task has from the earlier ones before it is learnt."""
-        if self.separate:
+        if self.how != "in turn":
             return None
         pairs = zip(self.tasks, self.tasks[1:], strict=False)
         known = self._measured()
@@ -117,7 +128,7 @@ class TaskTable:
         return [task for task in self.tasks if task in on]
 
     def _last(self, task: str) -> Measured | None:
-        return self.cell(task if self.separate else self.tasks[-1], task)
+        return self.cell(task if self.how == "separate" else self.policies[-1], task)
 
 
 def evaluation_of(files: RunFiles, after: str, on: str) -> StageFiles:
@@ -129,8 +140,9 @@ def evaluation_of(files: RunFiles, after: str, on: str) -> StageFiles:
 def has_finished(recipe: Recipe, files: RunFiles) -> bool:
     """Whether all tasks of a recipe have been learnt, and measured after each of them."""
     tasks = recipe.tasks or []
-    trained = (files.task(task.name).stage("ppo") for task in tasks)
-    measured = (evaluation_of(files, after.name, on.name) for after in tasks for on in tasks if on.evaluate is not None)
+    policies = [JOINT] if recipe.is_joint else [task.name for task in tasks]
+    trained = (files.task(name).stage("ppo") for name in policies)
+    measured = (evaluation_of(files, after, on.name) for after in policies for on in tasks if on.evaluate is not None)
     return all(stage.summary.is_file() for stage in (*trained, *measured))
 
 

@@ -22,6 +22,7 @@ from pe_rlhf.scoring.remote import RemoteScorer, check_columns
 from pe_rlhf.scoring.scorers import AdapterScorer, FunctionScorer, ModelScorer, Scorer, find_reward
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.types import Sequences
+from reward.errors import InputError
 from reward.records import NO_COLUMNS, Columns, Prompt
 
 Moments = dict[str, list[float]]  # by the name of the source: count, mean, sum of squares
@@ -35,6 +36,11 @@ class Part:
     scorer: Scorer
     settings: RewardSource
     moments: RunningMoments = field(default_factory=RunningMoments)
+
+    def rows(self, count: int, columns: Columns) -> list[int]:
+        """Those whose columns have the values that the source asks for."""
+        wanted = self.settings.where.items()
+        return [row for row in range(count) if all(columns[name][row] == value for name, value in wanted)]
 
     def contribution(self, scores_B: Tensor, learns: bool) -> Tensor:
         """Weight times the scores, normalised by mean and deviation of all so far, these included, and clipped.
@@ -68,13 +74,28 @@ class WeightedScorer:
         contributions: list[Tensor] = []
         self.metrics = {}
         for part in self._parts:
-            scores_B = part.scorer.score(prompts, responses, sequences, columns)
-            contributions.append(part.contribution(scores_B, self.learns))
+            if part.settings.where:
+                rows = part.rows(len(prompts), columns)
+                if not rows:
+                    continue
+                scores_B = part.scorer.score(*_of_rows(rows, prompts, responses, sequences, columns))
+                whole_B = scores_B.new_zeros(len(prompts))
+                whole_B[rows] = part.contribution(scores_B, self.learns)
+                contributions.append(whole_B)
+            else:
+                scores_B = part.scorer.score(prompts, responses, sequences, columns)
+                contributions.append(part.contribution(scores_B, self.learns))
             if len(self._parts) > 1 or part.settings.normalise != "none" or part.settings.clip is not None:
                 self.metrics[f"source_{part.name}"] = scores_B.mean().item()
                 self.metrics[f"source_{part.name}_std"] = scores_B.std(correction=0).item()
             own: dict[str, float] = getattr(part.scorer, "metrics", {})
             self.metrics |= {f"source_{part.name}_{name}": value for name, value in own.items()}
+        if not contributions:
+            raise InputError(
+                "ppo.reward: no source scores any of the prompts of this step; their `where` leaves all of them out",
+                kind="conflict",
+                key="ppo.reward",
+            )
         return torch.stack(contributions).sum(dim=0)
 
     def moments(self) -> Moments:
@@ -88,6 +109,27 @@ class WeightedScorer:
             if part.name in saved:
                 count, mean, squares = saved[part.name]
                 part.moments = RunningMoments(int(count), mean, squares)
+
+
+def _of_rows(
+    rows: list[int], prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns
+) -> tuple[list[Prompt], list[str], Sequences, Columns]:
+    """What a scorer is given of some rows."""
+    chosen = {name: [values[row] for row in rows] for name, values in columns.items()}
+    taken = sequences.take(torch.tensor(rows))
+    return [prompts[row] for row in rows], [responses[row] for row in rows], taken, chosen
+
+
+def check_where(sources: Sequence[RewardSource], columns: Collection[str]) -> None:
+    """Raise `InputError` where a source asks for a column that the prompts do not have."""
+    for number, source in enumerate(sources):
+        if missing := [name for name in source.where if name not in columns]:
+            raise InputError(
+                f"ppo.reward: where: the prompts have no column {missing[0]!r}",
+                kind="missing",
+                key=f"ppo.reward.{number}.where",
+                fix="the column `source` is that of prompts: {mix: …}" if missing[0] == "source" else None,
+            )
 
 
 def make_scorer(
@@ -106,6 +148,7 @@ def make_scorer(
 
     files, anchor: for judges: where their answers are kept, by default nowhere, and what the anchor answers.
     """
+    check_where(sources, columns)
     parts: list[Part] = []
     roles: list[str] = []
 

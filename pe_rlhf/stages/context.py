@@ -180,10 +180,10 @@ class StageContext(Generic[C]):
         kept = [(row, ids) for row, ids in pairs if len(ids) <= limit]
         if not kept:
             raise InputError(
-                f"{key}: every prompt of {source.path} is longer than {limit} tokens",
+                f"{key}: every prompt of {source.title} is longer than {limit} tokens",
                 kind="too_long",
                 key=key,
-                file=source.path,
+                file=source.title,
             )
         if len(kept) < len(pairs):
             say(f"{section}: left out {len(pairs) - len(kept)} of {len(pairs)} prompts, longer than {limit} tokens")

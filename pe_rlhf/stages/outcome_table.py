@@ -46,9 +46,9 @@ def task_outcome_table(name: str, tasks: TaskTable) -> Table:
     """What several tasks came to: the win-rate over the base on each of them, after each of them."""
     table = Table(title=f"pe-rlhf: {name}", title_justify="left")
     measured = [task for task in tasks.tasks if any(cell.on == task for cell in tasks.cells)]
-    for heading in ("policy of" if tasks.separate else "after", *(f"on {task}" for task in measured)):
+    for heading in ("after" if tasks.how == "in turn" else "policy", *(f"on {task}" for task in measured)):
         table.add_column(heading, justify="right" if heading.startswith("on ") else "left")
-    for after in tasks.tasks:
+    for after in tasks.policies:
         cells = [tasks.cell(after, on) for on in measured]
         shown = [f"{c.win_rate:.3f} ({c.ci_low:.3f} – {c.ci_high:.3f})" if c else "–" for c in cells]
         table.add_row(after, *shown)

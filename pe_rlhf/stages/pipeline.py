@@ -30,6 +30,7 @@ from pe_rlhf.scoring.judge_scorer import asked_judge, check_against
 from pe_rlhf.scoring.model_judges import check_judge
 from pe_rlhf.scoring.remote import check_columns
 from pe_rlhf.scoring.scorers import find_reward
+from pe_rlhf.scoring.weighted import check_where
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.preflight import check_model
@@ -189,6 +190,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
             first[stage] = rows[0].prompt
             if recipe.ppo is not None and stage in ("ppo", "evaluate"):
                 columns = {name for row in rows for name in row.columns}
+                check_where(recipe.ppo.reward, columns)
                 for source in recipe.ppo.reward:
                     check_columns(source.server.columns, columns)
                     check_against(source, columns)

@@ -274,7 +274,7 @@ def load_pairs(context: StageContext[Any], config: RewardConfig, backbone: Backb
             f"reward.data: {len(records)} pairs are too few to hold out a share of {config.eval_share}",
             kind="empty",
             key="reward.data",
-            file=source.path,
+            file=source.title,
             fix="give it more pairs, or name held-out ones in reward.eval_data",
         )
     return Pairs([tokens for _, tokens in train], pad), Pairs([tokens for _, tokens in held_out], pad)

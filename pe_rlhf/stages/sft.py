@@ -127,7 +127,7 @@ def load_rows(context: StageContext[SFTConfig], codec: TextCodec, limit: int) ->
             f"sft.data: {len(examples)} rows are too few to hold out a share of {config.eval_share}",
             kind="empty",
             key="sft.data",
-            file=config.data.path,
+            file=config.data.title,
             fix="add rows, raise sft.eval_share, or give sft.eval_data",
         )
     return _table(train), _table(held_out)

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from pe_rlhf.config import Recipe
+from pe_rlhf.config import STAGES, Recipe
 from pe_rlhf.config.load import load_recipe, refuse_other_recipe, save_recipe
+from pe_rlhf.config.tasks import JOINT
 from pe_rlhf.report.tasks_page import write_tasks_report
 from pe_rlhf.runs.changes import Start
 from pe_rlhf.runs.layout import RunFiles
@@ -18,6 +19,7 @@ from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.task_table import TaskTable
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.evaluate import evaluate_policy
+from pe_rlhf.stages.joint_task import joint_recipe
 from pe_rlhf.stages.pipeline import check_inputs, run_recipe, run_stage, with_date
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import failure_noted
@@ -26,6 +28,7 @@ from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 
+BEFORE_PPO = STAGES[: STAGES.index("ppo")]
 COLUMNS = ("after", "on", "win_rate", "ci_low", "ci_high", "n", "kl", "gold")
 
 
@@ -49,12 +52,15 @@ def run_tasks(recipe: Recipe, run_dir: Path, first: str | None, last: str | None
         on_main(lambda: _prepare(held, recipe, files, numbers if start == "anew" else []))
         names = [task.name for task in recipe.tasks or []]
         for number in numbers:
-            folder = files.task(names[number]).folder
             say(f"task {number + 1} of {len(names)}: {names[number]}")
-            run_recipe(recipes[number], folder, recipes[number].stages, "resume" if folder.is_dir() else "new")
-            _on_other_tasks(folder, recipes, names, number)
-            table = TaskTable.read(recipe, run_dir)
-            on_main(lambda table=table: _write(files, table))
+            own = recipes[number]
+            _run(own, files.task(names[number]), [s for s in own.stages if not recipe.is_joint or s in BEFORE_PPO])
+            if not recipe.is_joint:
+                _measure(recipe, files, names[number], recipes)
+        if recipe.is_joint and numbers[-1] == len(names) - 1:
+            say(f"all {len(names)} tasks at once")
+            _run(joint_recipe(recipe, run_dir), files.task(JOINT), ["ppo"])
+            _measure(recipe, files, JOINT, recipes)
     return TaskTable.read(recipe, run_dir)
 
 
@@ -90,18 +96,23 @@ def check_tasks(recipes: Sequence[Recipe], run_dir: Path) -> None:
         check_inputs(own.model_copy(update=later), own.stages, run_dir=RunFiles(run_dir).tasks / own.name)
 
 
-def _on_other_tasks(folder: Path, recipes: Sequence[Recipe], names: Sequence[str], number: int) -> None:
-    """Evaluate the policy of a task's run on every other task, by that task's own judge."""
-    files = RunFiles(folder)
-    for other, name in zip(recipes, names, strict=True):
-        place = files.on_task(name)
-        if name == names[number] or other.evaluate is None or read_summary(place.stage("evaluate")) is not None:
+def _run(recipe: Recipe, files: RunFiles, stages: list[str]) -> None:
+    if stages:
+        run_recipe(recipe, files.folder, stages, "resume" if files.folder.is_dir() else "new")
+
+
+def _measure(recipe: Recipe, files: RunFiles, policy: str, recipes: Sequence[Recipe]) -> None:
+    """Evaluate a policy on every other task, by that task's own judge, and write what is known so far."""
+    own = files.task(policy)
+    for task, other in zip(recipe.tasks or [], recipes, strict=True):
+        place = own.on_task(task.name)
+        if task.name == policy or other.evaluate is None or read_summary(place.stage("evaluate")) is not None:
             continue
         on_main(lambda place=place: place.folder.mkdir(parents=True, exist_ok=True))
-        policy = files.role("policy").folder
-        run_stage(
-            StageContext(other, place.folder, "evaluate"), partial(evaluate_policy, policy=policy, with_reward=False)
-        )
+        evaluate = partial(evaluate_policy, policy=own.role("policy").folder, with_reward=False)
+        run_stage(StageContext(other, place.folder, "evaluate"), evaluate)
+    table = TaskTable.read(recipe, files.folder)
+    on_main(lambda: _write(files, table))
 
 
 def _refuse(recipe: Recipe, files: RunFiles, saved: Recipe | None, start: Start, numbers: Sequence[int]) -> None:
@@ -117,7 +128,7 @@ def _refuse(recipe: Recipe, files: RunFiles, saved: Recipe | None, start: Start,
     if saved is not None and start == "resume":
         refuse_other_recipe(recipe, files.recipe)
     for name in names[: numbers[0]]:
-        if read_summary(files.task(name).stage("ppo")) is None:
+        if not recipe.is_joint and read_summary(files.task(name).stage("ppo")) is None:
             raise InputError(
                 f"{files.folder} holds no finished task {name}, on which {names[numbers[0]]} goes on",
                 kind="unfinished",
@@ -133,9 +144,10 @@ def _prepare(held: ExitStack, recipe: Recipe, files: RunFiles, anew: Sequence[in
         files.folder.mkdir(parents=True)
         held.enter_context(locked(files.folder))
     held.enter_context(failure_noted(files.failure))
-    for task in (recipe.tasks or [])[anew[0] :] if anew else []:
-        if (folder := files.task(task.name).folder).exists():
-            aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{task.name}.old-{i}")).exists())
+    again = [task.name for task in (recipe.tasks or [])[anew[0] :]] if anew else []
+    for name in [*again, *([JOINT] if again and recipe.is_joint else [])]:
+        if (folder := files.task(name).folder).exists():
+            aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{name}.old-{i}")).exists())
             folder.rename(aside)
             say(f"{folder} was put aside as {aside.name}")
     files.tasks.mkdir(exist_ok=True)

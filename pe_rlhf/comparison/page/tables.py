@@ -60,7 +60,7 @@ def task_tables(analysis: Analysis) -> list[Table]:
     """What came of several tasks in each arm, and of each arm every task after every task; none without tasks."""
     if not any(arm.tasks for arm in analysis.arms):
         return []
-    names = next(run.tasks.tasks for run in analysis.runs if run.tasks is not None)
+    tables = {run.arm: run.tasks for run in analysis.runs if run.tasks is not None}
     columns: Columns = {
         "Average": lambda arm: estimate(arm.tasks.get("average"), percent),
         "Forgetting": lambda arm: estimate(arm.tasks.get("forgetting"), signed_share),
@@ -75,7 +75,8 @@ def task_tables(analysis: Analysis) -> list[Table]:
     )
     found = [_by_arm(analysis, "What came of the tasks", note, columns)]
     for arm in analysis.arms:
-        rows = [[after, *(estimate(arm.tasks.get(f"{after} → {on}"), percent) for on in names)] for after in names]
+        names, policies = tables[arm.arm].tasks, tables[arm.arm].policies
+        rows = [[after, *(estimate(arm.tasks.get(f"{after} → {on}"), percent) for on in names)] for after in policies]
         found.append(Table(["After", *(f"on {name}" for name in names)], rows, title=arm.arm, scrolls=True))
     return found
 

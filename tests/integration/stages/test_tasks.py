@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe
 from pe_rlhf.runs.layout import RunFiles
+from pe_rlhf.runs.saved_roles import find_role
 from pe_rlhf.stages.tasks import run_tasks, task_recipes
 from reward.errors import InputError
 from tests.failures import raises
@@ -162,3 +163,24 @@ def test_a_mistake_in_the_last_task_is_told_before_the_first_one_runs(whole: Pat
     with pytest.raises(InputError):
         run_tasks(Recipe.model_validate(wrong), whole.parent / "wrong", None, None)
     assert not (whole.parent / "wrong").exists()
+
+
+def test_all_tasks_at_once_are_one_ppo_on_all_prompts(whole: Path) -> None:
+    """Every prompt is scored by its own task's reward only."""
+    recipe = Recipe.model_validate(tree(whole.parent) | {"continual": {"method": "joint"}})
+    run_dir = whole.parent / "joint"
+    table = run_tasks(recipe, run_dir, None, None)
+    assert [(cell.after, cell.on) for cell in table.cells] == [("joint", name) for name in NAMES]
+    assert table.average is not None
+    assert table.average.value == pytest.approx(sum(cell.win_rate for cell in table.cells) / 3)
+    stage = RunFiles(run_dir).task("joint").stage("ppo")
+    lines = read_jsonl(stage.metrics)
+    assert len(lines) == 6
+    ppo = load_recipe(stage.recipe).ppo
+    assert ppo is not None
+    assert [source.where for source in ppo.reward] == [{"source": name} for name in NAMES]
+    assert [part.label for part in ppo.prompts.mix or []] == NAMES
+    named = {f"source_{task}_{what}" for task, what in zip(NAMES, ("length", "brevity", "vowels"), strict=True)}
+    assert named <= {key for line in lines for key in line}
+    assert run_tasks(recipe, run_dir, None, None, "resume").as_json() == table.as_json()
+    assert find_role(run_dir, "policy").folder == stage.role("policy").folder

@@ -1,6 +1,7 @@
 """Average, forgetting and forward transfer of several tasks, worked by hand."""
 
 import math
+from typing import Literal
 
 import pytest
 
@@ -12,13 +13,13 @@ TASKS = ["a", "b", "c"]
 HALF = 0.05 * 1.959964
 
 
-def table(tasks: int = 3, *, separate: bool = False) -> TaskTable:
+def table(tasks: int = 3, how: Literal["in turn", "separate", "joint"] = "in turn") -> TaskTable:
     cells = [
         Measured(after, on, rate, rate - HALF, rate + HALF, n=100, kl=1.0, gold=None)
         for after, rates in zip(TASKS[:tasks], RATES, strict=False)
         for on, rate in zip(TASKS, rates, strict=True)
     ]
-    return TaskTable(TASKS, cells, separate)
+    return TaskTable(TASKS, cells, how)
 
 
 def test_figures() -> None:
@@ -50,7 +51,7 @@ def test_what_is_not_known_yet_is_none() -> None:
 
 
 def test_separate_policies_forget_nothing_and_each_counts_on_its_own_task() -> None:
-    found = table(separate=True)
+    found = table(how="separate")
     assert found.average is not None
     assert found.average.value == pytest.approx((0.8 + 0.9 + 0.95) / 3)
     assert found.forgetting is None
@@ -64,3 +65,14 @@ def test_a_task_that_is_not_measured_is_left_out() -> None:
     assert found.average.value == pytest.approx((0.6 + 0.95) / 2)
     assert found.forgetting.value == pytest.approx(0.8 - 0.6)
     assert Measured.of("a", "b", {"win_rate": None}) is None
+
+
+def test_a_policy_of_all_tasks_at_once_has_its_average_only() -> None:
+    cells = [
+        Measured("joint", on, rate, rate - HALF, rate + HALF, 100, 1.0, None)
+        for on, rate in zip(TASKS, RATES[2], strict=True)
+    ]
+    found = TaskTable(TASKS, cells, "joint")
+    assert found.average is not None
+    assert found.average.value == pytest.approx((0.6 + 0.85 + 0.95) / 3)
+    assert (found.forgetting, found.forward_transfer) == (None, None)

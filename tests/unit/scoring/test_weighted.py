@@ -11,7 +11,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pe_rlhf.config.reward_source import RewardSource, source_names
-from pe_rlhf.scoring.weighted import Part, WeightedScorer
+from pe_rlhf.scoring.weighted import Part, WeightedScorer, check_where
+from pe_rlhf.types import Sequences
+from reward.records import NO_COLUMNS, Columns, Prompt
+from tests.failures import raises
 
 
 class Given:
@@ -46,6 +49,44 @@ def test_normalised_clipped_and_weighted_in_that_order() -> None:
     # a: 0, 2, 4, 2 have mean 2 and variance 2: 2/√2 = 1.41, cut to 1.2, and 0
     assert scored(scorer) == pytest.approx([2 * 1.2 - 0.5, 0.0])
     assert scorer.moments() == {"a": pytest.approx([4, 2.0, 8.0])}
+
+
+def test_a_source_scores_the_prompts_whose_columns_it_names() -> None:
+    """Normalised by its own scores; the others get 0 from it, and a step without any of its prompts has none of it."""
+
+    class Numbers:
+        def score(
+            self, prompts: list[Prompt], responses: list[str], sequences: Sequences, columns: Columns = NO_COLUMNS
+        ) -> Tensor:
+            assert list(columns["source"]) == ["maths"] * len(prompts)
+            return torch.tensor([float(response) for response in responses])
+
+    where = {"function": "a:b", "where": {"source": "maths"}, "normalise": "running", "weight": 2.0}
+    scorer = WeightedScorer(
+        [
+            Part("a", Numbers(), RewardSource.model_validate(where)),
+            part("b", [1.0, 2.0, 3.0], [4.0, 5.0]),
+        ]
+    )
+    scorer.learns = True
+    sequences = Sequences.pack([[1], [2], [3]], [[4], [5, 6], [7]], 0)
+    columns = {"source": ["maths", "chat", "maths"]}
+    # 10 and 14 have mean 12 and deviation 2.
+    assert scorer.score(["p"] * 3, ["10", "?", "14"], sequences, columns).tolist() == [1 - 2, 2, 3 + 2]
+    assert scorer.metrics["source_a"] == 12
+    two = sequences.take(torch.tensor([0, 1]))
+    assert scorer.score(["p"] * 2, ["?", "?"], two, {"source": ["chat", "chat"]}).tolist() == [4, 5]
+    assert "source_a" not in scorer.metrics
+    only = WeightedScorer([Part("a", Numbers(), RewardSource.model_validate(where))])
+    with raises("conflict", key="ppo.reward"):
+        only.score(["p"] * 2, ["?", "?"], two, {"source": ["chat", "chat"]})
+
+
+def test_a_column_that_no_prompt_has_is_told_before() -> None:
+    sources = [RewardSource.model_validate({"function": "a:b", "where": {"task": 1}})]
+    check_where(sources, ["task"])
+    with raises("missing", key="ppo.reward.0.where"):
+        check_where(sources, ["answer"])
 
 
 def test_the_only_source_as_it_is_has_no_figures_of_its_own() -> None:
