@@ -23,6 +23,7 @@ from pe_rlhf.config.adapter import INIT_OPTIONS
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.vllm.embedded import RANK_VARIABLES
 from reward.errors import Failure
+from tests import device
 from tests.paths import SHARED_DATA
 from tests.runs import Outcome, contents
 from tests.tiny import EOS, FAMILIES, VOCABULARY, Settings, tiny_model
@@ -30,6 +31,18 @@ from tests.tiny import EOS, FAMILIES, VOCABULARY, Settings, tiny_model
 # A stage collects garbage at its end: what was imported is never any, and takes most of a second to look through.
 gc.freeze()
 atexit.register(gc.unfreeze)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the models of the unit tier compute: cpu, cuda, cuda:1, …")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device.choose(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    device.skip_others(items)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

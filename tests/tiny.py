@@ -26,6 +26,7 @@ from pe_rlhf.adapters.layer_statistics import LayerStatistics, Need
 from pe_rlhf.adapters.lora.init_registry import INITS as REGISTRY
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.types import Sequences
+from tests.device import on_device
 
 VOCABULARY = 64
 EOS = 1
@@ -74,7 +75,8 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.18 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
-    return model.to(dtype)  # type: ignore[arg-type]  # torch's own overloads are lost behind transformers' decorator
+    # torch's own overloads are lost behind transformers' decorator
+    return on_device(model.to(dtype))  # type: ignore[arg-type]
 
 
 def mistral() -> PreTrainedModel:
@@ -151,13 +153,14 @@ def statistics_for(backbone: Backbone) -> ProbedStatistics:
         sequences.ids_BT[3:, 0] += 1  # so that the second batch is another one
         mask_BT = torch.arange(sequences.ids_BT.shape[1]) < sequences.lengths_B[:, None]
         batch_B = torch.tensor([0, 0, 0, 1, 1, 1])
+        ids_BT, predicts_BT = sequences.ids_BT.to(backbone.device), sequences.predicts_BT.to(backbone.device)
 
         def loss() -> Tensor:
-            log_probs_BTV = backbone(sequences.ids_BT).logits[:, :-1].log_softmax(dim=-1)
-            chosen_BT = log_probs_BTV.gather(-1, sequences.ids_BT[:, 1:, None])[..., 0]
-            return -chosen_BT[sequences.predicts_BT[:, :-1]].mean()
+            log_probs_BTV = backbone(ids_BT).logits[:, :-1].log_softmax(dim=-1)
+            chosen_BT = log_probs_BTV.gather(-1, ids_BT[:, 1:, None])[..., 0]
+            return -chosen_BT[predicts_BT[:, :-1]].mean()
 
-        return [Probe(loss, mask_BT, batch_B)]
+        return [Probe(loss, mask_BT.to(backbone.device), batch_B.to(backbone.device))]
 
     return ProbedStatistics(backbone.base_layer, probes)
 
@@ -172,7 +175,7 @@ class OtherWeights:
         generator = torch.Generator().manual_seed(4)
         for name in modules:
             weight_OI = self._backbone.base_weight(name).float()
-            lost_OI = 0.1 * torch.randn(weight_OI.shape, generator=generator)
+            lost_OI = 0.1 * torch.randn(weight_OI.shape, generator=generator).to(weight_OI.device)
             take(name, LayerStatistics(original_OI=weight_OI + lost_OI))
 
 
@@ -195,13 +198,14 @@ def perturb(backbone: Backbone, role: str, size: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in backbone.role_parameters(role).values():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
 def randomise_head(backbone: Backbone, role: str) -> None:
     """Give a head random weights: at zero, where it starts, it would hide whatever is wrong before it."""
     with torch.no_grad():
-        backbone.head(role).weight.normal_(generator=torch.Generator().manual_seed(2))
+        weight = backbone.head(role).weight
+        weight.copy_(torch.empty(weight.shape).normal_(generator=torch.Generator().manual_seed(2)))
 
 
 def set_fast(backbone: Backbone, **changes: Any) -> None:
