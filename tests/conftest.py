@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    device.choose(config.getoption("--device"))
+    device.choose(str(config.getoption("--device")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
