@@ -19,6 +19,7 @@ from pe_rlhf.stages.rollouts import Rollouts, pack, unpack
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import derive_seed
 from tests.forked import Forked
+from tests.integration.distributed.launching import run_on_ranks, start_ranks
 from tests.integration.rollout.proxy import proxy
 from tests.integration.rollout.vllm_support import MODES, NEW_TOKENS, PROMPTS, Make, difference
 from tests.runs import Tree, read_jsonl, recipe, without_time, write_recipe
@@ -158,3 +159,34 @@ def test_a_run_that_was_cut_goes_on_exactly(
     assert [line["step"] for line in cut] == [1, 2, 3, 4, 5, 6]
     for line, want in zip(cut, whole, strict=True):
         assert line == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+def metrics_of(run_dir: Path) -> list[Tree]:
+    return [without_time(line) for line in read_jsonl(run_dir / "ppo" / "metrics.jsonl")]
+
+
+def test_two_ranks_are_one(tmp_path: Path, vllm_model: Path, vllm_server: str, model_cache: Path) -> None:
+    """The same batches are sampled ahead, from the same versions; also where the ranks are stopped and go on."""
+    pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+    path = write_recipe(tmp_path, ahead_recipe(vllm_model, vllm_server))
+    Forked(["run", str(path), "--run-dir", "one"], tmp_path, model_cache).finish()
+    one = metrics_of(tmp_path / "one")
+    assert [line["staleness"] for line in one] == [0, 1, 1, 1, 1, 1]
+
+    ranks = start_ranks(["run", str(path), "--run-dir", "two"], tmp_path, model_cache)
+    metrics = tmp_path / "two" / "ppo" / "metrics.jsonl"
+    try:
+        ranks[0].wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)
+        for rank in ranks:
+            rank.send(15)
+        for rank in ranks:
+            rank.finish(code=143)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert 2 <= len(metrics_of(tmp_path / "two")) < 6  # the premise: it was stopped on the way
+    run_on_ranks(["run", str(path), "--run-dir", "two", "--resume"], tmp_path, model_cache)
+    two = metrics_of(tmp_path / "two")
+    assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
+    for line, want in zip(two, one, strict=True):
+        assert line == pytest.approx(want, rel=2e-3, abs=2e-5)
