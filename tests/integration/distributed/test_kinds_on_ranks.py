@@ -8,7 +8,7 @@ import pytest
 
 from tests.forked import Forked
 from tests.integration.distributed.launching import run_on_ranks
-from tests.integration.distributed.test_ranks import assert_same_run, small
+from tests.integration.distributed.test_ranks import CONFIGURATIONS, assert_same_run, small, write_all_split
 from tests.runs import write_recipe
 
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
@@ -19,6 +19,8 @@ KINDS = {
     # Of full rank, it makes much of the ranks' rounding: its steps are smaller.
     "redrawn": ["adapter.kind=redrawn", "adapter.every=2", "reward.learning_rate=1e-3", "ppo.learning_rate=1e-3"],
     "shira": ["adapter.kind=shira"],
+    # All layers share one vector.
+    "tinylora": ["adapter.kind=tinylora", "adapter.size=13", "adapter.vectors=1"],
     # Ways to make a step, which look at gradients and write into weights, too.
     "sam": [f"{stage}.optimizer.{key}" for stage in ("reward", "ppo") for key in ("sharpness=sam", "rho=0.1")],
     # A noisy model makes much of the ranks' rounding.
@@ -28,13 +30,19 @@ KINDS = {
         for key in ("optimizer.sharpness=rwp", "optimizer.noise_on=model", "learning_rate=1e-3")
     ],
 }
+SPLIT = {
+    **dict.fromkeys(KINDS, ("zero0",)),
+    **dict.fromkeys(("adalora", "redrawn"), ("zero2",)),
+    "tinylora": ("zero2", "all_split"),
+}
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_two_ranks_are_one(tmp_path: Path, model_cache: Path, kind: str) -> None:
     path = write_recipe(tmp_path, {**small("reward", "ppo"), "adapter": {}})
+    write_all_split(tmp_path)
     command = ["run", str(path), *KINDS[kind]]
     Forked([*command, "--run-dir", "one"], tmp_path, model_cache).finish()
-    zero = "zero2" if kind in ("adalora", "redrawn") else "zero0"
-    run_on_ranks([*command, f"deepspeed={zero}", "--run-dir", "two"], tmp_path, model_cache)
-    assert_same_run(tmp_path / "two", tmp_path / "one", ("reward", "ppo"), weights=1e-3)
+    for zero in SPLIT[kind]:
+        run_on_ranks([*command, *CONFIGURATIONS[zero], "--run-dir", zero], tmp_path, model_cache)
+        assert_same_run(tmp_path / zero, tmp_path / "one", ("reward", "ppo"), weights=1e-3)

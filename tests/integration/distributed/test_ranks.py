@@ -73,10 +73,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
     (folder / "judge.py").write_text(JUDGE)
     path = write_recipe(folder, tree)
     Forked(["run", str(path), "--run-dir", "plain"], folder, model_cache).finish()
+    write_all_split(folder)
+    return folder
+
+
+def write_all_split(folder: Path) -> None:
+    """ZeRO-3 that splits small weights, too."""
     zero3 = json.loads((ROOT / "launch" / "zero3.json").read_text())
     zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (folder / "all_split.json").write_text(json.dumps(zero3))
-    return folder
 
 
 def one_and_two(folder: Path, cache: Path, name: str, zero: str, overrides: list[str]) -> tuple[Path, Path]:
