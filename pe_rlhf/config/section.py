@@ -124,6 +124,9 @@ class DataSource(DataFile):
             raise refusal(others[0], "it is for one data set; give it to the parts of mix")
         if not self.mix:
             raise refusal("mix", "there are no data sets in it", "empty")
+        for i, part in enumerate(self.mix):
+            if not part.label and any(part.short_name == (other.label or other.short_name) for other in self.mix[:i]):
+                raise refusal(f"mix.{i}.label", f"two parts are called {part.short_name!r}; give each a label")
         weighted = [part.weight is not None for part in self.mix]
         if any(weighted) != all(weighted):
             raise refusal(f"mix.{weighted.index(False)}.weight", "give each part a weight, or none of them", "missing")

@@ -53,14 +53,18 @@ def load_prompts(source: DataSource, key: str, max_bad_share: float = MAX_BAD_SH
 
 
 def load_prompt_rows(
-    source: DataFile, key: str, then: Callable[[PromptRow], T], max_bad_share: float = MAX_BAD_SHARE
+    source: DataFile,
+    key: str,
+    then: Callable[[PromptRow], T],
+    max_bad_share: float = MAX_BAD_SHARE,
+    select: Callable[[list[T], DataFile, str], list[T]] | None = None,
 ) -> tuple[list[T], list[BadRecord]]:
     """Prompts, and separately the unusable rows.
 
     They are the column `prompt` (in a .txt file the lines), else what the responses of preference pairs answer, else
     the messages before a final one of the assistant. `then` is applied to each; what it refuses is unusable, too. Rows
     of a mixture have the label of their part in the column `source`; without a label its name, unless they have such a
-    column.
+    column. `select` takes some of a data set's usable prompts, before they are mixed, so that shares are of those.
     """
 
     def named(part: DataPart) -> Callable[[PromptRow], T]:
@@ -69,7 +73,7 @@ def load_prompt_rows(
 
     if isinstance(source, DataSource) and source.mix is not None:
         _, rows, bad = _mixture(
-            source, key, lambda part, key: ("", *load_prompt_rows(part, key, named(part), max_bad_share))
+            source, key, lambda part, key: ("", *load_prompt_rows(part, key, named(part), max_bad_share, select))
         )
         return rows, bad
     rows = load_rows(source, key)
@@ -97,7 +101,8 @@ def load_prompt_rows(
         others = {name: value for name, value in row.items() if name != given}
         return then(PromptRow(find(row), others))
 
-    return parse_rows(rows, parse, source.path, max_bad_share, key, kind=None)
+    parsed, bad = parse_rows(rows, parse, source.path, max_bad_share, key, kind=None)
+    return parsed if select is None else select(parsed, source, key), bad
 
 
 def load_preferences(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pe_rlhf.config import DataSource, Recipe, SamplingConfig
+from pe_rlhf.config import DataFile, DataPart, DataSource, Recipe, SamplingConfig
 from pe_rlhf.config.load import load_deepspeed_config
 from pe_rlhf.config.section import Section
 from pe_rlhf.data.codec import TextCodec
@@ -174,19 +174,19 @@ class StageContext(Generic[C]):
                 raise InputError("the prompt is empty as tokens", kind="empty", key="prompt")
             return row, ids
 
+        def fitting(pairs: list[tuple[PromptRow, list[int]]], part: DataFile, key: str) -> list[Any]:
+            kept = [(row, ids) for row, ids in pairs if len(ids) <= limit]
+            if not kept:
+                message = f"{key}: every prompt of {part.path} is longer than {limit} tokens"
+                raise InputError(message, kind="too_long", key=key, file=part.path)
+            if len(kept) < len(pairs):
+                where = key if isinstance(part, DataPart) else section
+                say(f"{where}: left out {len(pairs) - len(kept)} of {len(pairs)} prompts, longer than {limit} tokens")
+            return kept
+
         share = getattr(getattr(self.recipe, section), "max_bad_share", MAX_BAD_SHARE)
-        pairs, bad = load_prompt_rows(source, key, encode, share)
+        kept, bad = load_prompt_rows(source, key, encode, share, fitting)
         note_bad_rows(self.files.left_out(key), key, bad)
-        kept = [(row, ids) for row, ids in pairs if len(ids) <= limit]
-        if not kept:
-            raise InputError(
-                f"{key}: every prompt of {source.title} is longer than {limit} tokens",
-                kind="too_long",
-                key=key,
-                file=source.title,
-            )
-        if len(kept) < len(pairs):
-            say(f"{section}: left out {len(pairs) - len(kept)} of {len(pairs)} prompts, longer than {limit} tokens")
         rows, ids = [row for row, _ in kept], [ids for _, ids in kept]
         names = dict.fromkeys(name for row in rows for name in row.columns)
         columns = {name: [row.columns.get(name) for row in rows] for name in names}

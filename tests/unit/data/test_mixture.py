@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pe_rlhf.data.mixture import shares
 from pe_rlhf.data.rows import load_examples, load_preferences, load_prompt_rows
 from reward.errors import Kind
 from tests.failures import raises
-from tests.runs import Tree, recipe, write_jsonl, write_recipe
+from tests.runs import Outcome, Tree, recipe, write_jsonl, write_recipe
 
 
 def files(folder: Path, **counts: int) -> list[str]:
@@ -108,6 +109,8 @@ def test_examples_are_mixed_too(tmp_path: Path) -> None:
         ({"mix": [{"mix": ["a.jsonl"]}]}, "unknown", "mix.0.mix"),
         ({"mix": ["a.jsonl"], "size": 3}, "missing", "size"),
         ({"path": "a.jsonl", "size": 3}, "conflict", "size"),
+        ({"mix": ["x/a.jsonl", "y/a.jsonl"]}, "conflict", "mix.1.label"),
+        ({"mix": [{"path": "b.jsonl", "label": "a"}, "a.jsonl"]}, "conflict", "mix.1.label"),
     ],
     ids=str,
 )
@@ -130,3 +133,31 @@ def test_the_parts_are_found_beside_the_recipe(tmp_path: Path) -> None:
     loaded: Recipe = load_recipe(write_recipe(tmp_path, recipe("ppo", ppo__prompts={"mix": ["a.jsonl", "b.jsonl"]})))
     assert loaded.ppo is not None
     assert [part.path for part in loaded.ppo.prompts.mix or []] == [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+
+
+def test_shares_are_those_of_prompts_that_are_short_enough(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    short, long = ([{"prompt": text} for text in texts] for texts in (["a"] * 6, ["b"] * 3 + ["word " * 40] * 3))
+    mix = []
+    for name, rows in (("short", short), ("long", long)):
+        mix.append({"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), "weight": 1})
+    (tmp_path / "scores.py").write_text(
+        "def by_part(prompts, responses, source):\n"
+        "    open('seen', 'a').write(''.join(f'{name}\\n' for name in source))\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    tree = recipe(
+        "ppo",
+        ppo__prompts={"mix": mix},
+        ppo__max_prompt_tokens=20,
+        ppo__batch_size=6,
+        ppo__steps=1,
+        ppo__reward=[{"function": "scores:by_part"}],
+    )
+    done = cli("run", write_recipe(tmp_path, tree), "--run-dir", "out")
+    assert done.code == 0, done
+    # Three prompts of the second part fit, so that three of the first make equal shares; one step takes all six.
+    assert Counter((tmp_path / "seen").read_text().split()) == {"short": 3, "long": 3}
+    assert "ppo.prompts.mix.1: left out 3 of 6 prompts" in done.err
+    write_jsonl(tmp_path / "long.jsonl", long[3:])
+    failed = cli("run", write_recipe(tmp_path, tree), "--run-dir", "other")
+    assert (failed.code, getattr(failed.error, "key", None)) == (2, "ppo.prompts.mix.1")
