@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from scipy.stats import binomtest
 
 from reward.errors import InputError
 
@@ -117,7 +116,11 @@ def sign_test(differences: Sequence[float] | np.ndarray) -> float:
     """
     array = np.asarray(differences, dtype=np.float64)
     positive, negative = int((array > 0).sum()), int((array < 0).sum())
-    return float(binomtest(positive, positive + negative).pvalue) if positive + negative else 1.0
+    if not positive + negative:
+        return 1.0
+    from scipy.stats import binomtest  # it takes a second to import
+
+    return float(binomtest(positive, positive + negative).pvalue)
 
 
 def _effective_n(mean: float, variance: float, concentration: float, n_clusters: int, z: float) -> float:

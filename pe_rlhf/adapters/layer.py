@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -172,6 +171,8 @@ def like_out_in(base: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _dequantised(base: nn.Module) -> Tensor:
+    from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight  # it takes a second to import
+
     packed: nn.Parameter = base.weight  # type: ignore[assignment]
     try:
         if type(packed).__name__ in BITSANDBYTES:  # PEFT's function for modules moves one on a CPU, which breaks it

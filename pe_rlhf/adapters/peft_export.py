@@ -16,7 +16,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,6 +41,8 @@ def plain_lora(layers: Layers, rank: int | None = None) -> PeftFiles | None:
 
 def as_plain_lora(factors: Mapping[str, LowRankFactors], rank: int | None = None) -> PeftFiles:
     """Factors by layer as one LoRA of the largest rank; `rank`: of at least that one."""
+    from peft import LoraConfig  # PEFT takes seconds to import
+
     rank = max(rank or 0, *(len(f.A_RI) for f in factors.values()))
     scale = next(iter(factors.values())).scale
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -67,6 +68,8 @@ def export_peft(
         all_names: the names of all modules of the model, which PEFT looks for targets among.
         path: the directory to write.
     """
+    from peft import TaskType
+
     tensors = {f"base_model.model.{n}.{part}": t for n, parts in files.tensors.items() for part, t in parts.items()}
     tensors |= {f"base_model.{name}": tensor for name, tensor in files.shared.items()}
     classifies = role.startswith("reward") and head is not None
@@ -93,6 +96,8 @@ def peft_refusal(files: PeftFiles, model: PreTrainedModel, *, all_names: list[st
     It is tried on an empty model. PEFT takes the names of some mixtures' dense layers for those of their experts, and
     refuses layers of some state-space models.
     """
+    from peft import PeftModel, get_peft_model_state_dict
+
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = type(model)(copy.deepcopy(model.config))

@@ -102,15 +102,19 @@ def _parse_only(text: str | None) -> Only:
 
 def _check(plan: Plan) -> None:
     """Check all arms before anything runs, so that a mistake in the last arm is reported at once."""
-    from pe_rlhf.stages.pipeline import check_inits, check_inputs
-    from pe_rlhf.stages.tasks import check_tasks, task_recipes
+    from pe_rlhf.stages.preflight import check_inits, check_inputs
 
-    check_tasks(list(task_recipes(plan.base, plan.root)), plan.root)
+    arms = [next(iter(plan.runs(arm).values())).recipe for arm in plan.arms]
+    for recipe in arms:
+        check_inits(recipe)
+    if plan.base.tasks is not None:
+        from pe_rlhf.stages.tasks import check_tasks, task_recipes
+
+        check_tasks(list(task_recipes(plan.base, plan.root)), plan.root)
+        for recipe in arms:
+            for each in task_recipes(recipe, plan.root):
+                check_inits(each)
     check_inputs(plan.base, plan.base.stages)
-    for arm in plan.arms:
-        recipe = next(iter(plan.runs(arm).values())).recipe
-        for each in (recipe, *task_recipes(recipe, plan.root)):
-            check_inits(each)
 
 
 def _run_parts(plan: Plan, chosen: Only, retry: bool) -> None:

@@ -51,6 +51,11 @@ def export(
     into fresh base weights. A model card comes with it.
     """
     from pe_rlhf.config.load import apply_overrides
+    from pe_rlhf.runs.layout import refuse_without_roles, wanted_roles
+
+    # Before torch and transformers are imported, which takes seconds.
+    (refuse_without_roles if checkpoint is None else wanted_roles)(run, role)
+
     from pe_rlhf.runs.export import export_role
 
     weights: dict[str, Any] | None = {} if mix else None

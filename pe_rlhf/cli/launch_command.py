@@ -103,7 +103,7 @@ def _check_run(arguments: list[str]) -> None:
         given["recipe"], list(given["overrides"] or ()), run_dir, given["first"], given["last"]
     )
 
-    from pe_rlhf.stages.pipeline import check_inputs
+    from pe_rlhf.stages.preflight import check_inputs
 
     check_inputs(loaded, stages, run_dir=target)
 

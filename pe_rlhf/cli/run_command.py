@@ -52,29 +52,40 @@ def run(
         _run_tasks(loaded, target, (first, last), start, dry_run=dry_run, may_change=may_change)
         return
 
-    from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
-    from pe_rlhf.runs.layout import STAGE_INFO, RunFiles
+    if dry_run:
+        _show(loaded, target, stages)
+        return
+    from pe_rlhf.runs.layout import RunFiles
     from pe_rlhf.stages.outcome_table import outcome_table
-    from pe_rlhf.stages.pipeline import check_inputs, cost_lines, run_recipe
+    from pe_rlhf.stages.pipeline import run_recipe
     from pe_rlhf.system.processes import is_main
     from pe_rlhf.system.progress import console
-    from reward.judges.user_code import time_limit
 
-    if dry_run:
-        with time_limit(loaded.function_timeout):
-            check_inputs(loaded, stages, run_dir=target)
-        typer.echo(f"{loaded.name}: {' → '.join(stages)} with {loaded.model}, into {target}; the recipe is valid")
-        for stage in stages:
-            typer.echo(f"  {stage}: {STAGE_INFO[stage].sentence}")
-        settled = settle(loaded)
-        typer.echo("\n".join([*cost_lines(settled, stages), *plan_lines(settled, stages)]))
-        refuse_impossible(settled)
-        return
     summaries = run_recipe(loaded, target, stages, start, may_change or ())
     if not is_main():
         return
     console.print(outcome_table(loaded.name, summaries))
     typer.echo(f"report: {RunFiles(target).report.resolve()}")
+
+
+def _show(recipe: Recipe, target: Path, stages: list[str]) -> None:
+    """Check the inputs of the stages, and say what they would do and take."""
+    from pe_rlhf.runs.layout import STAGE_INFO
+    from pe_rlhf.stages.preflight import check_inputs, cost_lines
+    from reward.judges.user_code import time_limit
+
+    with time_limit(recipe.function_timeout):
+        check_inputs(recipe, stages, run_dir=target)
+
+    # torch and transformers, which take seconds, are imported when the cheap checks have passed.
+    from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
+
+    typer.echo(f"{recipe.name}: {' → '.join(stages)} with {recipe.model}, into {target}; the recipe is valid")
+    for stage in stages:
+        typer.echo(f"  {stage}: {STAGE_INFO[stage].sentence}")
+    settled = settle(recipe)
+    typer.echo("\n".join([*cost_lines(settled, stages), *plan_lines(settled, stages)]))
+    refuse_impossible(settled)
 
 
 def _run_tasks(
@@ -90,7 +101,7 @@ def _run_tasks(
     from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
     from pe_rlhf.runs.layout import RunFiles
     from pe_rlhf.stages.outcome_table import task_outcome_table
-    from pe_rlhf.stages.pipeline import cost_lines
+    from pe_rlhf.stages.preflight import cost_lines
     from pe_rlhf.stages.tasks import check_tasks, run_tasks, select_tasks, task_recipes
     from pe_rlhf.system.processes import is_main
     from pe_rlhf.system.progress import console
@@ -132,9 +143,9 @@ def plan(
         fix = f"run it with `pe-rlhf compare {recipe}`"
         raise InputError(f"{recipe} is a comparison", kind="conflict", key="compare", file=recipe, fix=fix)
 
-    # Imported here: torch and transformers take seconds, and a mistake in the recipe should be told at once.
-    from pe_rlhf.stages.pipeline import select_stages
+    from pe_rlhf.stages.preflight import check_inits, select_stages
 
+    check_inits(loaded)
     if loaded.tasks is not None:  # --from and --to are about tasks
         return loaded, run_dir or Path("runs") / loaded.name, []
     return loaded, run_dir or Path("runs") / loaded.name, select_stages(loaded, first, last)

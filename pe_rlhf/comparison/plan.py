@@ -123,8 +123,7 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
     two arms that come to the same.
     """
     tree = read_tree(path, overrides)
-    base = _settled(tree, path)
-    if base.compare is None:
+    if make_recipe(tree, path).compare is None:  # before torch is imported for the device
         raise InputError(
             f"{path}: there is no compare section, which names the arms",
             kind="missing",
@@ -132,6 +131,8 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
             file=path,
             fix="see compare_inits_small",
         )
+    base = _settled(tree, path)
+    assert base.compare is not None
     if base.tasks is not None and base.compare.tune is not None:
         message = f"{path}: a learning rate cannot be tried for several tasks at once"
         fix = "give each arm its ppo.learning_rate, found on one task"

@@ -1,11 +1,13 @@
-"""Where the rows of a data set come from: a local file or folder, or the hub through `datasets`."""
+"""Where the rows of a data set come from: a local file or folder, or the hub through `datasets`.
+
+That library takes two seconds to import, and lines of JSON need it for a slice only: it is imported where it is used.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
-
-import datasets
 
 from pe_rlhf.config import DataFile
 from pe_rlhf.data.formats import converted
@@ -14,6 +16,7 @@ from pe_rlhf.system.progress import console, say
 from reward.errors import InputError
 
 LARGE = 50 * 2**20  # bytes: reading this takes seconds
+PLAIN_SLICE = re.compile(r"train(?:\[(\d*):(\d*)\])?")
 ENDINGS = (*READERS, ".parquet")
 
 
@@ -64,6 +67,12 @@ def _local_rows(source: DataFile, key: str) -> Rows:
 
 def _sliced(rows: Rows, source: DataFile, key: str) -> Rows:
     """The slice that a split names, in the words of `datasets`; files know of one split, train."""
+    if (plain := PLAIN_SLICE.fullmatch(source.split)) is not None:
+        start, end = (int(given) if given else None for given in plain.groups())
+        if (start or 0) < (len(rows) if end is None else end) <= len(rows):
+            return rows[start:end]
+    import datasets
+
     where: dict[str, Any] = {"file": source.path}
     asked = [part.split("[")[0] for part in source.split.split("+")]
     if unknown := [name for name in asked if name != "train"]:
@@ -84,6 +93,8 @@ def _sliced(rows: Rows, source: DataFile, key: str) -> Rows:
 def _parquet_rows(path: Path, key: str) -> Rows:
     if not path.is_file():
         raise InputError(f"{key}: there is no file {path}", kind="missing", key=key, file=str(path))
+    import datasets
+
     datasets.disable_progress_bars()
     try:
         return [dict(row) for row in datasets.load_dataset("parquet", data_files=str(path), split="train")]
@@ -94,6 +105,8 @@ def _parquet_rows(path: Path, key: str) -> Rows:
 
 def _saved_rows(path: Path, kind: str, source: DataFile, key: str) -> Rows:
     """Rows that `save_to_disk` wrote: of one split, or of several."""
+    import datasets
+
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
@@ -114,6 +127,8 @@ def _as_train(source: DataFile, split: str) -> DataFile:
 
 
 def _hub_rows(source: DataFile, key: str) -> Rows:
+    import datasets
+
     # A download takes long enough to be watched: by the library's bar, or one line without a terminal.
     (datasets.enable_progress_bars if console.is_terminal else datasets.disable_progress_bars)()
     if not console.is_terminal:

@@ -10,17 +10,18 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from reward.errors import Failure, InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 NAMED = 3  # tensors that an error names
 
@@ -46,6 +47,9 @@ def load_whole(kind: Any, path: str, *, name: str, key: str, **arguments: Any) -
 
 def load_adapter_whole(model: PreTrainedModel, adapter: str, key: str = "model") -> PeftModel:
     """A PEFT adapter of any make on a model. Raises `InputError` as `load_whole` does."""
+    from peft import PeftModel, get_peft_model_state_dict  # PEFT takes a second to import
+    from peft.utils.save_and_load import load_peft_weights
+
     with loading(adapter, key), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of missing tensors, which are an error below
         loaded = PeftModel.from_pretrained(model, adapter)

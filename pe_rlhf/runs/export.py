@@ -33,7 +33,7 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.names import resolve_model
 from pe_rlhf.model.whole import loading
 from pe_rlhf.runs.checkpoint import role_of_checkpoint, roles_of_checkpoints
-from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
+from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles, wanted_roles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.saved_roles import (
     SavedRole,
@@ -44,7 +44,6 @@ from pe_rlhf.runs.saved_roles import (
     read_role,
     save_role,
     starting_model,
-    wanted_roles,
 )
 from pe_rlhf.runs.task_mixture import Weight, mixed_policy
 from pe_rlhf.system.files import new_folder, read_json, write_json, write_whole

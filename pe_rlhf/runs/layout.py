@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pe_rlhf.config.load import load_recipe
+from reward.errors import InputError
+
 # ---- the stages ------------------------------------------------------------------------------------------------------
 
 
@@ -195,3 +198,35 @@ class ComparisonFiles(_Files):
     shared = _Below("shared")
     runs = _Below("runs")
     trials = _Below("trials")
+
+
+# ---- where roles are -------------------------------------------------------------------------------------------------
+
+
+def wanted_roles(place: Path, role: str | None) -> tuple[str, ...]:
+    """The roles to look for, in that order. Raises `InputError` for no directory, or a role that does not exist."""
+    if role is not None and role not in ROLES:
+        raise InputError(f"there is no role {role!r}; there are {', '.join(ROLES)}", kind="unknown", key="role")
+    if not place.is_dir():
+        raise InputError(f"{place} is not a directory", kind="missing", file=place)
+    return tuple(ROLES) if role is None else (role,)
+
+
+def role_folders(place: Path, role: str) -> list[Path]:
+    """Where a role of that name may be: `place` is its own folder, that of its stage, or that of the run.
+
+    The role of a run with several tasks is what its last task ended with.
+    """
+    if RunFiles(place).tasks.is_dir():
+        place = RunFiles(place).task(load_recipe(RunFiles(place).recipe).last_policy).folder
+    stage = StageFiles(place).role(role)
+    folders = (place, stage.folder, RunFiles(place).role(role).folder)
+    return [folder for folder in folders if RoleFiles(folder).description.is_file()]
+
+
+def refuse_without_roles(place: Path, role: str | None = None) -> None:
+    """Raise `InputError` as `wanted_roles`, and where no role at all has been saved in a place."""
+    wanted_roles(place, role)
+    if not any(role_folders(place, name) for name in ROLES):
+        message = f"{place} holds no {role or 'role'}; no stage that trains one has finished there"
+        raise InputError(message, kind="missing", key=role, file=place)

@@ -19,7 +19,14 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import USUAL, Backbone, FastPath, load_backbone
 from pe_rlhf.model.identity import changed_settings, function_settings
 from pe_rlhf.model.names import MODEL_CONFIG
-from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles
+from pe_rlhf.runs.layout import (
+    ROLES,
+    RoleFiles,
+    RunFiles,
+    refuse_without_roles,
+    role_folders,
+    wanted_roles,
+)
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.files import new_folder, read_json, write_json
 from pe_rlhf.system.progress import say
@@ -270,23 +277,15 @@ def find_role(place: Path, role: str | None = None) -> SavedRole:
     where that role is not.
     """
     for wanted in wanted_roles(place, role):
-        for folder in _folders_of(place, wanted):
+        for folder in role_folders(place, wanted):
             found = read_role(folder)
             # `reward_2` is what a second reward adapter is called on a backbone; it may have been saved as that.
             if found.role == wanted or found.role.startswith(f"{wanted}_"):
                 return found
-    there = dict.fromkeys(read_role(folder).role for name in ROLES for folder in _folders_of(place, name))
-    has = f"it holds {', '.join(there)}" if there else "no stage that trains one has finished there"
-    raise InputError(f"{place} holds no {role or 'role'}; {has}", kind="missing", key=role, file=place)
-
-
-def wanted_roles(place: Path, role: str | None) -> tuple[str, ...]:
-    """The roles to look for, in that order. Raises `InputError` for no directory, or a role that does not exist."""
-    if role is not None and role not in ROLES:
-        raise InputError(f"there is no role {role!r}; there are {', '.join(ROLES)}", kind="unknown", key="role")
-    if not place.is_dir():
-        raise InputError(f"{place} is not a directory", kind="missing", file=place)
-    return tuple(ROLES) if role is None else (role,)
+    refuse_without_roles(place, role)
+    there = dict.fromkeys(read_role(folder).role for name in ROLES for folder in role_folders(place, name))
+    message = f"{place} holds no {role or 'role'}; it holds {', '.join(there)}"
+    raise InputError(message, kind="missing", key=role, file=place)
 
 
 def role_behind(name: str, role: str) -> SavedRole | None:
@@ -298,20 +297,8 @@ def role_behind(name: str, role: str) -> SavedRole | None:
     place = Path(name).expanduser()
     if is_endpoint(name) or not place.is_dir():
         return None
-    is_ours = RunFiles(place).recipe.is_file() or any(_folders_of(place, known) for known in ROLES)
+    is_ours = RunFiles(place).recipe.is_file() or any(role_folders(place, known) for known in ROLES)
     return find_role(place, role) if is_ours else None
-
-
-def _folders_of(place: Path, role: str) -> list[Path]:
-    """Where a role of that name may be: `place` is its own folder, that of its stage, or that of the run.
-
-    The role of a run with several tasks is what its last task ended with.
-    """
-    if RunFiles(place).tasks.is_dir():
-        place = RunFiles(place).task(load_recipe(RunFiles(place).recipe).last_policy).folder
-    stage = StageFiles(place).role(role)
-    folders = (place, stage.folder, RunFiles(place).role(role).folder)
-    return [folder for folder in folders if RoleFiles(folder).description.is_file()]
 
 
 def is_endpoint(name: str) -> bool:

@@ -10,32 +10,20 @@ from typing import Any
 
 import torch
 
-from pe_rlhf.adapters.kind import kind_of
-from pe_rlhf.config import STAGES, OptimizerConfig, Recipe, SamplerConfig
-from pe_rlhf.config.load import load_deepspeed_config, load_recipe, save_recipe
-from pe_rlhf.config.reward_source import OWN_STAGE
-from pe_rlhf.data.codec import dated, read_template
-from pe_rlhf.data.rows import MAX_BAD_SHARE, load_examples, load_preferences, load_prompt_rows
+from pe_rlhf.config import STAGES, Recipe
+from pe_rlhf.config.load import load_recipe, save_recipe
+from pe_rlhf.data.codec import dated
 from pe_rlhf.model.device_plan import refuse_impossible, settle
 from pe_rlhf.model.loading import find_device
-from pe_rlhf.model.names import check_model_name, resolve_model
+from pe_rlhf.model.names import resolve_model
 from pe_rlhf.optim.zero import init_processes
 from pe_rlhf.report.run_page import write_report
-from pe_rlhf.rollout.make import check_installed
 from pe_rlhf.runs.changes import Resumption, Start, find_resumption, note_changes
 from pe_rlhf.runs.layout import RunFiles
-from pe_rlhf.runs.metrics import check_tracking, read_summary
-from pe_rlhf.scoring.ensemble import find_ensemble
-from pe_rlhf.scoring.judge_scorer import asked_judge, check_against
-from pe_rlhf.scoring.model_judges import check_judge
-from pe_rlhf.scoring.remote import check_columns
-from pe_rlhf.scoring.scorers import find_reward
-from pe_rlhf.scoring.weighted import check_where
+from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.stages import evaluate, ppo, preferences, reward, sft
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.preflight import check_model
-from pe_rlhf.stages.previous_policy import find_previous
-from pe_rlhf.stages.reward_members import members_of
+from pe_rlhf.stages.preflight import check_inputs, cost_lines
 from pe_rlhf.system.determinism import deterministic, is_refused
 from pe_rlhf.system.distributed import late_rank, on_main, world_size
 from pe_rlhf.system.failures import ElsewhereError, Stopped, TrainingError, failure_noted
@@ -44,9 +32,7 @@ from pe_rlhf.system.memory import is_out_of_memory, reset_peak_memory
 from pe_rlhf.system.processes import launched
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
-from reward.judges import load_score_function
 from reward.judges.user_code import time_limit
-from reward.records import Prompt
 
 RUN: dict[str, Callable[[StageContext[Any]], dict[str, Any]]] = {
     "sft": sft.run,
@@ -158,97 +144,6 @@ def _prepare(
         return  # nothing is run, so that the record stays what was run
     note_changes(resumption, run_dir, stages)
     save_recipe(recipe, saved)
-
-
-def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = (), run_dir: Path | None = None) -> None:
-    """Look at everything that can be wrong with names, data and functions before a model is loaded.
-
-    Of the `finished` stages the data is still looked at, but they do not run again.
-    """
-    if recipe.deepspeed is not None:
-        load_deepspeed_config(recipe.deepspeed)
-    if recipe.chat_template not in ("auto", "none"):
-        read_template(recipe.chat_template)
-    check_tracking(recipe.tracking)
-    if recipe.sft is None or "sft" in stages:
-        check_model_name(recipe.model)
-    if launched() and "sft" in stages and "sft" not in finished:
-        raise InputError(
-            "sft: TRL's trainer is for one process",
-            kind="conflict",
-            key="sft",
-            fix="run it first with `pe-rlhf run RECIPE --to sft`, then launch the other stages with --resume",
-        )
-    check_inits(recipe)
-    first: dict[str, Prompt] = {}
-    for stage in stages:
-        section = getattr(recipe, stage)
-        check_installed(getattr(section, "rollout", None) or getattr(section, "sampling", None) or SamplerConfig())
-        if (prompts := getattr(section, "prompts", None)) is not None:
-            share = getattr(section, "max_bad_share", MAX_BAD_SHARE)
-            rows, _ = load_prompt_rows(prompts, f"{stage}.prompts", lambda row: row, share)
-            first[stage] = rows[0].prompt
-            if recipe.ppo is not None and stage in ("ppo", "evaluate"):
-                columns = {name for row in rows for name in row.columns}
-                check_where(recipe.ppo.reward, columns)
-                for source in recipe.ppo.reward:
-                    check_columns(source.server.columns, columns)
-                    check_against(source, columns)
-                    if source.function is not None:
-                        load_score_function(source.function, columns, source.arguments)
-        if (judge := getattr(section, "judge", None)) is not None:
-            check_judge(judge, run_dir)
-    if recipe.sft is not None and "sft" in stages:
-        for key in ("data", "eval_data"):
-            if (source := getattr(recipe.sft, key)) is not None:
-                examples, _ = load_examples(source, f"sft.{key}", recipe.sft.max_bad_share, lambda row: row)
-                if examples and examples[0].prompt is not None:
-                    first.setdefault("sft", examples[0].prompt)
-    if recipe.reward is not None and "reward" in stages:
-        for key in ("data", "eval_data"):
-            if (source := getattr(recipe.reward, key)) is not None:
-                _, records, _ = load_preferences(source, f"reward.{key}", recipe.reward.max_bad_share, lambda row: row)
-                first.setdefault("reward", records[0].prompt)
-    if recipe.ppo is not None and "ppo" in stages:
-        find_previous(recipe, run_dir or Path())
-        for source in recipe.ppo.reward:
-            if source.model is not None:
-                check_model_name(source.model, "ppo.reward.model")
-            if source.adapter not in (None, "stage"):
-                find_reward(source.adapter, Path())
-            if source.judge is not None:
-                check_judge(asked_judge(source), run_dir)
-            if source.ensemble is not None and source.ensemble not in OWN_STAGE:
-                find_ensemble(source.ensemble, Path())
-    check_model(recipe, [stage for stage in stages if stage not in finished], first)
-
-
-def check_inits(recipe: Recipe) -> None:
-    """Raise `InputError` for an init of a stage that there is not, or an option that it has not."""
-    for stage in recipe.stages:
-        kind_of(recipe.adapter_for(stage))
-    if recipe.reward is not None:
-        for member in members_of(recipe, recipe.reward, 1):
-            kind_of(member.adapter)
-
-
-def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
-    """What some stages take more of than usual, a sentence each."""
-    optimizers = {stage: getattr(getattr(recipe, stage), "optimizer", None) for stage in stages}
-    return [f"{name}: {o.cost}" for name, o in optimizers.items() if isinstance(o, OptimizerConfig) and o.cost]
-
-
-def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
-    """The recipe's stages from `first` to `last`, both included. Raises `InputError` for one the recipe hasn't got."""
-    for name in (first, last):
-        if name is not None and name not in recipe.stages:
-            has = ", ".join(recipe.stages)
-            raise InputError(f"the recipe has no stage {name!r}; it has {has}", kind="unknown", key=name)
-    start = STAGES.index(first) if first else 0
-    end = STAGES.index(last) if last else len(STAGES) - 1
-    if start > end:
-        raise InputError(f"--from {first} comes after --to {last}", kind="conflict", key="from")
-    return [stage for stage in recipe.stages if start <= STAGES.index(stage) <= end]
 
 
 def run_stage(context: StageContext[Any], run: Callable[[StageContext[Any]], dict[str, Any]]) -> None:

@@ -1,108 +1,109 @@
-"""What a run's model can be asked before its weights are loaded: by its config and tokenizer, in a second.
+"""What is looked at before a stage runs and before a model is loaded: names, data, functions, judges.
 
-Layers are compared by name on a model without memory. Prompts are rendered once for each stage, and shown.
+Cheap things come first, and what needs torch or transformers is imported after them: they take seconds, and a mistake
+in the recipe or the data should be told at once.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from collections.abc import Sequence
+from pathlib import Path
 
 from pe_rlhf.adapters.kind import kind_of
-from pe_rlhf.adapters.targets import find_targets
-from pe_rlhf.config import Recipe
-from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.model.loading import find_device
-from pe_rlhf.model.names import model_at_hand
-from pe_rlhf.model.whole import check_config, loading
-from pe_rlhf.system.progress import say
+from pe_rlhf.adapters.lora.init_registry import init_of
+from pe_rlhf.config import STAGES, OptimizerConfig, Recipe
+from pe_rlhf.config.adapter import LowRankConfig
+from pe_rlhf.config.load import load_deepspeed_config
+from pe_rlhf.data.rows import MAX_BAD_SHARE, load_examples, load_preferences, load_prompt_rows
+from pe_rlhf.runs.metrics import check_tracking
+from pe_rlhf.system.processes import launched
 from reward.errors import InputError
+from reward.judges import load_score_function
 from reward.records import Prompt
 
-SHOWN = 300  # characters of a rendered prompt
 
+def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = (), run_dir: Path | None = None) -> None:
+    """Look at everything that can be wrong with names, data and functions before a model is loaded.
 
-def check_model(recipe: Recipe, stages: list[str], prompts: dict[str, Prompt]) -> None:
-    """Raise `InputError` for what the model, its tokenizer or this machine cannot do; say how prompts look.
-
-    `prompts` has the first one of each stage that has some. A model that would have to be fetched is not looked at.
+    Of the `finished` stages the data is still looked at, but they do not run again.
     """
-    find_device(recipe.backbone.device)
-    if recipe.backbone.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+    if recipe.deepspeed is not None:
+        load_deepspeed_config(recipe.deepspeed)
+    check_tracking(recipe.tracking)
+    if launched() and "sft" in stages and "sft" not in finished:
         raise InputError(
-            "backbone.quantization: bitsandbytes is not installed",
-            kind="not_installed",
-            key="backbone.quantization",
-            fix="pip install 'pe-rlhf[quantized]'",
+            "sft: TRL's trainer is for one process",
+            kind="conflict",
+            key="sft",
+            fix="run it first with `pe-rlhf run RECIPE --to sft`, then launch the other stages with --resume",
         )
-    if (path := model_at_hand(recipe.model)) is None:
-        return
-    common: dict[str, Any] = {
-        "trust_remote_code": recipe.backbone.trust_remote_code,
-        "revision": recipe.backbone.revision,
-    }
-    with loading(recipe.model, "model"):
-        config = AutoConfig.from_pretrained(path, **common)
-        check_config(config, recipe.model, "model")
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
-    codec = TextCodec(tokenizer, recipe.chat_template, arguments=recipe.chat_template_kwargs, date=recipe.date)
+    check_inits(recipe)
+    prompts, columns = _check_data(recipe, stages)
+
+    from pe_rlhf.stages.model_checks import check_model, check_models_and_judges
+
+    check_models_and_judges(recipe, stages, run_dir, columns)
+    check_model(recipe, [stage for stage in stages if stage not in finished], prompts)
+
+
+def check_inits(recipe: Recipe) -> None:
+    """Raise `InputError` for an init of a stage that there is not, or an option that it has not."""
+    for stage in recipe.stages:
+        settings = recipe.adapter_for(stage)
+        if settings.kind == "lora" and isinstance(settings, LowRankConfig):
+            init_of(settings)  # all that can be wrong with that kind, and inits import no torch
+        else:
+            kind_of(settings)
+    if recipe.reward is not None and recipe.reward.ensemble is not None:
+        from pe_rlhf.stages.reward_members import members_of
+
+        for member in members_of(recipe, recipe.reward, 1):
+            kind_of(member.adapter)
+
+
+def _check_data(recipe: Recipe, stages: list[str]) -> tuple[dict[str, Prompt], dict[str, set[str]]]:
+    """Read all data sets. Returns the first prompt of each stage, and the columns of those whose rewards PPO gives."""
+    first: dict[str, Prompt] = {}
+    columns: dict[str, set[str]] = {}
     for stage in stages:
-        _check_tokens(recipe, stage, config)
-        if stage in prompts:
-            say(f"{stage}: the first prompt, as the model reads it: {_shortened(_rendered(codec, prompts[stage]))}")
-    if recipe.tuning == "adapter":
-        _check_adapters(recipe, stages, config)
+        section = getattr(recipe, stage)
+        if (prompts := getattr(section, "prompts", None)) is not None:
+            share = getattr(section, "max_bad_share", MAX_BAD_SHARE)
+            rows, _ = load_prompt_rows(prompts, f"{stage}.prompts", lambda row: row, share)
+            first[stage] = rows[0].prompt
+            if recipe.ppo is not None and stage in ("ppo", "evaluate"):
+                columns[stage] = {name for row in rows for name in row.columns}
+                for source in recipe.ppo.reward:
+                    if source.function is not None:
+                        load_score_function(source.function, columns[stage], source.arguments)
+    if recipe.sft is not None and "sft" in stages:
+        for key in ("data", "eval_data"):
+            if (source := getattr(recipe.sft, key)) is not None:
+                examples, _ = load_examples(source, f"sft.{key}", recipe.sft.max_bad_share, lambda row: row)
+                if examples and examples[0].prompt is not None:
+                    first.setdefault("sft", examples[0].prompt)
+    if recipe.reward is not None and "reward" in stages:
+        for key in ("data", "eval_data"):
+            if (source := getattr(recipe.reward, key)) is not None:
+                _, records, _ = load_preferences(source, f"reward.{key}", recipe.reward.max_bad_share, lambda row: row)
+                first.setdefault("reward", records[0].prompt)
+    return first, columns
 
 
-def _check_tokens(recipe: Recipe, stage: str, config: PretrainedConfig) -> None:
-    """Raise `InputError` where a response leaves no room for a prompt."""
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for name in ("rollout", "sampling"):
-        sampler = getattr(getattr(recipe, stage), name, None)
-        if sampler is not None and limit is not None and sampler.max_new_tokens >= limit:
-            raise InputError(
-                f"{stage}: max_new_tokens {sampler.max_new_tokens} leaves no room for a prompt,"
-                f" {recipe.model} takes {limit} tokens",
-                kind="too_long",
-                key=f"{stage}.{name}.max_new_tokens",
-            )
+def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+    """What some stages take more of than usual, a sentence each."""
+    optimizers = {stage: getattr(getattr(recipe, stage), "optimizer", None) for stage in stages}
+    return [f"{name}: {o.cost}" for name, o in optimizers.items() if isinstance(o, OptimizerConfig) and o.cost]
 
 
-def _check_adapters(recipe: Recipe, stages: list[str], config: PretrainedConfig) -> None:
-    """Raise `InputError` for targets that the model has not, and for a rank that no layer of it has."""
-    trained = [stage for stage in stages if stage in ("sft", "reward", "ppo")]
-    if not trained:
-        return
-    with loading(recipe.model, "model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.backbone.trust_remote_code)
-    for stage in trained:
-        adapter = recipe.adapter_for(stage)
-        names = find_targets(model, adapter.targets, adapter.last_layers)
-        highest = max(min(model.get_parameter(f"{name}.weight").shape) for name in names)
-        rank = getattr(adapter, "rank", 0) if kind_of(adapter).rank_of_weight else 0
-        if rank > highest:
-            raise InputError(
-                f"adapter.rank: {rank} is more than {highest}, the highest rank of a layer of {recipe.model}",
-                kind="conflict",
-                key="adapter.rank",
-            )
-
-
-def _rendered(codec: TextCodec, prompt: Prompt) -> str:
-    """A row that the template refuses is an unusable one; a template that refuses any prompt is an error."""
-    try:
-        return codec.render(prompt)
-    except InputError as error:
-        try:
-            return f"{codec.render('Hi')} (of another text, since the template refuses the row)"
-        except InputError:
-            raise error from None
-
-
-def _shortened(text: str) -> str:
-    shown = repr(text)
-    half = SHOWN // 2
-    return shown if len(shown) <= SHOWN else f"{shown[:half]} … {shown[-half:]}"
+def select_stages(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
+    """The recipe's stages from `first` to `last`, both included. Raises `InputError` for one the recipe hasn't got."""
+    for name in (first, last):
+        if name is not None and name not in recipe.stages:
+            has = ", ".join(recipe.stages)
+            raise InputError(f"the recipe has no stage {name!r}; it has {has}", kind="unknown", key=name)
+    start = STAGES.index(first) if first else 0
+    end = STAGES.index(last) if last else len(STAGES) - 1
+    if start > end:
+        raise InputError(f"--from {first} comes after --to {last}", kind="conflict", key="from")
+    return [stage for stage in recipe.stages if start <= STAGES.index(stage) <= end]

@@ -20,7 +20,8 @@ from pe_rlhf.runs.task_table import TaskTable
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.evaluate import evaluate_policy
 from pe_rlhf.stages.joint_task import joint_recipe
-from pe_rlhf.stages.pipeline import check_inputs, run_recipe, run_stage, with_date
+from pe_rlhf.stages.pipeline import run_recipe, run_stage, with_date
+from pe_rlhf.stages.preflight import check_inputs
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import failure_noted
 from pe_rlhf.system.files import locked, write_json, write_whole
