@@ -19,6 +19,11 @@ KINDS = {
     # Of full rank, it makes much of the ranks' rounding: its steps are smaller.
     "redrawn": ["adapter.kind=redrawn", "adapter.every=2", "reward.learning_rate=1e-3", "ppo.learning_rate=1e-3"],
     "shira": ["adapter.kind=shira"],
+    # The directions are chosen in the middle of both stages.
+    "lora_dash": [
+        *("adapter.kind=lora_dash", "adapter.rank=4", "adapter.directions=3", "adapter.warmup_steps=4"),
+        *("reward.learning_rate=1e-3", "ppo.learning_rate=1e-3"),
+    ],
     # All layers share one vector.
     "tinylora": ["adapter.kind=tinylora", "adapter.size=13", "adapter.vectors=1"],
     # Ways to make a step, which look at gradients and write into weights, too.
@@ -33,7 +38,7 @@ KINDS = {
 SPLIT = {
     **dict.fromkeys(KINDS, ("zero0",)),
     **dict.fromkeys(("adalora", "redrawn"), ("zero2",)),
-    "tinylora": ("zero2", "all_split"),
+    **dict.fromkeys(("tinylora", "lora_dash"), ("zero2", "all_split")),
 }
 
 
