@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.composer import ComposerError
 
-from pe_rlhf.config import DataFile, DataSource, Recipe
+from pe_rlhf.config import DataFile, Recipe
 from pe_rlhf.config.explain import explain_validation_error
 from pe_rlhf.system.files import write_whole
 from reward.errors import InputError, did_you_mean
@@ -213,7 +213,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
     node: Any = tree
     for i, part in enumerate(parents):
         if isinstance(node.get(part), str):  # the short form of a section
-            short = "kind" if part == "judge" else "path" if parts[i + 1] in DataSource.model_fields else None
+            short = "kind" if part == "judge" else "path" if parts[i + 1] in DataFile.model_fields else None
             node[part] = node[part] if short is None else {short: node[part]}
         if node.get(part) is None:
             node[part] = {}

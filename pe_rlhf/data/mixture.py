@@ -15,8 +15,9 @@ T = TypeVar("T")
 def mixed(source: DataSource, parts: Sequence[list[T]], key: str) -> list[T]:
     """The rows of a mixture's parts, taking turns, so that each stretch of it has about the shares of the whole.
 
-    Without weights all rows of all parts. With weights the first rows of each, as many as its share of `size`, or of
-    the most that none has to be repeated for. Raises `InputError` where a share is less than one row.
+    Without weights all rows of all parts. With weights as many of each as its share of `size`, or of the most that none
+    has to be repeated for, evenly spaced, since a file may be sorted. Raises `InputError` where a share is less than
+    one row.
     """
     assert source.mix is not None
     counts = [len(part) for part in parts]
@@ -31,7 +32,12 @@ def mixed(source: DataSource, parts: Sequence[list[T]], key: str) -> list[T]:
             again = f", each {count / len(rows):.1f} times" if count > len(rows) else ""
             say(f"{key}: {count} rows of {part.path}, which has {len(rows)}{again}")
     turns = sorted((i / count, number, i) for number, count in enumerate(counts) for i in range(count))
-    return [parts[number][i % len(parts[number])] for _, number, i in turns]
+    return [parts[number][place(i, counts[number], len(parts[number]))] for _, number, i in turns]
+
+
+def place(i: int, count: int, there: int) -> int:
+    """Which of `there` rows is the i-th of `count`: evenly spaced, or pass after pass where there are fewer."""
+    return i * there // count if count <= there else i % there
 
 
 def shares(weights: Sequence[float], there: Sequence[int], size: int | None) -> list[int]:

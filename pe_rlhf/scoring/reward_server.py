@@ -5,6 +5,7 @@ Requests are read by a thread each. One more thread has the model, and scores wh
 
 from __future__ import annotations
 
+import hmac
 import json
 import math
 import queue
@@ -80,11 +81,17 @@ class Batcher:
 
 
 class RewardServer(ThreadingHTTPServer):
-    """`POST /score` and `GET /health` at an address; port 0 is a free one."""
+    """`POST /score` and `GET /health` at an address; port 0 is a free one.
+
+    key: what clients have to send to be scored, as `Authorization: Bearer …`; None serves everybody.
+    """
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], name: str, score: RewardScores, batch_size: int = 64) -> None:
+    def __init__(
+        self, address: tuple[str, int], name: str, score: RewardScores, batch_size: int = 64, key: str | None = None
+    ) -> None:
+        self.expected = None if key is None else f"Bearer {key}".encode()
         self.name, self.batcher = name, Batcher(score, batch_size)
         self.answered = {"requests": 0, "responses": 0, "failures": 0}
         self._lock = threading.Lock()
@@ -125,6 +132,9 @@ class Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(int(length))
         if self.path.rstrip("/") != "/score":
             return self._send(404, _error(f"there is no {self.path}; there are POST /score and GET /health"))
+        sent, expected = self.headers.get("Authorization", "").encode(), self.server.expected
+        if expected is not None and not hmac.compare_digest(sent, expected):
+            return self._send(401, _error("a key is needed, as `Authorization: Bearer …`"))
         status, answer, responses = self._scored(content)
         self.server.count(responses, status != 200)
         return self._send(status, answer)

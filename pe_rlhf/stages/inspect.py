@@ -21,7 +21,7 @@ from pe_rlhf.stages.add_roles import critic_start
 from pe_rlhf.stages.anchor_texts import AnchorTexts
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics
-from pe_rlhf.stages.reward import load_pairs
+from pe_rlhf.stages.reward_pairs import load_pairs
 from pe_rlhf.system.files import write_json, write_whole
 from pe_rlhf.system.progress import progress
 from pe_rlhf.system.seeding import derive_seed

@@ -24,7 +24,7 @@ from pe_rlhf.scoring.scorers import AdapterScorer
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.types import Sequences
 from tests.failures import raises
-from tests.runs import Tree, read_jsonl
+from tests.runs import Outcome, Tree, read_jsonl
 from tests.score_server import ScoreServer, running
 from tests.stage_support import byte_model, caches_apart, run, write_prompts
 from tests.tiny import perturb
@@ -173,8 +173,8 @@ def test_a_run_that_loses_its_server_goes_on_from_the_last_step(tmp_path: Path) 
 
 
 @contextmanager
-def serving(score: Any, batch_size: int = 64) -> Iterator[RewardServer]:
-    server = RewardServer(("127.0.0.1", 0), "runs/mine", score, batch_size)
+def serving(score: Any, batch_size: int = 64, key: str | None = None) -> Iterator[RewardServer]:
+    server = RewardServer(("127.0.0.1", 0), "runs/mine", score, batch_size, key)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -208,6 +208,23 @@ def test_a_served_run_scores_as_its_adapter_does(tmp_path: Path) -> None:
             }
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert expected.std() > 0.01
+
+
+def test_who_has_no_key_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"prompts": ["p"], "responses": ["x"]}
+    with serving(lambda prompts, responses, cut: [1.0] * len(responses), key="s3cret") as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
+            assert httpx.post(f"{server.url}/score", json=body, headers=headers).status_code == 401
+        assert httpx.get(f"{server.url}/health").json()["responses"] == 0
+        monkeypatch.setenv("REWARD_KEY", "s3cret")
+        scorer = RemoteScorer(server.url, Settings(api_key_env="REWARD_KEY"), [0])
+        assert scorer.score(["p"], ["x"], Sequences.pack([[1]], [[2, 0]], 0)).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--host", "::"], ["--api-key-env", "NO_SUCH_KEY"]])
+def test_an_open_server_needs_a_key(cli: Callable[..., Outcome], arguments: list[str]) -> None:
+    refused = cli("serve-reward", "runs/none", *arguments)
+    assert (refused.code, getattr(refused.error, "key", None)) == (2, "--api-key-env")
 
 
 def test_requests_that_wait_are_scored_together_and_answered_apart() -> None:

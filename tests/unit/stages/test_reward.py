@@ -20,7 +20,7 @@ from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages import reward_members
 from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.reward import load_pairs
+from pe_rlhf.stages.reward_pairs import load_pairs
 from reward.errors import InputError
 from tests.runs import Tree, read_jsonl, write_jsonl
 from tests.stage_support import byte_model, run

@@ -85,7 +85,7 @@ def test_the_first_member_is_the_model_without_an_ensemble_and_the_others_are_re
     backbone = load_backbone(tmp_path / "model")
     from pe_rlhf.config import RewardConfig
     from pe_rlhf.stages.context import StageContext
-    from pe_rlhf.stages.reward import load_pairs
+    from pe_rlhf.stages.reward_pairs import load_pairs
 
     tree = Recipe.model_validate(recipe(tmp_path, vary))
     context: StageContext[RewardConfig] = StageContext(tree, tmp_path / "three", "reward")
