@@ -131,8 +131,9 @@ class StageFiles(_Files):
         return RoleFiles(self.folder / (f"{folder}_{number}" if number else folder))
 
     def left_out(self, key: str) -> Path:
-        """The unusable rows of a data set, which the recipe names under `key`."""
-        return self.folder / f"left_out_{key.rpartition('.')[-1]}.jsonl"
+        """The unusable rows of a data set, which the recipe names under `key`, maybe in another stage's section."""
+        section, _, name = key.rpartition(".")
+        return self.folder / f"left_out_{name if section == self.folder.name else key.replace('.', '_')}.jsonl"
 
     def judged(self, step: int) -> Path:
         """The verdicts of the judge evaluation after a PPO step."""

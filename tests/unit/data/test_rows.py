@@ -14,6 +14,7 @@ import pytest
 from pe_rlhf.config import DataSource
 from pe_rlhf.data.data_sources import load_rows
 from pe_rlhf.data.rows import load_preferences, load_prompts, note_bad_rows
+from pe_rlhf.runs.layout import RunFiles
 from reward.records import BadRecord
 from tests.failures import raises
 from tests.runs import read_jsonl, write_jsonl
@@ -170,3 +171,10 @@ def test_reading_a_large_file_shows_one_line(
     path.write_text('{"prompt": "a prompt"}\n')
     load_rows(DataSource(path=str(path)), "key")
     assert [line[:12] for line in capfd.readouterr().err.splitlines()] == said
+
+
+def test_two_lists_of_unusable_rows_in_one_stage_are_two_files(tmp_path: Path) -> None:
+    """A judge during PPO reads the prompts of `evaluate`."""
+    files = RunFiles(tmp_path).stage("ppo")
+    named = [files.left_out(key).name for key in ("ppo.prompts", "evaluate.prompts")]
+    assert named == ["left_out_prompts.jsonl", "left_out_evaluate_prompts.jsonl"]
