@@ -23,6 +23,7 @@ from pe_rlhf.cli.evaluate_reward_command import evaluate_reward
 from pe_rlhf.cli.export_command import export
 from pe_rlhf.cli.inspect_command import inspect
 from pe_rlhf.cli.launch_command import launch
+from pe_rlhf.cli.recipes_command import recipes
 from pe_rlhf.cli.run_command import run
 from pe_rlhf.cli.serve_reward_command import serve_reward
 from pe_rlhf.cli.winrate_command import winrate
@@ -70,6 +71,7 @@ app.command("serve-reward")(serve_reward)
 app.command("winrate")(winrate)
 app.command("inspect")(inspect)
 app.command("export")(export)
+app.command("recipes")(recipes)
 app.command("doctor")(doctor)
 
 
