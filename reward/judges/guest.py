@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class Guest:
@@ -17,6 +20,8 @@ class Guest:
 
     def rest(self) -> None:
         if self._device.type != "cpu":
+            import torch  # here: what asks judges imports this file, and is imported to show a page
+
             self._model.to("cpu")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what torch keeps for itself is missing to an engine on the same card
