@@ -208,7 +208,9 @@ class RoleOptimizer:
                 if (penalty := group.kind.penalty(group.layers)) is not None:
                     self.backward(penalty)
                 group.kind.after_backward(group.layers, time)
+            # The whole role at once, before LoRA+ and ZeRO cut it into slices: the norm is the role's.
             norms[group.role] = nn.utils.clip_grad_norm_(group.parameters.values(), self._config.max_grad_norm).item()
+        # All norms before the first step: where one role has diverged, the other must not be a step ahead of it.
         for role, norm in norms.items():
             if not math.isfinite(norm):
                 raise TrainingError(
@@ -222,7 +224,7 @@ class RoleOptimizer:
                 self._let_kind_change(group, group.kind, time)
         for group in self._groups:
             for parameter in group.parameters.values():
-                parameter.grad = None
+                parameter.grad = None  # not zero: what the next loss does not reach is seen to have none
         self.steps += 1
         return norms
 
@@ -275,7 +277,7 @@ def _sum_gradients(group: RoleGroup) -> None:
     """Add the ranks' gradients, all of a role in one message; a parameter without one has had no part in the loss."""
     parameters = list(group.parameters.values())
     for parameter in parameters:
-        if parameter.grad is None:
+        if parameter.grad is None:  # filled in, so that the message is as long on every rank
             parameter.grad = torch.zeros_like(parameter)
     if world_size() == 1:
         return

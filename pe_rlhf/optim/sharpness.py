@@ -75,6 +75,7 @@ def take_beside(
         with torch.enable_grad(), noisy:
             again()
     finally:
+        # From copies: θ + ε − ε is not θ in floating point, and a loss that fails must leave the weights as they were.
         for parameter, weight in zip(everything, weights, strict=True):
             parameter.copy_(weight)
     sum_gradients()
