@@ -12,6 +12,7 @@ from pathlib import Path
 from pe_rlhf.config import STAGES, Recipe
 from pe_rlhf.config.load import load_recipe, refuse_other_recipe, save_recipe
 from pe_rlhf.config.tasks import JOINT
+from pe_rlhf.optim.zero import init_processes
 from pe_rlhf.report.tasks_page import write_tasks_report
 from pe_rlhf.runs.changes import Start
 from pe_rlhf.runs.layout import RunFiles
@@ -43,6 +44,7 @@ def run_tasks(recipe: Recipe, run_dir: Path, first: str | None, last: str | None
     """
     files = RunFiles(run_dir)
     numbers = select_tasks(recipe, first, last)
+    init_processes(recipe.deepspeed is not None, recipe.rank_timeout)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
         saved = load_recipe(files.recipe) if files.recipe.is_file() else None

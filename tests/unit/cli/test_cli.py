@@ -79,9 +79,13 @@ def test_an_unknown_key_names_the_nearest(fails: Fails, tmp_path: Path, key: str
 
 
 def test_an_unknown_key_comes_before_the_one_that_is_missing_because_of_it(fails: Fails, tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, recipe("ppo", ppo__prompts={"pth": "prompts.jsonl"}))
+    tree = recipe("ppo")
+    tree["ppo"]["prompt"] = tree["ppo"].pop("prompts")
+    path = write_recipe(tmp_path, tree)
     failure = fails("run", path)
-    assert str(failure) == f"{path}: unknown key 'ppo.prompts.pth'; did you mean 'path'? (and 1 more mistake)"
+    assert str(failure) == f"{path}: unknown key 'ppo.prompt'; did you mean 'prompts'? (and 1 more mistake)"
+    path = write_recipe(tmp_path, recipe("ppo", ppo__prompts={"pth": "prompts.jsonl"}))
+    assert fails("run", path).fields()["key"] == "ppo.prompts.pth"
 
 
 @pytest.mark.parametrize(
