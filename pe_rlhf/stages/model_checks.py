@@ -28,7 +28,7 @@ from pe_rlhf.scoring.model_judges import check_judge
 from pe_rlhf.scoring.remote import check_columns
 from pe_rlhf.scoring.scorers import find_reward
 from pe_rlhf.scoring.weighted import check_where
-from pe_rlhf.stages.previous_policy import find_previous
+from pe_rlhf.stages.previous_policy import check_adapter, find_previous
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 from reward.records import Prompt
@@ -58,6 +58,7 @@ def check_models_and_judges(
         if (judge := getattr(section, "judge", None)) is not None:
             check_judge(judge, run_dir)
     if recipe.ppo is not None and "ppo" in stages:
+        check_adapter(recipe)
         find_previous(recipe, run_dir or Path())
         for source in recipe.ppo.reward:
             if source.model is not None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pe_rlhf.adapters.kind import kind_of
-from pe_rlhf.adapters.kinds.stacked import StackedLoRA, stacked
+from pe_rlhf.adapters.kind import LayerContext, kind_of
+from pe_rlhf.adapters.kinds.stacked import StackedLoRA, refuse_other_kind, stacked
 from pe_rlhf.adapters.layer import AdapterLayer
 from pe_rlhf.algo.forgetting import collision_rate, elastic, joined, orthogonality, sparsity
 from pe_rlhf.config import AdapterConfig, ContinualConfig, PPOConfig, Recipe
+from pe_rlhf.config.continual import NEW
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.model.tensors import with_prefix, without_prefix
@@ -65,13 +66,6 @@ class PreviousPolicy:
         if not self.config.stacks:
             backbone.load_role(POLICY, backbone.specs[PREVIOUS], backbone.role_state(PREVIOUS))
             return
-        if kind_of(adapter).needs is not None:
-            raise InputError(
-                "continual: an init that looks at data would look at the base, not at the policy before the task",
-                kind="conflict",
-                key="adapter.init",
-                fix="use another init, or continual: {adapter: same}",
-            )
         add_fresh()
         spec, state = backbone.adapter_spec(POLICY), backbone.role_state(POLICY)
         backbone.load_role(POLICY, *stacked(spec, state, backbone.role_layers(PREVIOUS)))
@@ -113,16 +107,7 @@ class PreviousPolicy:
         return self.backbone.role_layers(PREVIOUS)[name]
 
     def _stacked_layers(self) -> list[StackedLoRA]:
-        """The policy's layers. Raises `InputError` where B·A is not what it changes."""
-        layers = [layer for layer in self.backbone.role_layers(POLICY).values() if isinstance(layer, StackedLoRA)]
-        if self.config.method in ("olora", "nlora") and any(layer.initial_B_OR is not None for layer in layers):
-            raise InputError(
-                f"continual.method: {self.config.method} is about B·A, which has to start at 0",
-                kind="conflict",
-                key="adapter.init",
-                fix="use an init with B0 = 0, such as lora or orthogonal",
-            )
-        return layers
+        return [layer for layer in self.backbone.role_layers(POLICY).values() if isinstance(layer, StackedLoRA)]
 
     def _say_where_full(self, layers: list[StackedLoRA]) -> None:
         ranks = [sum(len(part.A_RI) for part in own.earlier()) + len(own.lora_A) for own in layers]
@@ -143,6 +128,36 @@ def _change(layer: AdapterLayer, weight_OI: Tensor) -> Tensor:
     delta_OI = layer.delta_weight(weight_OI)
     assert delta_OI is not None
     return delta_OI
+
+
+def check_adapter(recipe: Recipe) -> None:
+    """Raise `InputError` for an adapter that cannot be put on top of an earlier policy as the recipe wants it."""
+    config = recipe.continual
+    if config is None or not config.stacks or recipe.ppo is None:
+        return
+    adapter = recipe.adapter_for("ppo")
+    refuse_other_kind(adapter)
+    if kind_of(adapter).needs is not None:
+        raise InputError(
+            "continual: an init that looks at data would look at the base, not at the policy before the task",
+            kind="conflict",
+            key="adapter.init",
+            fix="use another init, or continual: {adapter: same}",
+        )
+    if config.method in NEW and "initial_B_OR" in kind_of(adapter).tensors(_any_layer(adapter)):
+        raise InputError(
+            f"continual.method: {config.method} is about B·A, which has to start at 0",
+            kind="conflict",
+            key="adapter.init",
+            fix="use an init with B0 = 0, such as lora or orthogonal",
+        )
+
+
+def _any_layer(adapter: AdapterConfig) -> LayerContext:
+    """A random layer, as large as the adapter's rank needs, to see what an init makes of one."""
+    size = 2 * getattr(adapter, "rank", 8) + 1
+    generator = torch.Generator().manual_seed(0)
+    return LayerContext(torch.randn(size, size, generator=generator), generator)
 
 
 def find_previous(recipe: Recipe, run_dir: Path) -> SavedRole | None:

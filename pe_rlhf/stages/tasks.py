@@ -23,6 +23,7 @@ from pe_rlhf.stages.evaluate import evaluate_policy
 from pe_rlhf.stages.joint_task import joint_recipe
 from pe_rlhf.stages.pipeline import run_recipe, run_stage, with_date
 from pe_rlhf.stages.preflight import check_inputs
+from pe_rlhf.stages.previous_policy import check_adapter
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import failure_noted
 from pe_rlhf.system.files import locked, write_json, write_whole
@@ -97,6 +98,7 @@ def check_tasks(recipes: Sequence[Recipe], run_dir: Path) -> None:
     for number, own in enumerate(recipes):
         later = {"continual": None} if number else {}  # the run before it is not there yet
         check_inputs(own.model_copy(update=later), own.stages, run_dir=RunFiles(run_dir).tasks / own.name)
+        check_adapter(own)
 
 
 def _run(recipe: Recipe, files: RunFiles, stages: list[str]) -> None:

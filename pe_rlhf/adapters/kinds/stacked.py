@@ -96,6 +96,17 @@ def parts_of(layer: AdapterLayer) -> list[LowRankFactors]:
     return [factors]
 
 
+def refuse_other_kind(settings: AdapterConfig) -> None:
+    """Raise `InputError` for an adapter that cannot be put on top of others."""
+    if type(settings) is not LoRAConfig:
+        raise InputError(
+            f"continual: an adapter of the kind {settings.kind} cannot be put on top of another",
+            kind="conflict",
+            key="adapter.kind",
+            fix="use adapter: {kind: lora}, or continual: {adapter: same}",
+        )
+
+
 def stacked(
     spec: AdapterSpec, state: Mapping[str, Tensor], below: Mapping[str, AdapterLayer]
 ) -> tuple[AdapterSpec, Tensors]:
@@ -103,13 +114,7 @@ def stacked(
 
     Raises `InputError` for another kind of adapter, and where the two are on other layers.
     """
-    if type(spec.settings) is not LoRAConfig:
-        raise InputError(
-            f"continual: an adapter of the kind {spec.settings.kind} cannot be put on top of another",
-            kind="conflict",
-            key="adapter.kind",
-            fix="use adapter: {kind: lora}, or continual: {adapter: same}",
-        )
+    refuse_other_kind(spec.settings)
     if other := sorted(set(spec.modules) ^ below.keys()):
         raise InputError(
             f"continual: the policy before this task has its adapter on other layers, such as {other[0]}",

@@ -184,3 +184,16 @@ def test_all_tasks_at_once_are_one_ppo_on_all_prompts(whole: Path) -> None:
     assert named <= {key for line in lines for key in line}
     assert run_tasks(recipe, run_dir, None, None, "resume").as_json() == table.as_json()
     assert find_role(run_dir, "policy").folder == stage.role("policy").folder
+
+
+@pytest.mark.parametrize(
+    ("adapter", "key"),
+    [({"init": "pissa"}, "adapter.init"), ({"init": "lora_ga"}, "adapter.init"), ({"kind": "dora"}, "adapter.kind")],
+)
+def test_an_adapter_that_the_second_task_cannot_have_is_told_before_the_first_one(
+    whole: Path, adapter: Tree, key: str
+) -> None:
+    recipe = Recipe.model_validate(tree(whole.parent) | {"adapter": adapter})
+    with raises("conflict", key=key):
+        run_tasks(recipe, whole.parent / "unfit", None, None)
+    assert not (whole.parent / "unfit").exists()
