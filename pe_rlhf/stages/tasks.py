@@ -12,6 +12,7 @@ from pathlib import Path
 from pe_rlhf.config import STAGES, Recipe
 from pe_rlhf.config.load import load_recipe, refuse_other_recipe, save_recipe
 from pe_rlhf.config.tasks import JOINT
+from pe_rlhf.model.device_plan import settle
 from pe_rlhf.optim.zero import init_processes
 from pe_rlhf.report.tasks_page import write_tasks_report
 from pe_rlhf.runs.changes import Start
@@ -132,7 +133,10 @@ def _refuse(recipe: Recipe, files: RunFiles, saved: Recipe | None, start: Start,
         )
     if saved is not None and start == "resume":
         refuse_other_recipe(recipe, files.recipe)
-    for name in names[: numbers[0]]:
+    for name, own in zip(names[: numbers[0]], task_recipes(recipe, files.folder), strict=False):
+        # What has been trained stays as it was, also in the record: --from may change later tasks only.
+        if (path := files.task(name).recipe).is_file():
+            refuse_other_recipe(settle(own, load_recipe(path)), path)
         if not recipe.is_joint and read_summary(files.task(name).stage("ppo")) is None:
             raise InputError(
                 f"{files.folder} holds no finished task {name}, on which {names[numbers[0]]} goes on",

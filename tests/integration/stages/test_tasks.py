@@ -129,6 +129,12 @@ def test_a_task_and_all_after_it_are_run_anew(whole: Path) -> None:
     recipe = Recipe.model_validate(changed)
     with raises("changed"):
         run_tasks(recipe, again, None, None, "resume")
+    rewritten = tree(whole.parent)
+    rewritten["tasks"][0]["ppo"]["steps"] = 1
+    before = RunFiles(again).recipe.read_text()
+    with raises("changed", key="ppo.steps"):  # of the first task, which is kept
+        run_tasks(Recipe.model_validate(rewritten), again, "short", "short", "anew")
+    assert RunFiles(again).recipe.read_text() == before
     run_tasks(recipe, again, "short", "short", "anew")
     assert sorted(path.name for path in (again / "tasks").iterdir()) == ["long", "short", "short.old-1", "vowels.old-1"]
     assert len(read_jsonl(RunFiles(again).task("short").stage("ppo").metrics)) == 1
