@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart smoke test test-all stats lint docs clean
+.PHONY: quickstart smoke results test test-all stats lint docs clean
 
 quickstart: .venv/demo
 	$(BIN)/pe-rlhf run quickstart --resume
 
 smoke: .venv/demo
 	$(BIN)/pe-rlhf run smoke --resume
+
+# One result of docs/results again: make results NAME=compare_kinds_small WITH='model=path/to/tinychat3m'
+results: .venv/demo
+	$(BIN)/python -m tests.benchmarks.results $(NAME) $(WITH)
 
 # Two processes, each with one thread: most of the time goes into starting programs. The tests of a file stay in one
 # process, since they share expensive fixtures. `make stats` reads the times that are left in .reports.

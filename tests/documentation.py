@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.paths import ROOT
 
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"# ([\w/.-]+\.(?:py|yaml))\n")
 NAME_BEFORE = re.compile(r"`([\w.-]+\.jsonl)`:\n\n\Z")  # JSON has no comments
@@ -28,7 +28,7 @@ class Block:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Command:
     words: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.page.name}: {shlex.join(self.words)}"
+        return f"{self.page.relative_to(ROOT)}: {shlex.join(self.words)}"
 
 
 def blocks(*languages: str) -> list[Block]:

@@ -23,6 +23,7 @@ from pe_rlhf.config.adapter import AdapterConfig, kind_names, settings_of
 from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.config.load import find_recipe, load_recipe, make_recipe
 from reward.errors import KINDS
+from tests.benchmarks.results import BEGIN, END
 from tests.documentation import PAGES, Block, Command, blocks, commands, inline_code
 from tests.paths import ROOT
 from tests.unit.test_layering import ORDER
@@ -125,7 +126,7 @@ def _check_own(words: list[str], folder: Path) -> None:
 
 def _check_make(words: list[str], folder: Path) -> None:
     targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert set(words) <= targets
+    assert {word for word in words if "=" not in word} <= targets
 
 
 def _check_pip(words: list[str], folder: Path) -> None:
@@ -237,4 +238,24 @@ def test_lists_in_the_docs_are_complete() -> None:
 
 def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES if page.parent.name == "docs" and f": {page.name}" not in menu] == []
+    docs = ROOT / "docs"
+    pages = [page.relative_to(docs).as_posix() for page in PAGES if page.is_relative_to(docs)]
+    assert [page for page in pages if f": {page}\n" not in menu] == []
+
+
+RESULTS = sorted(path for path in (ROOT / "docs" / "results").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_every_result_says_where_it_comes_from(folder: Path) -> None:
+    index = (folder.parent / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in index.splitlines() if f"]({folder.name}/README.md)" in line)
+    assert re.search(r"\. \| 20\d\d-\d\d-\d\d \|$", line), "a sentence of finding, and a date"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    numbers = page.split(BEGIN)[1].split(END)[0]
+    origin = r"`(pe-rlhf|python|make) .*`, commits? [0-9a-f]{7,}.*, seeds \d.*, 20\d\d-\d\d-\d\d, \d+ cores, .+"
+    assert re.search(origin, numbers)
+    assert not re.search(r"[ =]/\w", numbers), "a path of a machine"
+    assert "(results.csv)" in numbers
+    assert {path.suffix for path in folder.iterdir()} == {".md", ".csv", ".svg"}
+    assert all(f"({path.name})" in page for path in folder.glob("*.svg"))

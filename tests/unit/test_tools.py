@@ -1,10 +1,12 @@
-"""`make stats` and `same_run.py`: their numbers against ones counted by hand."""
+"""`make stats`, `make results` and `same_run.py`: their numbers against ones counted by hand."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.benchmarks import same_run, stats
+from tests.benchmarks import results, same_run, stats
 from tests.runs import write_jsonl
 
 SOURCE = """# one
@@ -60,3 +62,65 @@ def test_runs_are_the_same_but_for_time_and_memory(tmp_path: Path, row: dict[str
     (after / "ppo" / "metrics.jsonl").unlink()
     assert same_run.main(before, after) == 1
     assert same_run.main(after, before) == 1  # nothing to compare is no proof
+
+
+def _estimate(value: float, low: float | None = None, high: float | None = None) -> dict[str, float | None]:
+    return {"value": value, "low": low, "high": high}
+
+
+UNKNOWN = dict.fromkeys(
+    ("gold", "reward", "kl", "at_equal_kl", "judge_at_equal_kl", "reward_accuracy", "reward_peak_mib", "peak_mib")
+)
+ARM: dict[str, Any] = UNKNOWN | {
+    "arm": "lora",
+    "settings": {"ppo.learning_rate": 0.003},
+    "failed": [3],
+    "win_rate": _estimate(0.75, 0.5, 1.0),
+    "kl": _estimate(5.06, 4.0, 6.0),
+    "trainable_parameters": 12345,
+    "collapses": [{"seed": 2, "kind": "KL blow-up", "step": 7}],
+}
+SUMMARY: dict[str, Any] = {
+    "command": "pe-rlhf compare small model=/data/models/tiny/hf ppo.steps=3",
+    "seeds": "1, 2, 3",
+    "date": "2026-11-28",
+    "machine": "2 cores, a processor",
+    "equal_kl": 1.8,
+    "arms": [ARM, ARM | {"arm": "other", "settings": {}, "failed": [], "win_rate": None, "collapses": []}],
+    "runs": [
+        {"arm": "lora", "status": "finished", "evaluate": {"win_rate": 0.7}},
+        {"arm": "lora", "status": "finished", "evaluate": {"win_rate": 0.8}},
+        {"arm": "lora", "status": "failed", "evaluate": {}},
+    ],
+    "trials": [{"arm": "lora", "learning_rate": rate, "chosen": rate == 0.003} for rate in (0.0003, 0.001, 0.003)],
+}
+
+
+def test_a_result_is_written_anew_and_the_words_around_it_stay(tmp_path: Path) -> None:
+    runs, folder = tmp_path / "runs", tmp_path / "docs" / "small"
+    runs.mkdir()
+    for name in ("results.csv", "win_rates.svg", "report.html"):
+        (runs / name).write_text(f"new {name}")
+    (runs / "summary.json").write_text(json.dumps(SUMMARY))
+    (runs / results.COMMITS).write_text("abc1234\ndef5678+\n")
+    page = results.publish("small", runs, folder)
+    assert page.read_text().startswith("# small\n")
+    page.write_text(page.read_text().replace("# small", "# Small\n\nWords before.") + "\nWords after.\n")
+    (runs / "summary.json").write_text(json.dumps(SUMMARY | {"date": "2026-12-24"}))
+    results.publish("small", runs, folder)
+    before, after = page.read_text().split(f"{results.BEGIN}\n\n")
+    numbers, after = after.split(f"\n\n{results.END}")
+    assert (before, after) == ("# Small\n\nWords before.\n\n", "\n\nWords after.\n")
+    origin, table, figure = numbers.split("\n\n")
+    facts = "commits abc1234, def5678+, seeds 1, 2, 3, 2026-12-24, 2 cores, a processor"
+    assert origin == f"`pe-rlhf compare small model=path/to/tiny ppo.steps=3`, {facts}. [results.csv](results.csv)"
+    parameters = "trained parameters, policy and critic"
+    collapsed = "seed 3: failed; seed 2: KL blow-up at step 7"
+    assert [line.strip("| ").split(" | ") for line in table.splitlines()] == [
+        [*("arm", "learning rate", "win-rate against the anchor", "by seed", "KL"), parameters, "failed or collapsed"],
+        ["---"] * 7,
+        ["`lora`", "0.003 (edge)", "0.750 (0.500 – 1.000)", "0.700, 0.800", "5.1", "12,345", collapsed],
+        ["`other`", "–", "–", "–", "5.1", "12,345", "–"],
+    ]
+    assert figure == "![win rates](win_rates.svg)"
+    assert {path.name for path in folder.iterdir()} == {"README.md", "results.csv", "win_rates.svg"}

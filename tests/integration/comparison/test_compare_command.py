@@ -17,6 +17,7 @@ from pe_rlhf.comparison.drift import policy_drift
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.runs.saved_roles import load_role
 from reward.errors import Failure
+from tests.benchmarks.results import publish
 from tests.forked import Forked
 from tests.integration.comparison.sweeps import COMPARE, comparison, results, trained, without_machine
 from tests.runs import Outcome, contents, read_jsonl, recipe, without_time, write_recipe
@@ -53,6 +54,14 @@ def test_it_leaves_runs_a_page_and_numbers(whole: Path) -> None:
     assert "http" not in page.replace("http://www.w3.org", "")
     # An arm's run is an ordinary one: its recipe says what was done, and it exports.
     assert "init: pissa" in (out / "runs" / "pissa" / "seed-1" / "recipe.yaml").read_text()
+
+
+def test_its_numbers_become_a_page_of_the_results(whole: Path, tmp_path: Path) -> None:
+    page = publish("inits", whole / "out", tmp_path / "inits").read_text(encoding="utf-8")
+    for row in results(whole / "out"):
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| `{row['arm']}` |"))
+        assert f"| {float(row['evaluate_win_rate']):.3f} |" in line
+    assert (tmp_path / "inits" / "results.csv").read_bytes() == (whole / "out" / "results.csv").read_bytes()
 
 
 def test_the_learning_rate_is_that_of_the_better_trial(tmp_path: Path, cli: Cli) -> None:

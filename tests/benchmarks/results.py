@@ -1,0 +1,159 @@
+"""One result of docs/results again, from its recipe: its csv and svg, and the numbers on its page.
+
+    make results NAME=compare_kinds_small WITH='model=path/to/tinychat3m'
+    python -m tests.benchmarks.results compare_kinds_small model=path/to/tinychat3m [--only-page]
+
+NAME is a recipe with a compare section, or one of `SCRIPTS`. The runs are in comparisons/NAME, so the same command goes
+on where it was interrupted. On the page (docs/results/NAME/README.md) only what is between the two marks is written
+anew; the words around it are an author's. A new result gets a page with a title, and its line in
+docs/results/README.md is to be written by hand, as is its place in the menu of mkdocs.yml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.paths import ROOT
+
+SCRIPTS: dict[str, str] = {}  # results that are more than one comparison: NAME → module
+BEGIN, END = "<!-- numbers: `make results` writes these -->", "<!-- end of the numbers -->"
+COMMITS = "commits.txt"
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="the result: the name of its recipe")
+    parser.add_argument("overrides", nargs="*", help="settings of the recipe: model=… compare.seeds=[4,5] …")
+    parser.add_argument("--only-page", action="store_true", help="from the runs that are there")
+    arguments = parser.parse_args()
+    runs = ROOT / "comparisons" / arguments.name
+    code = make(arguments.name, arguments.overrides, runs, only_page=arguments.only_page)
+    page = publish(arguments.name, runs, ROOT / "docs" / "results" / arguments.name)
+    print(f"{page}: read what is said around the numbers, and its line in docs/results/README.md")
+    sys.exit(code)
+
+
+def make(name: str, overrides: list[str], runs: Path, *, only_page: bool) -> int:
+    """Run what is missing, and note the commit. Returns the exit code: failed runs are a result too."""
+    own = name in SCRIPTS
+    command = [SCRIPTS[name]] if own else ["pe_rlhf", "compare", name]
+    command = [sys.executable, "-m", *command, "--dir", str(runs), *overrides]
+    if only_page:
+        command += ["--only-page"] if own else ["--only", "report"]
+    else:
+        runs.mkdir(parents=True, exist_ok=True)
+        note_commit(runs / COMMITS)
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def note_commit(path: Path) -> None:
+    """Add the commit of the checkout to those that the runs were made at; `+` says that files differed from it."""
+    describe = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    known = path.read_text(encoding="utf-8").split() if path.exists() else []
+    path.write_text("\n".join(dict.fromkeys([*known, commit])) + "\n", encoding="utf-8")
+
+
+def publish(name: str, runs: Path, folder: Path) -> Path:
+    """Copy csv and svg into the result's folder and write the numbers on its page. Returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted([*runs.glob("*.svg"), runs / "results.csv"]):
+        shutil.copy(path, folder)
+    noted = runs / COMMITS
+    commits = noted.read_text(encoding="utf-8").split() if noted.exists() else []
+    summary = json.loads((runs / "summary.json").read_text(encoding="utf-8"))
+    figures = [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(runs.glob("*.svg"))]
+    numbers = "\n\n".join([origin(summary, commits), *(summary.get("tables") or [table(summary)]), *figures])
+    return write_numbers(folder / "README.md", name, numbers)
+
+
+def write_numbers(page: Path, name: str, numbers: str) -> Path:
+    """Put the numbers between the marks of a page, which is made where there is none. Returns the page."""
+    text = page.read_text(encoding="utf-8") if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{numbers}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    return page
+
+
+def origin(summary: Row, commits: list[str]) -> str:
+    """Where the numbers come from: command, commit, seeds, date and machine, without paths of this machine."""
+    command = re.sub(r"=/\S*?([^/\s]+?)(/hf)?(?=\s|$)", r"=path/to/\1", summary["command"])
+    at = f"commit{'s' * (len(commits) > 1)} {', '.join(commits) or 'unknown'}"
+    facts = f"{at}, seeds {summary['seeds']}, {summary['date']}, {summary['machine']}"
+    return f"`{command}`, {facts}. [results.csv](results.csv)"
+
+
+def table(summary: Row) -> str:
+    """A row for each arm of a comparison; columns in which nothing is known are left out."""
+    level = summary["equal_kl"]
+    at_kl = "equal KL" if level is None else f"KL {level:g}"
+    tried: dict[str, list[Row]] = {}
+    for trial in summary.get("trials", []):
+        tried.setdefault(trial["arm"], []).append(trial)
+    rows: list[Row] = []
+    for arm in summary["arms"]:
+        runs = [run for run in summary["runs"] if run["arm"] == arm["arm"] and run["status"] == "finished"]
+        rates = [f"{run['evaluate']['win_rate']:.3f}" for run in runs if "win_rate" in run["evaluate"]]
+        collapses = [f"seed {found['seed']}: {found['kind']} at step {found['step']}" for found in arm["collapses"]]
+        failed = [f"seed {seed}: failed" for seed in arm["failed"]]
+        rows.append(
+            {
+                "arm": f"`{arm['arm']}`",
+                "learning rate": rate(arm, tried.get(arm["arm"], [])),
+                "win-rate against the anchor": estimate(arm["win_rate"]),
+                "by seed": ", ".join(rates),
+                "judge's score": estimate(arm["gold"], interval=False),
+                "reward": estimate(arm["reward"], interval=False),
+                "KL": estimate(arm["kl"], interval=False, digits=1),
+                f"reward at {at_kl}": estimate(arm["at_equal_kl"], digits=2),
+                f"win-rate at {at_kl}": estimate(arm["judge_at_equal_kl"]),
+                "reward model's accuracy": "" if arm["reward_accuracy"] is None else f"{arm['reward_accuracy']:.3f}",
+                "trained parameters, policy and critic": whole(arm["trainable_parameters"]),
+                "peak MiB, reward stage": whole(arm["reward_peak_mib"]),
+                "peak MiB, PPO": whole(arm["peak_mib"]),
+                "failed or collapsed": "; ".join([*failed, *collapses]),
+            }
+            | {name: estimate(found) for name, found in (arm.get("tasks") or {}).items()}
+        )
+    return markdown(rows)
+
+
+def rate(arm: Row, trials: list[Row]) -> str:
+    """The learning rate of an arm; `edge` where it is the least or the greatest of three or more that were tried."""
+    own = next(
+        (trial["learning_rate"] for trial in trials if trial["chosen"]), arm["settings"].get("ppo.learning_rate")
+    )
+    tried = [trial["learning_rate"] for trial in trials]
+    return "" if own is None else f"{own:g}" + " (edge)" * (len(tried) > 2 and own in (min(tried), max(tried)))
+
+
+def estimate(found: Row | None, *, interval: bool = True, digits: int = 3) -> str:
+    """A number with its 95 % interval, as far as they are known."""
+    if found is None or found["value"] is None:
+        return ""
+    if not interval or found["low"] is None:
+        return f"{found['value']:.{digits}f}"
+    return f"{found['value']:.{digits}f} ({found['low']:.{digits}f} – {found['high']:.{digits}f})"
+
+
+def whole(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def markdown(rows: list[Row]) -> str:
+    """A Markdown table; a dash for what is not known, no column for what is known of no row."""
+    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if any(row.get(name) for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([row.get(name) or "–" for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+if __name__ == "__main__":
+    main()
