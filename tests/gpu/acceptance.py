@@ -10,22 +10,15 @@ that the script itself stays right.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from pe_rlhf.config.load import load_recipe
 from tests.gpu import numerics, speed
-from tests.gpu.harness import Bench
+from tests.gpu.harness import Bench, run_checks
 
 SMOKE_FIGURES = ("reward", "kl", "entropy", "policy_loss")
 
@@ -68,52 +61,25 @@ def smoke(bench: Bench, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="tiny models, on whatever device there is")
-    parser.add_argument("--only", nargs="*", help="names of checks")
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.quick:
-        parser.error("there is no GPU here; --quick checks the script itself")
-    if args.quick:
-        torch.set_num_threads(1)  # more cost more than they give on tiny models
-    args.output.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("PE_RLHF_CACHE", str(args.output / "cache"))
-    bench = Bench(device, args.quick)
-    checks: dict[str, Callable[[Bench], None]] = {
-        "environment": numerics.environment,
-        "attention": numerics.attention,
-        "packed": numerics.packed,
-        "step_zero": numerics.step_zero,
-        "narrow_adapters": numerics.narrow_adapters,
-        "determinism": numerics.determinism,
-        "spectra": numerics.spectra,
-        "memory": speed.memory,
-        "fingerprint": speed.fingerprint,
-        "small_models": speed.small_models,
-        "passes": speed.passes,
-        "smoke": lambda bench: smoke(bench, args.output),
-        "zero": numerics.zero,
-    }
-    for name, check in checks.items():
-        if args.only and name not in args.only:
-            continue
-        start = time.perf_counter()
-        try:
-            check(bench)
-        except Exception as error:  # one broken check must not hide the others
-            traceback.print_exc()
-            bench.expect(name, "ends without an error", f"{type(error).__name__}: {error}"[:300], "no error", False)
-        bench.free()
-        bench.note(name, "seconds", time.perf_counter() - start)
-        report = bench.as_json() | {"quick": args.quick, "device": str(device)}
-        (args.output / "acceptance.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    failed = [row for row in bench.rows if row.ok is False]
-    print(f"\n{len(bench.rows)} rows, {sum(row.ok is True for row in bench.rows)} as expected, {len(failed)} not:")
-    for row in failed:
-        print(f"  {row.check} {row.what}: {row.found}, expected {row.expected}")
-    sys.exit(1 if failed else 0)
+    run_checks(
+        __doc__,
+        "acceptance",
+        lambda bench, folder: {
+            "environment": lambda: numerics.environment(bench),
+            "attention": lambda: numerics.attention(bench),
+            "packed": lambda: numerics.packed(bench),
+            "step_zero": lambda: numerics.step_zero(bench),
+            "narrow_adapters": lambda: numerics.narrow_adapters(bench),
+            "determinism": lambda: numerics.determinism(bench),
+            "spectra": lambda: numerics.spectra(bench),
+            "memory": lambda: speed.memory(bench),
+            "fingerprint": lambda: speed.fingerprint(bench),
+            "small_models": lambda: speed.small_models(bench),
+            "passes": lambda: speed.passes(bench),
+            "smoke": lambda: smoke(bench, folder),
+            "zero": lambda: numerics.zero(bench),
+        },
+    )
 
 
 if __name__ == "__main__":

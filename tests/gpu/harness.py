@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +25,7 @@ from pe_rlhf.types import Sequences
 SHAPES = {
     "7B": (3584, 18944, 28, 28, 4, 152064),
     "0.5B": (896, 4864, 24, 14, 2, 151936),
-    "tiny": (64, 128, 2, 4, 2, 512),
+    "tiny": (128, 256, 2, 4, 2, 512),  # heads of 32: vLLM takes none that are smaller
 }
 
 
@@ -106,6 +112,41 @@ class Bench:
 
     def backbone(self, shape: str, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> Backbone:
         return load_backbone(self.model(shape, dtype, layers))
+
+
+def run_checks(about: str | None, name: str, checks_of: Callable[[Bench, Path], dict[str, Callable[[], None]]]) -> None:
+    """The command line of a script: run its checks in turn, write OUT/NAME.json, exit with 1 where one has failed."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="tiny models, on whatever device there is")
+    parser.add_argument("--only", nargs="*", help="names of checks")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.quick:
+        parser.error("there is no GPU here; --quick checks the script itself")
+    if args.quick:
+        torch.set_num_threads(1)  # more cost more than they give on tiny models
+    args.output.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PE_RLHF_CACHE", str(args.output / "cache"))
+    bench = Bench(device, args.quick)
+    for check, run in checks_of(bench, args.output).items():
+        if args.only and check not in args.only:
+            continue
+        start = time.perf_counter()
+        try:
+            run()
+        except Exception as error:  # one broken check must not hide the others
+            traceback.print_exc()
+            bench.expect(check, "ends without an error", f"{type(error).__name__}: {error}"[:300], "no error", False)
+        bench.free()
+        bench.note(check, "seconds", time.perf_counter() - start)
+        report = bench.as_json() | {"quick": args.quick, "device": str(device)}
+        (args.output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    failed = [row for row in bench.rows if row.ok is False]
+    print(f"\n{len(bench.rows)} rows, {sum(row.ok is True for row in bench.rows)} as expected, {len(failed)} not:")
+    for row in failed:
+        print(f"  {row.check} {row.what}: {row.found}, expected {row.expected}")
+    sys.exit(1 if failed else 0)
 
 
 def sequences(rows: int, prompt: int, response: int, vocabulary: int) -> Sequences:
