@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -32,7 +32,8 @@ def load_whole(kind: Any, path: str, *, name: str, key: str, **arguments: Any) -
     Args:
         name, key: what the user calls the model, and the recipe key that names it, for messages.
 
-    Raises `InputError` for what cannot be loaded, and for tensors that are missing, left over, or of another shape.
+    Raises `InputError` for what cannot be loaded, and for tensors that are missing, left over, of another shape, or not
+    finite.
     """
     if "gguf_file" not in arguments:
         arguments["use_safetensors"] = True
@@ -42,6 +43,7 @@ def load_whole(kind: Any, path: str, *, name: str, key: str, **arguments: Any) -
         model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
     shapes = (f"{tensor} of {tuple(there)} for {tuple(here)}" for tensor, there, here in found["mismatched_keys"])
     _refuse(name, key, found["missing_keys"], found["unexpected_keys"], shapes)
+    refuse_not_finite(model.named_parameters(), name, key)
     return model
 
 
@@ -58,7 +60,30 @@ def load_adapter_whole(model: PreTrainedModel, adapter: str, key: str = "model")
     # Embeddings that were trained beside the adapter are the model's own tensors.
     extra = said.keys() - own.keys() - loaded.state_dict().keys()
     _refuse(adapter, key, own.keys() - said.keys(), extra)
+    refuse_not_finite(said.items(), adapter, key)
     return loaded
+
+
+def refuse_not_finite(tensors: Iterable[tuple[str, Tensor]], name: str, key: str | None = None) -> None:
+    """Raise `InputError` for tensors with a NaN or an infinite value; `name` and `key` as in `load_whole`."""
+    # The extremes tell, since NaN is both of them; `isfinite` would make a mask of the size of the tensor.
+    wrong = [
+        each for each, tensor in tensors if _has_values(tensor) and not all(x.isfinite() for x in tensor.aminmax())
+    ]
+    if wrong:
+        message = f"{len(wrong)} tensors of {name!r} hold values that are not finite ({_first(sorted(wrong))})"
+        raise InputError(
+            message if key is None else f"{key}: {message}",
+            kind="not_finite",
+            key=key,
+            file=name,
+            fix="the file is damaged, or of a training that diverged: take an earlier one",
+        )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds real numbers here: no quantised ones, none that are elsewhere."""
+    return tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() > 0 and not tensor.is_meta
 
 
 def check_config(config: PretrainedConfig, name: str, key: str) -> None:

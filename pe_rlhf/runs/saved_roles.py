@@ -19,6 +19,7 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import USUAL, Backbone, FastPath, load_backbone
 from pe_rlhf.model.identity import changed_settings, function_settings
 from pe_rlhf.model.names import MODEL_CONFIG
+from pe_rlhf.model.whole import refuse_not_finite
 from pe_rlhf.runs.layout import (
     ROLES,
     RoleFiles,
@@ -226,10 +227,11 @@ def load_role(backbone: Backbone, role: str, folder: Path) -> None:
 def checked_state(backbone: Backbone, folder: Path) -> tuple[RoleSpec, dict[str, Tensor]]:
     """How a role that a stage wrote is made, and its tensors.
 
-    Raises `InputError` where there is none, where it is damaged, or where it was trained on another base than this.
+    Raises `InputError` where there is none, where it is damaged or not finite, or where it was trained on another base.
     """
     found = read_role(folder)
     state = load_tensors(found.files.tensors)
+    refuse_not_finite(state.items(), str(found.files.tensors))
     saved_spec = about_tensors(found.files.tensors).get("spec")
     if saved_spec is not None and read_spec(json.loads(saved_spec), found.files.tensors) != found.spec:
         raise InputError(

@@ -20,6 +20,7 @@ from pe_rlhf.model.loading import find_device
 from pe_rlhf.runs.layout import RoleFiles
 from pe_rlhf.runs.saved_roles import check_peft_files, load_role, read_role, save_role
 from pe_rlhf.scoring.classifier import Classifier
+from pe_rlhf.system.tensor_files import about_tensors
 from reward.errors import InputError
 from tests.failures import raises
 from tests.tiny import backbone_with, perturb, tiny_model
@@ -76,6 +77,17 @@ def test_tensors_that_are_not_the_configs_are_named(saved_model: Save, change: A
         load_backbone(folder)
     assert (raised.value.kind, raised.value.key, raised.value.file) == ("unreadable", "model", str(folder))
     assert named in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(saved_model: Save, value: float) -> None:
+    folder = saved_model(tiny_model("llama"))
+    load_backbone(folder)
+    change_tensors(folder / WEIGHTS, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3, 4].fill_(value))
+    with pytest.raises(InputError) as raised:
+        load_backbone(folder)
+    assert (raised.value.kind, raised.value.key, raised.value.file) == ("not_finite", "model", str(folder))
+    assert "model.layers.1.mlp.up_proj.weight" in str(raised.value)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -239,6 +251,13 @@ def test_a_peft_adapter_that_is_not_whole(adapter: tuple[Path, Path], damage: st
         load_merged(str(folder), str(base), dtype="float32", device="cpu")
 
 
+def test_a_peft_adapter_that_is_not_finite(adapter: tuple[Path, Path]) -> None:
+    base, folder = adapter
+    change_tensors(folder / "adapter_model.safetensors", lambda tensors: next(iter(tensors.values())).fill_(torch.nan))
+    with raises("not_finite", key="model", file=folder):
+        load_merged(str(folder), str(base), dtype="float32", device="cpu")
+
+
 def test_a_whole_peft_adapter_loads(adapter: tuple[Path, Path]) -> None:
     base, folder = adapter
     merged = load_merged(str(folder), str(base), dtype="float32", device="cpu")
@@ -262,6 +281,14 @@ def test_a_description_of_another_adapter(role: RoleFiles, change: dict[str, Any
     said = json.loads(role.description.read_text())
     change_json(role.description, spec=said["spec"] | change)
     with raises("changed", key="spec", file=role.description):
+        load_role(backbone_with(), "policy", role.folder)
+
+
+def test_a_role_that_is_not_finite(role: RoleFiles) -> None:
+    tensors, about = load_file(role.tensors), about_tensors(role.tensors)
+    next(iter(tensors.values()))[0] = torch.inf
+    save_file(tensors, role.tensors, about)
+    with raises("not_finite", file=role.tensors):
         load_role(backbone_with(), "policy", role.folder)
 
 
