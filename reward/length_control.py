@@ -156,19 +156,20 @@ def fit_l1(rows: Rows, penalty: float, start_K: np.ndarray | None = None) -> np.
 
 def _l1_quadratic(gradient_K: np.ndarray, hessian_KK: np.ndarray, b_K: np.ndarray) -> np.ndarray:
     """Minimise g·(c − b) + (c − b)H(c − b)/2 + |c|₁ over c; a coordinate without curvature stays at 0."""
-    c_K = b_K.copy()
+    # Two or three coordinates: plain numbers take a tenth of the time of numpy's.
+    g, H, b = gradient_K.tolist(), hessian_KK.tolist(), b_K.tolist()
+    c = list(b)
     for _ in range(200):
-        old_K = c_K.copy()
-        for k in range(len(c_K)):
-            curvature = hessian_KK[k, k]
-            if curvature <= 0:
-                c_K[k] = 0.0
-                continue
-            slope = gradient_K[k] + hessian_KK[k] @ (c_K - b_K) - curvature * c_K[k]
-            c_K[k] = -math.copysign(max(abs(slope) - 1, 0.0), slope) / curvature
-        if np.abs(c_K - old_K).max() < 1e-10:
+        moved = 0.0
+        for k, row in enumerate(H):
+            new = 0.0
+            if row[k] > 0:
+                slope = g[k] + sum(h * (c_j - b_j) for h, c_j, b_j in zip(row, c, b, strict=True)) - row[k] * c[k]
+                new = -math.copysign(max(abs(slope) - 1, 0.0), slope) / row[k]
+            moved, c[k] = max(moved, abs(new - c[k])), new
+        if moved < 1e-10:
             break
-    return c_K
+    return np.array(c)
 
 
 def _cross_validated(own: Rows, prior: Rows) -> float:

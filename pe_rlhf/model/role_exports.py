@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.kind import PeftFiles
 from pe_rlhf.adapters.layer import WrappedLayer, like_out_in, merged_weight, weight_out_in
@@ -19,6 +20,10 @@ from reward.errors import InputError
 
 class RolesToExport(ModelWithRoles):
     """Roles, and what is written of them for others. Nothing here changes a weight of the model."""
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        super().__init__(model, name)
+        self._peft_refusals: dict[tuple[object, ...], str | None] = {}
 
     def export_adapter(
         self, role: str, path: str | Path, rank: int | None = None, form: PeftFiles | None = None
@@ -43,7 +48,11 @@ class RolesToExport(ModelWithRoles):
         refusal = f"PEFT has no adapter of the kind {self.adapter_spec(role).settings.kind}"
         names = module_names(self.model)
         for form in peft_forms(self.adapter_spec(role).kind, self.role_layers(role)):
-            if (found := peft_refusal(form, self.model, all_names=names)) is None:
+            # Names and shapes decide, and trying it makes a model and a file: too much for every checkpoint of a run.
+            shapes = ((name, part, t.shape) for name, parts in form.tensors.items() for part, t in parts.items())
+            if (key := (type(form.config), *shapes)) not in self._peft_refusals:
+                self._peft_refusals[key] = peft_refusal(form, self.model, all_names=names)
+            if (found := self._peft_refusals[key]) is None:
                 return form
             refusal = found
         return refusal

@@ -4,6 +4,7 @@ import ast
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,13 @@ ONLY_IN = {
 }
 
 
-def imports(path: Path, root: Path = ROOT) -> Iterator[str]:
+@cache
+def imports(path: Path, root: Path = ROOT) -> frozenset[str]:
     """Full names of what a file imports, anywhere in it: `a.b` and, for `from a import b`, `a.b` too."""
+    return frozenset(_imports(path, root))
+
+
+def _imports(path: Path, root: Path) -> Iterator[str]:
     package = list(path.relative_to(root).parent.parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -142,4 +148,4 @@ def test_the_walk_itself_sees_every_form_of_import(source: str, expected: set[st
     path = tmp_path / "pe_rlhf" / "rollout" / "a.py"
     path.parent.mkdir(parents=True)
     path.write_text(source, encoding="utf-8")
-    assert set(imports(path, tmp_path)) == expected
+    assert imports(path, tmp_path) == expected

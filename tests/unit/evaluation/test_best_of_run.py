@@ -66,6 +66,7 @@ def evaluate(cli: Callable[..., Outcome], *more: object) -> Tree:
     return json.loads(outcome.out)
 
 
+@pytest.mark.page
 def test_the_best_of_three_and_the_policys_kl(cli: Callable[..., Outcome], run_dir: Path) -> None:
     found = evaluate(cli)
     recipe = load_recipe(run_dir / "recipe.yaml")

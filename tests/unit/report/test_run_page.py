@@ -157,6 +157,7 @@ def test_a_stage_that_has_not_finished_says_so(tmp_path: Path, failure: Row | No
     assert ["ppo: NaN <b>" in alert for alert in alerts] == ([] if failure is None else [True])
 
 
+@pytest.mark.page
 def test_a_run_that_fails_leaves_a_page_that_says_so(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("def score(prompts, responses):\n    raise ValueError('no score today')\n")
     path = write_recipe(tmp_path, recipe("ppo", ppo__reward=[{"function": "bad:score"}]))

@@ -88,6 +88,7 @@ def test_who_samples_and_how_long_one_waits_may_change(finished: Path, cli: Cli)
     refuse_other_recipe(Recipe.model_validate(tree), finished.parent / "served.yaml")
 
 
+@pytest.mark.page
 def test_a_finished_stage_whose_steps_were_raised_goes_on(finished: Path, cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
     before = contents(out)

@@ -63,6 +63,7 @@ def test_what_a_ppo_run_is_warned_of(metrics: list[dict[str, Any]], expected: li
     assert named(ppo_flags(metrics)) == expected
 
 
+@pytest.mark.page
 def test_a_warning_is_on_the_console_in_the_summary_and_on_the_page(
     cli: Callable[..., Outcome], tmp_path: Path
 ) -> None:

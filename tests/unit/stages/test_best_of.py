@@ -32,6 +32,7 @@ def test_the_kl_of_the_best_of_n(n: int) -> None:
     assert best_of_kl(n) == pytest.approx(math.log(n) - 1 + 1 / n)
 
 
+@pytest.mark.page
 def test_the_evaluation_of_the_best_of_three(tmp_path: Path) -> None:
     model = byte_model(tmp_path / "model", pad_is_eos=True, initializer_range=0.3, eos_token_id=list(range(0, 258, 12)))
     prompts = write_prompts(tmp_path / "prompts.jsonl", PROMPTS)

@@ -78,6 +78,7 @@ def test_a_run_that_is_stopped_goes_on_with_its_statistics(tmp_path: Path, monke
     assert all((states[0][name] == states[1][name]).all() for name in states[0])
 
 
+@pytest.mark.page
 def test_the_evaluation_normalises_by_the_statistics_that_ppo_ended_with(tmp_path: Path) -> None:
     tree = recipe(tmp_path, {**LENGTH, "normalise": "running"}, {**LENGTH, "name": "plain", "weight": 0.25})
     prompts = write_prompts(tmp_path / "held.jsonl", ["One:", "Two:", "Three:"])
