@@ -41,6 +41,7 @@ class Rollout:
         finish: why each response ended; `length` means that it was cut, `stop` that its last token completed one of
             the texts in `stop`.
         version: version of the policy adapter that was sampled from.
+        tasks: the task of each prompt, where the policy is routed by task.
     """
 
     prompts: list[list[int]]
@@ -49,6 +50,7 @@ class Rollout:
     finish: list[FinishReason]
     version: int
     stop: tuple[str, ...] = ()
+    tasks: tuple[int, ...] | None = None
 
     @property
     def truncated_B(self) -> Tensor:
@@ -65,18 +67,22 @@ class Sequences:
 
     Under a causal mask a real token never attends to what stands right of it, so rows need no attention mask and
     position ids count from 0; which tokens are real follows from the lengths, never from comparing ids with a pad id.
-    `cut_B` says which responses were cut at the length limit, where the rows are a rollout's.
+    `cut_B` says which responses were cut at the length limit, where the rows are a rollout's. `tasks_B` says which task
+    a row is of, where the policy is routed by task; rows of different tasks share no prefix.
     """
 
     ids_BT: Tensor
     prompt_lengths_B: Tensor
     response_lengths_B: Tensor
     cut_B: Tensor | None = None
+    tasks_B: Tensor | None = None
 
     @classmethod
     def of(cls, rollout: Rollout, pad_id: int) -> Sequences:
-        """The rows of a rollout, which know of each response whether it was cut."""
-        return replace(cls.pack(rollout.prompts, rollout.responses, pad_id), cut_B=rollout.truncated_B)
+        """The rows of a rollout, which know of each response whether it was cut, and its task."""
+        tasks_B = None if rollout.tasks is None else torch.tensor(rollout.tasks)
+        rows = cls.pack(rollout.prompts, rollout.responses, pad_id)
+        return replace(rows, cut_B=rollout.truncated_B, tasks_B=tasks_B)
 
     @classmethod
     def pack(cls, prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> Sequences:
@@ -114,7 +120,8 @@ class Sequences:
         """The rows of that index, cut to the longest of them."""
         longest = int(self.lengths_B[index].max())
         lengths = self.prompt_lengths_B[index], self.response_lengths_B[index]
-        return Sequences(self.ids_BT[index, :longest], *lengths, None if self.cut_B is None else self.cut_B[index])
+        cut_B, tasks_B = (None if each is None else each[index] for each in (self.cut_B, self.tasks_B))
+        return Sequences(self.ids_BT[index, :longest], *lengths, cut_B, tasks_B)
 
 
 @dataclass(frozen=True)

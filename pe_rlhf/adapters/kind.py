@@ -178,6 +178,7 @@ KINDS: dict[str, str | type[AdapterKind[Any]]] = {
     "lora_dash": "pe_rlhf.adapters.kinds.lora_dash:LoRADash",
     "miss": "pe_rlhf.adapters.kinds.miss:MiSS",
     "redrawn": "pe_rlhf.adapters.kinds.redrawn:Redrawn",
+    "routed": "pe_rlhf.adapters.kinds.routed:Routed",
     "rosa": "pe_rlhf.adapters.kinds.rosa:RoSA",
     "shira": "pe_rlhf.adapters.kinds.shira:ShiRA",
     "spectral_a": "pe_rlhf.adapters.kinds.spectral_a:SpectralA",

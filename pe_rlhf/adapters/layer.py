@@ -25,9 +25,16 @@ BITSANDBYTES = ("Params4bit", "Int8Params")
 
 @dataclass
 class RoleState:
-    """The active role of a backbone; None is the anchor, the backbone as it was loaded."""
+    """What a backbone plays now.
+
+    Attributes:
+        active: the role; None is the anchor, the backbone as it was loaded.
+        task: for roles that are routed by task: the number of the task, or that of each token of the pass, _BT, or of
+            each row, _B1; None: no task was chosen.
+    """
 
     active: str | None = None
+    task: int | Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,9 @@ class AdapterLayer(nn.Module):
 
     def put_on(self, base: nn.Module) -> None:
         """Told of the base that it is put on. Whoever needs it keeps a weak reference: a layer is copied without it."""
+
+    def follow(self, state: RoleState) -> None:
+        """Told of what the backbone plays, for a layer that computes something else for each task."""
 
     def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
         """The change of a base weight (fp32) as a dense fp32 matrix _OI, computed fresh; None: there is no such one."""

@@ -45,6 +45,11 @@ class AdapterConfig(Section):
         " there; default: all blocks",
     )
 
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The tasks that it computes something else for each of; none of a kind that knows no tasks."""
+        return ()
+
     def without_dropout(self) -> Self:
         """The same adapter without dropout, which kinds without a LoRA have not."""
         return self

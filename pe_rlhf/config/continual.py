@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -9,6 +11,57 @@ from pydantic import Field, model_validator
 from pe_rlhf.config.section import Positive, Rate, Section, refusal
 
 NEW, SAME = ("olora", "nlora"), ("ewc",)  # the methods that need an adapter of each task's own, or one for all
+# The weight of one task's part: of the whole part, of each of its rank-one parts, or by a pattern of layers' names.
+PartWeight = float | list[float] | dict[str, float]
+FORMS = {"task": (float, "a number"), "subspace": (list, "a list of numbers"), "layer": (dict, "numbers by layer")}
+
+
+class RouteConfig(Section):
+    """A part of the adapter for each task: B·diag(k)·A, where k depends on the prompt's task."""
+
+    weights: Literal["task", "subspace", "layer", "learned"] = Field(
+        default="task",
+        description="what k has a number for: each task's part, each of its rank-one parts, or each part in each"
+        " layer; learned: a softmax over the parts, trained for each task in each layer",
+    )
+    shared_rank: int = Field(default=0, ge=0, description="rank of a part for all tasks, beside those of the tasks")
+    values: dict[str, dict[str, PartWeight]] = Field(
+        default_factory=dict,
+        description="the numbers: task → part (by its task) → a number, a list of them (subspace), or numbers by"
+        " pattern of layers' names (layer); what is not named is 0; default: a task's own part has 1",
+    )
+    rate: float = Field(
+        default=10.0, gt=0, description="learned: learning rate of the softmax's logits over that of the adapter"
+    )
+
+    def refuse_misfits(self, key: str, tasks: Sequence[str], rank: int) -> None:
+        """Refuse values that are not of these tasks, not of the form that `weights` says, or of another rank."""
+        if len(tasks) < 2:
+            raise refusal(key, f"there is nothing to route: there is {len(tasks) or 'no'} task; leave it out")
+        if self.values and self.weights == "learned":
+            raise refusal(f"{key}.values", "learned weights are trained; leave values out")
+        for task, own in self.values.items():
+            for name in (task, *own):
+                if name not in tasks:
+                    raise refusal(
+                        f"{key}.values", f"there is no task {name!r}; there are {', '.join(tasks)}", "unknown"
+                    )
+            kind, form = FORMS[self.weights]
+            for part, weight in own.items():
+                place = f"{key}.values.{task}.{part}"
+                listed = _numbers(weight)
+                if not isinstance(weight, kind) or not all(map(math.isfinite, listed)):
+                    raise refusal(place, f"{self.weights} weights are {form} (got {weight!r})", "invalid")
+                if isinstance(weight, list) and len(weight) != rank:
+                    raise refusal(place, f"it has {len(weight)} numbers, and the adapter has rank {rank}", "invalid")
+            if not any(number for weight in own.values() for number in _numbers(weight)):
+                raise refusal(f"{key}.values.{task}", "all its weights are 0", "empty")
+
+
+def _numbers(weight: PartWeight) -> list[float]:
+    if isinstance(weight, Mapping):
+        return [*weight.values()]
+    return [*weight] if isinstance(weight, list) else [weight]
 
 
 class ContinualConfig(Section):

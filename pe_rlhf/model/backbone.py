@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -277,16 +278,24 @@ class Backbone(RolesToExport):
             return nullcontext()
         model = self.active_model
         if model not in self._checkpointing:
-            self._checkpointing[model] = BlockCheckpointing(model, lambda: self.role(self.active_role))
+            self._checkpointing[model] = BlockCheckpointing(model, self._as_now)
         return self._checkpointing[model].one_pass()
+
+    def _as_now(self) -> AbstractContextManager[Any]:
+        """The role and the task that are played when this is called."""
+        return self.playing(self.active_role, self._state.task)
 
     def _hidden_at(self, sequences: Sequences, wanted_BT: Tensor) -> Tensor:
         """Last hidden states _NH at some of the positions, of which none lies before a prompt's last token."""
         ids_BT = sequences.ids_BT.to(self.device)
         packing = Packing.of(sequences, self.device) if self.packs else None
+        tasks = self._state.task if sequences.tasks_B is None else sequences.tasks_B[:, None]
+        if isinstance(tasks, Tensor) and packing is not None:
+            tasks = tasks[packing.row_L, 0][None]
         # A role with weights of its own shares no trunk with the others.
         shares_trunk = self.active_model is self.model
-        with self._trunk.one_pass(sequences, packing) if shares_trunk else nullcontext():
+        trunk = self._trunk.one_pass(sequences, packing) if shares_trunk else nullcontext()
+        with self.route(tasks), trunk:
             if packing is None:
                 return self._hidden(ids_BT)[wanted_BT.to(self.device)]
             with self._recomputing():

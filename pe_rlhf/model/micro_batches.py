@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pe_rlhf.model.fast.packing import common_length
+from pe_rlhf.model.fast.packing import common_starts
 from pe_rlhf.system.distributed import rank, world_size
 from pe_rlhf.types import Sequences
 
@@ -19,9 +19,15 @@ KEPT_TOKENS_PER_TOKEN = 8
 
 
 def sequence_costs(sequences: Sequences, *, packed: bool) -> Tensor:
-    """How many tokens _B of a budget each row takes: all, except those that every row starts with, in packed passes."""
-    shared = common_length(sequences) if packed else 0
-    return sequences.lengths_B - shared + kept_tokens(shared)
+    """How many tokens _B of a budget each row takes: all, except those that every row starts with, in packed passes.
+
+    Where rows have tasks: except those that every row of its task starts with.
+    """
+    if not packed:
+        return sequences.lengths_B
+    prefix_B, lengths_U = common_starts(sequences)
+    kept_U = torch.tensor([kept_tokens(length) for length in lengths_U.tolist()])
+    return sequences.lengths_B - (lengths_U - kept_U)[prefix_B]
 
 
 def pair_cost(prompt: int, chosen: int, rejected: int, *, packed: bool) -> int:

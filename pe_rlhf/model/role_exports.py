@@ -13,12 +13,13 @@ from pe_rlhf.adapters.kind import PeftFiles
 from pe_rlhf.adapters.layer import WrappedLayer, like_out_in, merged_weight, weight_out_in
 from pe_rlhf.adapters.peft_export import export_peft, peft_forms, peft_refusal, plain_lora
 from pe_rlhf.adapters.targets import linear_modules, module_names, shared_weights
-from pe_rlhf.model.roles import ANCHOR, ModelWithRoles
+from pe_rlhf.model.roles import ANCHOR
+from pe_rlhf.model.routing import RoutedRoles
 from pe_rlhf.model.tensors import unique_tensors
 from reward.errors import InputError
 
 
-class RolesToExport(ModelWithRoles):
+class RolesToExport(RoutedRoles):
     """Roles, and what is written of them for others. Nothing here changes a weight of the model."""
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
@@ -45,6 +46,8 @@ class RolesToExport(ModelWithRoles):
 
     def peft_form(self, role: str) -> PeftFiles | str:
         """What `export_adapter` writes of a role: the first form that PEFT loads as what it is, or why not one."""
+        if self._is_many(role):
+            return "it is an adapter for each task"
         refusal = f"PEFT has no adapter of the kind {self.adapter_spec(role).settings.kind}"
         names = module_names(self.model)
         for form in peft_forms(self.adapter_spec(role).kind, self.role_layers(role)):
@@ -58,9 +61,17 @@ class RolesToExport(ModelWithRoles):
         return refusal
 
     def export_rank(self, role: str) -> int:
-        """The rank of a role as a plain LoRA."""
-        factors = (layer.lora_factors() for layer in self.role_layers(role).values())
-        return max(len(found.A_RI) for found in factors if found is not None)
+        """The rank of a role as a plain LoRA; where no task is played, of the task with the largest."""
+        ranks: list[int] = []
+        for task in range(len(self.tasks_of(role))) if self._is_many(role) else [self._state.task]:
+            with self.route(task):
+                factors = (layer.lora_factors() for layer in self.role_layers(role).values())
+                ranks += [len(found.A_RI) for found in factors if found is not None]
+        return max(ranks)
+
+    def _is_many(self, role: str) -> bool:
+        """Whether a role is one adapter for each task, and no task is played."""
+        return bool(self.tasks_of(role)) and self._state.task is None
 
     def merged_tensors(self, role: str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The base's checkpoint, name by name, with `W0 + ΔW` of a role in it; computed fresh, the base is not touched.

@@ -289,6 +289,7 @@ class ModelWithRoles(nn.Module):
             layer = self._wrap(name)
             layer.adapters[role] = adapter
             layer.adapter(role).put_on(layer.base)
+            layer.adapter(role).follow(self._state)
         if head is not None:
             self.heads[role] = head
         self.specs[role] = spec

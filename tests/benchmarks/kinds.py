@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--kinds", default=",".join(sorted(set(KINDS) - {"stacked"})))
+    parser.add_argument("--kinds", default=",".join(sorted(set(KINDS) - {"routed", "stacked"})))
     arguments = parser.parse_args()
     model = load(arguments.model, arguments.layers)
     size = f"{model.config.num_hidden_layers} layers" + ("" if arguments.layers is None else ", the first ones")

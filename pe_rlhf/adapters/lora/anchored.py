@@ -109,10 +109,10 @@ def writable(y: Tensor) -> Tensor:
     return y if whole else y.clone(memory_format=torch.contiguous_format)
 
 
-def add_product(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
-    """`y + B(A x)` in y's dtype, written into y where it can be; A and B may be computed from what is trained."""
+def add_product(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float = 1.0) -> Tensor:
+    """`y + s·B(A x)` in y's dtype, written into y where it can be; A and B may be computed from what is trained."""
     up, down = A_RI.detach().to(y.dtype), B_OR.detach().to(y.dtype)
-    return _AddLowRank.apply(writable(y), x.to(y.dtype), A_RI, B_OR, up, down, 1.0)
+    return _AddLowRank.apply(writable(y), x.to(y.dtype), A_RI, B_OR, up, down, scale)
 
 
 def add_frozen(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:

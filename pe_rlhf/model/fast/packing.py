@@ -184,7 +184,7 @@ def find_prefixes(sequences: Sequences) -> tuple[Tensor, Tensor]:
     """What is best computed once: the start that all rows have in common, or the prompts, where rows have equal ones.
 
     A prompt's last token is never part of its prefix: it predicts the first response token, and so belongs to what is
-    asked for.
+    asked for. Rows of different tasks share nothing: a routed policy computes another function of the same tokens.
 
     Returns:
         `(prefix_B, lengths_U)`: which prefix each row starts with, and how long each is; of length 0 where none is
@@ -192,7 +192,7 @@ def find_prefixes(sequences: Sequences) -> tuple[Tensor, Tensor]:
     """
     none = torch.zeros(len(sequences), dtype=torch.long), torch.zeros(1, dtype=torch.long)
     whole = int(sequences.lengths_B.sum())
-    plans = (_common_start(sequences), _equal_prompts(sequences))
+    plans = (common_starts(sequences), _equal_prompts(sequences))
     prefix_B, lengths_U = min(plans, key=lambda plan: _computed(whole, *plan))
     return (prefix_B, lengths_U) if _computed(whole, prefix_B, lengths_U) <= WORTHWHILE * whole else none
 
@@ -205,17 +205,24 @@ def common_length(sequences: Sequences) -> int:
     return min(int(same_T.cumprod(0).sum()), int(sequences.prompt_lengths_B.min()) - 1)
 
 
+def common_starts(sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """What all rows start with, or all of each task: `(prefix_B, lengths_U)`."""
+    if sequences.tasks_B is None:
+        return torch.zeros(len(sequences), dtype=torch.long), torch.tensor([common_length(sequences)])
+    tasks_U, prefix_B = sequences.tasks_B.unique(return_inverse=True)
+    own = (sequences.take((prefix_B == u).nonzero()[:, 0]) for u in range(len(tasks_U)))
+    return prefix_B, torch.tensor([common_length(rows) for rows in own])
+
+
 def _computed(tokens: int, prefix_B: Tensor, lengths_U: Tensor) -> int:
     """How many tokens are left to compute."""
     return tokens - int(lengths_U[prefix_B].sum()) + int(lengths_U.sum())
 
 
-def _common_start(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    return torch.zeros(len(sequences), dtype=torch.long), torch.tensor([common_length(sequences)])
-
-
 def _equal_prompts(sequences: Sequences) -> tuple[Tensor, Tensor]:
     lengths = sequences.prompt_lengths_B.tolist()
-    prompts = [tuple(row[:length]) for row, length in zip(sequences.ids_BT.tolist(), lengths, strict=True)]
+    tasks = [0] * len(lengths) if sequences.tasks_B is None else sequences.tasks_B.tolist()
+    rows = zip(sequences.ids_BT.tolist(), lengths, tasks, strict=True)
+    prompts = [(task, *row[:length]) for row, length, task in rows]
     number = {prompt: u for u, prompt in enumerate(dict.fromkeys(prompts))}
-    return torch.tensor([number[prompt] for prompt in prompts]), torch.tensor([len(prompt) - 1 for prompt in number])
+    return torch.tensor([number[prompt] for prompt in prompts]), torch.tensor([len(prompt) - 2 for prompt in number])
