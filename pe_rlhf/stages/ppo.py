@@ -2,7 +2,8 @@
 
 Without a critic (`ppo.advantage`) there is no value adapter, no pass for it and no metric about it.
 
-The loop is `run`. Steps 2 to 4 are in `ppo_collect.py`, without gradients; step 5 is in `ppo_update.py`.
+The loop is `run`, and what a step does is `_step`. Of that, 2 to 4 are in `ppo_collect.py`, without gradients; 5 is in
+`ppo_update.py`.
 
 Left out of textbook PPO:
 - the entropy bonus: the KL to the anchor keeps the policy broad;
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,8 +30,10 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptimizer
+from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.learning_flags import ppo_flags
+from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.weighted import Moments, WeightedScorer, make_scorer
 from pe_rlhf.stages.add_roles import add_critic, add_role, critic_start
@@ -54,8 +58,89 @@ POLICY, VALUE = "policy", "value"
 ROLLOUT_PREFIX = "rollout/"  # of tensors in a checkpoint
 
 
+@dataclass
+class Training:
+    """What the steps work with; `beta` changes from one to the next."""
+
+    context: StageContext[PPOConfig]
+    backbone: Backbone
+    codec: TextCodec
+    prompts: PromptOrder
+    prompt_ids: Sequence[list[int]]
+    scorer: WeightedScorer
+    previous: PreviousPolicy | None
+    optimizer: RoleOptimizer
+    sampler: RolloutEngine
+    rollouts: Rollouts
+    judge: JudgeEvaluation | None
+    beta: float
+
+    @property
+    def kl_to(self) -> str:
+        """The role that the KL is measured to."""
+        return ANCHOR if self.previous is None else self.previous.anchor
+
+
 def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     """Train the policy by PPO; write its adapter, the critic's, the metrics and samples."""
+    config = context.config
+    training = _prepare(context)
+    first_step = _resume(training)
+    writer = context.metrics(first_step)
+    truncate_jsonl(context.files.samples, first_step)
+    training.scorer.learns = True
+
+    with progress("ppo", config.steps - first_step, "steps") as advance, stop_requests() as stop:
+        for step in range(first_step, config.steps):
+            with at_step(step + 1):
+                metrics = _step(training, writer, step, keep=step > first_step and step % config.checkpoint_every == 0)
+                if (stopped := stop.received()) or step + 1 == config.steps:
+                    _save(training, step + 1, training.scorer.moments(), metrics, training.rollouts.wait())
+                if stopped:
+                    raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
+                advance(1)
+    writer.close()
+    return _finish(training)
+
+
+def _step(training: Training, writer: MetricsWriter, step: int, *, keep: bool) -> dict[str, float]:
+    """One PPO step, numbered from 0. keep: leave a checkpoint of the weights that it starts from."""
+    t, config, seed = training, training.context.config, training.context.recipe.seed
+    start = time.monotonic()
+    # 1. the sampler gets the policy as it is; responses
+    batch, rollout = t.prompts.batch(step), t.rollouts.take(step)
+    sampled = time.monotonic()
+    # 2. to 4. anchor log-probs, values, scores; rewards shaped with the KL; advantages and returns
+    moments = t.scorer.moments()  # before this rollout: whoever goes on from here scores it again
+    stale = step - rollout.version
+    experience, metrics = collect_experience(
+        t.backbone, t.scorer, t.codec, batch, rollout, t.beta, config, stale, t.kl_to
+    )
+    metrics |= t.scorer.metrics
+    _refuse_high_kl(metrics["kl"], config)
+    scored = time.monotonic()
+    # Only weights whose rollout was scored are kept: a run that fails goes on from sound ones.
+    if keep:
+        _save(t, step, moments, metrics, rollout)
+    saved = time.monotonic()
+    # 5. epochs of minibatches with the clipped losses
+    # Where step 2 knows the mismatch of sampler and trainer, step 5 compares the trainer with itself.
+    metrics = update(t.backbone, t.optimizer, experience, t.beta, config, seed, step) | metrics
+    # 6. metrics, samples, the next β; the sampler gets the new weights at the next step
+    seconds = {"rollout": sampled - start, "score": scored - sampled, "update": time.monotonic() - saved}
+    metrics |= _timing(seconds, rollout.tokens(), config.epochs)
+    if t.judge is not None and t.judge.is_due(step + 1):
+        metrics |= t.judge(step + 1)
+    episodes = (step + 1) * len(rollout.responses)
+    writer.write(step + 1, {"episodes": episodes, "beta": t.beta, **metrics})
+    say(_line(step + 1, config.steps, metrics))
+    _write_samples(t, step + 1, batch.prompts, rollout, experience)
+    t.beta = _next_beta(t.beta, metrics["kl"], len(rollout.responses), config.kl)
+    return metrics
+
+
+def _prepare(context: StageContext[PPOConfig]) -> Training:
+    """Model, roles, prompts, rewards, sampler and judge, as a run without a checkpoint starts."""
     config, seed = context.config, context.recipe.seed
     backbone = context.backbone()
     codec = context.codec(backbone)
@@ -69,62 +154,35 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     start_from = critic_start(context, backbone, reward_roles)
     previous = PreviousPolicy.of(context.recipe, context.run_dir, backbone)
     optimizer = _add_roles(context, backbone, scorer, codec, asked, start_from, previous)
-    kl_to = ANCHOR if previous is None else previous.anchor
     sampler = context.sampler(backbone, POLICY, config.rollout, asked.ids)
     anchor.engine = None if config.rollout.ahead else sampler  # which is busy when the anchor is asked
     rollouts = Rollouts(sampler, POLICY, prompts, config, seed)
     judge = JudgeEvaluation(context, backbone, codec, POLICY) if config.eval_every is not None else None
-    first_step, beta = _resume(context, backbone, optimizer, scorer, rollouts)
-    writer = context.metrics(first_step)
-    truncate_jsonl(context.files.samples, first_step)
-    scorer.learns = True
+    return Training(
+        context=context,
+        backbone=backbone,
+        codec=codec,
+        prompts=prompts,
+        prompt_ids=asked.ids,
+        scorer=scorer,
+        previous=previous,
+        optimizer=optimizer,
+        sampler=sampler,
+        rollouts=rollouts,
+        judge=judge,
+        beta=config.kl.beta,
+    )
 
-    with progress("ppo", config.steps - first_step, "steps") as advance, stop_requests() as stop:
-        for step in range(first_step, config.steps):
-            with at_step(step + 1):
-                start = time.monotonic()
-                # 1. the sampler gets the policy as it is; responses
-                batch, rollout = prompts.batch(step), rollouts.take(step)
-                sampled = time.monotonic()
-                # 2. to 4. anchor log-probs, values, scores; rewards shaped with the KL; advantages and returns
-                moments = scorer.moments()  # before this rollout: whoever goes on from here scores it again
-                stale = step - rollout.version
-                experience, metrics = collect_experience(
-                    backbone, scorer, codec, batch, rollout, beta, config, stale, kl_to
-                )
-                metrics |= scorer.metrics
-                _refuse_high_kl(metrics["kl"], config)
-                scored = time.monotonic()
-                # Only weights whose rollout was scored are kept: a run that fails goes on from sound ones.
-                if step > first_step and step % config.checkpoint_every == 0:
-                    _save(context, backbone, optimizer, step, beta, moments, metrics, rollout)
-                saved = time.monotonic()
-                # 5. epochs of minibatches with the clipped losses
-                # Where step 2 knows the mismatch of sampler and trainer, step 5 compares the trainer with itself.
-                metrics = update(backbone, optimizer, experience, beta, config, seed, step) | metrics
-                # 6. metrics, samples, the next β, the last checkpoint
-                seconds = {"rollout": sampled - start, "score": scored - sampled, "update": time.monotonic() - saved}
-                metrics |= _timing(seconds, rollout.tokens(), config.epochs)
-                if judge is not None and judge.is_due(step + 1):
-                    metrics |= judge(step + 1)
-                episodes = (step + 1) * len(rollout.responses)
-                writer.write(step + 1, {"episodes": episodes, "beta": beta, **metrics})
-                say(_line(step + 1, config.steps, metrics))
-                _write_samples(context, step + 1, batch.prompts, rollout, experience, codec)
-                beta = _next_beta(beta, metrics["kl"], len(rollout.responses), config.kl)
-                if (stopped := stop.received()) or step + 1 == config.steps:
-                    _save(context, backbone, optimizer, step + 1, beta, scorer.moments(), metrics, rollouts.wait())
-                if stopped:
-                    raise Stopped(f"ppo: stopped after step {step + 1}", stopped)
-                advance(1)
-    writer.close()
 
-    for role in _trained(config):
+def _finish(training: Training) -> dict[str, Any]:
+    """Write the adapters, what the next task needs, and the summary."""
+    context, backbone, previous = training.context, training.backbone, training.previous
+    for role in _trained(context.config):
         save_role(backbone, role, context.files.role(role).folder)
-    leave_fisher(context, backbone, sampler, asked.ids, previous)
+    leave_fisher(context, backbone, training.sampler, training.prompt_ids, previous)
     summary = on_main(lambda: _summary(context, backbone))
     summary |= {} if previous is None else previous.metrics()
-    if moments := scorer.moments():
+    if moments := training.scorer.moments():
         summary["moments"] = moments  # by which the evaluation normalises
     write_json(context.files.summary, summary)
     return summary
@@ -198,67 +256,52 @@ def _line(step: int, total: int, f: dict[str, float]) -> str:
 
 
 def _write_samples(
-    context: StageContext[PPOConfig],
-    step: int,
-    prompts: list[Prompt],
-    rollout: Rollout,
-    experience: Experience,
-    codec: TextCodec,
+    training: Training, step: int, prompts: list[Prompt], rollout: Rollout, experience: Experience
 ) -> None:
     """A few responses with their scores, so that a person can see what the reward is doing to the text."""
+    context = training.context
     if step != 1 and step % context.config.samples_every:
         return
     kl_B = ((experience.old_logprobs_BR - experience.anchor_logprobs_BR) * experience.mask_BR).sum(dim=1)
-    texts = codec.texts(rollout)
+    texts = training.codec.texts(rollout)
     for i in range(min(4, len(prompts))):
         row = {"step": step, "prompt": prompts[i], "response": texts[i]}
         score, kl = float(experience.scores_B[i]), float(kl_B[i])
         append_jsonl(context.files.samples, row | {"score": round(score, 4), "kl": round(kl, 4)})
 
 
-def _resume(
-    context: StageContext[PPOConfig],
-    backbone: Backbone,
-    optimizer: RoleOptimizer,
-    scorer: WeightedScorer,
-    rollouts: Rollouts,
-) -> tuple[int, float]:
-    """Continue from the newest checkpoint, if any: the next step and β, which is the recipe's where it is fixed."""
-    kl = context.config.kl
+def _resume(training: Training) -> int:
+    """Go on from the newest checkpoint, if any. Returns the next step; β is the recipe's where that is fixed."""
+    context, kl = training.context, training.context.config.kl
     loaded = load_checkpoint(context.folder)
     if loaded is None:
-        return 0, kl.beta
+        return 0
     step, tensors, state = loaded
     for role in _trained(context.config):
-        backbone.set_role_state(role, without_prefix(f"{role}/", tensors))
-    optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
-    scorer.set_moments(state.get("moments", {}))
-    rollouts.restore(step, without_prefix(ROLLOUT_PREFIX, tensors))
+        training.backbone.set_role_state(role, without_prefix(f"{role}/", tensors))
+    training.optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
+    training.scorer.set_moments(state.get("moments", {}))
+    training.rollouts.restore(step, without_prefix(ROLLOUT_PREFIX, tensors))
     say(f"ppo: continuing after step {step}")
-    return step, state["beta"] if kl.controller == "adaptive" else kl.beta
+    if kl.controller == "adaptive":
+        training.beta = state["beta"]
+    return step
 
 
-def _save(
-    context: StageContext[PPOConfig],
-    backbone: Backbone,
-    optimizer: RoleOptimizer,
-    step: int,
-    beta: float,
-    moments: Moments,
-    metrics: dict[str, float],
-    rollout: Rollout | None,
-) -> None:
-    """`metrics` are those of the newest rollout: sampled from these weights, or before the update that made them.
+def _save(training: Training, step: int, moments: Moments, metrics: dict[str, float], rollout: Rollout | None) -> None:
+    """Leave a checkpoint after that many steps.
 
+    metrics: those of the newest rollout: sampled from these weights, or before the update that made them.
     rollout: what the step after this checkpoint trains on, which is kept where it was sampled ahead.
     """
+    context = training.context
     config = context.config
     score = kl_objective(metrics["reward_shaped"], metrics["kl"], beta=config.kl.beta, form=config.kl.form)
-    tensors, specs = roles_in(backbone, *_trained(config))
-    tensors |= with_prefix(CHECKPOINT_PREFIX, optimizer.state(copy=False))
+    tensors, specs = roles_in(training.backbone, *_trained(config))
+    tensors |= with_prefix(CHECKPOINT_PREFIX, training.optimizer.state(copy=False))
     if config.rollout.ahead:
         tensors |= with_prefix(ROLLOUT_PREFIX, pack(rollout))
-    state = {"beta": beta, **({"moments": moments} if moments else {}), **specs}
+    state = {"beta": training.beta, **({"moments": moments} if moments else {}), **specs}
     save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
 
 
