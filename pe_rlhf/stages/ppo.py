@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -66,7 +65,7 @@ class Training:
     backbone: Backbone
     codec: TextCodec
     prompts: PromptOrder
-    prompt_ids: Sequence[list[int]]
+    prompt_ids: list[list[int]]
     scorer: WeightedScorer
     previous: PreviousPolicy | None
     optimizer: RoleOptimizer
