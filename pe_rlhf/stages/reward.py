@@ -9,18 +9,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from pe_rlhf.config import RewardConfig
 from pe_rlhf.data.preference_pairs import Pairs
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.micro_batches import own_micro_batches
-from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleOptimizer
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
@@ -28,6 +24,7 @@ from pe_rlhf.runs.learning_flags import reward_flags
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages.add_roles import REWARD
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.reward_evaluation import RewardEvaluation, evaluate_pairs
 from pe_rlhf.stages.reward_members import (
     Member,
     add_members,
@@ -39,82 +36,125 @@ from pe_rlhf.stages.reward_members import (
 )
 from pe_rlhf.stages.reward_pairs import load_pairs
 from pe_rlhf.system.distributed import on_main, rank, sum_metrics
-from pe_rlhf.system.failures import Stopped, TrainingError
+from pe_rlhf.system.failures import Stopped
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
-from pe_rlhf.system.progress import Advance, no_progress, progress, say
+from pe_rlhf.system.progress import progress, say
 from pe_rlhf.system.seeding import seeded
 from pe_rlhf.system.stop_signals import stop_requests
-from pe_rlhf.types import Sequences
 from reward.calibration import accuracy_interval, expected_calibration_error, reliability_table
 from reward.losses import pairwise_loss
 
 
+@dataclass
+class Training:
+    """What the steps work with.
+
+    Attributes:
+        started: when training began, on `time.monotonic`'s scale, less what a run that this one goes on from has spent.
+        results: the newest evaluation of each member.
+        held_out_loss: of the weights as they are, where they were evaluated.
+    """
+
+    context: StageContext[RewardConfig]
+    backbone: Backbone
+    train: Pairs
+    held_out: Pairs
+    members: Sequence[Member]
+    optimizer: RoleOptimizer
+    steps_per_epoch: int
+    started: float
+    results: list[RewardEvaluation] = field(default_factory=list)
+    held_out_loss: float | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.context.config.epochs * self.steps_per_epoch
+
+
 def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
     """Train, evaluate, centre the scores, and write the adapter."""
-    config = context.config
-    start = time.monotonic()
+    training = _prepare(context)
+    first_step, total_steps = _resume(training), training.total_steps
+    everything = training.train.responses() + training.held_out.responses()
+    with progress("reward: frozen blocks", len(everything), "responses") as advance:
+        training.backbone.compute_once(everything, context.config.micro_batch_tokens, advance)
+    writer = context.metrics(first_step)
+    truncate_jsonl(context.files.reliability, first_step)
+
+    with progress("reward: training", total_steps - first_step, "steps") as advance, stop_requests() as stop:
+        for step in range(first_step, total_steps):
+            line = _step(training, step, keep=step > first_step and step % context.config.checkpoint_every == 0)
+            if (step + 1) % context.config.eval_every == 0 or step + 1 == total_steps:
+                line |= _evaluate(training, step + 1)
+                say(_line(step + 1, total_steps, line))
+            writer.write(step + 1, line)
+            if (stopped := stop.received()) or step + 1 == total_steps:
+                _save(training, step + 1, time.monotonic())
+            if stopped:
+                raise Stopped(f"reward: stopped after step {step + 1}", stopped)
+            advance(1)
+    writer.close()
+    return _finish(training)
+
+
+def _prepare(context: StageContext[RewardConfig]) -> Training:
+    """Model, pairs, members and their optimizer, as a run without a checkpoint starts."""
+    config, started = context.config, time.monotonic()
     backbone = context.backbone()
     train, held_out = load_pairs(context, config, backbone)
     members = members_of(context.recipe, config, len(train))
     add_members(context, backbone, members, train)
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
-    total_steps = config.epochs * steps_per_epoch
     groups = groups_of(backbone, members, config)
+    total_steps = config.epochs * steps_per_epoch
     optimizer = RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed, context.recipe.seed)
-    first_step, seconds_before = _resume(context, backbone, optimizer, members)
-    everything = train.responses() + held_out.responses()
-    with progress("reward: frozen blocks", len(everything), "responses") as advance:
-        backbone.compute_once(everything, config.micro_batch_tokens, advance)
-    writer = context.metrics(first_step)
-    truncate_jsonl(context.files.reliability, first_step)
-    results: list[RewardEvaluation] = []
-    held_out_loss: float | None = None  # of the weights as they are
+    return Training(context, backbone, train, held_out, members, optimizer, steps_per_epoch, started)
 
-    with progress("reward: training", total_steps - first_step, "steps") as advance, stop_requests() as stop:
-        for step in range(first_step, total_steps):
-            epoch, batch = divmod(step, steps_per_epoch)
-            step_start = time.monotonic()
-            gradients = partial(_gradients, backbone, optimizer, members, train, step, (epoch, batch), config)
-            line: dict[str, float] = {"epoch": epoch} | gradients(0)
-            spent = time.monotonic() - step_start
-            # Only weights whose loss on the next pairs is finite are kept: a run that fails goes on from sound ones.
-            if step > first_step and step % config.checkpoint_every == 0:
-                seconds = seconds_before + step_start - start
-                _save(context, backbone, optimizer, members, step, seconds, held_out_loss)
-            step_start = time.monotonic() - spent  # without the saving
-            rates, norms = optimizer.learning_rates(), optimizer.step(partial(gradients, 1))
-            line |= {"lr": rates[REWARD], "grad_norm": norms[REWARD]}
-            line["seconds_step"] = time.monotonic() - step_start
-            done, held_out_loss = step + 1, None
-            if done % config.eval_every == 0 or done == total_steps:
-                results = _evaluate_members(backbone, members, held_out, config)
-                together = ensemble_metrics([result.margins for result in results])
-                line |= results[0].metrics() | together | diversity_metrics(backbone, members, config)
-                held_out_loss = together.get("ensemble_eval_loss", results[0].loss)
-                append_jsonl(context.files.reliability, {"step": done, "bins": reliability_table(results[0].margins)})
-                say(_line(done, total_steps, line))
-            writer.write(done, line)
-            if (stopped := stop.received()) or done == total_steps:
-                seconds = seconds_before + time.monotonic() - start
-                _save(context, backbone, optimizer, members, done, seconds, held_out_loss)
-            if stopped:
-                raise Stopped(f"reward: stopped after step {done}", stopped)
-            advance(1)
-    writer.close()
 
-    results = results or _evaluate_members(backbone, members, held_out, config)
-    _centre(backbone, members, train, config)
-    for member in members:
-        save_role(backbone, member.role, context.files.role(member.role).folder)
+def _step(training: Training, step: int, *, keep: bool) -> dict[str, float]:
+    """One step of the optimizer, numbered from 0. keep: leave a checkpoint of the weights that it starts from."""
+    t, config = training, training.context.config
+    epoch, batch = divmod(step, t.steps_per_epoch)
+    start = time.monotonic()
+    gradients = partial(_gradients, t.backbone, t.optimizer, t.members, t.train, step, (epoch, batch), config)
+    line: dict[str, float] = {"epoch": epoch} | gradients(0)
+    spent = time.monotonic() - start
+    # Only weights whose loss on the next pairs is finite are kept: a run that fails goes on from sound ones.
+    if keep:
+        _save(t, step, start)
+    start = time.monotonic() - spent  # without the saving
+    rates, norms = t.optimizer.learning_rates(), t.optimizer.step(partial(gradients, 1))
+    t.held_out_loss = None
+    return line | {"lr": rates[REWARD], "grad_norm": norms[REWARD], "seconds_step": time.monotonic() - start}
+
+
+def _evaluate(training: Training, steps: int) -> dict[str, float]:
+    """The metrics on held-out pairs after that many steps."""
+    t, config = training, training.context.config
+    t.results = _evaluate_members(t.backbone, t.members, t.held_out, config)
+    first, together = t.results[0], ensemble_metrics([result.margins for result in t.results])
+    t.held_out_loss = together.get("ensemble_eval_loss", first.loss)
+    append_jsonl(t.context.files.reliability, {"step": steps, "bins": reliability_table(first.margins)})
+    return first.metrics() | together | diversity_metrics(t.backbone, t.members, config)
+
+
+def _finish(training: Training) -> dict[str, Any]:
+    """Centre the scores; write the adapters and the summary."""
+    t, context, config = training, training.context, training.context.config
+    results = t.results or _evaluate_members(t.backbone, t.members, t.held_out, config)
+    _centre(t.backbone, t.members, t.train, config)
+    for member in t.members:
+        save_role(t.backbone, member.role, context.files.role(member.role).folder)
+    parameters = (t.backbone.role_parameters(member.role).values() for member in t.members)
     summary = (
-        _summary(members, results, len(train))
-        | diversity_metrics(backbone, members, config)
+        _summary(t.members, results, len(t.train))
+        | diversity_metrics(t.backbone, t.members, config)
         | {
-            "steps": total_steps,
+            "steps": t.total_steps,
             "seconds_per_step": on_main(lambda: _seconds_per_step(context)),
-            "trainable_parameters": sum(p.numel() for group in groups for p in group.parameters.values()),
-            "seconds": round(seconds_before + time.monotonic() - start, 2),
+            "trainable_parameters": sum(p.numel() for own in parameters for p in own),
+            "seconds": round(time.monotonic() - t.started, 2),
             **peak_memory(),
         }
     )
@@ -202,82 +242,28 @@ def dropout(backbone: Backbone) -> Iterator[None]:
         backbone.eval()
 
 
-@dataclass(frozen=True)
-class RewardEvaluation:
-    """`loss`, `accuracy` and `margin` over pairs; the margin of each pair; the mean score of all their responses."""
-
-    loss: float
-    accuracy: float
-    margin: float
-    margins: list[float]
-    mean_score: float
-
-    def metrics(self) -> dict[str, float]:
-        calibration_error = expected_calibration_error(self.margins)
-        return {
-            "eval_loss": self.loss,
-            "eval_accuracy": self.accuracy,
-            "eval_margin": self.margin,
-            "eval_calibration_error": calibration_error,
-        }
-
-
-def evaluate_pairs(
-    backbone: Backbone, pairs: Pairs, config: RewardConfig, advance: Advance = no_progress, *, role: str = REWARD
-) -> RewardEvaluation:
-    """Score all pairs; the plain loss, without margin, smoothing or centering. `advance` gets how many were scored.
-
-    Raises `TrainingError` where it is not finite: an accuracy of such scores would look like one.
-    """
-
-    def compute(part: Sequences) -> Tensor:
-        return backbone.response_scores(part).view(2, -1).T
-
-    costs_B, budget = pairs.costs(packed=backbone.packs), config.micro_batch_tokens
-    scores_B2 = for_each_row(backbone, role, pairs, budget, compute, costs_B=costs_B, advance=advance)
-    chosen_B, rejected_B = scores_B2.T.contiguous()
-    result = pairwise_loss(chosen_B, rejected_B)
-    if not result.loss.isfinite():
-        raise TrainingError(
-            f"the loss over {len(pairs)} pairs is {result.loss.item()}",
-            kind="not_finite",
-            key="reward.learning_rate",
-            fix="lower reward.learning_rate",
-        )
-    means = (result.loss.item(), result.accuracy.item(), result.margin.item())
-    return RewardEvaluation(*means, (chosen_B - rejected_B).tolist(), torch.cat([chosen_B, rejected_B]).mean().item())
-
-
-def _resume(
-    context: StageContext[RewardConfig], backbone: Backbone, optimizer: RoleOptimizer, members: Sequence[Member]
-) -> tuple[int, float]:
-    """Continue from the newest checkpoint, if any: the next step, and the seconds spent so far."""
-    loaded = load_checkpoint(context.folder)
+def _resume(training: Training) -> int:
+    """Go on from the newest checkpoint, if any. Returns the next step."""
+    loaded = load_checkpoint(training.context.folder)
     if loaded is None:
-        return 0, 0.0
+        return 0
     step, tensors, state = loaded
-    for member in members:
-        backbone.set_role_state(member.role, without_prefix(f"{member.role}/", tensors))
-    optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
+    for member in training.members:
+        training.backbone.set_role_state(member.role, without_prefix(f"{member.role}/", tensors))
+    training.optimizer.load_state(without_prefix(CHECKPOINT_PREFIX, tensors))
+    training.started -= state["seconds"]
     say(f"reward: continuing after step {step}")
-    return step, state["seconds"]
+    return step
 
 
-def _save(
-    context: StageContext[RewardConfig],
-    backbone: Backbone,
-    optimizer: RoleOptimizer,
-    members: Sequence[Member],
-    step: int,
-    seconds: float,
-    held_out_loss: float | None,
-) -> None:
-    config = context.config
-    score = None if held_out_loss is None else -held_out_loss
-    tensors, specs = roles_in(backbone, *(member.role for member in members))
-    tensors |= with_prefix(CHECKPOINT_PREFIX, optimizer.state(copy=False))
-    state = {"seconds": seconds} | specs
-    save_checkpoint(context.folder, step, tensors, state, keep=config.keep_checkpoints, score=score)
+def _save(training: Training, steps: int, now: float) -> None:
+    """Leave a checkpoint after that many steps; now: when the last of them ended."""
+    context, loss = training.context, training.held_out_loss
+    score = None if loss is None else -loss
+    tensors, specs = roles_in(training.backbone, *(member.role for member in training.members))
+    tensors |= with_prefix(CHECKPOINT_PREFIX, training.optimizer.state(copy=False))
+    state = {"seconds": now - training.started} | specs
+    save_checkpoint(context.folder, steps, tensors, state, keep=context.config.keep_checkpoints, score=score)
 
 
 def _summary(members: Sequence[Member], results: Sequence[RewardEvaluation], train_pairs: int) -> dict[str, Any]:
