@@ -13,7 +13,7 @@ from tests.paths import ROOT
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"# ([\w/.-]+\.(?:py|yaml))\n")
-NAME_BEFORE = re.compile(r"`([\w.-]+\.jsonl)`:\n\n\Z")  # JSON has no comments
+NAME_BEFORE = re.compile(r"`([\w.-]+\.jsonl|hosts)`:\n\n\Z")  # JSON has no comments
 COMMANDS = ("pe-rlhf ", "python ", "make ", "sbatch ", "pip ")
 
 
@@ -59,11 +59,11 @@ def _blocks(page: Path) -> Iterator[Block]:
 
 def commands() -> list[Command]:
     """Every command of the bash blocks, and every one in the text that is more than a name."""
-    found = [Command(b.page, words) for b in blocks("bash") for line in b.text.splitlines() for words in _words(line)]
+    found = [Command(b.page, words) for b in blocks("bash") for line in b.text.splitlines() for words in words_of(line)]
     for page, code in inline_code():
         # The generated page has headings such as `pe-rlhf evaluate sampling`: whose settings they are.
         if code.startswith(COMMANDS) and "…" not in code and page.name != "recipe.md":
-            found += [Command(page, words) for words in _words(code)]
+            found += [Command(page, words) for words in words_of(code)]
     return list(dict.fromkeys(found))
 
 
@@ -76,7 +76,8 @@ def inline_code() -> list[tuple[Path, str]]:
     ]
 
 
-def _words(line: str) -> Iterator[tuple[str, ...]]:
+def words_of(line: str) -> Iterator[tuple[str, ...]]:
+    """The words of each command in a line of a shell."""
     for part in line.split(" && "):
         words = shlex.split(part, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):

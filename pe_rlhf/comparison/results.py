@@ -17,7 +17,7 @@ from rich.table import Table
 from pe_rlhf.comparison.analysis import analyse, to_json, to_rows
 from pe_rlhf.comparison.collect import collect
 from pe_rlhf.comparison.page.comparison_page import write_comparison_report
-from pe_rlhf.comparison.page.comparison_plots import draw_win_rates
+from pe_rlhf.comparison.page.comparison_plots import draw_gold, draw_win_rates
 from pe_rlhf.comparison.plan import Plan
 from pe_rlhf.comparison.run_result import Analysis, Estimate
 from pe_rlhf.comparison.trials import Choice, choose
@@ -44,8 +44,9 @@ def write_results(plan: Plan) -> Outcome:
     write_comparison_report(analysis, files.report, recipe=recipe, facts=facts(plan))
     write_json(files.summary, {**facts(plan), **to_json(analysis), "trials": _trials(choices)})
     write_whole(files.results, _csv(to_rows(analysis)))
-    if (plot := draw_win_rates(analysis)) is not None:
-        write_whole(files.win_rates, plot.svg)
+    for path, plot in ((files.win_rates, draw_win_rates(analysis)), (files.gold, draw_gold(analysis))):
+        if plot is not None:
+            write_whole(path, plot.svg)
     named = {s: [f"{r.arm}, seed {r.seed}" for r in analysis.runs if r.status == s] for s in ("failed", "unfinished")}
     return Outcome(outcome_table(analysis), named["failed"], named["unfinished"])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from pe_rlhf.report.charts import draw_lines, draw_reliability, points
+from pe_rlhf.report.charts import Line, draw_lines, draw_reliability, points
 from pe_rlhf.report.format import conversation, duration, gibibytes, number, percent, preferred
 from pe_rlhf.report.members_table import members_table
 from pe_rlhf.report.page import Interval, Page, Plot, Sample, Section, Table, Text, Tile
@@ -233,7 +233,20 @@ def _ppo(stage: Stage | None) -> Section:
             row |= {"reward_low": row["reward"] - deviation, "reward_high": row["reward"] + deviation}
     curves = (PPO[0], *_sources(stage.metrics), *PPO[1:])
     judged = [row for row in stage.metrics if None not in (row.get("judge_win_rate"), row.get("reward"))]
-    return Section("PPO", note=over_optimisation(judged) if judged else "", plots=_plots(stage, curves))
+    plots = [*_plots(stage, curves), *_gold(stage.metrics)]
+    return Section("PPO", note=over_optimisation(judged) if judged else "", plots=plots)
+
+
+def _gold(metrics: list[Row]) -> list[Plot]:
+    """The judge's own score of the policy over the policy's KL: it turns down where the reward is over-optimised."""
+    rows = [row for row in metrics if None not in (row.get("judge_score_policy"), row.get("judge_kl"))]
+    if not rows:
+        return []
+    kl = [0.0, *(row["judge_kl"] for row in rows)]  # before training the policy is the anchor
+    line = Line("policy", kl, [rows[0]["judge_score_anchor"], *(row["judge_score_policy"] for row in rows)])
+    note, x_label = "held-out prompts, from the anchor on", "KL to the anchor, nats per response"
+    plot = draw_lines("Judge's score and KL", "judge's mean score", [line], x_label=x_label, note=note)
+    return [plot] if plot else []
 
 
 def _sources(metrics: list[Row]) -> list[Curves]:

@@ -196,6 +196,7 @@ class ComparisonFiles(_Files):
     report = _Below("report.html")
     results = _Below("results.csv")
     win_rates = _Below("win_rates.svg")  # not there where no run was evaluated
+    gold = _Below("gold_over_kl.svg")  # not there without `ppo.eval_every` and a judge that gives scores
     shared = _Below("shared")
     runs = _Below("runs")
     trials = _Below("trials")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,7 @@ def evaluate_policy(context: StageContext[EvaluateConfig], policy: Path, *, with
         **{key: result[key] for key in RESULTS if key in result},
         **_policy_metrics(backbone, rollouts["policy"], sequences["policy"], config.sampling, ppo),
         **{f"mean_length_{role}": rollout.tokens() / len(rollout.responses) for role, rollout in rollouts.items()},
-        "gold_policy": _mean([outcome.verdict.score_a for outcome in outcomes]),
-        "gold_anchor": _mean([outcome.verdict.score_b for outcome in outcomes]),
+        **{f"gold_{side}": score for side, score in mean_scores(outcomes).items()},
         **rewards,
         "seconds": round(time.monotonic() - start, 2),
         **peak_memory(),
@@ -123,21 +123,29 @@ def _policy_metrics(
 ) -> dict[str, float]:
     """KL(policy ‖ anchor) in nats per response from the policy's own samples, and whether they were the policy's."""
 
-    def compute(part: Sequences) -> Tensor:
-        return backbone.response_logprobs(part, sampling.temperature)[0]
-
-    policy_BR, anchor_BR = (
-        for_each_token(backbone, role, sequences, ppo.micro_batch_tokens, compute) for role in ("policy", ANCHOR)
-    )
+    policy_BR, anchor_BR = logprobs_of(backbone, ("policy", ANCHOR), sequences, sampling, ppo)
     sampler_N = torch.tensor([value for row in rollout.logprobs for value in row])
     policy_N, anchor_N = (values_BR[sequences.mask_BR] - sampler_N for values_BR in (policy_BR, anchor_BR))
     kl = (policy_BR - anchor_BR).sum().item() / len(sequences)
     return {"kl": kl, **mismatch_metrics(policy_N, sampling, backbone.precision, anchor_N)}
 
 
-def _mean(scores: list[float | None]) -> float | None:
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known else None
+def logprobs_of(
+    backbone: Backbone, roles: Sequence[str], sequences: Sequences, sampling: SamplingConfig, ppo: PPOConfig
+) -> list[Tensor]:
+    """The log-probs _BR that each role gives the responses, at the temperature that they were sampled at."""
+
+    def compute(part: Sequences) -> Tensor:
+        return backbone.response_logprobs(part, sampling.temperature)[0]
+
+    return [for_each_token(backbone, role, sequences, ppo.micro_batch_tokens, compute) for role in roles]
+
+
+def mean_scores(outcomes: list[Outcome]) -> dict[str, float | None]:
+    """The judge's own mean score of the policy and of the anchor; None where it gives no scores."""
+    scores = {"policy": [o.verdict.score_a for o in outcomes], "anchor": [o.verdict.score_b for o in outcomes]}
+    known = {side: [score for score in given if score is not None] for side, given in scores.items()}
+    return {side: sum(given) / len(given) if given else None for side, given in known.items()}
 
 
 def _write_samples(

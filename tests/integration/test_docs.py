@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -9,19 +10,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.documentation import Command, apply_changes, blocks, commands
+from tests.documentation import Block, Command, apply_changes, blocks, commands, words_of
+from tests.integration.rollout.serving import serve
 from tests.paths import ROOT
-from tests.runs import Outcome
+from tests.runs import Outcome, write_jsonl
+from tests.stage_support import byte_model
+from tests.unit.cli.test_recipes import CHATML
 
 Cli = Callable[..., Outcome]
 
 EXTENDING = "extending.md"
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 # What stands for a thing that a command cannot have here, with the reason that it is only parsed (tests/unit).
 NEEDS = {
     r"^quickstart$": "ten minutes",
@@ -29,6 +35,7 @@ NEEDS = {
     r"llm:|^http": "a model or a server",
     r"^--submit$": "a cluster",
     r"^smoke$": "run once, for all",
+    r"^(tldr|hh_helpful)$": "the hub",
     r"=vllm$": "vLLM",
     r"^RECIPE|^RUN|^…": "a name to fill in",
     r"^other/": "a second run",
@@ -47,7 +54,8 @@ def reason_not_to_run(command: Command) -> str | None:
     return next((why for word in words[1:] for pattern, why in NEEDS.items() if re.search(pattern, word)), None)
 
 
-RUN = [c for c in commands() if reason_not_to_run(c) is None and c.page.name not in (EXTENDING, "CONTRIBUTING.md")]
+IN_ORDER = (EXTENDING, "CONTRIBUTING.md", *(page.name for page in TUTORIALS))  # pages with a test of their own
+RUN = [c for c in commands() if reason_not_to_run(c) is None and c.page.name not in IN_ORDER]
 RUN = list({c.words: c for c in RUN}.values())  # what several pages name runs once
 
 
@@ -151,3 +159,70 @@ def test_the_example_of_a_stage_runs(tmp_path: Path) -> None:
     run(tmp_path, *command.words[1:], root=copy)
     summary = json.loads((tmp_path / "runs" / "my_lengths" / "lengths" / "summary.json").read_text(encoding="utf-8"))
     assert summary["prompts"] == 4
+
+
+# ---- docs/tutorials -------------------------------------------------------------------------------------------------
+
+# A model and a judge that are here, and no more work than each step must have.
+LITTLE = {"steps": 2, "max_new_tokens": 4, "batch_size": 4, "eval_every": 1, "eval_prompts": 2}
+LITTLE |= {"seeds": [1], "lr_factors": [0.3, 1]}
+SERVED = "http://localhost:8000"
+
+
+def with_stand_ins(text: str, model: Path) -> str:
+    """A file of a tutorial, or a command, for a tiny model."""
+    text = re.sub(r"judge: \{kind: llm.*\}", "judge: length", text)
+    text = re.sub(rf"\b({'|'.join(LITTLE)}): (\d+|\[.*?\])", lambda match: f"{match[1]}: {LITTLE[match[1]]}", text)
+    text = re.sub(r"\brun quickstart$", "run smoke name=quickstart threads=1", text)
+    return re.sub(r"Qwen/Qwen2\.5-[\w.]+-Instruct", str(model), text)
+
+
+def write_shown(block: Block, folder: Path, model: Path) -> None:
+    """Write a file that a tutorial shows; of data, which the reader has more of, each row six times."""
+    path = folder / block.name
+    if block.language != "json":
+        path.write_text(with_stand_ins(block.text, model), encoding="utf-8")
+        return
+    rows = [json.loads(line) for line in block.text.splitlines()]
+    write_jsonl(path, [row | {"prompt": f"{row['prompt']} {number}"} for row in rows for number in range(6)])
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_runs(page: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands in order, in one folder, with the files that it shows."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of programs that are started
+    model = byte_model(tmp_path / "model", pad_is_eos=False, max_position_embeddings=512, head_dim=32)
+    (model / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    own = [block for block in blocks("bash", "python", "yaml", "json", "text") if block.page == page]
+    with ExitStack() as servers:
+        for block in sorted(own, key=lambda block: block.line):
+            if block.name:
+                write_shown(block, tmp_path, model)
+            for line in block.text.splitlines() if block.language == "bash" else ():
+                ((program, *words),) = words_of(with_stand_ins(line, model))
+                if program == "pe-rlhf":
+                    starts_ranks = words[0] == "launch" and "--dry-run" not in words
+                    ended = cli(*words, *(["--dry-run"] if starts_ranks else []))
+                    assert ended.code == 0, (line, ended.err)
+                elif program == "python":
+                    run_script(tmp_path / words[0])
+                elif is_asked(own) and importlib.util.find_spec("vllm") is not None:
+                    assert program == "launch/vllm_server.sh"
+                    address = servers.enter_context(serve(words[0], tmp_path))
+                    (tmp_path / "address").write_text(address, encoding="utf-8")
+
+
+def is_asked(page: list[Block]) -> bool:
+    """Whether a program of the page asks the server that the page starts; else that is on another machine."""
+    return any(block.language == "python" and SERVED in block.text for block in page)
+
+
+def run_script(script: Path) -> None:
+    """Run a program that a tutorial shows; one that asks a server only where vLLM is installed to be the server."""
+    text, address = script.read_text(encoding="utf-8"), script.with_name("address")
+    if SERVED in text:
+        if not address.exists():
+            return
+        script.write_text(text.replace(SERVED, address.read_text(encoding="utf-8")), encoding="utf-8")
+    done = subprocess.run([sys.executable, script], cwd=script.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ from pe_rlhf.comparison.page.comparison_plots import (
     draw_cost,
     draw_drift,
     draw_frontier,
+    draw_gold,
     draw_metric,
     draw_spectra,
     draw_win_rates,
@@ -98,6 +99,7 @@ def _training_plots(analysis: Analysis) -> list[Plot]:
         draw_metric(analysis, "KL to the anchor", "kl", "nats per response"),
         draw_metric(analysis, "Entropy", "entropy", "nats per token"),
         draw_frontier(analysis),
+        draw_gold(analysis),
     )
     return [plot for plot in plots if plot]
 

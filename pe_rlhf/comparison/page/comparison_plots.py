@@ -64,6 +64,23 @@ def draw_frontier(analysis: Analysis) -> Plot | None:
     )
 
 
+def draw_gold(analysis: Analysis) -> Plot | None:
+    """The judge's own score over the KL of the policy it judged, an arm's mean over its finished runs."""
+    lines = []
+    for style, arm in enumerate(analysis.arms):
+        by_step: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for run in [run for run in ended_runs(analysis, arm.arm) if run.status == "finished"]:
+            for index, row in enumerate(rows_with(run, "judge_kl", "judge_score_policy", "judge_score_anchor")):
+                if index == 0:  # before training the policy is the anchor
+                    by_step[0].append((0.0, row["judge_score_anchor"]))
+                by_step[row["step"]].append((row["judge_kl"], row["judge_score_policy"]))
+        kl, score = ([fmean(run[i] for run in by_step[step]) for step in sorted(by_step)] for i in (0, 1))
+        lines.append(Line(arm.arm, kl, score, style=style))
+    note = "held-out prompts; mean of an arm's finished runs, from the anchor on"
+    x_label = "KL to the anchor, nats per response"
+    return draw_lines("Judge's score and KL", "judge's mean score", lines, x_label=x_label, note=note)
+
+
 def draw_spectra(analysis: Analysis) -> Plot | None:
     """The singular values of the arms' updates, divided by the greatest."""
     lines = []

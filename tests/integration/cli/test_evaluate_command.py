@@ -292,4 +292,18 @@ def test_ppo_with_a_judge_every_other_step(cli: Callable[..., Outcome], tmp_path
     verdicts = read_jsonl(tmp_path / "run" / "ppo" / "judge" / "step-000003.jsonl")
     wins: list[Any] = [row["preference"] for row in verdicts]
     assert rows[-1]["judge_win_rate"] == pytest.approx(sum(wins) / 4)
-    assert "Win-rate by the judge" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Win-rate by the judge" in page
+    assert "Judge&#39;s score and KL" in page
+
+
+def test_the_last_judgement_during_ppo_is_that_of_the_evaluation(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Same policy, prompts and seeds: its KL is of that policy, and not of the one before the last step."""
+    path = write_recipe(tmp_path, recipe("ppo", "evaluate", ppo__eval_every=2, ppo__steps=2, ppo__learning_rate=0.01))
+    assert cli("run", path, "--run-dir", "run").code == 0
+    row = read_jsonl(tmp_path / "run" / "ppo" / "metrics.jsonl")[-1]
+    summary = json.loads((tmp_path / "run" / "evaluate" / "summary.json").read_text())
+    assert row["judge_kl"] == pytest.approx(summary["kl"], abs=1e-6)
+    assert row["judge_kl"] != pytest.approx(row["kl"], abs=1e-3)
+    assert row["judge_score_policy"] == pytest.approx(summary["gold_policy"])
+    assert row["judge_score_anchor"] == pytest.approx(summary["gold_anchor"])

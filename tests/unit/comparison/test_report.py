@@ -13,7 +13,7 @@ import pytest
 
 from pe_rlhf.comparison.page import comparison_plots
 from pe_rlhf.comparison.page.comparison_page import overview, write_comparison_report
-from pe_rlhf.comparison.page.comparison_plots import draw_frontier, draw_metric, draw_spectra
+from pe_rlhf.comparison.page.comparison_plots import draw_frontier, draw_gold, draw_metric, draw_spectra
 from pe_rlhf.comparison.page.tables import seconds, signed, signed_share
 from pe_rlhf.comparison.run_result import Analysis, ArmResult, Collapse, Estimate, PairResult, Row
 from pe_rlhf.report.charts import Bar, Line
@@ -178,6 +178,21 @@ def test_a_failed_run_counts_as_far_as_it_came_and_an_unfinished_one_does_not(dr
     (line,) = drawn[1]["lines"]
     np.testing.assert_allclose([line.x[0], line.y[0], line.x[-1], line.y[-1]], [0.2, 0.335, 4.0, 0.715])
     assert drawn[1]["mark"][0] == 3.2
+
+
+def test_the_judges_score_over_the_kl_starts_at_the_anchor(drawn: list[dict[str, Any]]) -> None:
+    runs = [run_result("lora", 0, seed) for seed in (1, 2)] + [
+        run_result("lora", 0, 3, "failed"),
+        run_result("no", 1, 1),
+    ]
+    for run, kl, score in zip(runs[:3], (2.0, 4.0, 90.0), (0.5, 0.7, 9.0), strict=True):
+        judged = {"judge_score_anchor": score - 0.4}
+        run.metrics[9] |= judged | {"judge_kl": kl, "judge_score_policy": score}
+        run.metrics[19] |= judged | {"judge_kl": kl + 1, "judge_score_policy": score - 0.2}
+    draw_gold(analysis_of("lora", "no", runs=runs))
+    line, none = drawn[0]["lines"]  # of the finished runs: means of both seeds
+    np.testing.assert_allclose([line.x, line.y], [[0.0, 3.0, 4.0], [0.2, 0.6, 0.4]])
+    assert list(none.x) == []
 
 
 @pytest.mark.parametrize(
