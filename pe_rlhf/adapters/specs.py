@@ -17,6 +17,9 @@ from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource,
 from pe_rlhf.adapters.targets import find_targets
 from pe_rlhf.config import AdapterConfig
 from pe_rlhf.config.adapter import refuse_unknown, settings_of
+from pe_rlhf.system.distributed import from_each_rank, own_rows, world_size
+from pe_rlhf.system.failures import ElsewhereError
+from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import progress
 from reward.errors import InputError
 
@@ -86,6 +89,9 @@ def new_adapters(
 ) -> dict[str, nn.Module]:
     """Adapters at their initialisation for all layers of a spec, layer after layer, with a progress bar.
 
+    On several ranks each makes a share of the layers and the others get its bits: an SVD of every layer of a 7B model
+    takes minutes, and may come out with other signs on another machine. All ranks call this together.
+
     Args:
         weight, seed: the base weight _OI and the seed of a layer by its name.
         statistics: what the init needs beyond the weights.
@@ -96,15 +102,23 @@ def new_adapters(
     kind, settings = spec.kind, spec.settings
     name_of_start = getattr(settings, "init", settings.kind)
     made: dict[str, nn.Module] = {}
+    seen: set[str] = set()
+    own = {spec.modules[row] for row in own_rows(len(spec.modules))}
+    failure: InputError | None = None
     with progress(f"adapter init {name_of_start}", len(spec.modules), "layers") as advance, torch.no_grad():
 
         def make(name: str, found: LayerStatistics) -> None:
-            weight_OI, generator = weight(name), torch.Generator().manual_seed(seed(name))
+            nonlocal failure
+            seen.add(name)
+            weight_OI, generator = weight(name), torch.Generator().manual_seed(seed(name))  # ZeRO-3: from all ranks
             try:
-                tensors = kind.tensors(LayerContext(weight_OI.float(), generator, found))
-                made[name] = kind.build(tensors, weight_OI).to(weight_OI.device)
+                if name in own and failure is None:
+                    tensors = kind.tensors(LayerContext(weight_OI.float(), generator, found))
+                    made[name] = kind.build(tensors, weight_OI).to(weight_OI.device)
             except InputError as error:
-                raise error.at(f"the layer {name}") from error
+                failure = error.at(f"the layer {name}")
+                if world_size() == 1:
+                    raise failure from error
             advance(1)
 
         if kind.needs is not None and statistics is not None:
@@ -112,13 +126,34 @@ def new_adapters(
         else:
             for name in spec.modules:
                 make(name, LayerStatistics())
-    if missing := [name for name in spec.modules if name not in made]:
+    if missing := [name for name in spec.modules if name not in seen]:
         raise InputError(
             f"the adapter {name_of_start!r}: there are no statistics for the layer {missing[0]}",
             kind="missing",
             key="statistics",
         )
+    if world_size() > 1:
+        made = _from_all_ranks(spec, weight, made, failure)
     return {name: made[name] for name in spec.modules}
+
+
+def _from_all_ranks(
+    spec: AdapterSpec, weight: Callable[[str], Tensor], own: dict[str, nn.Module], failure: InputError | None
+) -> dict[str, nn.Module]:
+    """The adapters of all layers from those that each rank has made.
+
+    Where a rank has failed, rank 0 raises its `InputError` and the others `ElsewhereError`.
+    """
+    states = {name: {k: v.cpu() for k, v in module.state_dict().items()} for name, module in own.items()}
+    shares = from_each_rank((states, failure))
+    for _, elsewhere in shares:
+        if elsewhere is not None:
+            raise elsewhere if is_main() else ElsewhereError(str(elsewhere))
+    made = {}
+    for row, name in enumerate(spec.modules):
+        weight_OI = weight(name)
+        made[name] = own[name] if name in own else saved_adapter(spec, weight_OI, shares[row % len(shares)][0][name])
+    return made
 
 
 def saved_adapter(spec: AdapterSpec, weight_OI: Tensor, state: dict[str, Tensor]) -> nn.Module:

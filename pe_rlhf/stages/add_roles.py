@@ -17,7 +17,7 @@ from pe_rlhf.runs.checkpoint import load_checkpoint
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.system.distributed import from_main, is_sharded, world_size
+from pe_rlhf.system.distributed import is_sharded
 from reward.errors import InputError
 
 REWARD = "reward"
@@ -49,8 +49,6 @@ def add_role(
     if needs is None or (saved := load_checkpoint(context.folder)) is None:
         own = context.recipe.seed if seed is None else seed
         backbone.add_adapter(role, adapter, seed=own, statistics=None if needs == "original weight" else statistics)
-        if world_size() > 1:  # an SVD may come out with other signs on another machine, and ranks must not differ
-            backbone.set_role_state(role, from_main(backbone.role_state(role)))
         return None
     return backbone.load_role(role, AdapterSpec.on(backbone.model, adapter), without_prefix(f"{role}/", saved[1]))
 

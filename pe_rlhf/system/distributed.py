@@ -56,10 +56,7 @@ def own_rows(count: int) -> list[int]:
 
 def all_rows(own: Sequence[T], count: int) -> list[T]:
     """The whole batch, in order, from what each rank has of it; the inverse of `own_rows`."""
-    if world_size() == 1:
-        return list(own)
-    shares: list[Any] = [None] * world_size()
-    dist.all_gather_object(shares, list(own))
+    shares = from_each_rank(list(own))
     return [shares[row % world_size()][row // world_size()] for row in range(count)]
 
 
@@ -80,11 +77,7 @@ def sum_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 def concat_over_ranks(tensor_N: Tensor) -> Tensor:
     """The ranks' tensors one after the other; each may have its own length."""
-    if world_size() == 1:
-        return tensor_N
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, tensor_N.detach().cpu())
-    return torch.cat(parts)
+    return tensor_N if world_size() == 1 else torch.cat(from_each_rank(tensor_N.detach().cpu()))
 
 
 def on_main(function: Callable[[], T]) -> T:
@@ -122,19 +115,48 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+def from_each_rank(value: T) -> list[T]:
+    """What each rank has, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether ZeRO-3 has split the module's own parameters over the ranks."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
-@contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Within it the parameters of a module that ZeRO-3 has split are whole, to be read; every rank enters it."""
-    parts: list[Any] = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+def make_whole(module: nn.Module) -> list[Any]:
+    """Gather the parameters of a module that ZeRO-3 has split; every rank calls it. Returns those that were not whole.
+
+    `split_again` undoes it.
+    """
+    parts: list[Any] = [p for p in module.parameters() if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
+    for part in parts:
+        if part.ds_status.name == "INFLIGHT":  # fetched ahead by a pass that did not come to it
+            part.in_flight.pop(part).wait()
     if parts:
         parts[0].all_gather(param_list=parts)  # methods that DeepSpeed gives the parameters it splits
+    return parts
+
+
+def split_again(parts: list[Any]) -> None:
+    """Leave each rank its part of the parameters that `make_whole` has gathered."""
+    if parts:
+        parts[0].partition(param_list=parts, has_been_updated=False)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it the parameters of a module that ZeRO-3 has split are whole, to be read; every rank enters it.
+
+    Those that are whole already, in an outer block or a pass, stay so after it.
+    """
+    parts = make_whole(module)
     try:
         yield
     finally:
-        if parts:
-            parts[0].partition(param_list=parts, has_been_updated=False)
+        split_again(parts)

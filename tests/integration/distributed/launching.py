@@ -95,6 +95,24 @@ def run_on_ranks(arguments: list[str], folder: Path, cache: Path) -> str:
     return said[0]
 
 
+def script_on_ranks(script: str, folder: Path, *arguments: str, ranks: int = 2) -> list[str]:
+    """What each rank of a Python text says; one rank is a process without a group."""
+    (folder / "script.py").write_text(script)
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank in map(str, range(ranks)):
+        own = environment(folder) | ({} if ranks == 1 else world | {"RANK": rank, "LOCAL_RANK": rank})
+        command = [sys.executable, "script.py", *arguments]
+        started.append(subprocess.Popen(command, cwd=folder, env=own, stdout=subprocess.PIPE, text=True))
+    try:
+        said = [process.communicate(timeout=SECONDS)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * ranks
+    return said
+
+
 def launch(recipe: Path, *arguments: str, ranks: int = 2, port: int | None = None) -> list[str]:
     """`pe-rlhf launch` with overrides and options; what comes after `--` goes to `run`."""
     command = [sys.executable, "-m", "pe_rlhf", "launch", str(recipe), f"--num-procs={ranks}"]
