@@ -46,11 +46,11 @@ def make_rollout(
         )
     if config.engine == "hf":
         return HFRollout(backbone, role, config, on_progress)
-    if is_sharded(backbone.model) and (config.mode == "server" or sync_mode(config, backbone) == "merged"):
+    if is_sharded(backbone.model) and sync_mode(config, backbone) == "merged":
         raise InputError(
-            "rollout: with zero3, vLLM has to be embedded, with sync: adapter; no rank has the whole base",
+            "rollout: with zero3, vLLM needs sync: adapter; no rank has the whole base to merge into",
             kind="conflict",
-            key="ppo.rollout.mode" if config.mode == "server" else "ppo.rollout.sync",
+            key="ppo.rollout.sync",
         )
     common = {"longest_prompt": longest_prompt, "on_progress": on_progress}
     if config.mode == "server":

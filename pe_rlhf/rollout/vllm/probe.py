@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from itertools import takewhile
 
 import torch
 
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.rollout.vllm.http import Server, server_refused
+from pe_rlhf.rollout.vllm.http import Response, Server, server_refused
 from pe_rlhf.rollout.vllm.requests import NEUTRAL
+from pe_rlhf.system.distributed import from_main, is_sharded
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import permutation
 from pe_rlhf.types import Sequences
@@ -37,34 +39,59 @@ class Probe:
         self._sampling = {**NEUTRAL, "temperature": temperature, "max_tokens": length, "ignore_eos": True}
         self._tolerance = TOLERANCE_FP32 if backbone.model.dtype == torch.float32 else TOLERANCE_NARROW
 
-    def check(self, server: Server, model: str, role: str) -> None:
-        """Raise `InputError` if the server's model is not the role as it is now, and `ServerFault`."""
+    def ask(self, server: Server, model: str) -> Response:
+        """What the server samples after the prompt. Raises `ServerFault`, and `InputError` for another vocabulary."""
         salt = f"probe-{os.urandom(8).hex()}"  # the prefix cache has nothing of an earlier answer under a new salt
         try:
-            ((ids, found),) = asyncio.run(server.sample([self._prompt], [0], self._sampling, salt, model=model))
+            (answer,) = asyncio.run(server.sample([self._prompt], [0], self._sampling, salt, model=model))
         except TrainingError as refusal:  # a token id that its vocabulary does not have
             raise self._other(server, f"another model than {self._backbone.name}: {refusal}") from refusal
-        distance = self._distance(ids, found, role, self._temperature)
+        return answer
+
+    def refusal(self, server: Server, answer: Response, role: str, *, on_all_ranks: bool = False) -> InputError | None:
+        """Why an answer is not of the role as it is now; None where it is.
+
+        on_all_ranks: all ranks call this together, which ZeRO-3's passes need, and rank 0's numbers decide for all.
+        """
+        decided = from_main if on_all_ranks else float
+        distance = decided(self._distance(*answer, role, self._temperature))
         if distance <= self._tolerance:
-            return
+            return None
         # Log-probs before the temperature are the most common mistake of a server that was started by hand.
-        if self._distance(ids, found, role, 1.0) <= self._tolerance:
+        if decided(self._distance(*answer, role, 1.0)) <= self._tolerance:
             message = f"{server.url} gives log-probs that are not of temperature {self._temperature:g}"
             fix = "start it by launch/vllm_server.sh, or with --logprobs-mode processed_logprobs"
-            raise server_refused("mismatch", message, fix)
-        raise self._other(
+            return server_refused("mismatch", message, fix)
+        return self._other(
             server,
             f"other weights than the {role} of {self._backbone.name}: its log-probs differ by {distance:.3g} on average"
             " (another model or dtype, or weights that an earlier run left there)",
         )
 
+    def check(self, server: Server, model: str, role: str, known: Response | None = None) -> None:
+        """Raise `InputError` if the server's model is not the role as it is now, and `ServerFault`.
+
+        known: what a server that has the role has answered. Where ZeRO-3 has split the base no rank can compute it by
+        itself, so this is what the answer is compared with there, as far as the tokens are the same.
+        """
+        answer = self.ask(server, model)
+        if not is_sharded(self._backbone.model):
+            refusal = self.refusal(server, answer, role)
+        else:
+            refusal = None if known is None or self._alike(answer, known) else self._other(server, "other weights")
+        if refusal is not None:
+            raise refusal
+
     def holds(self, server: Server, role: str) -> bool:
         """Whether the server still samples from the role as it is now. Raises `ServerFault`."""
-        try:
-            self.check(server, server.model, role)
-        except InputError:
-            return False
-        return True
+        return self.refusal(server, self.ask(server, server.model), role) is None
+
+    def _alike(self, answer: Response, known: Response) -> bool:
+        pairs = zip(*answer, *known, strict=False)
+        shared = list(
+            takewhile(lambda pair: pair[0] == pair[2], pairs)
+        )  # what follows another token is of another text
+        return bool(shared) and sum(abs(p[1] - p[3]) for p in shared) / len(shared) <= self._tolerance
 
     def _other(self, server: Server, what: str) -> InputError:
         return server_refused("mismatch", f"{server.url} serves {what}", "restart it")

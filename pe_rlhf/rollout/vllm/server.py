@@ -24,6 +24,7 @@ from pe_rlhf.rollout.vllm.http import Response, Server, ServerFault, server_erro
 from pe_rlhf.rollout.vllm.probe import Probe
 from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
 from pe_rlhf.system.distributed import on_main
+from pe_rlhf.system.failures import ElsewhereError
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import Advance, no_progress, say
 from pe_rlhf.types import Rollout
@@ -59,6 +60,7 @@ class ServerVLLM:
         self._rank = 0 if self._merges or role == ANCHOR else vllm_rank(backbone)
         self._version, self._tag, self._path = 0, "", Path()
         self._servers = [Server(url, config.timeout) for url in config.urls]
+        self._known: Response | None = None  # what a server with the role as it is now answers to the probe
         self._probe = Probe(backbone, longest_prompt, config.max_new_tokens, config.temperature)
         for server in self._servers:
             self._wait_for(server)
@@ -76,24 +78,36 @@ class ServerVLLM:
         Rank 0 does it for all: a server computes with one adapter at a time, and with one set of weights.
         """
         self._role, self._version = role or self._role, version
-        before, (self._tag, self._path, left_out) = self._tag, on_main(self._hand_over)
-        for server in [] if is_main() else self._servers:
-            server.adapter = None if self._merges or self._role == ANCHOR else self._tag
-            server.down = server.url in left_out
+        before, (self._tag, self._path, answers) = self._tag, on_main(self._hand_over)
+        for server in self._servers:
+            if not is_main():
+                server.adapter = None if self._merges or self._role == ANCHOR else self._tag
+            if not (down := server.url not in answers):
+                self._known = answers[server.url]
+                _refuse(self._probe.refusal(server, self._known, self._role, on_all_ranks=True))
+            server.down = down
         if before:
             self._exchange.drop(before)
 
-    def _hand_over(self) -> tuple[str, Path, list[str]]:
-        """Put the role into the servers. Returns its tag, where it is, and the servers that were left out."""
+    def _hand_over(self) -> tuple[str, Path, dict[str, Response]]:
+        """Put the role into the servers. Returns its tag, where it is, and what each answers to the probe.
+
+        A server that fails is left out, and has no answer.
+        """
         # vLLM keeps the prefix cache of an adapter that is reloaded under its old name, so every state has a new one.
         self._tag = f"{self._role}-{self._version}-{os.urandom(4).hex()}"
         if self._merges:
             self._path = self._exchange.put_merged(self._backbone, self._role, self._tag)
         elif self._role != ANCHOR:
             self._path = self._exchange.put_adapter(self._backbone, self._role, self._tag, self._rank)
+        answers: dict[str, Response] = {}
         for server in self._servers:
-            self._or_leave_out(server, self._put)
-        return self._tag, self._path, [server.url for server in self._servers if server.down]
+            try:
+                self._put(server)
+                answers[server.url] = self._probe.ask(server, server.model)
+            except ServerFault as fault:
+                say(f"{server.url}: {fault}; it is left out until it is back")
+        return self._tag, self._path, answers
 
     def close(self) -> None:
         """Unload the adapter, or put the base back; a server that is gone is left as it is."""
@@ -112,24 +126,22 @@ class ServerVLLM:
         self._exchange.close()
 
     def _check_base(self, server: Server) -> None:
+        refusal: InputError | None = None
         # More than once: an earlier run's requests for an adapter spoil a batch that they share (vLLM 0.32).
         for attempt in range(1, ATTEMPTS + 1):
-            try:
-                self._probe.check(server, server.base, ANCHOR)
+            answer = on_main(lambda: self._ask_base(server))
+            refusal = self._probe.refusal(server, answer, ANCHOR, on_all_ranks=True)
+            if refusal is None:
                 return
-            except ServerFault as fault:
-                raise server_error(f"{server.url}: {fault}") from fault
-            except InputError:
-                if attempt == ATTEMPTS:
-                    raise
+            if attempt < ATTEMPTS:
                 time.sleep(SECONDS_BETWEEN_PROBES)
+        _refuse(refusal)
 
-    def _or_leave_out(self, server: Server, step: Callable[[Server], None]) -> None:
+    def _ask_base(self, server: Server) -> Response:
         try:
-            step(server)
+            return self._probe.ask(server, server.base)
         except ServerFault as fault:
-            server.down = True
-            say(f"{server.url}: {fault}; it is left out until it is back")
+            raise server_error(f"{server.url}: {fault}") from fault
 
     def _put(self, server: Server) -> None:
         if self._merges:
@@ -138,12 +150,6 @@ class ServerVLLM:
             server.unload()
         else:
             server.load_adapter(self._tag, self._path)
-        self._probe_role(server)
-
-    def _probe_role(self, server: Server) -> None:
-        """Check that the server has the role as it is now; then it can be asked."""
-        self._probe.check(server, server.model, self._role)
-        server.down = False
 
     def _wait_for(self, server: Server) -> None:
         """Wait until the server answers. Raises `TrainingError` after `start_timeout`."""
@@ -221,6 +227,8 @@ class ServerVLLM:
             if not server.is_ready():
                 return False
             self._put(server)
+            self._probe.check(server, server.model, self._role, self._known)
+            server.down = False
         except ServerFault as fault:
             server.down = True
             say(f"{server.url}: {fault}")
@@ -258,3 +266,9 @@ class ServerVLLM:
             self._advance(-finished)
             raise
         return [parts[i % step][i // step] for i in range(len(prompts))]
+
+
+def _refuse(refusal: InputError | None) -> None:
+    """Raise what all ranks have found; rank 0 says it."""
+    if refusal is not None:
+        raise refusal if is_main() else ElsewhereError(str(refusal))

