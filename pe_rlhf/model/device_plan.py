@@ -6,6 +6,7 @@ when a run starts, and `recipe.yaml` in its folder has them; a run that is resum
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from pe_rlhf.adapters.kind import kind_of
+from pe_rlhf.adapters.layer import AdapterLayer
 from pe_rlhf.algo.logprobs import CHUNK
 from pe_rlhf.config import TASK_STAGES, PPOConfig, Recipe, RewardConfig, SamplingConfig
 from pe_rlhf.config.load import load_deepspeed_config
@@ -42,6 +45,10 @@ GPU_DEFAULTS: dict[str, Any] = {
     "evaluate.sampling.batch_size": 256,
     "evaluate.judge.dtype": "bfloat16",
 }
+SAMPLERS = {"preferences": "sampling", "ppo": "rollout", "evaluate": "sampling"}
+# What vLLM 0.32 runs with LoRA adapters by a class of its own, of the families that are trained most.
+FAMILIES_OF_VLLM = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "phi3")
+SMALLEST_FOR_VLLM = 10**8  # parameters; smaller models have sampled before an engine has started
 # By what the card has left beside weights and states.
 BY_MEMORY = ("reward.micro_batch_tokens", "ppo.micro_batch_tokens")
 FULL_STATES = 4 + 4 + 8  # bytes of a fully tuned weight besides itself: gradient, master, two moments
@@ -57,7 +64,10 @@ def settle(recipe: Recipe, saved: Recipe | None = None, *, fetch: bool = False) 
     on_gpu = is_on_gpu(recipe)
     for key, value in GPU_DEFAULTS.items():
         _set_unless_given(settled, key, value if on_gpu else None, saved)
-    shape = None
+    shape = shape_of_recipe(settled, fetch=fetch) if on_gpu and saved is None and has_vllm() else None
+    for stage, section in SAMPLERS.items():
+        engine = "vllm" if shape is not None and _suits_vllm(settled, shape, stage) else None
+        _set_unless_given(settled, f"{stage}.{section}.engine", engine, saved)
     for key in BY_MEMORY:
         if on_gpu and saved is None and not _is_given(settled, key):
             shape = shape or shape_of_recipe(settled, fetch=fetch)
@@ -71,6 +81,28 @@ def settle(recipe: Recipe, saved: Recipe | None = None, *, fetch: bool = False) 
         for stage in TASK_STAGES:
             setattr(task, stage, getattr(own, stage))
     return settled
+
+
+def has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _suits_vllm(recipe: Recipe, shape: ModelShape, stage: str) -> bool:
+    """Whether an embedded vLLM is the engine that a stage takes where the recipe names none.
+
+    It holds the policy as a LoRA, beside the trainer, and its weights in the machine's memory while it sleeps.
+    """
+    layer = kind_of(recipe.adapter_for("ppo")).layer
+    is_lora = recipe.tuning == "adapter" and layer.lora_factors is not AdapterLayer.lora_factors
+    is_whole = recipe.backbone.quantization == "none" and not _is_zero3(recipe)
+    is_known = shape.family in FAMILIES_OF_VLLM and shape.parameters >= SMALLEST_FOR_VLLM
+    sampling = getattr(getattr(recipe, stage), SAMPLERS[stage], None)
+    if sampling is None or sampling.sync == "merged" or not (is_lora and is_whole and is_known):
+        return False
+    weights = weight_bytes(shape, recipe.backbone)
+    trainer = max(weights + CONTEXT, _beside_activations(recipe, shape))
+    fits = trainer + weights + ENGINE + CONTEXT <= SLACK * device_bytes(recipe)  # and a cache of a context's size
+    return fits and weights * _ranks() <= psutil.virtual_memory().total / 2
 
 
 def is_on_gpu(recipe: Recipe) -> bool:

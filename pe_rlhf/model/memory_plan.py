@@ -38,6 +38,7 @@ class ModelShape:
         largest_layer: parameters of its largest layer, which ZeRO-3 gathers at a time.
         linears: (inputs, outputs) of each layer that gets an adapter.
         layers, hidden, inner, keys, vocabulary: blocks, and widths of states, MLPs, keys (all key heads), logits.
+        family: transformers' name of its architecture.
     """
 
     parameters: int
@@ -48,6 +49,7 @@ class ModelShape:
     inner: int
     keys: int
     vocabulary: int
+    family: str = ""
 
     def adapter(self, settings: AdapterConfig) -> int:
         """Parameters of an adapter."""
@@ -117,6 +119,7 @@ def shape_of(model: nn.Module, config: PretrainedConfig, adapter: AdapterConfig)
         inner=getattr(text, "intermediate_size", None) or 4 * hidden,
         keys=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
         vocabulary=text.vocab_size,
+        family=text.model_type,
     )
 
 

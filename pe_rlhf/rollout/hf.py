@@ -32,8 +32,8 @@ MERGED_UNASKED = 4 * 2**30  # bytes; by free memory instead, a resumed run might
 class HFRollout:
     """Samples from a role by `generate`; there is nothing to sync, since the adapter is the trainer's own.
 
-    On a CPU in fp32 each rollout is sampled from fresh merged copies of the adapter's layers, up to 4 GiB of them,
-    which are dropped after it.
+    In fp32 each rollout is sampled from fresh merged copies of the adapter's layers, up to 4 GiB of them, which are
+    dropped after it.
 
     `on_progress` gets the number of finished responses.
     """
@@ -203,7 +203,7 @@ class HFRollout:
 
 
 def _merges(config: SamplingConfig, backbone: Backbone, role: str) -> bool:
-    """Whether to sample from merged layers; unasked only in fp32 on a CPU, and where there is likely room for them."""
+    """Whether to sample from merged layers; unasked only in fp32, and where there is likely room for them."""
     wanted = config.sync if config.engine == "hf" else "auto"  # what is said of vLLM's weights is not of these
     if wanted == "merged" and not backbone.can_merge(role):
         raise InputError(
@@ -212,9 +212,9 @@ def _merges(config: SamplingConfig, backbone: Backbone, role: str) -> bool:
             key="sync",
             fix="use sync: adapter",
         )
-    # Merged in bf16, most of an early update would be rounded away.
-    plain = backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
-    if wanted == "auto" and plain and backbone.can_merge(role):
+    # An adapter's small products cost more than the merging, in time on a CPU and in kernel launches on a GPU. Merged
+    # in bf16, most of an early update would be rounded away.
+    if wanted == "auto" and backbone.model.dtype == torch.float32 and backbone.can_merge(role):
         return backbone.merged_bytes(role) <= MERGED_UNASKED
     return wanted == "merged"
 

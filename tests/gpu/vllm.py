@@ -63,7 +63,7 @@ class Trial:
             self.bench.free()
             backbone = self._backbones[dtype] = load_backbone(str(self.path), dtype=dtype, device=self.bench.device)
             for init in ROLES:
-                add_role(backbone, init, init, rank=8, alpha=16)
+                add_role(backbone, init, init, rank=4, alpha=8)  # the server of the tests takes exports up to 8
                 move(backbone, init, 0.02)
         return self._backbones[dtype]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +65,60 @@ def test_on_a_gpu_what_the_recipe_leaves_out_is_the_gpus() -> None:
     given = settle(recipe_of(backbone__dtype="float32", ppo__micro_batch_tokens=1024, ppo__rollout__batch_size=64))
     assert (given.backbone.dtype, given.ppo.micro_batch_tokens) == ("float32", 1024)  # type: ignore[union-attr]
     assert given.ppo.rollout.batch_size == 64  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def qwen(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card, vLLM, and a model of 0.5B parameters."""
+    shape = replace(SHAPE, parameters=494_000_000, family="qwen2")
+    monkeypatch.setattr(device_plan, "has_vllm", lambda: True)
+    monkeypatch.setattr(device_plan, "shape_of_recipe", lambda recipe, fetch=False: shape)
+    monkeypatch.setattr(device_plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * GIB))
+
+
+def engines(recipe: Recipe, saved: Recipe | None = None) -> set[str]:
+    settled = settle(recipe, saved)
+    assert settled.ppo is not None
+    assert settled.evaluate is not None
+    return {settled.ppo.rollout.engine, settled.evaluate.sampling.engine}
+
+
+@pytest.mark.usefixtures("qwen")
+def test_on_a_gpu_with_vllm_it_samples_what_a_recipe_leaves_open() -> None:
+    assert engines(recipe_of()) == engines(recipe_of(ppo__rollout__engine="auto")) == {"vllm"}
+    assert engines(recipe_of(ppo__rollout__engine="hf")) == {"hf", "vllm"}
+    assert engines(recipe_of(), recipe_of()) == {"hf"}  # a resumed run keeps what it had
+
+
+@pytest.mark.usefixtures("qwen")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tuning": "full"},
+        {"backbone__quantization": "4bit"},
+        {"deepspeed": "zero3"},
+        {"adapter": {"kind": "dora"}},  # no LoRA that vLLM loads
+    ],
+)
+def test_what_vllm_cannot_serve_beside_the_trainer_is_sampled_by_transformers(changes: dict[str, Any]) -> None:
+    assert engines(recipe_of(**changes)) == {"hf"}
+
+
+@pytest.mark.usefixtures("qwen")
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("has_vllm", lambda: False),
+        ("is_on_gpu", lambda recipe: False),
+        ("device_bytes", lambda recipe: 8 * GIB),  # 1 for each copy, 3 + 1.5 for contexts and a cache, and adapters
+        ("_ranks", lambda: 5),  # 5 copies in 8 GiB of the machine's memory while they sleep
+        ("shape_of_recipe", lambda recipe, fetch=False: replace(SHAPE, parameters=10**9, family="gpt2")),
+        ("shape_of_recipe", lambda recipe, fetch=False: replace(SHAPE, parameters=10**7, family="qwen2")),
+    ],
+)
+def test_where_vllm_is_not_worth_it(monkeypatch: pytest.MonkeyPatch, what: str, value: Any) -> None:
+    monkeypatch.setattr(device_plan, what, value)
+    assert engines(recipe_of()) == {"hf"}
 
 
 @pytest.mark.usefixtures("card")
