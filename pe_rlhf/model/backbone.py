@@ -49,7 +49,7 @@ from pe_rlhf.model.names import resolve_model
 from pe_rlhf.model.noise import noisy_weights
 from pe_rlhf.model.probes import check_model, decoder_of, logits_of, probe_tokens, use_published_attention
 from pe_rlhf.model.role_exports import RolesToExport
-from pe_rlhf.system.distributed import is_sharded, max_over_ranks, world_size
+from pe_rlhf.system.distributed import gathered, world_size
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 
@@ -230,9 +230,10 @@ class Backbone(RolesToExport):
         targets_N = sequences.targets_N.to(self.device)
         hidden_NH, is_own = self._hidden_at(sequences, sequences.predicts_BT), self.active_role in self.own_models
         pieces = pieces_of(len(targets_N), self.vocabulary, self.device.type)
-        if is_sharded(self.model):  # each call gathers the head's weight, on all ranks together
-            pieces = max_over_ranks(pieces)
-        return token_logprobs(hidden_NH, self.logits_head, targets_N, temperature, pieces, train_head=is_own)
+        head = self.active_model.get_output_embeddings()
+        assert isinstance(head, torch.nn.Module)  # that there is one was checked
+        with gathered(head):  # once for all pieces, of which ranks have different numbers
+            return token_logprobs(hidden_NH, self.logits_head, targets_N, temperature, pieces, train_head=is_own)
 
     def response_values(self, sequences: Sequences) -> Tensor:
         """The active role's head _N at the positions that predict the response tokens."""

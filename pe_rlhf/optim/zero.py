@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.kind import Restart
 from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.model.loading import use_sound_attention
+from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.optim.adamw import MASTER, MOMENTS, RESTARTS, adamw, flatten, is_wide, pull, set_rate, unflatten
+from pe_rlhf.system.distributed import make_whole, split_again
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import accelerator_environment, launched
 
@@ -185,10 +188,11 @@ def init_processes(wants_deepspeed: bool, timeout: float | None = None) -> None:
     import_deepspeed().init_distributed(verbose=False)
 
 
-def shard_base(model: nn.Module, deepspeed: dict[str, Any], device: torch.device) -> None:
+def shard_base(model: PreTrainedModel, deepspeed: dict[str, Any], device: torch.device) -> None:
     """Split a frozen base on the CPU over the ranks by ZeRO-3, with its parts on `device`.
 
-    One layer at a time is whole on a device. A pass gathers each layer's weights when it reaches it.
+    While it is split, one layer at a time is whole. A pass gathers each layer's weights, ahead of the layer once a pass
+    with a gradient was recorded.
     """
     config = {**_common(deepspeed), "zero_optimization": dict(deepspeed.get("zero_optimization", {}))}
     config["zero_optimization"].pop("offload_optimizer", None)
@@ -203,7 +207,46 @@ def shard_base(model: nn.Module, deepspeed: dict[str, Any], device: torch.device
         buffer.data = buffer.data.to(device)
     if device.type == "cuda":
         use_sound_attention()  # the model was not there yet when the backbone was made
-    library.initialize(model=model, config=config)
+    _gather_ahead(model, library, config)
+
+
+def _gather_ahead(model: PreTrainedModel, library: Any, config: dict[str, Any]) -> None:
+    """Let DeepSpeed gather the weights of a base for its passes.
+
+    DeepSpeed fetches ahead along the order of modules that it has recorded from one forward pass of its root to the
+    next. Our passes call the decoder, and the head once or not at all: so the decoder is the root, and the head gathers
+    its own weights. Passes without a gradient are the first half of those with one, and end with their last layer.
+    """
+    decoder, head = decoder_of(model), model.get_output_embeddings()
+    assert isinstance(head, nn.Module)  # that there is one was checked
+    inside = {id(parameter) for part in (decoder, head) for parameter in part.parameters()}
+    if any(id(parameter) not in inside for parameter in model.parameters()):
+        library.initialize(model=model, config=config)
+        return
+    engine, *_ = library.initialize(model=decoder, config=config)
+    coordinator = engine.optimizer.get_param_coordinator()
+    for parameter in decoder.parameters():
+        parameter.in_flight = decoder.ds_inflight_param_registry  # type: ignore[attr-defined]  # see `gathered`
+
+    def end_pass(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            coordinator.reset_step()
+
+    decoder.register_forward_hook(end_pass)
+    if head is decoder:
+        return
+    gathered: list[list[Any]] = []
+
+    def gather(*_: Any) -> None:
+        gathered.append(make_whole(head))
+
+    def part(_module: nn.Module, _inputs: Any, logits: Tensor) -> None:
+        parts = gathered.pop()
+        if not logits.requires_grad:  # with a gradient the backward pass reads the weights once more: they stay whole
+            split_again(parts)
+
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(part)
 
 
 def _role_config(deepspeed: dict[str, Any], size: int) -> dict[str, Any]:

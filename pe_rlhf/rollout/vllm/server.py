@@ -77,7 +77,7 @@ class ServerVLLM:
 
         Rank 0 does it for all: a server computes with one adapter at a time, and with one set of weights.
         """
-        self._role, self._version = role or self._role, version
+        self._role, self._version, self._known = role or self._role, version, None
         before, (self._tag, self._path, answers) = self._tag, on_main(self._hand_over)
         for server in self._servers:
             if not is_main():
