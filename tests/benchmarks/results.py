@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.paths import ROOT
 
-SCRIPTS: dict[str, str] = {}  # results that are more than one comparison: NAME → module
+SCRIPTS = {"hh_small": "tests.benchmarks.hh_small"}  # results that are more than one comparison: NAME → module
 BEGIN, END = "<!-- numbers: `make results` writes these -->", "<!-- end of the numbers -->"
 COMMITS = "commits.txt"
 Row = dict[str, Any]
@@ -65,7 +65,7 @@ def note_commit(path: Path) -> None:
 def publish(name: str, runs: Path, folder: Path) -> Path:
     """Copy csv and svg into the result's folder and write the numbers on its page. Returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted([*runs.glob("*.svg"), runs / "results.csv"]):
+    for path in sorted([*runs.glob("*.svg"), *runs.glob("*.csv")]):
         shutil.copy(path, folder)
     noted = runs / COMMITS
     commits = noted.read_text(encoding="utf-8").split() if noted.exists() else []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import results, same_run, stats
+from tests.benchmarks import hh_small, results, same_run, stats
 from tests.runs import write_jsonl
 
 SOURCE = """# one
@@ -124,3 +124,34 @@ def test_a_result_is_written_anew_and_the_words_around_it_stay(tmp_path: Path) -
     ]
     assert figure == "![win rates](win_rates.svg)"
     assert {path.name for path in folder.iterdir()} == {"README.md", "results.csv", "win_rates.svg"}
+
+
+def test_the_tables_of_hh_small(tmp_path: Path) -> None:
+    evaluate = tmp_path / "ppo" / "runs" / "LoRA" / "seed-1" / "evaluate"
+    evaluate.mkdir(parents=True)
+    judged = {"win_rate": 0.625, "length_controlled_win_rate": 0.5, "kl": 4.25, "gold_policy": 1.0, "gold_anchor": 0.5}
+    (evaluate / "summary.json").write_text(json.dumps(judged | {"mean_length_policy": 40}))
+    (tmp_path / "ppo" / "summary.json").write_text(json.dumps(SUMMARY))
+    for name in ("results.csv", "gold_over_kl.svg"):
+        (tmp_path / "ppo" / name).write_text("of PPO")
+    # Wilson's interval of 60 of 100: (0.6 + 1.921/100 ± 1.96 √(0.24/100 + 0.9604/10000)) / 1.03841, by hand.
+    rows = [
+        {"library": library, "pairs": "harmless", "learning_rate": 3e-4, "seed": seed, "eval_accuracy": accuracy}
+        | {"eval_pairs": 100, "train_pairs": 200, "peak_rss_mib": 1000.0 + seed, "seconds_per_step": float(seed)}
+        for library, of_seeds in (("pe-rlhf", (0.5, 0.7)), ("TRL", (0.6, 0.6)))
+        for seed, accuracy in enumerate(of_seeds, start=1)
+    ]
+    hh_small.write(tmp_path, rows, "make results NAME=hh_small", [1, 2])
+    page = results.publish("hh_small", tmp_path, tmp_path / "page").read_text()
+    interval = "0.600 (0.502 – 0.691 over 100 pairs)"
+    assert f"| harmless | pe-rlhf | 0.0003 | {interval} | 0.500, 0.700 | 1.5 | 1,002 |" in page
+    assert f"| harmless | TRL | 0.0003 | {interval} | 0.600, 0.600 | 1.5 | 1,002 |" in page
+    assert "| seed-1 | 0.625 | 0.500 | 4.250 | 1.000 | 0.500 | 40.000 |" in page
+    assert "`make results NAME=hh_small`, commit unknown, seeds 1, 2, 2026-11-28" in page
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {
+        "README.md",
+        "results.csv",
+        "ppo.csv",
+        "gold_over_kl.svg",
+    }
+    assert hh_small.read_rows(tmp_path) == rows
