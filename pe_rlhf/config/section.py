@@ -49,12 +49,12 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataFile(Section):
-    """A data set: a local file (json, jsonl, jsonl.gz, parquet, csv, txt), a folder or a hub id; text is its `path`."""
+    """A data set: a file (json, jsonl, csv, tsv, parquet, arrow, txt), a folder or a hub id; text is its `path`."""
 
     path: str = Field(
         default="",
-        description="a file, a folder of such files or of `save_to_disk`, or a hub id; what is local is looked for"
-        " beside the recipe, then in the working directory",
+        description="a file (also .gz, .bz2, .xz, .zst), a folder of such files or of `save_to_disk`, or a hub id; what"
+        " is local is looked for beside the recipe, then in the working directory",
     )
     data_dir: str | None = Field(default=None, description="folder within the data set, such as `helpful-base`")
     format: str | None = Field(
@@ -65,7 +65,23 @@ class DataFile(Section):
     )
     name: str | None = Field(default=None, description="configuration of a hub data set")
     split: str = Field(default="train", description="the split, or a slice of it: `train[:200]`, `train[10%:]`")
+    streaming: bool = Field(
+        default=False,
+        description="of a hub data set, fetch no more than the split's slice takes, such as `train[:20000]`, instead of"
+        " all its files",
+    )
+    shuffle_buffer: Positive | None = Field(
+        default=None,
+        description="with streaming: take the rows shuffled, each drawn from a buffer of so many; the same rows in"
+        " every run; default: as they come",
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="column name here → column name in the data set")
+
+    @model_validator(mode="after")
+    def _shuffles_a_stream(self) -> DataFile:
+        if self.shuffle_buffer and not self.streaming:
+            raise refusal("shuffle_buffer", "it is for streaming; rows that are all there are shuffled in training")
+        return self
 
 
 def _string_is_path(value: Any) -> Any:
@@ -97,7 +113,7 @@ class DataPart(DataFile):
 
 
 class DataSource(DataFile):
-    """A data set: a local file (json, jsonl, jsonl.gz, parquet, csv, txt), a folder or a hub id; text is its `path`.
+    """A data set: a file (json, jsonl, csv, tsv, parquet, arrow, txt), a folder or a hub id; text is its `path`.
 
     Or a mixture of several, `mix`.
     """

@@ -5,42 +5,67 @@ That library takes two seconds to import, and lines of JSON need it for a slice 
 
 from __future__ import annotations
 
+import pickle
 import re
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pe_rlhf.config import DataFile
 from pe_rlhf.data.formats import converted
-from pe_rlhf.data.local_files import READERS, Row, Rows, ending, read_file
+from pe_rlhf.data.local_files import IN_MEMORY, READERS, TABLES, ending, read_file
+from pe_rlhf.data.row_table import Bytes, Row, Rows
 from pe_rlhf.system.progress import console, say
 from reward.errors import InputError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 LARGE = 50 * 2**20  # bytes: reading this takes seconds
-PLAIN_SLICE = re.compile(r"train(?:\[(\d*):(\d*)\])?")
-ENDINGS = (*READERS, ".parquet")
+SLICE = re.compile(r"([^\[\]+]+)(?:\[(\d*):(\d*)\])?")
+ENDINGS = (*READERS, *TABLES)
+SHUFFLE_SEED = 0  # of a stream: which rows a recipe has does not depend on its own seed
 
 
 def load_rows(source: DataFile, key: str) -> Rows:
     """All rows of a data set, columns renamed to ours, and converted where it names a format.
 
-    `key` is where the recipe names it, for errors. A row that cannot be read is an `InputError` in its place. Raises
-    `InputError` for a file that is missing, empty or damaged, an unknown ending, and a split, a mapped column or a
-    format that does not exist.
+    They are read from the file when they are asked for. `key` is where the recipe names the data set, for errors. A row
+    that cannot be read is an `InputError` in its place. Raises `InputError` for a file that is missing, empty or
+    damaged, an unknown ending, and a split, a mapped column or a format that does not exist.
     """
-    local = _looks_local(source.path)
-    rows = _local_rows(source, key) if local else _hub_rows(source, key)
+    rows = _local_rows(source, key) if _looks_local(source.path) else _hub_rows(source, key)
     if not rows:
         raise InputError(f"{key}: {source.path} has no rows", kind="empty", key=key, file=source.path)
-    names = list(dict.fromkeys(name for row in rows if not isinstance(row, InputError) for name in row))
+    names = names_of(rows, set(source.columns.values()).issubset)
     for theirs in source.columns.values():
         if names and theirs not in names:
             message = f"{key}: {source.path} has no column {theirs!r}; it has {', '.join(names)}"
             raise InputError(message, kind="missing", key=f"{key}.columns", file=source.path)
-    renamed: Rows = [row if isinstance(row, InputError) else _renamed(row, source.columns) for row in rows]
-    return renamed if source.format is None else converted(renamed, source.format, key, source.path)
+
+    def renamed(row: Row | InputError) -> Row | InputError:
+        return row if isinstance(row, InputError) else _renamed(row, source.columns)
+
+    rows = rows.map(renamed) if source.columns else rows
+    return rows if source.format is None else converted(rows, source.format, key, source.path)
+
+
+def names_of(rows: Iterable[Row | InputError], enough: Callable[[set[str]], bool]) -> list[str]:
+    """The names of the columns of all rows, or of as many rows as it takes until they are `enough`."""
+    names: dict[str, None] = {}
+    for row in rows:
+        if enough(set(names)):
+            break
+        names.update(dict.fromkeys(() if isinstance(row, InputError) else row))
+    return list(names)
 
 
 def _local_rows(source: DataFile, key: str) -> Rows:
+    if source.streaming:
+        message = f"{key}: {source.path} is local, and its rows are never all in memory"
+        raise InputError(message, kind="conflict", key=f"{key}.streaming", file=source.path, fix="leave streaming out")
     path = Path(source.path).expanduser()
     path = path / source.data_dir if source.data_dir else path
     if path.is_dir():
@@ -57,9 +82,7 @@ def _local_rows(source: DataFile, key: str) -> Rows:
     size = sum(file.stat().st_size for file in files if file.is_file())
     if size > LARGE:
         say(f"{key}: reading {source.path}")
-    rows: Rows = []
-    for file in files:
-        rows += _parquet_rows(file, key) if ending(file) == ".parquet" else read_file(file, key)
+    rows = Rows.joined([_table(file, key) if ending(file) in TABLES else read_file(file, key) for file in files])
     if not rows:
         raise InputError(f"{key}: {source.path} is empty", kind="empty", key=key, file=source.path)
     return _sliced(rows, source, key)
@@ -67,8 +90,8 @@ def _local_rows(source: DataFile, key: str) -> Rows:
 
 def _sliced(rows: Rows, source: DataFile, key: str) -> Rows:
     """The slice that a split names, in the words of `datasets`; files know of one split, train."""
-    if (plain := PLAIN_SLICE.fullmatch(source.split)) is not None:
-        start, end = (int(given) if given else None for given in plain.groups())
+    if (plain := SLICE.fullmatch(source.split)) is not None and plain[1] == "train":
+        start, end = (int(given) if given else None for given in plain.groups()[1:])
         if (start or 0) < (len(rows) if end is None else end) <= len(rows):
             return rows[start:end]
     import datasets
@@ -83,21 +106,33 @@ def _sliced(rows: Rows, source: DataFile, key: str) -> Rows:
     except (ValueError, AssertionError) as error:
         message = f"{key}: {source.path} has no split {source.split!r}: {error}"
         raise InputError(message, kind="invalid", key=f"{key}.split", **where) from error
-    kept = [row for part in parts for row in rows[part.from_ : part.to]]
+    kept = Rows.joined([rows[part.from_ : part.to] for part in parts])
     if not kept:
         message = f"{key}: {source.path} has no rows in split {source.split!r}"
         raise InputError(message, kind="empty", key=f"{key}.split", **where)
     return kept
 
 
-def _parquet_rows(path: Path, key: str) -> Rows:
+class _Arrow(Rows):
+    """The rows of an Arrow file, which are pages of the file until they are read."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        every: Any = dataset  # typed as if a row could be a table
+        super().__init__(len(dataset), lambda i: every[i], lambda: iter(every))
+        self._dataset = dataset
+
+    def take(self, numbers: Sequence[int]) -> Rows:
+        return _Arrow(self._dataset.select(numbers))
+
+
+def _table(path: Path, key: str) -> Rows:
     if not path.is_file():
         raise InputError(f"{key}: there is no file {path}", kind="missing", key=key, file=str(path))
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        return [dict(row) for row in datasets.load_dataset("parquet", data_files=str(path), split="train")]
+        return _Arrow(datasets.load_dataset(TABLES[ending(path)], data_files=str(path), split="train"))
     except Exception as error:  # the library raises a dozen classes, its own and pyarrow's
         message = f"{key}: {path} cannot be read: {_reason(error)}"
         raise InputError(message, kind="unreadable", key=key, file=str(path)) from error
@@ -113,12 +148,12 @@ def _saved_rows(path: Path, kind: str, source: DataFile, key: str) -> Rows:
         message = f"{key}: {path} cannot be read: {_reason(error)}"
         raise InputError(message, kind="unreadable", key=key, file=source.path) from error
     if isinstance(saved, datasets.Dataset):
-        return _sliced([dict(row) for row in saved], source, key)
+        return _sliced(_Arrow(saved), source, key)
     name = source.split.split("[")[0]
     if name not in saved:
         message = f"{key}: {source.path} has no split {name!r}; it has {', '.join(map(str, saved))}"
         raise InputError(message, kind="unknown", key=key, file=source.path)
-    return _sliced([dict(row) for row in saved[name]], _as_train(source, name), key)
+    return _sliced(_Arrow(saved[name]), _as_train(source, name), key)
 
 
 def _as_train(source: DataFile, split: str) -> DataFile:
@@ -134,13 +169,37 @@ def _hub_rows(source: DataFile, key: str) -> Rows:
     if not console.is_terminal:
         say(f"{key}: reading {source.path}")
     try:
-        table = datasets.load_dataset(source.path, source.name, data_dir=source.data_dir, split=source.split)
-        return [dict(row) for row in table]
+        if source.streaming:
+            return streamed(source, key)
+        return _Arrow(datasets.load_dataset(source.path, source.name, data_dir=source.data_dir, split=source.split))
+    except InputError:
+        raise
     except Exception as error:  # the library raises a dozen classes, its own and pyarrow's
         reason = _reason(error)
         kind = "unknown" if "Unknown split" in reason else "missing"
         message = f"{key}: could not load {source.path} (split {source.split!r}): {reason}"
         raise InputError(message, kind=kind, key=key, file=source.path) from error
+
+
+def streamed(source: DataFile, key: str) -> Rows:
+    """The rows of a split or its slice as they come, no more of them fetched than that; they are kept in a file.
+
+    With `shuffle_buffer` they come shuffled, always in the same order. Raises `InputError` for a slice of another form
+    than [a:b], and what the library raises.
+    """
+    import datasets
+
+    if (found := SLICE.fullmatch(source.split)) is None:
+        message = f"{key}: of a stream a split can be sliced as train[100:2000], not as {source.split!r}"
+        raise InputError(message, kind="invalid", key=f"{key}.split", file=source.path)
+    stream = datasets.load_dataset(source.path, source.name, data_dir=source.data_dir, split=found[1], streaming=True)
+    if source.shuffle_buffer:
+        stream = stream.shuffle(seed=SHUFFLE_SEED, buffer_size=source.shuffle_buffer)
+    first, last = (int(given) if given else None for given in found.groups()[1:])
+    places, copy = array("q", [0]), Bytes.of_our_own(IN_MEMORY)
+    for row in islice(stream, first, last):
+        places.append(copy.append(pickle.dumps(row)))
+    return copy.rows(places[:-1], places[1:], pickle.loads)
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Row:

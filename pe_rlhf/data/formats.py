@@ -26,10 +26,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pe_rlhf.data.local_files import Row, Rows
+from pe_rlhf.data.row_table import Row, Rows
 from reward.errors import InputError, look_up
 from reward.records import TRANSCRIPT_START, Dropped
 
@@ -52,18 +53,19 @@ def register_format(name: str) -> Callable[[Converter], Converter]:
 
 
 def converted(rows: Rows, name: str, key: str, file: str) -> Rows:
-    """All rows in our columns; one that cannot be converted is an `InputError` in its place."""
+    """All rows in our columns, converted when asked for; one that cannot be is an `InputError` in its place."""
     converter = look_up(FORMATS, name, f"{key}: there is no format {name!r}", f"{key}.format", file)
-    found: Rows = []
-    for row in _side_by_side(rows) if name == "helpsteer2" else rows:
+
+    def convert(row: Row | InputError) -> Row | InputError:
         try:
-            found.append(row if isinstance(row, InputError) else converter(row))
+            return row if isinstance(row, InputError) else converter(row)
         except InputError as error:
-            found.append(error)
+            return error
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             reason = f"not of the format {name}: {type(error).__name__}: {error}"
-            found.append(InputError(reason, kind="invalid", key="format"))
-    return found
+            return InputError(reason, kind="invalid", key="format")
+
+    return (_side_by_side(rows) if name == "helpsteer2" else rows).map(convert)
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -269,12 +271,19 @@ def _side_by_side(rows: Rows) -> Rows:
 
     The first of the two becomes `others` of the second; a row without a fellow stays as it is.
     """
-    found: Rows = []
-    for row in rows:
-        before = found[-1] if found else None
-        plain = isinstance(row, Mapping) and isinstance(before, Mapping) and "helpfulness" in row
-        if plain and "others" not in before and before.get("prompt") == row.get("prompt"):  # type: ignore[union-attr]
-            found[-1] = {**before, "others": row}  # type: ignore[dict-item]
+    numbers, fellows = array("q"), array("q")
+    before: Row | InputError | None = None
+    for number, row in enumerate(rows):
+        scored = isinstance(row, Mapping) and isinstance(before, Mapping) and "helpfulness" in row
+        if scored and before.get("prompt") == row.get("prompt"):  # type: ignore[union-attr]
+            fellows[-1], before = number, None
         else:
-            found.append(row)
-    return found
+            numbers.append(number)
+            fellows.append(-1)
+            before = row
+
+    def read(i: int) -> Row | InputError:
+        row = rows[numbers[i]]
+        return row if fellows[i] < 0 or isinstance(row, InputError) else {**row, "others": rows[fellows[i]]}
+
+    return Rows(len(numbers), read)

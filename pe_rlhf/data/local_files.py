@@ -1,27 +1,33 @@
 """Local files of rows: JSON, JSON lines, CSV and plain text, also compressed.
 
 They are read here and not by `datasets`, which crashes on a line that is `null` and stops at the first line that it
-cannot read. A row that cannot be read is an `InputError` in its place, for `parse_rows` to count.
+cannot read. A row that cannot be read is an `InputError` in its place, for `parse_rows` to count. What is read of a
+file at first is where its rows begin and end; each is parsed when it is asked for.
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from pe_rlhf.data.row_table import Bytes, Row, Rows
 from reward.errors import InputError
 
 WHOLE = r"-?(0|[1-9]\d*)"  # a number that begins with 0 is a name
 NUMBER = rf"{WHOLE}(\.\d+)?([eE][+-]?\d\d?)?"
-Row = Mapping[str, Any]
-Rows = list[Row | InputError]
+IN_MEMORY = 16 * 2**20  # bytes of a file that are kept; of larger ones the rows are read from the disk again
+SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def read_file(path: Path, key: str) -> Rows:
@@ -29,124 +35,223 @@ def read_file(path: Path, key: str) -> Rows:
     where: dict[str, Any] = {"key": key, "file": str(path)}
     reader = READERS.get(ending(path))
     if reader is None:
-        endings = ", ".join([*READERS, ".parquet"])
-        raise InputError(f"{key}: {path} is none of {endings} (or .gz of one)", kind="unknown", **where)
+        endings = ", ".join([*READERS, *TABLES])
+        also = ", ".join(COMPRESSED)
+        raise InputError(f"{key}: {path} is none of {endings} (or {also} of one)", kind="unknown", **where)
     try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
+        raw = _opened(path, key)
     except FileNotFoundError as error:
         raise InputError(f"{key}: there is no file {path}", kind="missing", **where) from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{key}: {path} cannot be read: {error}", kind="unreadable", **where) from error
-    for start, what in ((b"\x1f\x8b", "a gzip file"), (b"PAR1", "a parquet file"), (b"PK\x03\x04", "a zip file")):
-        if raw.startswith(start):
-            raise InputError(
-                f"{key}: {path} is {what} under another ending", kind="unreadable", fix="rename it", **where
-            )
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+    start = raw.read(0, 16)
+    for magic, what in MAGIC.items():
+        if start.startswith(magic):
+            message = f"{key}: {path} is {what} under another ending"
+            raise InputError(message, kind="unreadable", fix="rename it", **where)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{key}: {path} is UTF-16", kind="unreadable", fix="save it as UTF-8", **where)
     try:
-        return reader(raw.removeprefix(b"\xef\xbb\xbf"))
+        return reader(raw, 3 if start.startswith(b"\xef\xbb\xbf") else 0)
     except InputError as error:
         raise error.at(f"{key}: {path}", **where) from error
 
 
 def ending(path: Path) -> str:
     """The ending that says what is in a file: `.jsonl` of `a.jsonl.gz`."""
-    return (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
+    return (Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix).lower()
 
 
-def _json_lines(raw: bytes) -> Rows:
-    return [_object(line) for line in raw.split(b"\n") if line.strip()]
+def _opened(path: Path, key: str) -> Bytes:
+    """A small file's bytes, a large one where it is, and a copy of what is in a compressed one."""
+    if (unpacked := COMPRESSED.get(path.suffix.lower())) is not None:
+        copy = Bytes.of_our_own(IN_MEMORY)
+        with unpacked(path) as file:
+            while part := file.read(2**20):
+                copy.append(part)
+        return copy
+    if path.stat().st_size <= IN_MEMORY:
+        return Bytes(io.BytesIO(path.read_bytes()))
+    return Bytes.of_file(path, key)
 
 
-def _json(raw: bytes) -> Rows:
+def _zstandard(path: Path) -> Any:
+    import pyarrow  # it takes a third of a second
+
+    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _json_lines(raw: Bytes, start: int) -> Rows:
+    starts, ends = array("q"), array("q")
+    for place, line in raw.lines(start):
+        if line.strip():
+            starts.append(place)
+            ends.append(place + len(line))
+    return raw.rows(starts, ends, _object)
+
+
+def _json(raw: Bytes, start: int) -> Rows:
     """A list of objects; one object a line, which is also written under this ending; or one object."""
-    if not raw.lstrip().startswith(b"["):
-        whole = _object(raw) if raw.strip() else None
-        return [whole] if isinstance(whole, Mapping) else _json_lines(raw)
+    lines = _json_lines(raw, start)
+    if len(lines) and not raw.read(start, start + 4096).lstrip().startswith(b"["):
+        whole = lines[0] if len(lines) == 1 else None
+        if len(lines) > 1 and isinstance(lines[0], InputError):
+            whole = _object(raw.read(start, -1))
+        return lines if not isinstance(whole, Mapping) else Rows(1, lambda _: whole)
+    places, copy = array("q", [0]), Bytes.of_our_own(IN_MEMORY)
     try:
-        items = json.loads(raw)
+        text = raw.read(start, -1).decode(errors="surrogatepass")
+        for first, last in _items(text) if text.strip() else ():
+            places.append(copy.append(text[first:last].encode(errors="surrogatepass")))
     except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON: {_reason(error)}", kind="unreadable") from error
-    return [_checked(item) for item in items]
+    return copy.rows(places[:-1], places[1:], _object)
+
+
+def _items(text: str) -> Iterator[tuple[int, int]]:
+    """Where each item of a JSON list begins and ends. Raises ValueError where it is none."""
+    decoder, place = json.JSONDecoder(), _after_space(text, text.index("[") + 1)
+    closed = text[place : place + 1] == "]"
+    while not closed:
+        _, end = decoder.raw_decode(text, place)
+        yield place, end
+        place = _after_space(text, end)
+        closed = text[place : place + 1] == "]"
+        if not closed and text[place : place + 1] != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+        place = place if closed else _after_space(text, place + 1)
+    if (rest := _after_space(text, place + 1)) != len(text):
+        raise json.JSONDecodeError("Extra data", text, rest)
+
+
+def _after_space(text: str, place: int) -> int:
+    found = SPACE.match(text, place)
+    assert found is not None
+    return found.end()
 
 
 def _object(line: bytes) -> Row | InputError:
     try:
-        return _checked(json.loads(line))
+        item = json.loads(line)
     except (ValueError, RecursionError) as error:  # undecodable bytes and numbers of too many digits are ValueErrors
         return InputError(f"not valid JSON: {_reason(error)}", kind="unreadable")
-
-
-def _checked(item: Any) -> Row | InputError:
     if not isinstance(item, dict):
         return InputError(f"the row is {json.dumps(item)[:40]}, not an object with named columns", kind="unreadable")
-    try:
-        json.dumps(item, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # half of a pair of surrogates, which no tokenizer takes
-        return InputError(f"the row is no text: {_reason(error)}", kind="unreadable")
+    if b"\\ud" in line or b"\\uD" in line or b"\xed" in line:  # perhaps half of a pair of surrogates
+        try:
+            json.dumps(item, ensure_ascii=False).encode()
+        except ValueError as error:  # which no tokenizer takes
+            return InputError(f"the row is no text: {_reason(error)}", kind="unreadable")
     return item
 
 
-def _text(raw: bytes) -> Rows:
+# ---- text and tables -------------------------------------------------------------------------------------------------
+
+
+def _text(raw: Bytes, start: int) -> Rows:
     """A row with the column `text` for each line."""
-    rows: Rows = []
-    for line in raw.removesuffix(b"\n").split(b"\n") if raw.strip() else []:
+    starts, ends = array("q"), array("q")
+    blank = True
+    for place, line in raw.lines(start):
+        blank = blank and not line.strip()
+        starts.append(place)
+        ends.append(place + len(line))
+
+    def parse(line: bytes) -> Row | InputError:
         try:
-            rows.append({"text": line.removesuffix(b"\r").decode()})
+            return {"text": line.removesuffix(b"\n").removesuffix(b"\r").decode()}
         except UnicodeDecodeError as error:
-            rows.append(InputError(f"not UTF-8: {error.reason}", kind="unreadable"))
-    return rows
+            return InputError(f"not UTF-8: {error.reason}", kind="unreadable")
+
+    return raw.rows(array("q"), array("q"), parse) if blank else raw.rows(starts, ends, parse)
 
 
-def _csv(raw: bytes) -> Rows:
+def _csv(raw: Bytes, start: int, delimiter: str = ",") -> Rows:
     """Cells are text; a column of whole numbers, numbers, or true and false is read as that, an empty cell as None."""
     csv.field_size_limit(2**31 - 1)  # of a cell; a long response exceeds the default
-    lines = csv.reader(io.StringIO(raw.decode(errors="surrogateescape"), newline=""))
+    starts, ends, names, columns = array("q"), array("q"), list[str](), list[_Column]()
+    end = start
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        for place, line in raw.lines(start):
+            end = place
+            for part in re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", line):
+                end += len(part)
+                yield part.decode(errors="surrogateescape")
+
+    records = csv.reader(lines(), delimiter=delimiter)
     try:
-        table = [cells for cells in lines if cells]
+        for cells in records:
+            if cells and not names:
+                names, columns = cells, [_Column() for _ in cells]
+                if twice := next((name for name in names if names.count(name) > 1), None):
+                    raise InputError(f"the column {twice!r} is there more than once", kind="conflict")
+            elif cells:
+                starts.append(start)
+                ends.append(end)
+                for column, cell in zip(columns, cells if len(cells) <= len(names) else (), strict=False):
+                    column.see(cell)
+            start = end
     except csv.Error as error:
-        raise InputError(f"line {lines.line_num}: {error}", kind="unreadable", row=lines.line_num) from error
-    if not table:
-        return []
-    names, cells = table[0], table[1:]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"the column {twice!r} is there more than once", kind="conflict")
-    whole = [row + [""] * (len(names) - len(row)) for row in cells if len(row) <= len(names)]
-    columns = {name: _column([row[i] for row in whole]) for i, name in enumerate(names)}
-    found = iter(range(len(whole)))
-    rows: Rows = []
-    for row in cells:
-        if len(row) > len(names):
-            rows.append(InputError(f"{len(row)} cells for {len(names)} columns", kind="unreadable"))
-            continue
-        number = next(found)
-        if any("\udc80" <= letter <= "\udcff" for cell in row for letter in cell):
-            rows.append(InputError("not UTF-8", kind="unreadable"))
-        else:
-            rows.append({name: values[number] for name, values in columns.items()})
-    return rows
+        raise InputError(f"line {records.line_num}: {error}", kind="unreadable", row=records.line_num) from error
+
+    def parse(record: bytes) -> Row | InputError:
+        text = io.StringIO(record.decode(errors="surrogateescape"), newline="")
+        cells = next(cells for cells in csv.reader(text, delimiter=delimiter) if cells)
+        if len(cells) > len(names):
+            return InputError(f"{len(cells)} cells for {len(names)} columns", kind="unreadable")
+        if any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell):
+            return InputError("not UTF-8", kind="unreadable")
+        cells += [""] * (len(names) - len(cells))
+        return {name: column.value(cell) for name, column, cell in zip(names, columns, cells, strict=True)}
+
+    return raw.rows(starts, ends, parse)
 
 
-def _column(cells: list[str]) -> list[Any]:
-    said = [cell for cell in cells if cell]
-    kinds: dict[str, Callable[[str], Any]] = {WHOLE: int, NUMBER: float, "true|false": "true".__eq__}
-    for pattern, kind in kinds.items():
-        if said and all(re.fullmatch(pattern, cell) and len(cell) < 300 for cell in said):
-            return [kind(cell) if cell else None for cell in cells]
-    return [cell or None for cell in cells]
+class _Column:
+    """What a column of text may be read as: the first kind that all its cells have that say something."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, Callable[[str], Any]] = {WHOLE: int, NUMBER: float, "true|false": "true".__eq__}
+
+    def see(self, cell: str) -> None:
+        if cell and self._kinds:
+            kinds = self._kinds.items()
+            self._kinds = {p: kind for p, kind in kinds if len(cell) < 300 and re.fullmatch(p, cell)}
+
+    def value(self, cell: str) -> Any:
+        return next(iter(self._kinds.values()), str)(cell) if cell else None
 
 
 def _reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
 
 
-READERS: dict[str, Callable[[bytes], Rows]] = {
+READERS: dict[str, Callable[[Bytes, int], Rows]] = {
     ".json": _json,
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".csv": _csv,
+    ".tsv": partial(_csv, delimiter="\t"),
     ".txt": _text,
+}
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # what `datasets` reads
+COMPRESSED: dict[str, Callable[[Path], BinaryIO]] = {
+    ".gz": gzip.open,  # type: ignore[dict-item]
+    ".bz2": bz2.open,  # type: ignore[dict-item]
+    ".xz": lzma.open,  # type: ignore[dict-item]
+    ".zst": _zstandard,
+}
+MAGIC = {
+    b"\x1f\x8b": "a gzip file",
+    b"PAR1": "a parquet file",
+    b"PK\x03\x04": "a zip file",
+    b"BZh91AY&SY": "a bzip2 file",
+    b"\xfd7zX": "an xz file",
+    b"\x28\xb5\x2f\xfd": "a zstandard file",
+    b"ARROW1": "an arrow file",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.row_table import Ragged, Table
 from pe_rlhf.model.micro_batches import pair_cost
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -25,18 +27,40 @@ class PairTokens:
     margin: float = 0.0
 
 
+class PairTable:
+    """Preference pairs, four bytes a token."""
+
+    def __init__(self) -> None:
+        self._tokens, self._margins = Ragged(), array("d")
+
+    def append(self, pair: PairTokens) -> int:
+        """Returns the pair's number."""
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            self._tokens.append(ids)
+        self._margins.append(pair.margin)
+        return len(self._margins) - 1
+
+    def __getitem__(self, number: int) -> PairTokens:
+        prompt, chosen, rejected = self._tokens[3 * number : 3 * number + 3]
+        return PairTokens(prompt, chosen, rejected, self._margins[number])
+
+    def take(self, numbers: Sequence[int]) -> Table[PairTokens]:
+        """The pairs of those numbers."""
+        return Table(len(numbers), lambda i: self[numbers[i]])
+
+
 @dataclass(frozen=True)
 class Responses:
     """Prompts and a response to each, not padded: a whole data set would be as long as its longest row everywhere."""
 
-    rows: list[tuple[list[int], list[int]]]
+    rows: Sequence[tuple[list[int], list[int]]]
     pad_id: int
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __add__(self, other: Responses) -> Responses:
-        return Responses(self.rows + other.rows, self.pad_id)
+        return Responses(Table.joined([self.rows, other.rows]), self.pad_id)
 
     @property
     def lengths_B(self) -> Tensor:
@@ -67,12 +91,13 @@ class Pairs:
 
     def responses(self) -> Responses:
         """The chosen responses with their prompts, then the rejected ones with theirs."""
-        chosen = [(pair.prompt, pair.chosen) for pair in self.pairs]
-        return Responses(chosen + [(pair.prompt, pair.rejected) for pair in self.pairs], self.pad_id)
+        pairs = Table(len(self.pairs), self.pairs.__getitem__, lambda: self.pairs)
+        chosen = pairs.map(lambda pair: (pair.prompt, pair.chosen))
+        return Responses(Table.joined([chosen, pairs.map(lambda pair: (pair.prompt, pair.rejected))]), self.pad_id)
 
     def subset(self, rows: Sequence[int]) -> Pairs:
         """The pairs of those rows."""
-        return Pairs([self.pairs[row] for row in rows], self.pad_id)
+        return Pairs(Table(len(rows), lambda i: self.pairs[rows[i]]), self.pad_id)
 
     def margins(self, index: Tensor) -> Tensor:
         """The margins _B of the pairs of that index."""

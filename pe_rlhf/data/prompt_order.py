@@ -10,11 +10,14 @@ from reward.records import Columns, Prompt
 
 
 @dataclass(frozen=True)
-class PromptSet:
-    """Prompts as recipes give them and as token ids, with the other columns of their rows."""
+class PromptTable:
+    """All prompts of a data set, as recipes give them and as token ids, with the other columns of their rows.
 
-    prompts: list[Prompt]
-    ids: list[list[int]]
+    Prompts and columns may be read from the file each time.
+    """
+
+    prompts: Sequence[Prompt]
+    ids: Sequence[list[int]]
     columns: Columns
 
     def __len__(self) -> int:
@@ -26,10 +29,18 @@ class PromptSet:
         return PromptSet([self.prompts[row] for row in rows], [self.ids[row] for row in rows], columns)
 
 
+@dataclass(frozen=True)
+class PromptSet(PromptTable):
+    """Some prompts, which are in memory."""
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+
+
 class PromptOrder:
     """Endless shuffled passes over the prompts; the batch of step n follows from the seed and n alone."""
 
-    def __init__(self, prompts: PromptSet, batch_size: int, samples_per_prompt: int, seed: int) -> None:
+    def __init__(self, prompts: PromptTable, batch_size: int, samples_per_prompt: int, seed: int) -> None:
         self._prompts = prompts
         self._batch_size, self._samples, self._seed = batch_size, samples_per_prompt, seed
 

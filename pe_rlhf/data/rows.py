@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pe_rlhf.config import DataFile, DataPart, DataSource
-from pe_rlhf.data.data_sources import load_rows
+from pe_rlhf.data.data_sources import load_rows, names_of
 from pe_rlhf.data.examples import COMPLETIONS, Example, has_format, parse_example
-from pe_rlhf.data.local_files import Row, Rows, ending
+from pe_rlhf.data.local_files import ending
 from pe_rlhf.data.mixture import mixed
+from pe_rlhf.data.row_table import Row, Rows
 from pe_rlhf.system.files import write_jsonl
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import say
@@ -38,12 +40,26 @@ SHOWN = 300  # letters of the first row
 ASKS = ("question", "instruction", "query", "input", "problem", "context", "post")  # what others call a prompt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptRow:
-    """A prompt and the other columns of its row, which reward functions see."""
+    """A prompt and the other columns of its row, which reward functions see.
+
+    `again` reads the row from the data set once more: of a million rows that is what is kept.
+    """
 
     prompt: Prompt
     columns: dict[str, Any]
+    again: Callable[[], PromptRow]
+
+    def of_part(self, part: DataPart) -> PromptRow:
+        """The row with the part of the mixture that it comes from in the column `source`."""
+        label = {SOURCE: part.label or part.short_name}
+        columns = self.columns | label if part.label else label | self.columns
+        return PromptRow(self.prompt, columns, partial(_of_part, self.again, part))
+
+
+def _of_part(again: Callable[[], PromptRow], part: DataPart) -> PromptRow:
+    return again().of_part(part)
 
 
 def load_prompts(source: DataSource, key: str, max_bad_share: float = MAX_BAD_SHARE) -> list[Prompt]:
@@ -67,18 +83,16 @@ def load_prompt_rows(
     column. `select` takes some of a data set's usable prompts, before they are mixed, so that shares are of those.
     """
 
-    def named(part: DataPart) -> Callable[[PromptRow], T]:
-        label = {SOURCE: part.label or part.short_name}
-        return lambda row: then(PromptRow(row.prompt, row.columns | label if part.label else label | row.columns))
-
     if isinstance(source, DataSource) and source.mix is not None:
-        _, rows, bad = _mixture(
-            source, key, lambda part, key: ("", *load_prompt_rows(part, key, named(part), max_bad_share, select))
-        )
-        return rows, bad
+
+        def load(part: DataPart, key: str) -> tuple[str, list[T], list[BadRecord]]:
+            return "", *load_prompt_rows(part, key, lambda row: then(row.of_part(part)), max_bad_share, select)
+
+        _, of_all, bad = _mixture(source, key, load)
+        return of_all, bad
     rows = load_rows(source, key)
-    names = _names(rows)
     given = "text" if ending(Path(source.path)) == ".txt" and not source.columns else "prompt"
+    names = set(names_of(rows, lambda names: given in names))
     if given in names or not names:  # without a row that can be read, the reasons are said below
 
         def find(row: Row) -> Prompt:
@@ -97,11 +111,25 @@ def load_prompt_rows(
     else:
         raise _no_column("prompt", names, source, key)
 
-    def parse(row: Row) -> T:
+    def parse(number: int, row: Row) -> PromptRow:
         others = {name: value for name, value in row.items() if name != given}
-        return then(PromptRow(find(row), others))
+        return PromptRow(find(row), others, partial(again, number))
 
-    parsed, bad = parse_rows(rows, parse, source.path, max_bad_share, key, kind=None)
+    def again(number: int) -> PromptRow:
+        row = rows[number]
+        assert not isinstance(row, InputError)  # it was none
+        return parse(number, row)
+
+    number = -1
+
+    def counted() -> Iterator[Row | InputError]:
+        nonlocal number
+        for number, row in enumerate(rows):  # noqa: B007  # `parse` is given the row of this number next
+            yield row
+
+    parsed, bad = parse_rows(
+        counted(), lambda row: then(parse(number, row)), source.path, max_bad_share, key, kind=None
+    )
     return parsed if select is None else select(parsed, source, key), bad
 
 
@@ -115,12 +143,12 @@ def load_preferences(
     if isinstance(source, DataSource) and source.mix is not None:
         return _mixture(source, key, lambda part, key: load_preferences(part, key, max_bad_share, then))
     rows = load_rows(source, key)
-    names = _names(rows)
+    names = set(names_of(rows, {"chosen", "rejected"}.issubset))
     _refuse_unknown(source, key, PREFERENCE_COLUMNS)
     for column in ("chosen", "rejected"):
         if names and column not in names:
             raise _no_column(column, names, source, key)
-    _refuse_guess(rows, names, source, key)
+    _refuse_guess(rows, source, key)
     records, bad = parse_rows(rows, lambda row: then(parse_record(row)), source.path, max_bad_share, key)
     return layout_of(next(row for row in rows if not isinstance(row, InputError))), records, bad
 
@@ -136,7 +164,7 @@ def load_examples(
         _, examples, bad = _mixture(source, key, lambda part, key: ("", *load_examples(part, key, max_bad_share, then)))
         return examples, bad
     rows = load_rows(source, key)
-    names = _names(rows)
+    names = set(names_of(rows, has_format))
     _refuse_unknown(source, key, EXAMPLE_COLUMNS)
     if names and not has_format(names):
         raise InputError(
@@ -198,10 +226,6 @@ def note_bad_rows(path: Path, key: str, bad: list[BadRecord]) -> int:
     return len(bad)
 
 
-def _names(rows: Rows) -> set[str]:
-    return {name for row in rows if not isinstance(row, InputError) for name in row}
-
-
 def _without_answer(messages: Any) -> Any:
     last = messages[-1] if isinstance(messages, list) and messages else None
     answered = isinstance(last, dict) and last.get("role") == "assistant"
@@ -223,16 +247,18 @@ def _refuse_unknown(source: DataFile, key: str, known: Collection[str]) -> None:
             )
 
 
-def _refuse_guess(rows: Rows, names: set[str], source: DataFile, key: str) -> None:
+def _refuse_guess(rows: Rows, source: DataFile, key: str) -> None:
     """Two texts without a prompt would be read by their common start, though another column holds what they answer."""
-    if "prompt" in names or source.format is not None:
+    if source.format is not None:
         return
     first = next((row for row in rows if not isinstance(row, InputError)), {})
     texts = isinstance(first.get("chosen"), str) and layout_of(first).startswith("texts")
+    if not texts or "prompt" in (names := names_of(rows, lambda names: "prompt" in names)):
+        return
     candidates = [name for name in ASKS if isinstance(first.get(name), str)]
     if source.columns:
         candidates += [name for name in names if name not in PREFERENCE_COLUMNS and isinstance(first.get(name), str)]
-    if texts and candidates:
+    if candidates:
         raise InputError(
             f"{key}: {source.path} has no column 'prompt', and its column {candidates[0]!r} may be it",
             kind="missing",

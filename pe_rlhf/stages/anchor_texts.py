@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pe_rlhf.config import SamplingConfig
@@ -28,7 +29,7 @@ class AnchorTexts:
         backbone: Backbone,
         codec: TextCodec,
         sampling: SamplingConfig,
-        prompts: list[list[int]],
+        prompts: Sequence[list[int]],
     ) -> None:
         self._context, self._backbone, self._codec = context, backbone, codec
         self._sampling, self._prompts = sampling, prompts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,8 @@ from pe_rlhf.config import DataFile, DataPart, DataSource, Recipe, SamplingConfi
 from pe_rlhf.config.load import load_deepspeed_config
 from pe_rlhf.config.section import Section
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.prompt_order import PromptSet
+from pe_rlhf.data.prompt_order import PromptTable
+from pe_rlhf.data.row_table import Ragged, Table
 from pe_rlhf.data.rows import MAX_BAD_SHARE, PromptRow, load_prompt_rows, note_bad_rows
 from pe_rlhf.model.backbone import Backbone, FastPath
 from pe_rlhf.model.device_plan import reserved_bytes
@@ -30,6 +33,7 @@ from reward.errors import InputError
 
 C = TypeVar("C", bound=Section)
 S = TypeVar("S", bound=Section)
+Kept = tuple[Callable[[], PromptRow], "array[int]", tuple[str, ...]]  # a prompt's row, its ids, its other columns
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class StageContext(Generic[C]):
         backbone: Backbone,
         role: str,
         sampling: SamplingConfig,
-        prompts: list[list[int]],
+        prompts: Sequence[list[int]],
         on_progress: Advance | None = None,
     ) -> RolloutEngine:
         """What samples responses as the recipe asks, with room for the longest of the prompts, until the stage ends."""
@@ -126,7 +130,7 @@ class StageContext(Generic[C]):
         backbone: Backbone,
         role: str,
         sampling: SamplingConfig,
-        prompts: list[list[int]],
+        prompts: Sequence[list[int]],
         on_progress: Advance | None = None,
     ) -> RolloutEngine:
         return make_rollout(
@@ -153,7 +157,7 @@ class StageContext(Generic[C]):
         max_prompt_tokens: int | None = None,
         *,
         section: str | None = None,
-    ) -> PromptSet:
+    ) -> PromptTable:
         """The prompts of a data set, without unusable ones and those too long to leave room for a response.
 
         `section` is the one that names the data set; default: the stage's own.
@@ -169,13 +173,16 @@ class StageContext(Generic[C]):
             )
         limit, key = min(room, max_prompt_tokens or room), f"{section}.prompts"
 
-        def encode(row: PromptRow) -> tuple[PromptRow, list[int]]:
+        shapes: dict[tuple[str, ...], tuple[str, ...]] = {}  # one object for all rows with the same columns
+
+        def encode(row: PromptRow) -> Kept:
             if not (ids := codec.encode_prompt(row.prompt)):
                 raise InputError("the prompt is empty as tokens", kind="empty", key="prompt")
-            return row, ids
+            names = tuple(row.columns)
+            return row.again, array("i", ids), shapes.setdefault(names, names)
 
-        def fitting(pairs: list[tuple[PromptRow, list[int]]], part: DataFile, key: str) -> list[Any]:
-            kept = [(row, ids) for row, ids in pairs if len(ids) <= limit]
+        def fitting(pairs: list[Kept], part: DataFile, key: str) -> list[Kept]:
+            kept = [row for row in pairs if len(row[1]) <= limit]
             if not kept:
                 message = f"{key}: every prompt of {part.path} is longer than {limit} tokens"
                 raise InputError(message, kind="too_long", key=key, file=part.path)
@@ -187,7 +194,7 @@ class StageContext(Generic[C]):
         share = getattr(getattr(self.recipe, section), "max_bad_share", MAX_BAD_SHARE)
         kept, bad = load_prompt_rows(source, key, encode, share, fitting)
         note_bad_rows(self.files.left_out(key), key, bad)
-        rows, ids = [row for row, _ in kept], [ids for _, ids in kept]
-        names = dict.fromkeys(name for row in rows for name in row.columns)
-        columns = {name: [row.columns.get(name) for row in rows] for name in names}
-        return PromptSet([row.prompt for row in rows], ids, columns)
+        rows = Table(len(kept), lambda i: kept[i][0]())  # read again when a step takes them
+        names = dict.fromkeys(name for _, _, names in kept for name in names)
+        columns = {name: rows.map(lambda row, name=name: row.columns.get(name)) for name in names}
+        return PromptTable(rows.map(lambda row: row.prompt), Ragged(ids for _, ids, _ in kept), columns)

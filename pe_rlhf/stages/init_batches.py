@@ -26,7 +26,7 @@ from pe_rlhf.algo.ppo_losses import Mean, policy_loss, value_loss
 from pe_rlhf.config import AdapterConfig, PPOConfig, RewardConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs
-from pe_rlhf.data.prompt_order import PromptSet
+from pe_rlhf.data.prompt_order import PromptTable
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.micro_batches import micro_batches
 from pe_rlhf.model.passes import for_each_token
@@ -110,7 +110,7 @@ class AnchorRollouts:
         backbone: Backbone,
         scorer: Scorer,
         codec: TextCodec,
-        prompts: PromptSet,
+        prompts: PromptTable,
         adapter: AdapterConfig,
         critic_start: str | None = None,
     ) -> None:

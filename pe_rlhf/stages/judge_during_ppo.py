@@ -36,7 +36,8 @@ class JudgeEvaluation:
         limit = config.sampling.max_new_tokens
         asked = context.prompts(config.prompts, codec, backbone, limit, section="evaluate")
         count = context.config.eval_prompts
-        self._prompts, self._ids = asked.prompts[:count], asked.ids[:count]
+        some = asked.take(range(len(asked))[:count])
+        self._prompts, self._ids = some.prompts, some.ids
         self._anchor: list[str] = []
 
     def is_due(self, step: int) -> bool:

@@ -24,7 +24,7 @@ from pe_rlhf.algo.kl import adapt_beta
 from pe_rlhf.algo.rewards import kl_objective
 from pe_rlhf.config import KLConfig, PPOConfig
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.prompt_order import PromptOrder, PromptSet
+from pe_rlhf.data.prompt_order import PromptOrder, PromptTable
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.model.tensors import with_prefix, without_prefix
@@ -192,7 +192,7 @@ def _add_roles(
     backbone: Backbone,
     scorer: WeightedScorer,
     codec: TextCodec,
-    prompts: PromptSet,
+    prompts: PromptTable,
     start_from: str | None,
     previous: PreviousPolicy | None,
 ) -> RoleOptimizer:

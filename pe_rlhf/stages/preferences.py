@@ -42,7 +42,7 @@ def run(context: StageContext[PreferencesConfig]) -> dict[str, Any]:
     backbone = context.backbone()
     codec = context.codec(backbone)
     asked = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
-    prompts, prompt_ids = asked.prompts * config.pairs_per_prompt, asked.ids * config.pairs_per_prompt
+    prompts, prompt_ids = [*asked.prompts] * config.pairs_per_prompt, [*asked.ids] * config.pairs_per_prompt
 
     # 1. two responses for each prompt, from the anchor
     seed = derive_seed(context.recipe.seed, "preferences")

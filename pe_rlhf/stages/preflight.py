@@ -6,20 +6,24 @@ in the recipe or the data should be told at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.adapters.lora.init_registry import init_of
 from pe_rlhf.config import STAGES, OptimizerConfig, Recipe
 from pe_rlhf.config.adapter import LowRankConfig
 from pe_rlhf.config.load import load_deepspeed_config
-from pe_rlhf.data.rows import MAX_BAD_SHARE, load_examples, load_preferences, load_prompt_rows
+from pe_rlhf.data.rows import MAX_BAD_SHARE, PromptRow, load_examples, load_preferences, load_prompt_rows
 from pe_rlhf.runs.metrics import check_tracking
 from pe_rlhf.system.processes import launched
 from reward.errors import InputError
 from reward.judges import load_score_function
 from reward.records import Prompt
+
+T = TypeVar("T")
 
 
 def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = (), run_dir: Path | None = None) -> None:
@@ -69,25 +73,44 @@ def _check_data(recipe: Recipe, stages: list[str]) -> tuple[dict[str, Prompt], d
         section = getattr(recipe, stage)
         if (prompts := getattr(section, "prompts", None)) is not None:
             share = getattr(section, "max_bad_share", MAX_BAD_SHARE)
-            rows, _ = load_prompt_rows(prompts, f"{stage}.prompts", lambda row: row, share)
-            first[stage] = rows[0].prompt
+            names: set[str] = set()
+            rows, _ = load_prompt_rows(prompts, f"{stage}.prompts", _columns_into(names), share)
+            first[stage] = rows[0]().prompt
             if recipe.ppo is not None and stage in ("ppo", "evaluate"):
-                columns[stage] = {name for row in rows for name in row.columns}
+                columns[stage] = names
                 for source in recipe.ppo.reward:
                     if source.function is not None:
                         load_score_function(source.function, columns[stage], source.arguments)
     if recipe.sft is not None and "sft" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.sft, key)) is not None:
-                examples, _ = load_examples(source, f"sft.{key}", recipe.sft.max_bad_share, lambda row: row)
-                if examples and examples[0].prompt is not None:
-                    first.setdefault("sft", examples[0].prompt)
+                examples, _ = load_examples(source, f"sft.{key}", recipe.sft.max_bad_share, _first_only())
+                if (example := examples[0]) is not None and example.prompt is not None:
+                    first.setdefault("sft", example.prompt)
     if recipe.reward is not None and "reward" in stages:
         for key in ("data", "eval_data"):
             if (source := getattr(recipe.reward, key)) is not None:
-                _, records, _ = load_preferences(source, f"reward.{key}", recipe.reward.max_bad_share, lambda row: row)
-                first.setdefault("reward", records[0].prompt)
+                share = recipe.reward.max_bad_share
+                _, records, _ = load_preferences(source, f"reward.{key}", share, _first_only())
+                if (record := records[0]) is not None:
+                    first.setdefault("reward", record.prompt)
     return first, columns
+
+
+def _columns_into(names: set[str]) -> Callable[[PromptRow], Callable[[], PromptRow]]:
+    """Note the columns of prompts; of each is kept how it is read again."""
+
+    def note(row: PromptRow) -> Callable[[], PromptRow]:
+        names.update(row.columns)
+        return row.again
+
+    return note
+
+
+def _first_only() -> Callable[[T], T | None]:
+    """Keep what is given first, and of a million rows no other."""
+    number = count()
+    return lambda row: None if next(number) else row
 
 
 def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,7 +194,7 @@ def leave_fisher(
     context: StageContext[PPOConfig],
     backbone: Backbone,
     sampler: RolloutEngine,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int]],
     previous: PreviousPolicy | None,
 ) -> None:
     """Where the method is EWC, write the Fisher information of the trained policy, of responses of its own."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
+from operator import itemgetter
 from typing import Any
 
 from pe_rlhf.config import DataSource, RewardConfig
-from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.preference_pairs import Pairs, PairTokens, encode_pair
+from pe_rlhf.data.preference_pairs import Pairs, PairTable, encode_pair
 from pe_rlhf.data.rows import hold_out, load_preferences, note_bad_rows, say_first, say_overlap
 from pe_rlhf.model.backbone import Backbone
-from pe_rlhf.runs.layout import RunFiles, StageFiles
+from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.stages.context import StageContext
 from reward.errors import InputError
 from reward.records import PreferenceRecord, first_turn
 
-Encoded = tuple[PreferenceRecord, PairTokens]
+Encoded = tuple[str, int]  # the first turn of a pair's prompt, and its number in the table
 
 
 def load_pairs(context: StageContext[Any], config: RewardConfig, backbone: Backbone) -> tuple[Pairs, Pairs]:
@@ -23,15 +24,24 @@ def load_pairs(context: StageContext[Any], config: RewardConfig, backbone: Backb
     codec, pad = context.codec(backbone), backbone.pad_token_id
     limit = min(config.max_length, backbone.longest_sequence)
 
+    table = PairTable()
+
+    def encode(record: PreferenceRecord) -> Encoded:
+        return first_turn(record.prompt), table.append(encode_pair(record, codec, limit))
+
     def encoded(source: DataSource, key: str) -> list[Encoded]:
-        return _records(context.files, source, key, config, codec, limit)
+        layout, rows, bad = load_preferences(source, key, config.max_bad_share, encode)
+        note_bad_rows(context.files.left_out(key), key, bad)
+        first = table[rows[0][1]]
+        say_first(key, len(rows), f"pairs, {layout}", codec.written(first.prompt + first.chosen))
+        return rows
 
     records = encoded(source, "reward.data")
     if config.eval_data is not None:
         train, held_out = records, encoded(config.eval_data, "reward.eval_data")
-        say_overlap("reward.eval_data", [_turn(pair) for pair in held_out], [_turn(pair) for pair in train])
+        say_overlap("reward.eval_data", [turn for turn, _ in held_out], [turn for turn, _ in train])
     else:
-        train, held_out = hold_out(records, _turn, config.eval_share, context.recipe.seed, "reward held out")
+        train, held_out = hold_out(records, itemgetter(0), config.eval_share, context.recipe.seed, "reward held out")
     if not train or not held_out:
         raise InputError(
             f"reward.data: {len(records)} pairs are too few to hold out a share of {config.eval_share}",
@@ -40,19 +50,5 @@ def load_pairs(context: StageContext[Any], config: RewardConfig, backbone: Backb
             file=source.title,
             fix="give it more pairs, or name held-out ones in reward.eval_data",
         )
-    return Pairs([tokens for _, tokens in train], pad), Pairs([tokens for _, tokens in held_out], pad)
-
-
-def _records(
-    files: StageFiles, source: DataSource, key: str, config: RewardConfig, codec: TextCodec, limit: int
-) -> list[Encoded]:
-    """The usable records of a data set with their tokens; a row that cannot be encoded is an unusable one."""
-    layout, rows, bad = load_preferences(source, key, config.max_bad_share, lambda r: (r, encode_pair(r, codec, limit)))
-    note_bad_rows(files.left_out(key), key, bad)
-    first = rows[0][1]
-    say_first(key, len(rows), f"pairs, {layout}", codec.written(first.prompt + first.chosen))
-    return rows
-
-
-def _turn(pair: Encoded) -> str:
-    return first_turn(pair[0].prompt)
+    train_numbers, held_out_numbers = (array("q", (number for _, number in side)) for side in (train, held_out))
+    return Pairs(table.take(train_numbers), pad), Pairs(table.take(held_out_numbers), pad)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from operator import itemgetter
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 from accelerate.utils import patch_environment
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
@@ -15,10 +16,10 @@ from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import DataSource, SFTConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.examples import Example
+from pe_rlhf.data.row_table import Ragged
 from pe_rlhf.data.rows import hold_out, load_examples, note_bad_rows, say_first, say_overlap
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.export import write_merged
-from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.saved_roles import load_base, save_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.failures import Stopped
@@ -32,7 +33,7 @@ from reward.records import first_turn
 ROLE = "sft"
 NO_LOSS = -100
 PEFT_PREFIX = "base_model.model."
-Encoded = tuple[Example, list[int], list[int]]
+Encoded = tuple[str, int]  # what a row begins with, and its number
 
 
 def run(context: StageContext[SFTConfig]) -> dict[str, Any]:
@@ -111,17 +112,31 @@ def _write_model(context: StageContext[SFTConfig], backbone: Backbone, template:
 
 def load_rows(context: StageContext[SFTConfig], codec: TextCodec, limit: int) -> tuple[Dataset, Dataset]:
     """Tokenised rows to train on and held-out ones. Raises `InputError` where either has no rows."""
-    config = context.config
+    config, ids, labels = context.config, Ragged(), Ragged()
+
+    def encode(example: Example) -> Encoded:
+        row, learnt = encode_row(example, codec, limit, whole=not config.completion_only)
+        ids.append(row)
+        labels.append(learnt)
+        return first_turn(example.prompt or example.response), len(ids) - 1
 
     def encoded(source: DataSource, key: str) -> list[Encoded]:
-        return _examples(context.files, source, key, config, codec, limit)
+        examples, bad = load_examples(source, key, config.max_bad_share, encode)
+        note_bad_rows(context.files.left_out(key), key, bad)
+        say_first(key, len(examples), "rows", codec.written(ids[examples[0][1]]))
+        return examples
+
+    def table(rows: list[Encoded]) -> Dataset:
+        columns = {"input_ids": ids, "labels": labels}
+        kind = pa.list_(pa.int32())
+        return Dataset(pa.table({name: pa.array((of[i] for _, i in rows), kind) for name, of in columns.items()}))
 
     examples = encoded(config.data, "sft.data")
     if config.eval_data is not None:
         train, held_out = examples, encoded(config.eval_data, "sft.eval_data")
-        say_overlap("sft.eval_data", [_turn(row) for row in held_out], [_turn(row) for row in train])
+        say_overlap("sft.eval_data", [turn for turn, _ in held_out], [turn for turn, _ in train])
     else:
-        train, held_out = hold_out(examples, _turn, config.eval_share, context.recipe.seed, "sft held out")
+        train, held_out = hold_out(examples, itemgetter(0), config.eval_share, context.recipe.seed, "sft held out")
     if not train or not held_out:
         raise InputError(
             f"sft.data: {len(examples)} rows are too few to hold out a share of {config.eval_share}",
@@ -130,18 +145,7 @@ def load_rows(context: StageContext[SFTConfig], codec: TextCodec, limit: int) ->
             file=config.data.title,
             fix="add rows, raise sft.eval_share, or give sft.eval_data",
         )
-    return _table(train), _table(held_out)
-
-
-def _examples(
-    files: StageFiles, source: DataSource, key: str, config: SFTConfig, codec: TextCodec, limit: int
-) -> list[Encoded]:
-    """The usable rows of a data set with their tokens; a row without a token to learn is an unusable one."""
-    whole = not config.completion_only
-    examples, bad = load_examples(source, key, config.max_bad_share, lambda e: (e, *encode_row(e, codec, limit, whole)))
-    note_bad_rows(files.left_out(key), key, bad)
-    say_first(key, len(examples), "rows", codec.written(examples[0][1]))
-    return examples
+    return table(train), table(held_out)
 
 
 def encode_row(example: Example, codec: TextCodec, limit: int, whole: bool) -> tuple[list[int], list[int]]:
@@ -157,12 +161,3 @@ def encode_row(example: Example, codec: TextCodec, limit: int, whole: bool) -> t
     if len(ids) <= given or response == [codec.end_token_id]:
         raise InputError("there is no token to learn", kind="empty")
     return ids, [NO_LOSS] * given + ids[given:]
-
-
-def _table(rows: list[Encoded]) -> Dataset:
-    columns = {"input_ids": [ids for _, ids, _ in rows], "labels": [labels for _, _, labels in rows]}
-    return Dataset.from_dict({name: [np.array(row, dtype=np.int32) for row in c] for name, c in columns.items()})
-
-
-def _turn(row: Encoded) -> str:
-    return first_turn(row[0].prompt or row[0].response)

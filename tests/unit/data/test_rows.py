@@ -62,7 +62,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 def test_the_rows_of_every_format(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path / name)
     source = DataSource(path=str(tmp_path / name))
-    assert load_rows(source, "key") == ROWS
+    assert list(load_rows(source, "key")) == ROWS
     assert load_prompts(source, "key") == [row["prompt"] for row in ROWS]
 
 
@@ -102,7 +102,7 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
     source = DataSource(path=str(path), columns=columns)
-    assert load_rows(source, "key") == [{"prompt_id": 7, "prompt": "q", "chosen": "g", "rejected": "b"}]
+    assert list(load_rows(source, "key")) == [{"prompt_id": 7, "prompt": "q", "chosen": "g", "rejected": "b"}]
     assert load_prompts(source, "key") == ["q"]
     _, records, bad = load_preferences(source, "key", 0.0, lambda row: row)
     assert [(r.prompt, r.chosen, r.rejected) for r in records] == [("q", "g", "b")]
@@ -112,13 +112,13 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
 def test_two_columns_that_swap_their_names(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "worse", "rejected": "better"}])
     source = DataSource(path=str(path), columns={"chosen": "rejected", "rejected": "chosen"})
-    assert load_rows(source, "key") == [{"prompt": "p", "chosen": "better", "rejected": "worse"}]
+    assert list(load_rows(source, "key")) == [{"prompt": "p", "chosen": "better", "rejected": "worse"}]
 
 
 def test_one_column_under_two_names(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "t"}])
     source = DataSource(path=str(path), columns={"prompt": "text", "chosen": "text"})
-    assert load_rows(source, "key") == [{"prompt": "t", "chosen": "t"}]
+    assert list(load_rows(source, "key")) == [{"prompt": "t", "chosen": "t"}]
 
 
 def test_a_text_file_with_a_mapped_column(tmp_path: Path) -> None:
