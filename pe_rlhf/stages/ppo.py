@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -65,7 +66,7 @@ class Training:
     backbone: Backbone
     codec: TextCodec
     prompts: PromptOrder
-    prompt_ids: list[list[int]]
+    prompt_ids: Sequence[list[int]]
     scorer: WeightedScorer
     previous: PreviousPolicy | None
     optimizer: RoleOptimizer
