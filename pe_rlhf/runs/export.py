@@ -25,7 +25,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pe_rlhf.adapters.specs import FullSpec
 from pe_rlhf.config import BackboneConfig, Recipe
 from pe_rlhf.config.load import load_recipe, save_recipe
 from pe_rlhf.data.codec import find_template
@@ -175,6 +174,9 @@ def model_card(found: SavedRole, form: Format) -> str:
     """The README.md of an export: what it is, how it was trained, how it is loaded."""
     stage, recipe = found.files.stage, _recipe(found)
     numbers = {key: value for key, value in (read_summary(stage) or {}).items() if isinstance(value, int | float)}
+    spec = found.spec.as_json()
+    hidden = ("kind", "modules", "targets", "exclude", "last_layers")
+    peft = dict(read_json(found.files.adapter_config)) if form == "lora" else {}
     return render(
         Path(__file__).with_name("model_card.md.j2"),
         role=found.role,
@@ -182,21 +184,29 @@ def model_card(found: SavedRole, form: Format) -> str:
         name=recipe.name,
         base_model=found.base,
         base_sha256=found.base_sha256,
-        spec=found.spec.as_json(),
-        rank=_exported_rank(found),
+        kind=spec.get("kind"),
+        modules=spec.get("modules", []),
+        settings={key: value for key, value in spec.items() if key not in hidden and value not in (None, {})},
+        adapter=_adapter_of_peft(peft),
+        is_changed=peft.get("peft_type") == "LORA" and spec.get("kind") not in ("lora", "dora"),
+        is_twice_as_wide="rank" in spec and peft.get("r") == 2 * spec["rank"],
         chat_template=recipe.chat_template,
         numbers=numbers,
         stage=stage.folder.name,
     )
 
 
-def _exported_rank(found: SavedRole) -> int | None:
-    """The rank of PEFT's files, or of the adapter where there are none; None without an adapter."""
-    if isinstance(found.spec, FullSpec):
-        return None
-    path = found.files.adapter_config
-    rank = getattr(found.spec.settings, "rank", None)
-    return read_json(path).get("r", rank) if path.is_file() else rank
+def _adapter_of_peft(config: dict[str, Any]) -> str:
+    """What PEFT's files are, for the card, from `adapter_config.json`; empty without one."""
+    if not config:
+        return ""
+    usual = {"LORA": "A DoRA" if config.get("use_dora") else "A LoRA"}
+    named = usual.get(config["peft_type"], f"An adapter of PEFT's type `{config['peft_type']}`")
+    by_layer: dict[str, Any] = config.get("rank_pattern") or {"all": config.get("r")}
+    ranks = sorted(by_layer.values())
+    if ranks == [None]:
+        return named
+    return f"{named} of rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[0] != ranks[-1] else "")
 
 
 def _recipe(found: SavedRole) -> Recipe:
