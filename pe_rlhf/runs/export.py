@@ -186,7 +186,7 @@ def model_card(found: SavedRole, form: Format) -> str:
         base_sha256=found.base_sha256,
         kind=spec.get("kind"),
         modules=spec.get("modules", []),
-        settings={key: value for key, value in spec.items() if key not in hidden and value not in (None, {})},
+        settings={key: value for key, value in spec.items() if key not in hidden and value not in (None, {}, [])},
         adapter=_adapter_of_peft(peft),
         is_changed=peft.get("peft_type") == "LORA" and spec.get("kind") not in ("lora", "dora"),
         is_twice_as_wide="rank" in spec and peft.get("r") == 2 * spec["rank"],

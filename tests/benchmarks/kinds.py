@@ -1,11 +1,12 @@
 """Every kind of adapter on one model: parameters, state, seconds and memory of a training pass, against LoRA and PEFT.
 
-python tests/benchmarks/kinds.py [--layers 6] [--rows 4] [--tokens 128] [--rounds 6] [--kinds lora,dora]
+python tests/benchmarks/kinds.py [--layers 6] [--rows 4] [--tokens 128] [--rounds 6] [--kinds lora,dora,shira@0.05]
 
 A pass is forward and backward through the decoder's layers (`--layers`: through the first of them only), without the
 head, which no kind touches. Each kind runs in a process of its own, beside a LoRA and, where PEFT has it, PEFT's layer
 of the same kind: in each round all of them make a pass in turn, and the least seconds of all rounds count. Seconds are
-those of all CPU cores together, which a busy machine changes less than those of a clock.
+those of all CPU cores together, which a busy machine changes less than those of a clock. The peak is that of the
+passes, without making the adapter. `shira@0.05` is SHiRA with that density; the end says whether the aims are met.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from peft import (
     LoraConfig,
     MissConfig,
     PeftConfig,
+    ShiraConfig,
     TinyLoraConfig,
     VeraConfig,
     get_peft_model,
@@ -41,7 +43,7 @@ from pe_rlhf.adapters.gradients import Probe, ProbedStatistics
 from pe_rlhf.adapters.kind import KINDS
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.names import resolve_model
-from pe_rlhf.system.memory import peak_memory
+from pe_rlhf.system.memory import peak_memory, reset_peak_memory
 
 FORK = multiprocessing.get_context("fork")
 
@@ -63,6 +65,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def settings_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Kind and settings of `kind` or `kind@density`."""
+    kind, _, density = name.partition("@")
+    return kind, SETTINGS.get(kind, {}) | ({"density": float(density)} if density else {})
+
+
 def peft_config(kind: str) -> PeftConfig | None:
     """PEFT's own adapter of a kind, with the same settings; None where it has none."""
     settings = SETTINGS.get(kind, {})
@@ -75,6 +83,8 @@ def peft_config(kind: str) -> PeftConfig | None:
         "loha": lambda: LoHaConfig(r=rank, alpha=8, **common),
         "miss": lambda: MissConfig(r=rank, **common),
         "bat": lambda: MissConfig(r=rank, init_weights="bat", **common),  # type: ignore[arg-type]
+        # Of a density: here all layers have 0.01, there each as many entries as a LoRA of rank 3 has, about 0.01.
+        "shira": lambda: ShiraConfig(r=3, **common),
         "tinylora": lambda: TinyLoraConfig(r=2, u=64, save_projection=True, **common),
         "vera": lambda: VeraConfig(r=rank, save_projection=True, **common),
     }
@@ -130,6 +140,7 @@ def serve(pipe: Connection, model: PreTrainedModel, kind: str, peft: bool, argum
         for parameter in trained:
             parameter.add_(1e-4 * torch.randn(parameter.shape, generator=generator))
     pipe.send((sum(p.numel() for p in trained), state / 2**20))
+    reset_peak_memory()
     with nullcontext() if peft else backbone.role("policy"):
         while pipe.recv():
             pipe.send(one_pass(model.get_decoder(), ids_BT, trained))
@@ -137,7 +148,7 @@ def serve(pipe: Connection, model: PreTrainedModel, kind: str, peft: bool, argum
 
 
 def kind_of_name(name: str) -> bool:
-    return any(part in name for part in ("lora_", "hada_", "miss_", "tinylora_", "vera_"))
+    return any(part in name for part in ("lora_", "hada_", "miss_", "shira_", "tinylora_", "vera_"))
 
 
 def add(backbone: Backbone, kind: str, ids_BT: torch.Tensor) -> None:
@@ -146,7 +157,8 @@ def add(backbone: Backbone, kind: str, ids_BT: torch.Tensor) -> None:
         return [Probe(lambda: loss_of(backbone, ids_BT), mask_BT, torch.zeros(len(ids_BT), dtype=torch.long))]
 
     statistics = ProbedStatistics(backbone.base_layer, probes)
-    backbone.add_adapter("policy", kind=kind, statistics=statistics, **SETTINGS.get(kind, {}))
+    kind, settings = settings_of(kind)
+    backbone.add_adapter("policy", kind=kind, statistics=statistics, **settings)
 
 
 def loss_of(model: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -186,6 +198,7 @@ def main() -> None:
     print("| kind | parameters | state MiB | seconds | × lora | × PEFT | peak MiB | × PEFT |")
     print("|---" * 8 + "|", flush=True)
     lora = Side(model, "lora", False, arguments)
+    missed: list[str] = []
     for kind in arguments.kinds.split(","):
         own = Side(model, kind, False, arguments)
         peft = Side(model, kind, True, arguments) if peft_config(kind) is not None else None
@@ -195,12 +208,18 @@ def main() -> None:
         peaks = [side.end() for side in sides[1:]]
         time_ratio = f"{seconds[1] / seconds[2]:.2f}" if peft else "–"
         peak_ratio = f"{peaks[0] / peaks[1]:.2f}" if peft else "–"
+        if peft and seconds[1] > seconds[2]:
+            missed.append(f"{kind} takes {time_ratio} of PEFT's time")
+        if kind in ("adalora", "dora") and seconds[1] > 1.6 * seconds[0]:
+            missed.append(f"{kind} takes {seconds[1] / seconds[0]:.2f} of a LoRA's time")
         print(
             f"| `{kind}` | {own.parameters:,} | {own.state:.1f} | {seconds[1]:.2f} | {seconds[1] / seconds[0]:.2f}"
             f" | {time_ratio} | {peaks[0]:,.0f} | {peak_ratio} |",
             flush=True,
         )
     lora.end()
+    print("\nAims: at most PEFT's time; adalora and dora at most 1.6 times a LoRA's.")
+    print("Missed: " + "; ".join(missed) if missed else "All met.")
 
 
 if __name__ == "__main__":

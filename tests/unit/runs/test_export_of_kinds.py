@@ -25,7 +25,9 @@ from tests.tiny import IDS_BT, perturb, role_logits
 from tests.unit.adapters.test_kinds import SMALL, add
 
 LEAVES_AS = {
-    **dict.fromkeys(("adalora", "additive", "lora", "lora_dash", "spectral_a", "spectral_r", "stacked"), "A LoRA"),
+    **dict.fromkeys(
+        ("adalora", "additive", "lora", "lora_dash", "routed", "spectral_a", "spectral_r", "stacked"), "A LoRA"
+    ),
     "dora": "A DoRA",
     **{kind: f"An adapter of PEFT's type `{kind.upper()}`" for kind in ("loha", "miss", "tinylora", "vera")},
     "bat": "An adapter of PEFT's type `MISS`",
