@@ -18,6 +18,13 @@ from reward.errors import InputError, did_you_mean
 INIT_OPTIONS: dict[str, type[Section]] = {}
 
 
+# Keys that somebody may miss in a kind, and why it has not got them.
+ELSEWHERE = {
+    "scaling": "rsLoRA keeps the size of B·A for any rank r: only a LoRA's product of a fixed rank has use for it",
+    "init": "an init is of a LoRA's factors A and B: leave it out, or take a kind that holds a LoRA",
+}
+
+
 class OptionsOnQuantised(Section):
     """The options of an init for a quantised base only."""
 
@@ -161,5 +168,5 @@ def refuse_unknown(owner: str, what: str, given: dict[str, Any], schema: type[Se
                 f"{owner} has no {what} {key!r}; it has {', '.join(known) or 'none'}",
                 kind="unknown",
                 key=f"{below}{key}",
-                fix=did_you_mean(str(key), known, cutoff=0.5),
+                fix=ELSEWHERE.get(str(key)) or did_you_mean(str(key), known, cutoff=0.5),
             )

@@ -24,6 +24,7 @@ Advantage = Literal["gae", "rloo", "group_mean", "reinforce_pp"]
 WITH_CRITIC, WITH_GROUPS = ("gae",), ("rloo", "group_mean")
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "value_init": WITH_CRITIC,
+    "value_adapter": WITH_CRITIC,
     "value_learning_rate": WITH_CRITIC,
     "value_clip_range": WITH_CRITIC,
     "lam": ("gae",),
@@ -100,6 +101,9 @@ class PPOConfig(Section):
         default=None,
         description="settings that differ from the recipe's adapter, for the policy, and for the critic with"
         " value_init: fresh",
+    )
+    value_adapter: Adapter | None = Field(
+        default=None, description="settings of a fresh critic's adapter; default: the policy's"
     )
     reward: list[RewardSource] = Field(default_factory=lambda: [RewardSource(adapter="stage")], min_length=1)
     rollout: RolloutConfig = RolloutConfig()
@@ -227,6 +231,12 @@ class PPOConfig(Section):
     def compares_groups(self) -> bool:
         """Whether advantages come from comparing the responses to a prompt with each other."""
         return self.advantage in WITH_GROUPS
+
+    @model_validator(mode="after")
+    def _critic_is_fresh(self) -> PPOConfig:
+        if self.value_adapter is not None and self.value_init == "reward":
+            raise refusal("value_adapter", "the critic is to be a copy of the reward adapter; use value_init: fresh")
+        return self
 
     @model_validator(mode="after")
     def _enough_to_compare(self) -> PPOConfig:

@@ -212,8 +212,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _quantised_base(self) -> Recipe:
         """What a quantised base cannot be: trained, or what vLLM samples from; and what only a quantised one has."""
-        for stage in self.stages:
-            init = getattr(self.adapter_for(stage), "init", "")
+        for adapter in (found for stage in self.stages for found in self.adapters_of(stage)):
+            init = getattr(adapter, "init", "")
             if not init_fits(init, self.backbone.quantization):
                 raise refusal(
                     "adapter.init", f"{init} starts from what quantising lost; set backbone.quantization", "conflict"
@@ -238,14 +238,22 @@ class Recipe(Section):
             return own
         return LoRAConfig(**_plain(self.adapter.model_dump())) if stage == "sft" else self.adapter
 
+    def adapters_of(self, stage: str) -> list[AdapterConfig]:
+        """The adapter settings of all roles that a stage may make: in ppo those of a fresh critic come last."""
+        own = [self.adapter_for(stage)]
+        if stage == "ppo" and self.ppo is not None and self.ppo.has_critic:
+            own.append(self.ppo.value_adapter or own[0])
+        return own
+
 
 def _with_adapters(tree: dict[str, Any], common: Any) -> dict[str, Any]:
     """A tree whose stages' adapters have what they do not name from `common`."""
     for stage in STAGES if isinstance(common, dict) else ():
-        section = tree.get(stage)
-        if isinstance(section, dict) and isinstance(own := section.get("adapter"), dict):
-            start = _plain(common) if stage == "sft" else common
-            tree = {**tree, stage: {**section, "adapter": {**_inherited(start, own), **own}}}
+        for key in ("adapter", "value_adapter"):
+            section = tree.get(stage)
+            if isinstance(section, dict) and isinstance(own := section.get(key), dict):
+                start = _plain(common) if stage == "sft" else common
+                tree = {**tree, stage: {**section, key: {**_inherited(start, own), **own}}}
     return tree
 
 

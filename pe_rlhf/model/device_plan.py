@@ -136,11 +136,11 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
         noisy = _noisy_base(recipe, shape, reward)
         yield Phase("reward", "update", base | noisy | roles | _activations(recipe, shape, reward))
     if (ppo := recipe.ppo) is not None:
-        name, trained = ("policy and value", 2) if ppo.has_critic else ("policy", 1)
+        name = "policy and value" if ppo.has_critic else "policy"
         own = recipe.reward.ensemble.members if recipe.reward is not None and recipe.reward.ensemble else 5
         rewards = sum(own if source.ensemble else source.adapter is not None for source in ppo.reward)
         frozen = rewards * 4 * shape.adapter(recipe.adapter_for("ppo"))
-        roles = {name: trained * _role_bytes(recipe, shape, "ppo"), "reward adapters": frozen}
+        roles = {name: _role_bytes(recipe, shape, "ppo"), "reward adapters": frozen}
         yield Phase("ppo", "sampling", base | roles | _sampling(recipe, shape, ppo.rollout, ppo.max_prompt_tokens))
         logits = {"logits": HEAD_CHUNK if on_gpu else 4 * 4 * CHUNK * shape.vocabulary}
         noisy = _noisy_base(recipe, shape, ppo)
@@ -259,10 +259,11 @@ def _judge(recipe: Recipe, judge: JudgeSettings) -> dict[str, float]:
 
 
 def _role_bytes(recipe: Recipe, shape: ModelShape, stage: str) -> float:
-    """A role that is trained: its weights, gradients and optimizer states."""
+    """The roles that a stage trains (one of an ensemble): weights, gradients and optimizer states."""
+    adapters = recipe.adapters_of(stage)
     if recipe.tuning == "full":
-        return shape.parameters * (WIDTH[recipe.backbone.dtype] + FULL_STATES)
-    return ADAPTER_STATES * shape.adapter(recipe.adapter_for(stage))
+        return len(adapters) * shape.parameters * (WIDTH[recipe.backbone.dtype] + FULL_STATES)
+    return ADAPTER_STATES * sum(map(shape.adapter, adapters))
 
 
 def _is_zero3(recipe: Recipe) -> bool:

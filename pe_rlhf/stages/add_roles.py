@@ -58,7 +58,8 @@ def critic_start(context: StageContext[PPOConfig], backbone: Backbone, reward_ro
 
     That is the reward role where one of `reward_roles` gives the scores, or where `ppo.value_init` asks for it.
     """
-    if context.config.value_init == "fresh" or not context.config.has_critic:
+    config = context.config
+    if config.value_init == "fresh" or config.value_adapter is not None or not config.has_critic:
         return None
     if reward_roles:
         return reward_roles[0]

@@ -124,8 +124,7 @@ def _check_adapters(recipe: Recipe, stages: list[str], config: PretrainedConfig)
         return
     with loading(recipe.model, "model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.backbone.trust_remote_code)
-    for stage in trained:
-        adapter = recipe.adapter_for(stage)
+    for adapter in (adapter for stage in trained for adapter in recipe.adapters_of(stage)):
         names = find_targets(model, adapter.targets, adapter.last_layers)
         highest = max(min(model.get_parameter(f"{name}.weight").shape) for name in names)
         rank = getattr(adapter, "rank", 0) if kind_of(adapter).rank_of_weight else 0

@@ -208,7 +208,10 @@ def _add_roles(
     else:
         previous.add_policy(adapter, add_fresh)
     if config.has_critic:
-        add_critic(context, backbone, VALUE, adapter, anchor.value_statistics(), start_from)
+        own = context.recipe.adapters_of("ppo")[-1].without_dropout()
+        if own != adapter:  # it may need other statistics
+            anchor = AnchorRollouts(context, backbone, scorer, codec, prompts, own, start_from)
+        add_critic(context, backbone, VALUE, own, anchor.value_statistics(), start_from)
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup.of(backbone, role, rates[role]) for role in _trained(config)]
     if previous is not None:

@@ -52,8 +52,7 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
 
 def check_inits(recipe: Recipe) -> None:
     """Raise `InputError` for an init of a stage that there is not, or an option that it has not."""
-    for stage in recipe.stages:
-        settings = recipe.adapter_for(stage)
+    for settings in (adapter for stage in recipe.stages for adapter in recipe.adapters_of(stage)):
         if settings.kind == "lora" and isinstance(settings, LowRankConfig):
             init_of(settings)  # all that can be wrong with that kind, and inits import no torch
         else:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pe_rlhf.adapters.kind import KINDS
+from pe_rlhf.config.load import make_recipe
+from tests.failures import raises
 from tests.runs import Outcome, read_jsonl, recipe, without_time, write_recipe
 
 Cli = Callable[..., Outcome]
@@ -19,16 +24,71 @@ SETTINGS = {
 }
 
 
+# Scores by length, and fails in the third step while there is a file `stop`.
+STOPPING = """
+from pathlib import Path
+
+def scores(prompts, responses):
+    calls = Path("calls")
+    calls.write_text(str(int(calls.read_text()) + 1) if calls.exists() else "1")
+    if Path("stop").exists() and int(calls.read_text()) >= 3:
+        raise RuntimeError("stopped")
+    return [len(response) / 10 for response in responses]
+"""
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_a_run_of_every_kind_resumes_to_the_same_numbers(cli: Cli, tmp_path: Path, kind: str) -> None:
+def test_a_run_of_every_kind_resumes_to_the_same_numbers_and_weights(cli: Cli, tmp_path: Path, kind: str) -> None:
+    """Cut after the second of four steps: amid AdaLoRA's budget, at Dash's switch and at a draw."""
+    (tmp_path / "stopping.py").write_text(STOPPING)
     adapter = {"kind": kind, **SETTINGS.get(kind, {})}
-    tree = recipe("reward", "ppo", adapter=adapter, ppo__steps=3, ppo__checkpoint_every=1)
-    path = write_recipe(tmp_path, tree)
+    sources = {"ppo__reward": [{"function": "stopping:scores"}], "ppo__steps": 4}
+    path = write_recipe(tmp_path, recipe("ppo", adapter=adapter, **sources))
     assert cli("run", path, "--run-dir", "whole").code == 0
-    assert cli("run", path, "--run-dir", "cut", "ppo.steps=2").code == 0
-    assert cli("run", path, "--run-dir", "cut", "--resume", "--may-change", "ppo.steps").code == 0
+    (tmp_path / "calls").unlink()
+    (tmp_path / "stop").touch()
+    assert cli("run", path, "--run-dir", "cut").code != 0
+    (tmp_path / "stop").unlink()
+    assert len(read_jsonl(tmp_path / "cut" / "ppo" / "metrics.jsonl")) == 2
+    assert cli("run", path, "--run-dir", "cut", "--resume").code == 0
     whole, cut = (read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl") for name in ("whole", "cut"))
     assert whole[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the sampler's log-probs against the trainer's
     assert max(row["logprob_mismatch_max"] for row in whole) < 1e-4
-    if kind not in ("adalora", "lora_dash"):  # whose schedules follow the number of steps
-        assert [without_time(row) for row in cut] == [without_time(row) for row in whole]
+    assert [without_time(row) for row in cut] == [without_time(row) for row in whole]
+    for role in ("adapter", "value"):
+        ends = [load_file(tmp_path / name / "ppo" / role / "role.safetensors") for name in ("whole", "cut")]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_reward_policy_and_critic_of_three_kinds_in_one_run(cli: Cli, tmp_path: Path) -> None:
+    """Each with the common keys that its kind has; resumed to the same numbers."""
+    own = {
+        "reward__adapter": {"kind": "dora"},
+        "ppo__adapter": {"kind": "miss"},
+        "ppo__value_adapter": {"kind": "lora"},
+    }
+    path = write_recipe(tmp_path, recipe("reward", "ppo", adapter={"rank": 4, "last_layers": 1}, **own))
+    assert cli("run", path, "--run-dir", "whole").code == 0
+    specs = {
+        folder: json.loads((tmp_path / "whole" / folder / "role.json").read_text())["spec"]
+        for folder in ("reward/adapter", "ppo/adapter", "ppo/value")
+    }
+    assert [spec["kind"] for spec in specs.values()] == ["dora", "miss", "lora"]
+    assert [spec["rank"] for spec in specs.values()] == [4, 4, 4]
+    assert len({tuple(spec["modules"]) for spec in specs.values()}) == 1
+    tensors = load_file(tmp_path / "whole" / "ppo" / "value" / "role.safetensors")
+    assert any(name.endswith("lora_B") and tensor.any() for name, tensor in tensors.items())
+    assert cli("run", path, "--run-dir", "cut", "ppo.steps=1").code == 0
+    assert cli("run", path, "--run-dir", "cut", "--resume", "--may-change", "ppo.steps").code == 0
+    whole, cut = (read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl") for name in ("whole", "cut"))
+    assert whole[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert [without_time(row) for row in cut] == [without_time(row) for row in whole]
+
+
+def test_a_critic_that_is_a_copy_has_no_adapter_of_its_own(tmp_path: Path) -> None:
+    tree = recipe("reward", "ppo", ppo__value_adapter={"kind": "lora"}, ppo__value_init="reward")
+    with raises("conflict", key="ppo.value_adapter"):
+        make_recipe(tree, tmp_path / "recipe.yaml")
+    with raises("conflict", key="ppo.value_adapter"):
+        make_recipe(recipe("ppo", ppo__advantage="rloo", ppo__value_adapter={"kind": "lora"}), tmp_path / "recipe.yaml")
