@@ -22,7 +22,12 @@ from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.runs.saved_roles import load_role, save_role
 from tests.failures import raises
-from tests.tiny import IDS_BT, role_logits, statistics_for, tiny_model
+from tests.tiny import (
+    IDS_BT,
+    role_logits,
+    statistics_for,
+    tiny_model,
+)
 
 # Settings that fit the tiny models, whose sides are multiples of 4.
 SMALL: dict[str, dict[str, Any]] = {
@@ -86,10 +91,11 @@ def test_a_new_adapter_changes_not_one_bit(kind: str, family: str, dtype: torch.
     assert torch.equal(role_logits(backbone, "anchor"), original)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_training_moves_the_role_and_leaves_the_base(kind: str, family: str) -> None:
-    backbone = backbone_with(kind, tiny_model(family))
+def test_training_moves_the_role_and_leaves_the_base(kind: str, family: str, dtype: torch.dtype) -> None:
+    backbone = backbone_with(kind, tiny_model(family, dtype))
     before, anchor = digest(backbone), role_logits(backbone, "anchor")
     train(backbone, optimizer_of(backbone), STEPS)
     assert digest(backbone) == before
@@ -99,7 +105,9 @@ def test_training_moves_the_role_and_leaves_the_base(kind: str, family: str) -> 
 
 def digest(backbone: Backbone) -> str:
     tensors = {n: t for n, t in backbone.model.state_dict().items() if ".adapters." not in n}
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors.values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors.values())
+    ).hexdigest()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,8 +153,13 @@ def test_what_a_stage_leaves_loads_here_and_in_peft(kind: str, family: str, tmp_
     with torch.no_grad():
         found = loaded(input_ids=IDS_BT).logits
     torch.testing.assert_close(found, role_logits(backbone, "policy"), atol=2e-5, rtol=1e-5)
-    if family == "llama":
-        assert str(getattr(loaded.peft_config["default"].peft_type, "value", "")) == PEFT_TYPES.get(kind, "LORA")
+    config: Any = loaded.peft_config["default"]
+    if family == "llama":  # of PEFT's MiSS, LoHa and TinyLoRA, none takes Conv1D: they leave as LoRA there, or not
+        assert config.peft_type.value == PEFT_TYPES.get(kind, "LORA")
+    if config.peft_type.value == "LORA":
+        assert config.use_dora == (kind == "dora")
+        layers = backbone.role_layers("policy").items() if kind == "adalora" else []
+        assert config.rank_pattern == {name: max(1, int(layer.get_buffer("alive").sum())) for name, layer in layers}
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -163,36 +176,6 @@ def test_a_run_that_goes_on_comes_to_the_same(kind: str) -> None:
     train(second, later, STEPS - 4)
     for name, tensor in whole.role_state("policy").items():
         assert torch.equal(tensor, second.role_state("policy")[name]), name
-
-
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_roles_of_different_kinds_stand_side_by_side(kind: str) -> None:
-    """Training one leaves another where it is, and a critic starts as a reward adapter of the same kind."""
-    backbone = backbone_with(kind, tiny_model("llama"))
-    add(backbone, "reward", kind)
-    backbone.add_adapter("other", rank=2, init="pissa")
-    train(backbone, optimizer_of(backbone), 3)
-    assert torch.equal(role_logits(backbone, "other"), role_logits(backbone, "anchor"))
-    backbone.copy_role("reward", "value")
-    assert backbone.role_state("value").keys() == backbone.role_state("reward").keys()
-
-
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_recomputed_blocks_give_the_same_gradients(kind: str) -> None:
-    """Under gradient checkpointing a layer's forward pass runs twice: no statistic may count twice."""
-    found = []
-    for checkpointing in (False, True):
-        backbone = backbone_with(kind, tiny_model("llama"))
-        train(backbone, optimizer_of(backbone), 2)
-        with backbone.role("policy"):
-            if checkpointing:
-                backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
-                backbone.model.train()
-            loss_of(backbone(IDS_BT).logits).backward()
-        found.append({n: p.grad.clone() for n, p in backbone.role_parameters("policy").items() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-7, rtol=1e-5)
 
 
 # ---- against a dense weight ------------------------------------------------------------------------------------------
@@ -320,13 +303,3 @@ def test_a_kind_that_does_not_exist_names_the_nearest() -> None:
         find_kind("dorra")
     with pytest.raises(ValueError, match="dora"):
         register_kind("dora")(find_kind("dora"))
-
-
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"lora"}))
-def test_lora_plus_is_for_kinds_with_factors(kind: str) -> None:
-    backbone = backbone_with(kind, tiny_model("llama"))
-    if find_kind(kind).fast:
-        optimizer_of(backbone, lora_plus_ratio=4.0)
-    else:
-        with raises("conflict", key="optimizer.lora_plus_ratio"):
-            optimizer_of(backbone, lora_plus_ratio=4.0)
