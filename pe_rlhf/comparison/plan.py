@@ -18,6 +18,7 @@ from typing import Any
 from pe_rlhf.config import STAGES, CompareConfig, PPOConfig, Recipe
 from pe_rlhf.config.compare import SHORT_KEYS
 from pe_rlhf.config.load import load_recipe, make_recipe, read_tree, set_key
+from pe_rlhf.config.recipe import inherited_adapter
 from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.runs.layout import ComparisonFiles, RunFiles
 from reward.errors import InputError
@@ -110,6 +111,9 @@ class Plan:
     def _tree(self, arm: Arm, seed: int) -> Tree:
         """An arm's recipe, with what is shared taken from where it lies."""
         tree = copy.deepcopy({key: value for key, value in self.tree.items() if key != "compare"})
+        own = {key.removeprefix("adapter."): v for key, v in arm.changes.items() if key.startswith("adapter.")}
+        if own and isinstance(adapter := tree.get("adapter"), dict):
+            tree["adapter"] = inherited_adapter(adapter, own)
         for key, value in arm.changes.items():
             set_key(tree, key, value, f"compare, arm {arm.name!r}")
         tree["seed"] = seed

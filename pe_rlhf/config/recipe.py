@@ -253,12 +253,12 @@ def _with_adapters(tree: dict[str, Any], common: Any) -> dict[str, Any]:
             section = tree.get(stage)
             if isinstance(section, dict) and isinstance(own := section.get(key), dict):
                 start = _plain(common) if stage == "sft" else common
-                tree = {**tree, stage: {**section, key: {**_inherited(start, own), **own}}}
+                tree = {**tree, stage: {**section, key: {**inherited_adapter(start, own), **own}}}
     return tree
 
 
-def _inherited(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """What of the recipe's adapter holds for a stage's: keys of another kind, options of another init do not."""
+def inherited_adapter(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What of an adapter section holds beside `own`: not the keys of another kind, nor the options of another init."""
     left_out = {"init_options"} if own.get("init", common.get("init")) != common.get("init") else set()
     kind = own.get("kind", common.get("kind", "lora"))
     if kind != common.get("kind", "lora"):

@@ -28,7 +28,9 @@ class AdaLoRAConfig(AdapterConfig):
     """AdaLoRA: a budget of ranks that all layers share."""
 
     rank: Positive = Field(default=12, description="rank of every layer at the start")
-    target_rank: Positive = Field(default=8, description="mean rank of a layer at the end")
+    target_rank: Positive | None = Field(
+        default=None, description="mean rank of a layer at the end; two thirds of `rank` if left out"
+    )
     alpha: float = Field(default=32.0, gt=0, description="P·Λ·Q is scaled by alpha/rank")
     warmup_share: Share = Field(default=0.1, description="share of the steps before the budget begins to fall")
     final_share: Share = Field(default=0.3, description="share of the steps at the end, with the final budget")
@@ -37,9 +39,14 @@ class AdaLoRAConfig(AdapterConfig):
     uncertainty_decay: Decay = Field(default=0.85, description="β2, smoothing of the uncertainty")
     orthogonality: Rate = Field(default=0.1, description="γ, weight of the penalty that keeps P and Q orthonormal")
 
+    @property
+    def final_rank(self) -> int:
+        """The mean rank of a layer at the end; the paper starts with 1.5 × of it."""
+        return self.target_rank or max(1, round(self.rank / 1.5))
+
     @model_validator(mode="after")
     def _fits(self) -> AdaLoRAConfig:
-        if self.target_rank > self.rank:
+        if self.final_rank > self.rank:
             raise refusal("target_rank", f"{self.target_rank} is more than rank, {self.rank}")
         if self.warmup_share + self.final_share > 1:
             raise refusal("final_share", "warmup_share and final_share are more than all steps together")
@@ -138,7 +145,7 @@ class AdaLoRA(AdapterKind[AdaLoRAConfig]):
 
     def budget(self, layers: int, time: Time) -> int:
         """How many triplets there are in all layers together after a step (eq. 12)."""
-        first, last = self.settings.rank * layers, self.settings.target_rank * layers
+        first, last = self.settings.rank * layers, self.settings.final_rank * layers
         start, end = self._warmup(time), time.total - self._final(time)
         if time.step <= start:
             return first

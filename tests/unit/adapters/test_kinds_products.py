@@ -148,6 +148,20 @@ def apart(found: Tensor | None, expected: Tensor | None) -> float:
     return float(((found.double() - expected).norm() / expected.norm()).detach())
 
 
+@pytest.mark.parametrize(("kind", "independent"), [("miss", 1), ("bat", 4)])
+def test_the_blocks_of_bat_are_not_collinear_as_those_of_bone_are(kind: str, independent: int) -> None:
+    """Of the four input blocks of a block of outputs, after a step: Bone changes each by the same matrix."""
+    layer, module = made(kind, "linear", torch.float32)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.randn(2, TOKENS, IN), module).square().sum().backward()
+    optimizer.step()
+    delta = layer.delta_weight(weight_out_in(module))
+    assert delta is not None
+    for rows in delta.split(4):
+        blocks = torch.stack([block.flatten() for block in rows.split(4, dim=1)])
+        assert int(torch.linalg.matrix_rank(blocks.double(), rtol=1e-5)) == independent
+
+
 def test_a_factor_that_is_not_trained_gets_no_gradient() -> None:
     layer, module = made("loha, by its matrix", "linear", torch.float32)
     layer.get_parameter("hada_w1_b").requires_grad_(False)

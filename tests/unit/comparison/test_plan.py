@@ -51,6 +51,17 @@ def test_a_grid_is_every_combination_and_arms_are_added(tmp_path: Path) -> None:
     assert (last.recipe.ppo.kl.beta, last.recipe.ppo.steps) == (0.2, 2)  # the rest of the section stays
 
 
+def test_kinds_are_an_axis_each_with_the_keys_that_it_has(tmp_path: Path) -> None:
+    tree = {"adapter": {"rank": 4, "alpha": 8, "init": "pissa", "last_layers": 1}}
+    plan = plan_of(tmp_path, {"grid": {"kind": ["lora", "dora", "adalora", "miss", "shira"]}, "seeds": [1]}, **tree)
+    found = {arm.name: plan.runs(arm)[1].recipe.adapter.model_dump() for arm in plan.arms}
+    assert list(found) == ["lora", "dora", "adalora", "miss", "shira"]
+    assert all(settings["kind"] == kind and settings["last_layers"] == 1 for kind, settings in found.items())
+    assert found["dora"]["init"] == "pissa"
+    assert (found["adalora"]["rank"], found["adalora"]["alpha"], found["miss"]["rank"]) == (4, 8, 4)
+    assert "rank" not in found["shira"]
+
+
 def test_one_axis_names_its_arms_by_their_values(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"grid": {"lr": [1e-4, 0.001]}})
     assert [arm.name for arm in plan.arms] == ["0.0001", "0.001"]
