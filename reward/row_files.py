@@ -38,6 +38,19 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 yield line, _parsed(path, line, row)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`. Raises `ValueError` also for an object with a key twice, of which one value would be lost."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there more than once")
+    return found
+
+
 def damaged(path: Path, line: int, why: object) -> InputError:
     """The error for a line that cannot be used."""
     return InputError(f"{path} line {line}: {why}", kind="unreadable", file=path, row=line)
@@ -110,7 +123,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
 
 def _parsed(path: Path, line: int, text: str) -> Row:
     try:
-        row = json.loads(text)
+        row = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise damaged(path, line, f"not valid JSON: {error}") from error
     if not isinstance(row, dict):
@@ -120,7 +133,7 @@ def _parsed(path: Path, line: int, text: str) -> Row:
 
 def _parsed_list(path: Path, text: str) -> list[Row]:
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}", kind="unreadable", file=path) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -9,6 +9,8 @@ import numpy as np
 
 from reward.errors import InputError
 
+PART = 2_000_000  # numbers that a bootstrap draws at a time: 16 MB
+
 
 @dataclass(frozen=True)
 class WinRate:
@@ -100,8 +102,10 @@ def bootstrap_interval(
     code_N = cluster_codes(clusters, len(value_N))
     size_G, sum_G = np.bincount(code_N), np.bincount(code_N, weights=value_N)
     rng = np.random.default_rng(seed)
-    drawn = (  # a part at a time: all of them are gigabytes where there are many clusters
-        rng.integers(0, len(size_G), size=(min(500, resamples - i), len(size_G))) for i in range(0, resamples, 500)
+    # A part at a time: all of them are gigabytes where there are many clusters. The parts do not change what is drawn.
+    part = min(500, max(1, PART // len(size_G)))
+    drawn = (
+        rng.integers(0, len(size_G), size=(min(part, resamples - i), len(size_G))) for i in range(0, resamples, part)
     )
     mean_R = np.concatenate([sum_G[index].sum(axis=1) / size_G[index].sum(axis=1) for index in drawn])
     tail = (1 - _checked_level(level)) / 2

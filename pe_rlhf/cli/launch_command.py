@@ -16,7 +16,7 @@ from typing import Annotated
 import psutil
 import typer
 
-from pe_rlhf.cli.ranks import Placement, launcher_command, ranks_here, read_hostfile
+from pe_rlhf.cli.ranks import HOST_NAME, Placement, launcher_command, ranks_here, read_hostfile
 from pe_rlhf.cli.run_command import plan, run
 from reward.errors import InputError
 
@@ -114,6 +114,9 @@ def _check_nodes(
     """Raise `InputError` for options that do not say which nodes there are and how they reach each other."""
     if hostfile is not None and num_nodes > 1:
         raise InputError("--num-nodes is for runs without a --hostfile", kind="conflict", key="--num-nodes")
+    if master_addr is not None and not HOST_NAME.fullmatch(master_addr):
+        message = f"--master-addr: {master_addr!r} is no name or address of a machine"
+        raise InputError(message, kind="invalid", key="--master-addr")
     if num_nodes > 1 and (node_rank is None or master_addr is None):
         message = "--num-nodes needs --node-rank and --master-addr"
         fix = "or name a --hostfile with nodes that ssh reaches"

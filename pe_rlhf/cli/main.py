@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -29,6 +30,7 @@ from pe_rlhf.cli.serve_reward_command import serve_reward
 from pe_rlhf.cli.winrate_command import winrate
 from pe_rlhf.system.failures import IN_USE, ElsewhereError, Failure, Stopped
 from pe_rlhf.system.processes import is_main, launched, openmp_environment
+from reward.errors import InputError
 
 app = typer.Typer(
     name="pe-rlhf",
@@ -104,10 +106,12 @@ def main() -> None:
         if (late := late_rank(error)) is not None:
             _fail(late, TRAINING_STOPPED)
         if not _is_another_ranks(error):
-            raise
+            _fail_in_users_code(error)
         if is_main() and not isinstance(error, ElsewhereError):
             print("another process has ended; if it printed no error, it was killed from outside", file=sys.stderr)
         _leave_after_main(TRAINING_STOPPED)
+    except BaseException as error:
+        _fail_in_users_code(error)
     else:
         if status == INTERRUPTED:  # typer returns it for Ctrl-C
             print("; ".join(["interrupted", *GOES_ON.get(arguments[0], ())]), file=sys.stderr)
@@ -116,6 +120,23 @@ def main() -> None:
 
             leave_group()
         sys.exit(status or 0)
+
+
+def _fail_in_users_code(error: BaseException) -> NoReturn:
+    """End with a sentence where code of the user's has raised, a kind of adapter for example; other errors are ours.
+
+    No command of ours calls `sys.exit`, so whoever does would end the run in silence.
+    """
+    from reward.judges.user_code import LIBRARIES, OURS
+
+    known = (*LIBRARIES, OURS, str(Path(__file__).parents[1]), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(known)]
+    if not frames and not isinstance(error, SystemExit):
+        raise error
+    place = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
+    said = " ".join([f"{type(error).__name__}:", *map(str, error.args)])
+    file = frames[-1].filename if frames else None
+    _fail(InputError(f"code that is not ours raised {said}{place}", kind="user_code", file=file), USER_MISTAKE)
 
 
 def _is_another_ranks(error: RuntimeError) -> bool:

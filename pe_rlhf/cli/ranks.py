@@ -19,7 +19,8 @@ from pathlib import Path
 from reward.errors import InputError
 
 # The name goes to ssh, through a shell: it starts no option and holds nothing that a shell reads.
-HOST = re.compile(r"([\w:][\w.:-]*)\s+slots=([1-9]\d*)(\s+#.*)?")  # a line of a hostfile
+HOST_NAME = re.compile(r"[\w:][\w.:-]*")
+HOST = re.compile(rf"({HOST_NAME.pattern})\s+slots=([1-9]\d*)(\s+#.*)?")  # a line of a hostfile
 PORT_OF_SEVERAL_NODES = 29500
 
 

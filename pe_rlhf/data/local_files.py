@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from pe_rlhf.data.row_table import Bytes, Row, Rows
 from reward.errors import InputError
+from reward.row_files import parse_json
 
 WHOLE = r"-?(0|[1-9]\d*)"  # a number that begins with 0 is a name
 NUMBER = rf"{WHOLE}(\.\d+)?([eE][+-]?\d\d?)?"
@@ -135,7 +136,7 @@ def _after_space(text: str, place: int) -> int:
 
 def _object(line: bytes) -> Row | InputError:
     try:
-        item = json.loads(line)
+        item = parse_json(line)
     except (ValueError, RecursionError) as error:  # undecodable bytes and numbers of too many digits are ValueErrors
         return InputError(f"not valid JSON: {_reason(error)}", kind="unreadable")
     if not isinstance(item, dict):

@@ -22,7 +22,7 @@ from pe_rlhf.config import AdapterConfig
 from pe_rlhf.model.original_weights import OriginalWeights
 from pe_rlhf.model.own_weights import plain_copy
 from pe_rlhf.model.probes import decoder_of
-from pe_rlhf.model.tensors import set_tensors, unique_tensors, with_prefix, without_prefix
+from pe_rlhf.model.tensors import refuse_others, set_tensors, unique_tensors, with_prefix, without_prefix
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 from reward.head import ScalarHead
@@ -198,6 +198,7 @@ class ModelWithRoles(nn.Module):
                 model = plain_copy(self.model, ANCHOR, None, whole=head is None)
                 set_tensors(unique_tensors(model), without_prefix("model.", state))
                 return self._install_own(role, model, head)
+            refuse_others(state, (*spec.modules, "head"))
             # One weight at a time: under ZeRO-3 each is a whole copy, and that of a quantised one is dequantised.
             adapters = {
                 name: saved_adapter(spec, weight_out_in(self._wrap(name).base), without_prefix(f"{name}.", state))

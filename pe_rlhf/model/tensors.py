@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 
@@ -19,6 +21,13 @@ def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module's state by name; one that has two names (tied embeddings) is there under the first."""
     seen: set[int] = set()
     return {n: t for n, t in module.state_dict().items() if not (t.data_ptr() in seen or seen.add(t.data_ptr()))}
+
+
+def refuse_others(state: dict[str, Tensor], modules: Iterable[str]) -> None:
+    """Raise ValueError where a saved state has a tensor that is in none of the modules."""
+    known = tuple(f"{module}." for module in modules)
+    if strangers := [name for name in state if not name.startswith(known)]:
+        raise ValueError(f"there is no place for {strangers[0]}")
 
 
 def set_tensors(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:

@@ -59,7 +59,8 @@ def load_adapter_whole(model: PreTrainedModel, adapter: str, key: str = "model")
     own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     # Embeddings that were trained beside the adapter are the model's own tensors.
     extra = said.keys() - own.keys() - loaded.state_dict().keys()
-    _refuse(adapter, key, own.keys() - said.keys(), extra)
+    whole = (f"{name} of {said[name].dtype}" for name in said.keys() & own.keys() if _counts(said[name], own[name]))
+    _refuse(adapter, key, own.keys() - said.keys(), extra, whole)
     refuse_not_finite(said.items(), adapter, key)
     return loaded
 
@@ -79,6 +80,11 @@ def refuse_not_finite(tensors: Iterable[tuple[str, Tensor]], name: str, key: str
             file=name,
             fix="the file is damaged, or of a training that diverged: take an earlier one",
         )
+
+
+def _counts(found: Tensor, expected: Tensor) -> bool:
+    """Whether there are whole numbers in place of real ones, which rounding has left."""
+    return expected.is_floating_point() and not found.is_floating_point()
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -147,7 +153,7 @@ def loading(name: str, key: str) -> Iterator[None]:
 
 def _refuse(name: str, key: str, missing: Iterable[str], extra: Iterable[str], mismatched: Iterable[str] = ()) -> None:
     """Raise `InputError` where any tensor is not as the config says."""
-    groups = {"missing": missing, "unexpected": extra, "of another shape": mismatched}
+    groups = {"missing": missing, "unexpected": extra, "of another shape or type": mismatched}
     wrong = [f"{len(names)} {what} ({_first(names)})" for what, each in groups.items() if (names := sorted(each))]
     if wrong:
         raise InputError(

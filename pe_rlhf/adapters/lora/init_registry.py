@@ -21,6 +21,7 @@ from pe_rlhf.config.adapter import INIT_OPTIONS, LowRankConfig, parse_options
 from pe_rlhf.config.section import Positive, Section
 from reward.errors import InputError, look_up
 from reward.judges import load_function
+from reward.judges.user_code import call_users_code
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,12 @@ class Init:
         """`(A_RI, B_OR)`. Raises `InputError` where the statistics that it needs are missing, zero or not finite."""
         self._check_statistics(context.statistics)
         given = context if context.options is not None else replace(context, options=self.options())
-        A_RI, B_OR = self.function(given)
+        import torch  # here: the registry is read by commands that do without it
+
+        made = self._made(given)
+        if not (isinstance(made, (tuple, list)) and [isinstance(each, torch.Tensor) for each in made] == [True, True]):
+            raise self._error(f"gave {type(made).__name__} instead of the two tensors A and B", kind="user_code")
+        A_RI, B_OR = made
         out_features, in_features = context.weight_OI.shape
         expected = (context.rank, in_features), (out_features, context.rank)
         if (tuple(A_RI.shape), tuple(B_OR.shape)) != expected:
@@ -107,6 +113,12 @@ class Init:
         if not (A_RI.isfinite().all() and B_OR.isfinite().all()):
             raise self._error("gave an A or B that is not finite", kind="not_finite")
         return A_RI, B_OR
+
+    def _made(self, context: InitContext) -> Any:
+        """What the function returns; a user's may raise or exit, and does not take the run with it."""
+        if self.function.__module__.startswith("pe_rlhf."):
+            return self.function(context)
+        return call_users_code(f"the init {self.name!r}", self.function, context)
 
     def _check_statistics(self, found: LayerStatistics) -> None:
         wanted = {"gradient": 1, "two gradients": 2}.get(self.needs or "", 0)

@@ -112,6 +112,8 @@ VALUES = [
     run("ppo.rollout.max_new_tokens=512", kind="too_long"),
     run("ppo.prompts=absent.jsonl", kind="missing"),
     run("ppo.prompts=5"),
+    run("ppo.prompts=twice.jsonl", kind="unreadable", twice__jsonl='{"prompt": "a", "prompt": "b"}\n'),
+    run("ppo.prompts=twice.json", kind="unreadable", twice__json='[{"prompt": "a", "prompt": "b"}]'),
     run("ppo.prompts.path=prompts.jsonl", "ppo.prompts.nonsense=1", kind="unknown", key="ppo.prompts.nonsense"),
     run("evaluate.judge=leng", kind="unknown", key="judge"),
     run("evaluate.judge=llm", kind="missing", key="judge.target"),
@@ -230,6 +232,7 @@ WINRATE = [
     winrate('{"preference": 1e999}\n', "invalid", "preference"),
     winrate(f'{{"preference": {HUGE}}}\n', "unreadable"),
     winrate('{"preference": null}\n', "empty", "preference"),
+    winrate('{"preference": 1, "preference": 0}\n', "unreadable"),
     winrate(DEEP, "unreadable"),
     winrate(NOT_UTF8, "unreadable"),
     winrate(b"\x1f\x8bnot gzip", "unreadable", None, name="v.jsonl.gz"),
@@ -245,6 +248,7 @@ WINRATE = [
 ]
 
 ROLE = "made/role.json"
+NODES = ("--num-nodes", "2", "--node-rank", "0")
 OTHERS = [
     Bad(("export", "absent"), "missing"),
     Bad(("export", "made"), "missing", None, {"made/x": ""}),
@@ -277,6 +281,10 @@ OTHERS = [
     Bad(("launch", "recipe.yaml", "--num-procs", "0"), USAGE),
     Bad(("launch", "recipe.yaml", "--node-rank", "0"), "missing", "--num-nodes"),
     Bad(("launch", "recipe.yaml", "--num-nodes", "2"), "missing", "--node-rank"),
+    *(
+        Bad(("launch", "recipe.yaml", *NODES, "--master-addr", address), "invalid", "--master-addr")
+        for address in ("", "a b", "a;b", "-oProxyCommand=x", "$(x)", "http://a")
+    ),
     Bad(("launch", "recipe.yaml", "stray"), "invalid", "stray"),
     Bad(("launch", "compare_inits_small"), "conflict", "compare"),
     Bad(("compare", "recipe.yaml"), "missing", "compare"),

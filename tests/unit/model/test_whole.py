@@ -222,7 +222,7 @@ def adapter(saved_model: Save, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "extra", "cut", "other targets", "fewer targets", "rank", "bytes", "gone"]
+    "damage", ["missing", "extra", "cut", "whole", "other targets", "fewer targets", "rank", "bytes", "gone"]
 )
 def test_a_peft_adapter_that_is_not_whole(adapter: tuple[Path, Path], damage: str) -> None:
     base, folder = adapter
@@ -234,10 +234,12 @@ def test_a_peft_adapter_that_is_not_whole(adapter: tuple[Path, Path], damage: st
             tensors[first.replace("q_proj", "k_proj")] = tensors[first].clone()
         elif damage == "cut":
             tensors[first] = tensors[first][:, :7]
+        elif damage == "whole":
+            tensors[first] = tensors[first].to(torch.int64)
         else:
             del tensors[first]
 
-    if damage in ("missing", "extra", "cut"):
+    if damage in ("missing", "extra", "cut", "whole"):
         change_tensors(weights, change)
     elif damage == "rank":
         change_json(config, r=3)
@@ -281,6 +283,14 @@ def test_a_description_of_another_adapter(role: RoleFiles, change: dict[str, Any
     said = json.loads(role.description.read_text())
     change_json(role.description, spec=said["spec"] | change)
     with raises("changed", key="spec", file=role.description):
+        load_role(backbone_with(), "policy", role.folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.9.mlp.up_proj.lora_A", "lora_A", "x.head.weight"])
+def test_a_role_with_a_tensor_of_no_layer(role: RoleFiles, name: str) -> None:
+    tensors, about = load_file(role.tensors), about_tensors(role.tensors)
+    save_file(tensors | {name: torch.zeros(2, 2)}, role.tensors, about)
+    with raises("unreadable", file=role.folder):
         load_role(backbone_with(), "policy", role.folder)
 
 

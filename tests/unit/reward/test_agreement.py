@@ -51,3 +51,11 @@ def test_bootstrap_draws_whole_clusters() -> None:
     low, high = bootstrap_interval(np.repeat(means_G, 10), np.repeat(np.arange(60), 10).tolist(), seed=1)
     alone = bootstrap_interval(means_G, seed=1)
     assert (low, high) == pytest.approx(alone)
+
+
+@pytest.mark.parametrize("part", [1, 40, 7_000])
+def test_the_parts_of_a_bootstrap_do_not_change_it(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+    values_N = np.random.default_rng(3).random(41)
+    means_R = values_N[np.random.default_rng(0).integers(0, 41, size=(600, 41))].mean(axis=1)
+    monkeypatch.setattr("reward.winrate.PART", part)
+    assert bootstrap_interval(values_N, resamples=600) == pytest.approx(tuple(np.quantile(means_R, [0.025, 0.975])))
