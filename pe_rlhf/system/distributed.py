@@ -134,7 +134,8 @@ def make_whole(module: nn.Module) -> list[Any]:
 
     `split_again` undoes it.
     """
-    parts: list[Any] = [p for p in module.parameters() if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
+    every: list[Any] = list(module.parameters())
+    parts = [p for p in every if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
     for part in parts:
         if part.ds_status.name == "INFLIGHT":  # fetched ahead by a pass that did not come to it
             part.in_flight.pop(part).wait()
