@@ -108,12 +108,15 @@ def _check(plan: Plan) -> None:
     for recipe in arms:
         check_inits(recipe)
     if plan.base.tasks is not None:
+        from pe_rlhf.stages.joint_task import check_joint
         from pe_rlhf.stages.tasks import check_tasks, task_recipes
 
-        check_tasks(list(task_recipes(plan.base, plan.root)), plan.root)
+        check_tasks(plan.base, list(task_recipes(plan.base, plan.root)), plan.root)
         for recipe in arms:
             for each in task_recipes(recipe, plan.root):
                 check_inits(each)
+            if recipe.is_joint:
+                check_joint(recipe, plan.root)
     check_inputs(plan.base, plan.base.stages)
 
 

@@ -118,7 +118,7 @@ def _run_tasks(
         every = list(task_recipes(recipe, target))
         recipes = [every[number] for number in select_tasks(recipe, *between)]
         with time_limit(recipe.function_timeout):
-            check_tasks(recipes, target)
+            check_tasks(recipe, recipes, target)
         names = " → ".join(task.name for task in recipe.tasks or [])
         typer.echo(f"{recipe.name}: tasks {names} with {recipe.model}, into {target}; the recipe is valid")
         for own in map(settle, recipes):

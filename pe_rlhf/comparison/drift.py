@@ -33,10 +33,10 @@ def drift_of_run(run: Path, recipe: Recipe, rank: int) -> Row:
     try:
         backbone = load_base(recipe, starting_model(recipe, run), device="cpu")
         load_role(backbone, "policy", RunFiles(run).role("policy").folder)
+        row = {"rank": rank, **policy_drift(backbone, rank)}
     except InputError as error:
         say(f"{run}: the drift of its weights is left out: {error}")
         return {}
-    row = {"rank": rank, **policy_drift(backbone, rank)}
     write_json(path, row)
     return row
 

@@ -98,8 +98,14 @@ class ContinualConfig(Section):
         default=64, description="ewc: responses of the policy that its Fisher information is estimated from"
     )
 
+    route: RouteConfig | None = Field(
+        default=None, description="joint: each task has a part of its own in the adapter, chosen by the prompt's task"
+    )
+
     @model_validator(mode="after")
     def _fits(self) -> ContinualConfig:
+        if self.route is not None and self.method != "joint":
+            raise refusal("route", f"routes are learnt by method: joint, all tasks at once; this is {self.method}")
         for methods, adapter in ((NEW, "new"), (SAME, "same")):
             if self.method in methods and self.adapter not in (None, adapter):
                 raise refusal("adapter", f"{self.method} is for adapter: {adapter}; leave it out")

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pe_rlhf.config.adapter import Adapter, AdapterConfig, LoRAConfig, LowRankConfig, init_fits, settings_of
 from pe_rlhf.config.compare import CompareConfig
-from pe_rlhf.config.continual import ContinualConfig
+from pe_rlhf.config.continual import ContinualConfig, RouteConfig
 from pe_rlhf.config.evaluate import EvaluateConfig
 from pe_rlhf.config.model import BackboneConfig
 from pe_rlhf.config.ppo import PPOConfig
@@ -164,7 +164,23 @@ class Recipe(Section):
                 found = first.get("ctx", {})
                 place = ".".join(["tasks", str(number), *map(str, first["loc"]), *filter(None, [found.get("key")])])
                 raise refusal(place, found.get("message", first["msg"]), found.get("kind", "invalid")) from error
+        if self.continual is not None and self.continual.route is not None:
+            self._refuse_route(self.continual.route)
         return self
+
+    def _refuse_route(self, route: RouteConfig) -> None:
+        """Refuse routes that these tasks cannot have."""
+        first, tasks = self.task_recipe(0), self.tasks or []
+        adapter = first.adapter_for("ppo")
+        if type(adapter) is not LoRAConfig:
+            reason = (
+                f"an adapter of the kind {adapter.kind} cannot have a part for each task; use adapter: {{kind: lora}}"
+            )
+            raise refusal("adapter.kind", reason)
+        route.refuse_misfits("continual.route", [task.name for task in tasks], adapter.rank)
+        if first.ppo is not None and first.ppo.rollout.ahead:
+            reason = "with continual.route the sampler gets the policy of one task after the other; leave ahead out"
+            raise refusal("tasks.0.ppo.rollout.ahead", reason)
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:

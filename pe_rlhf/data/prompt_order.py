@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
+from pe_rlhf.data.rows import SOURCE, task_numbers
 from pe_rlhf.system.seeding import permutation
 from reward.records import Columns, Prompt
 
@@ -13,12 +15,14 @@ from reward.records import Columns, Prompt
 class PromptTable:
     """All prompts of a data set, as recipes give them and as token ids, with the other columns of their rows.
 
-    Prompts and columns may be read from the file each time.
+    Prompts and columns may be read from the file each time. `tasks` are the numbers of the prompts' tasks, where the
+    policy is routed by task.
     """
 
     prompts: Sequence[Prompt]
     ids: Sequence[list[int]]
     columns: Columns
+    tasks: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -26,7 +30,18 @@ class PromptTable:
     def take(self, rows: Sequence[int]) -> PromptSet:
         """The prompts of those rows, which may be named more than once."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
-        return PromptSet([self.prompts[row] for row in rows], [self.ids[row] for row in rows], columns)
+        tasks = None if self.tasks is None else [self.tasks[row] for row in rows]
+        return PromptSet([self.prompts[row] for row in rows], [self.ids[row] for row in rows], columns, tasks)
+
+    def routed(self, names: Sequence[str], key: str, task: str | None = None) -> Self:
+        """With the task of each: `task`, or what the column `source` says. As they are where there are no `names`.
+
+        Raises as `task_numbers`.
+        """
+        if not names:
+            return self
+        given = [task] * len(self) if task is not None else self.columns.get(SOURCE, [None] * len(self))
+        return replace(self, tasks=task_numbers([*given], names, key))
 
 
 @dataclass(frozen=True)

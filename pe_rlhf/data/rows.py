@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,26 @@ class PromptRow:
 
 def _of_part(again: Callable[[], PromptRow], part: DataPart) -> PromptRow:
     return again().of_part(part)
+
+
+def task_numbers(given: Sequence[object], names: Sequence[str], key: str) -> list[int]:
+    """The number among `names` of the task that each prompt's column `source` names; `given` are its values.
+
+    Raises `InputError` with the data set's `key` where there is no such column, or the task is none of them.
+    """
+    for number, value in enumerate(given):
+        if value not in names:
+            is_there = any(each is not None for each in given)
+            what = (
+                f"prompt {number} has {value!r} in the column {SOURCE}" if is_there else f"there is no column {SOURCE}"
+            )
+            raise InputError(
+                f"{key}: {what}, which has to name the task of a prompt: one of {', '.join(names)}",
+                kind="unknown" if is_there else "missing",
+                key=key,
+                fix="mix the tasks' prompts, each with its label, or use continual: {method: joint, route: …}",
+            )
+    return [names.index(value) for value in given]  # type: ignore[arg-type]  # it is one of them
 
 
 def load_prompts(source: DataSource, key: str, max_bad_share: float = MAX_BAD_SHARE) -> list[Prompt]:

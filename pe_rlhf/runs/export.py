@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.config import BackboneConfig, Recipe
 from pe_rlhf.config.load import load_recipe, save_recipe
 from pe_rlhf.data.codec import find_template
@@ -141,6 +142,14 @@ def _find_checkpoints(place: Path, role: str | None) -> tuple[StageFiles, str]:
 def _write_export(found: SavedRole, form: Format, target: Path, dtype: Dtype | None) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is there already", kind="exists", file=target, fix="name another place with --to")
+    if isinstance(found.spec, AdapterSpec) and (tasks := found.spec.settings.routes):
+        raise InputError(
+            f"{found.folder} is another policy for each task ({', '.join(tasks)}), of which PEFT and vLLM load one",
+            kind="missing",
+            key="--mix",
+            file=found.folder,
+            fix=f"export the run with --mix {tasks[0]}=1, or with a weight for each task",
+        )
     with new_folder(target) as scratch:
         if form == "merged":
             _write_merged(found, scratch, dtype)

@@ -134,7 +134,9 @@ def _write_role(backbone: Backbone, role: str, folder: Path) -> None:
         is_full = isinstance(backbone.specs[role], FullSpec)
         refusal = form if isinstance(form := None if is_full else backbone.peft_form(role), str) else None
         if refusal is not None:
-            say(f"{role}: no PEFT files are written ({refusal}); pe-rlhf export --format merged makes a checkpoint")
+            tasks = backbone.tasks_of(role)
+            otherwise = f"RUN --mix {tasks[0]}=1 writes a task's" if tasks else "--format merged makes a checkpoint"
+            say(f"{role}: no PEFT files are written ({refusal}); pe-rlhf export {otherwise}")
         elif form is not None and not isinstance(form, str):
             backbone.export_adapter(role, scratch, form=form)
         spec = backbone.specs[role].as_json()

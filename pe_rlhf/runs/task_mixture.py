@@ -1,7 +1,8 @@
 """The policies of several tasks as one: W0 + Σ_t k_t·s_t·B_t·A_t, as a plain LoRA of rank Σ r_t.
 
 k_t is a number for the task, one for each of its rank-one parts, or either of them by layer. It is chosen after
-training: each task's part was trained with 1.
+training: each task's part was trained with 1. Of a policy that is routed by task, a task's part is all that its route
+gives it, and the part of all tasks has 1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pe_rlhf.adapters.kinds.routed import RoutedLoRA
 from pe_rlhf.adapters.kinds.stacked import parts_of
 from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
 from pe_rlhf.adapters.specs import AdapterSpec
@@ -44,8 +46,10 @@ def mixed_policy(recipe: Recipe, run_dir: Path, weights: Mapping[str, Weight], r
         raise InputError("--mix: no task is named", kind="empty", key="--mix")
     last = recipe.task_recipe(len(names) - 1)
     backbone = load_base(last, starting_model(last, run_dir), "cpu")
-    parts = _parts(recipe, run_dir, names, backbone)
-    backbone.load_role(role, *mixture(parts, [weights.get(name, 0.0) for name in names], names))
+    parts, numbers = _parts(recipe, run_dir, names, backbone), [weights.get(name, 0.0) for name in names]
+    if recipe.is_joint:
+        names, numbers = ["the part of all tasks", *names], [1.0 if any(map(_is_some, numbers)) else 0.0, *numbers]
+    backbone.load_role(role, *mixture(parts, numbers, names))
     return backbone
 
 
@@ -54,7 +58,7 @@ def mixture(parts: Parts, weights: Sequence[Weight], names: Sequence[str]) -> tu
 
     With the weight 1 for one task and 0 for all others it has that task's own factors, to the bit.
     """
-    kept = [t for t, weight in enumerate(weights) if isinstance(weight, Mapping) or any(_listed(weight))]
+    kept = [t for t, weight in enumerate(weights) if _is_some(weight)]
     if not kept:
         raise InputError("--mix: all weights are 0, which is the base", kind="empty", key="--mix")
     scale = next(iter(parts.values()))[kept[0]].scale
@@ -82,6 +86,9 @@ def _parts(recipe: Recipe, run_dir: Path, names: Sequence[str], backbone: Backbo
             found.append(backbone.role_layers(f"task_{number}"))
         return {layer: [part for own in found for part in parts_of(own[layer])] for layer in found[0]}
     load_role(backbone, "all_tasks", find_role(files.task(recipe.last_policy).folder, "policy").folder)
+    if backbone.tasks_of("all_tasks"):
+        routed = {n: own for n, own in backbone.role_layers("all_tasks").items() if isinstance(own, RoutedLoRA)}
+        return {n: [own.shared(), *map(own.without_shared, range(len(names)))] for n, own in routed.items()}
     parts = {layer: parts_of(adapter) for layer, adapter in backbone.role_layers("all_tasks").items()}
     if any(len(own) != len(names) for own in parts.values()):
         raise InputError(
@@ -89,7 +96,7 @@ def _parts(recipe: Recipe, run_dir: Path, names: Sequence[str], backbone: Backbo
             kind="conflict",
             key="continual.adapter",
             file=run_dir,
-            fix="train them with continual: {adapter: new}, or with method: separate",
+            fix="train them with continual: {adapter: new}, with method: separate, or joint with a route",
         )
     return parts
 
@@ -101,6 +108,10 @@ def _check(name: str, weight: object) -> None:
     if not numbers or not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
         message = f"--mix {name}: {weight!r} is neither a number, nor a list of them, nor numbers by layer"
         raise InputError(message, kind="invalid", key=name)
+
+
+def _is_some(weight: Weight) -> bool:
+    return isinstance(weight, Mapping) or any(_listed(weight))
 
 
 def _at(weight: Weight, layer: str) -> Number:

@@ -23,6 +23,7 @@ from pe_rlhf.optim.zero import shard_base
 from pe_rlhf.rollout.data_parallel import over_ranks
 from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.make import make_rollout
+from pe_rlhf.rollout.routed import RoutedRollout
 from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import codec_of, load_base, starting_model
@@ -113,9 +114,10 @@ class StageContext(Generic[C]):
         on_progress: Advance | None = None,
     ) -> RolloutEngine:
         """What samples responses as the recipe asks, with room for the longest of the prompts, until the stage ends."""
-        return over_ranks(
+        engine = over_ranks(
             self.resources.enter_context(closing(self._engine(backbone, role, sampling, prompts, on_progress)))
         )
+        return RoutedRollout(engine, backbone, role) if backbone.tasks_of(role) else engine
 
     def sample_once(
         self, backbone: Backbone, role: str, sampling: SamplingConfig, prompts: list[list[int]], seed: int

@@ -18,6 +18,7 @@ from pe_rlhf.model.passes import for_each_token
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.report.format import conversation
 from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
+from pe_rlhf.rollout.routed import sample
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.saved_roles import load_role
@@ -50,9 +51,12 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
     return evaluate_policy(context, RunFiles(context.run_dir).role("policy").folder, with_reward=True)
 
 
-def evaluate_policy(context: StageContext[EvaluateConfig], policy: Path, *, with_reward: bool) -> dict[str, Any]:
+def evaluate_policy(
+    context: StageContext[EvaluateConfig], policy: Path, *, with_reward: bool, task: str | None = None
+) -> dict[str, Any]:
     """The policy of a folder as the recipe says.
 
+    task: what a routed policy is asked for; default: what the prompts' column `source` says.
     with_reward: also what the run's reward thinks of both sides and of the best of n, which only the run itself knows.
     """
     config, ppo = context.config, context.section("ppo", PPOConfig)
@@ -62,6 +66,7 @@ def evaluate_policy(context: StageContext[EvaluateConfig], policy: Path, *, with
     codec = context.codec(backbone)
     load_role(backbone, "policy", policy)
     asked = context.prompts(config.prompts, codec, backbone, config.sampling.max_new_tokens)
+    asked = asked.routed(backbone.tasks_of("policy"), "evaluate.prompts", task)
     repeated = asked.take([i for i in range(len(asked)) for _ in range(config.samples_per_prompt)])
 
     rollouts: dict[str, Rollout] = {}
@@ -70,7 +75,8 @@ def evaluate_policy(context: StageContext[EvaluateConfig], policy: Path, *, with
         sampler = context.sampler(backbone, "policy", config.sampling, asked.ids, advance)
         for version, role in enumerate(("policy", "anchor")):
             sampler.sync(version, role)
-            rollouts[role] = sampler.generate(repeated.ids, derive_seed(context.recipe.seed, "evaluate", role))
+            seed = derive_seed(context.recipe.seed, "evaluate", role)
+            rollouts[role] = sample(sampler, repeated.ids, seed, repeated.tasks)
         if n:  # the anchor is what the sampler plays last
             ids = [ids for ids in repeated.ids for _ in range(n)]
             several = sampler.generate(ids, derive_seed(context.recipe.seed, "evaluate", "best of"))

@@ -14,6 +14,7 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.rollout.interface import RolloutEngine
+from pe_rlhf.rollout.routed import sample
 from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.evaluate import logprobs_of, mean_scores
@@ -35,9 +36,8 @@ class JudgeEvaluation:
         self._judge = make_judge(config.judge) if is_main() else None
         limit = config.sampling.max_new_tokens
         asked = context.prompts(config.prompts, codec, backbone, limit, section="evaluate")
-        count = context.config.eval_prompts
-        some = asked.take(range(len(asked))[:count])
-        self._prompts, self._ids = some.prompts, some.ids
+        asked = asked.routed(backbone.tasks_of(role), "evaluate.prompts")
+        self._asked = asked.take(range(len(asked))[: context.config.eval_prompts])
         self._anchor: list[str] = []
 
     def is_due(self, step: int) -> bool:
@@ -50,7 +50,7 @@ class JudgeEvaluation:
         start = time.monotonic()
         self._anchor = self._anchor or self._codec.texts(self._sample(ANCHOR, step))
         rollout = self._sample(self._role, step)
-        pairs = make_pairs(self._prompts, self._codec.texts(rollout), self._anchor)
+        pairs = make_pairs(self._asked.prompts, self._codec.texts(rollout), self._anchor)
         path, share = self._context.files.judged(step), self._config.max_invalid_share
 
         def judged() -> list[Outcome]:
@@ -73,10 +73,10 @@ class JudgeEvaluation:
     @cached_property
     def _sampler(self) -> RolloutEngine:
         """Made when it is first needed: an engine with a process of its own takes memory from then on."""
-        return self._context.sampler(self._backbone, self._role, self._config.sampling, self._ids)
+        return self._context.sampler(self._backbone, self._role, self._config.sampling, self._asked.ids)
 
     def _sample(self, role: str, version: int) -> Rollout:
         """The same random numbers at every step, so that what changes is the policy."""
         self._sampler.sync(version, role)
         seed = derive_seed(self._context.recipe.seed, "evaluate", role)
-        return self._sampler.generate(self._ids, seed)
+        return sample(self._sampler, self._asked.ids, seed, self._asked.tasks)

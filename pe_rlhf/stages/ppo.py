@@ -146,6 +146,7 @@ def _prepare(context: StageContext[PPOConfig]) -> Training:
     codec = context.codec(backbone)
     new_tokens = config.rollout.max_new_tokens
     asked = context.prompts(config.prompts, codec, backbone, new_tokens, config.max_prompt_tokens)
+    asked = asked.routed(context.recipe.adapter_for("ppo").routes, "ppo.prompts")
     prompts = PromptOrder(asked, config.batch_size, config.rollout.samples_per_prompt, seed)
     budget, columns = config.micro_batch_tokens, asked.columns
     anchor = AnchorTexts(context, backbone, codec, config.rollout, asked.ids)

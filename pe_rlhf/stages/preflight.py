@@ -16,7 +16,15 @@ from pe_rlhf.adapters.lora.init_registry import init_of
 from pe_rlhf.config import STAGES, OptimizerConfig, Recipe
 from pe_rlhf.config.adapter import LowRankConfig
 from pe_rlhf.config.load import load_deepspeed_config
-from pe_rlhf.data.rows import MAX_BAD_SHARE, PromptRow, load_examples, load_preferences, load_prompt_rows
+from pe_rlhf.data.rows import (
+    MAX_BAD_SHARE,
+    SOURCE,
+    PromptRow,
+    load_examples,
+    load_preferences,
+    load_prompt_rows,
+    task_numbers,
+)
 from pe_rlhf.runs.metrics import check_tracking
 from pe_rlhf.system.processes import launched
 from reward.errors import InputError
@@ -76,6 +84,8 @@ def _check_data(recipe: Recipe, stages: list[str]) -> tuple[dict[str, Prompt], d
             rows, _ = load_prompt_rows(prompts, f"{stage}.prompts", _columns_into(names), share)
             first[stage] = rows[0]().prompt
             if recipe.ppo is not None and stage in ("ppo", "evaluate"):
+                if tasks := recipe.adapter_for("ppo").routes:
+                    task_numbers([row().columns.get(SOURCE) for row in rows], tasks, f"{stage}.prompts")
                 columns[stage] = names
                 for source in recipe.ppo.reward:
                     if source.function is not None:

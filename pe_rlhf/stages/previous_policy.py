@@ -12,6 +12,7 @@ from torch import Tensor
 from pe_rlhf.adapters.kind import LayerContext, kind_of
 from pe_rlhf.adapters.kinds.stacked import StackedLoRA, refuse_other_kind, stacked
 from pe_rlhf.adapters.layer import AdapterLayer
+from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.algo.forgetting import collision_rate, elastic, joined, orthogonality, sparsity
 from pe_rlhf.config import AdapterConfig, ContinualConfig, PPOConfig, Recipe
 from pe_rlhf.config.continual import NEW
@@ -144,18 +145,19 @@ def check_adapter(recipe: Recipe) -> None:
             key="adapter.init",
             fix="use another init, or continual: {adapter: same}",
         )
-    if config.method in NEW and "initial_B_OR" in kind_of(adapter).tensors(_any_layer(adapter)):
+    if config.method in NEW and "initial_B_OR" in kind_of(adapter).tensors(any_layer(adapter)):
         raise InputError(
             f"continual.method: {config.method} is about B·A, which has to start at 0",
             kind="conflict",
             key="adapter.init",
-            fix="use an init with B0 = 0, such as lora or orthogonal",
+            fix="use an init with B0 = 0, such as lora",
         )
 
 
-def _any_layer(adapter: AdapterConfig) -> LayerContext:
+def any_layer(adapter: AdapterConfig) -> LayerContext:
     """A random layer, as large as the adapter's rank needs, to see what an init makes of one."""
-    size = 2 * getattr(adapter, "rank", 8) + 1
+    rank: int = getattr(adapter, "whole_rank", getattr(adapter, "rank", 8))
+    size = 2 * rank + 1
     generator = torch.Generator().manual_seed(0)
     return LayerContext(torch.randn(size, size, generator=generator), generator)
 
@@ -176,6 +178,13 @@ def find_previous(recipe: Recipe, run_dir: Path) -> SavedRole | None:
     if found.is_full:
         message = f"continual.previous: the policy of {name} was fully tuned, it has no adapter"
         raise InputError(message, kind="conflict", key="continual.previous", file=name)
+    if isinstance(found.spec, AdapterSpec) and (tasks := found.spec.settings.routes):
+        raise InputError(
+            f"continual.previous: the policy of {name} is another one for each task ({', '.join(tasks)})",
+            kind="conflict",
+            key="continual.previous",
+            file=name,
+        )
     if recipe.continual.method == "ewc" and recipe.continual.strength and not found.files.stage.fisher.is_file():
         raise InputError(
             f"continual.previous: {name} has no Fisher information, which ewc needs",

@@ -15,6 +15,7 @@ from torch import Tensor
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.data.prompt_order import PromptOrder
 from pe_rlhf.rollout.interface import BackgroundEngine, RolloutEngine
+from pe_rlhf.rollout.routed import sample
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import derive_seed
@@ -44,7 +45,7 @@ class Rollouts:
         rollout = self.wait()
         self._engine.sync(step, self._role)
         if rollout is None:
-            rollout = self._engine.generate(*self._request(step))
+            rollout = sample(self._engine, *self._request(step), self._prompts.batch(step).tasks)
         if not step - self._ahead <= rollout.version <= step:
             raise TrainingError(
                 f"version {rollout.version} of the policy was sampled from, the trainer is at {step}",

@@ -21,7 +21,7 @@ from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.task_table import TaskTable
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.evaluate import evaluate_policy
-from pe_rlhf.stages.joint_task import joint_recipe
+from pe_rlhf.stages.joint_task import check_joint, joint_recipe
 from pe_rlhf.stages.pipeline import run_recipe, run_stage, with_date
 from pe_rlhf.stages.preflight import check_inputs
 from pe_rlhf.stages.previous_policy import check_adapter
@@ -53,7 +53,7 @@ def run_tasks(recipe: Recipe, run_dir: Path, first: str | None, last: str | None
         on_main(lambda: _refuse(recipe, files, saved, start, numbers))
         recipe = with_date(recipe, saved)
         recipes = list(task_recipes(recipe, run_dir))
-        on_main(lambda: check_tasks([recipes[number] for number in numbers], run_dir))
+        on_main(lambda: check_tasks(recipe, [recipes[number] for number in numbers], run_dir))
         on_main(lambda: _prepare(held, recipe, files, numbers if start == "anew" else []))
         names = [task.name for task in recipe.tasks or []]
         for number in numbers:
@@ -94,12 +94,14 @@ def task_recipes(recipe: Recipe, run_dir: Path) -> Iterator[Recipe]:
         yield own
 
 
-def check_tasks(recipes: Sequence[Recipe], run_dir: Path) -> None:
-    """Look at everything that `check_inputs` does in each task, before the first one runs."""
+def check_tasks(whole: Recipe, recipes: Sequence[Recipe], run_dir: Path) -> None:
+    """Look at everything that `check_inputs` does in each of these tasks of a recipe, before the first one runs."""
     for number, own in enumerate(recipes):
         later = {"continual": None} if number else {}  # the run before it is not there yet
         check_inputs(own.model_copy(update=later), own.stages, run_dir=RunFiles(run_dir).tasks / own.name)
         check_adapter(own)
+    if whole.is_joint:
+        check_joint(whole, run_dir)
 
 
 def _run(recipe: Recipe, files: RunFiles, stages: list[str]) -> None:
@@ -115,7 +117,7 @@ def _measure(recipe: Recipe, files: RunFiles, policy: str, recipes: Sequence[Rec
         if task.name == policy or other.evaluate is None or read_summary(place.stage("evaluate")) is not None:
             continue
         on_main(lambda place=place: place.folder.mkdir(parents=True, exist_ok=True))
-        evaluate = partial(evaluate_policy, policy=own.role("policy").folder, with_reward=False)
+        evaluate = partial(evaluate_policy, policy=own.role("policy").folder, with_reward=False, task=task.name)
         run_stage(StageContext(other, place.folder, "evaluate"), evaluate)
     table = TaskTable.read(recipe, files.folder)
     on_main(lambda: _write(files, table))

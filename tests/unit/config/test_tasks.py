@@ -11,6 +11,7 @@ import yaml
 
 from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe, save_recipe
+from pe_rlhf.stages.joint_task import joint_recipe
 from reward.errors import Kind
 from tests.failures import raises
 from tests.runs import Tree, write_jsonl, write_recipe
@@ -85,9 +86,50 @@ def test_an_override_is_of_all_tasks(tmp_path: Path) -> None:
     assert [task.ppo and task.ppo.steps for task in loaded.tasks or []] == [7, 7, 7]
 
 
+def routed(route: Tree, **changes: Any) -> Tree:
+    continual = {"method": "joint", "route": route}
+    return {"adapter": {"rank": 4, "alpha": 8}, "continual": continual, **changes}
+
+
+def test_a_route_gives_the_joint_policy_a_part_for_each_task(tmp_path: Path) -> None:
+    values = {"first": {"first": [1, 2, 3, 4], "third": [0, 0, 0, 1]}}
+    recipe = Recipe.model_validate(tree(**routed({"weights": "subspace", "values": values, "shared_rank": 3})))
+    joint = joint_recipe(recipe, tmp_path)
+    adapter = joint.adapter_for("ppo").model_dump(exclude_unset=True)
+    assert adapter.pop("values") == values
+    wanted = {"kind": "routed", "rank": 4, "alpha": 8, "weights": "subspace", "shared_rank": 3}
+    assert adapter == wanted | {"tasks": ["first", "second", "third"]}
+    assert joint.adapter.kind == "lora"  # of all other stages
+
+
+def test_a_joint_policy_is_asked_no_judge_while_it_trains(tmp_path: Path) -> None:
+    whole = tree(continual={"method": "joint"}, adapter={"rank": 2})
+    whole["ppo"]["eval_every"] = 1
+    joint = joint_recipe(Recipe.model_validate(whole), tmp_path)
+    assert joint.ppo is not None
+    assert joint.ppo.eval_every is None
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "key"),
     [
+        (routed({}, tasks=[{"name": "a"}]), "conflict", "continual.route"),
+        (routed({}, tasks=None), "conflict", "continual.method"),
+        (routed({}, adapter={"kind": "dora", "rank": 2}), "conflict", "adapter.kind"),
+        (routed({"weight": "task"}), "unknown", "continual.route.weight"),
+        (routed({"weights": "expert"}), "invalid", "continual.route.weights"),
+        (routed({"shared_rank": -1}), "invalid", "continual.route.shared_rank"),
+        (routed({"weights": "learned", "values": {"first": {"first": 1}}}), "conflict", "continual.route.values"),
+        (routed({"values": {"fourth": {"first": 1}}}), "unknown", "continual.route.values"),
+        (routed({"values": {"first": {"fourth": 1}}}), "unknown", "continual.route.values"),
+        (routed({"values": {"first": {"first": [1]}}}), "invalid", "continual.route.values.first.first"),
+        (routed({"values": {"first": {"first": 0}}}), "empty", "continual.route.values.first"),
+        (
+            routed({"weights": "subspace", "values": {"first": {"first": [1, 2]}}}),
+            "invalid",
+            "continual.route.values.first.first",
+        ),
+        ({"continual": {"method": "sequential", "route": {}}}, "conflict", "continual.route"),
         ({"tasks": []}, "empty", "tasks"),
         ({"tasks": [{"name": "a"}, {"name": "A"}]}, "conflict", "tasks.1.name"),
         ({"tasks": [{"name": "../a"}]}, "invalid", "tasks.0.name"),
