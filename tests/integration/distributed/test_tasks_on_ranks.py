@@ -44,17 +44,19 @@ def tree(**ppo: object) -> Tree:
         # Without a critic: a clipped value turns the ranks' rounding into another gradient.
         ({"method": "olora", "anchor": "previous"}, {"advantage": "rloo", "rollout": ROLLOUT}),
         ({"method": "ewc", "fisher_samples": 4}, {}),
+        ({"method": "joint", "route": {"shared_rank": 1}}, {"advantage": "rloo", "rollout": ROLLOUT}),
     ],
-    ids=["olora", "ewc"],
+    ids=["olora", "ewc", "routed"],
 )
 def test_two_ranks_are_one(tmp_path: Path, model_cache: Path, continual: Tree, ppo: Tree) -> None:
     path = write_recipe(tmp_path, tree(**ppo) | {"continual": continual})
     Forked(["run", str(path), "--run-dir", "one"], tmp_path, model_cache).finish()
     run_on_ranks(["run", str(path), *CONFIGURATIONS["zero2"], "--run-dir", "two"], tmp_path, model_cache)
-    for task in JUDGES:
+    policies = ["joint"] if "route" in continual else [*JUDGES]
+    for task in policies:
         assert_same_run(tmp_path / "two" / "tasks" / task, tmp_path / "one" / "tasks" / task, ("ppo",), weights=1e-3)
     found, wanted = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one"))
-    assert [(cell["after"], cell["on"]) for cell in found["cells"]] == [(a, on) for a in JUDGES for on in JUDGES]
+    assert [(cell["after"], cell["on"]) for cell in found["cells"]] == [(a, on) for a in policies for on in JUDGES]
     for cell, other in zip(found["cells"], wanted["cells"], strict=True):
         assert cell["win_rate"] == pytest.approx(other["win_rate"], abs=0.35)  # six prompts: a response may differ
         assert cell["kl"] == pytest.approx(other["kl"], abs=0.05)
