@@ -20,10 +20,10 @@ from pe_rlhf.model.backbone import Backbone, FastPath
 from pe_rlhf.model.device_plan import reserved_bytes
 from pe_rlhf.model.loading import find_device
 from pe_rlhf.optim.zero import shard_base
+from pe_rlhf.rollout.by_task import RoutedRollout
 from pe_rlhf.rollout.data_parallel import over_ranks
 from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.make import make_rollout
-from pe_rlhf.rollout.routed import RoutedRollout
 from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import codec_of, load_base, starting_model

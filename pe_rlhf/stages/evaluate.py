@@ -17,8 +17,8 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.passes import for_each_token
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.report.format import conversation
+from pe_rlhf.rollout.by_task import sample
 from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
-from pe_rlhf.rollout.routed import sample
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.saved_roles import load_role

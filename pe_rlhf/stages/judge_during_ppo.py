@@ -13,8 +13,8 @@ from pe_rlhf.config import EvaluateConfig, PPOConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
+from pe_rlhf.rollout.by_task import sample
 from pe_rlhf.rollout.interface import RolloutEngine
-from pe_rlhf.rollout.routed import sample
 from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.evaluate import logprobs_of, mean_scores

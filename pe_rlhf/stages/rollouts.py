@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.data.prompt_order import PromptOrder
+from pe_rlhf.rollout.by_task import sample
 from pe_rlhf.rollout.interface import BackgroundEngine, RolloutEngine
-from pe_rlhf.rollout.routed import sample
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import derive_seed

@@ -16,8 +16,8 @@ from pe_rlhf.adapters.kinds.routed import RoutedConfig
 from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.rollout.by_task import RoutedRollout
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.rollout.routed import RoutedRollout
 from pe_rlhf.runs.export import export_role
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import find_role
