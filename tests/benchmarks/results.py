@@ -24,7 +24,6 @@ from tests.paths import ROOT
 
 SCRIPTS = {"hh_small": "tests.benchmarks.hh_small"}  # results that are more than one comparison: NAME → module
 BEGIN, END = "<!-- numbers: `make results` writes these -->", "<!-- end of the numbers -->"
-COMMITS = "commits.txt"
 Row = dict[str, Any]
 
 
@@ -36,6 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = ROOT / "comparisons" / arguments.name
     code = make(arguments.name, arguments.overrides, runs, only_page=arguments.only_page)
+    if not (runs / "summary.json").exists():
+        sys.exit(code)
     page = publish(arguments.name, runs, ROOT / "docs" / "results" / arguments.name)
     print(f"{page}: read what is said around the numbers, and its line in docs/results/README.md")
     sys.exit(code)
@@ -49,9 +50,13 @@ def make(name: str, overrides: list[str], runs: Path, *, only_page: bool) -> int
     if only_page:
         command += ["--only-page"] if own else ["--only", "report"]
     else:
-        runs.mkdir(parents=True, exist_ok=True)
-        note_commit(runs / COMMITS)
+        note_commit(commits_of(runs))
     return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def commits_of(runs: Path) -> Path:
+    """The file that names the commits of a result's runs: beside their folder, which is the comparison's own."""
+    return runs.with_name(f"{runs.name}.commits.txt")
 
 
 def note_commit(path: Path) -> None:
@@ -59,6 +64,7 @@ def note_commit(path: Path) -> None:
     describe = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     known = path.read_text(encoding="utf-8").split() if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(dict.fromkeys([*known, commit])) + "\n", encoding="utf-8")
 
 
@@ -67,7 +73,7 @@ def publish(name: str, runs: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted([*runs.glob("*.svg"), *runs.glob("*.csv")]):
         shutil.copy(path, folder)
-    noted = runs / COMMITS
+    noted = commits_of(runs)
     commits = noted.read_text(encoding="utf-8").split() if noted.exists() else []
     summary = json.loads((runs / "summary.json").read_text(encoding="utf-8"))
     figures = [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(runs.glob("*.svg"))]

@@ -102,7 +102,7 @@ def test_a_result_is_written_anew_and_the_words_around_it_stay(tmp_path: Path) -
     for name in ("results.csv", "win_rates.svg", "report.html"):
         (runs / name).write_text(f"new {name}")
     (runs / "summary.json").write_text(json.dumps(SUMMARY))
-    (runs / results.COMMITS).write_text("abc1234\ndef5678+\n")
+    results.commits_of(runs).write_text("abc1234\ndef5678+\n")
     page = results.publish("small", runs, folder)
     assert page.read_text().startswith("# small\n")
     page.write_text(page.read_text().replace("# small", "# Small\n\nWords before.") + "\nWords after.\n")

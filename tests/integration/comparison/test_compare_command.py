@@ -17,7 +17,7 @@ from pe_rlhf.comparison.drift import policy_drift
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.runs.saved_roles import load_role
 from reward.errors import Failure
-from tests.benchmarks.results import publish
+from tests.benchmarks.results import commits_of, note_commit, publish
 from tests.forked import Forked
 from tests.integration.comparison.sweeps import COMPARE, comparison, results, trained, without_machine
 from tests.runs import Outcome, contents, read_jsonl, recipe, without_time, write_recipe
@@ -30,6 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
     """A comparison that was left alone: two arms, no trials."""
     folder = tmp_path_factory.mktemp("whole")
     path = comparison(folder)
+    note_commit(commits_of(folder / "out"))  # as `make results` does first: the comparison's folder is still its own
     said = Forked(["compare", str(path), "--dir", "out"], folder, model_cache).finish()
     assert f"report: {folder / 'out' / 'report.html'}" in said
     return folder
@@ -58,6 +59,7 @@ def test_it_leaves_runs_a_page_and_numbers(whole: Path) -> None:
 
 def test_its_numbers_become_a_page_of_the_results(whole: Path, tmp_path: Path) -> None:
     page = publish("inits", whole / "out", tmp_path / "inits").read_text(encoding="utf-8")
+    assert f"commit {commits_of(whole / 'out').read_text().strip()}, seeds 1," in page
     for row in results(whole / "out"):
         (line,) = (line for line in page.splitlines() if line.startswith(f"| `{row['arm']}` |"))
         assert f"| {float(row['evaluate_win_rate']):.3f} |" in line
