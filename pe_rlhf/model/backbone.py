@@ -33,7 +33,7 @@ from pe_rlhf.model.fast.packed_attention import enable_packing, is_packing_enabl
 from pe_rlhf.model.fast.packing import Packing
 from pe_rlhf.model.fast.rms_norm import shorten_norms
 from pe_rlhf.model.fast.trunk import TokenRows, TrunkCache
-from pe_rlhf.model.identity import fingerprint
+from pe_rlhf.model.identity import fingerprint, fingerprint_by_files
 from pe_rlhf.model.loading import (
     DTYPES,
     eos_token_ids,
@@ -113,8 +113,10 @@ def load_backbone(
     )
     loaded, own_tokenizer = load(device=find_device(str(device)), quantization=quantization)
     # An adapter's folder is merged into a model, which is what exports have to name as their base.
-    name = resolve_model(str(model)) if is_adapter(Path(str(model)).expanduser()) else str(model)
+    source = resolve_model(str(model))
+    name = source if is_adapter(Path(str(model)).expanduser()) else str(model)
     backbone = Backbone(loaded, tokenizer or own_tokenizer, name, fast)
+    backbone.source = source
     if quantization != "none":
         backbone.load_original = lambda: load(device=torch.device("cpu"))[0]
     return backbone
@@ -133,6 +135,7 @@ class Backbone(RolesToExport):
         super().__init__(model, name or model.config.name_or_path or "")
         if self.device.type == "cuda":
             use_sound_attention()
+        self.source: str | None = None  # the folder or hub id that the model was read from and is as it is there
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self._tokenizer = tokenizer
         self.fast = fast
@@ -194,11 +197,11 @@ class Backbone(RolesToExport):
 
     @cached_property
     def anchor_sha256(self) -> str:
-        """`base_fingerprint`, taken once: the base is never written to, and a 7B model takes about 10 seconds.
+        """`base_fingerprint`, taken once for the files that it was read from: the base is never written to.
 
         Under ZeRO-3 it has to be asked for while the weights are whole.
         """
-        return self.base_fingerprint()
+        return fingerprint_by_files(self.model, self.source) if self.source else self.base_fingerprint()
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,16 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
+
+from pe_rlhf.system.cache import cache_dir
+from pe_rlhf.system.files import write_whole
 
 # What a config says that changes no log-prob: names, ids, defaults of training and of output, sizes that weights show.
 NO_PART = re.compile(
@@ -28,6 +34,29 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name.replace('.base.', '.')} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def fingerprint_by_files(model: PreTrainedModel, source: str) -> str:
+    """`fingerprint` of a model that is as it was read from `source`, a folder or a hub id.
+
+    A 7B model's takes ten seconds or more, so it is kept in the cache, under what tells the files from others: the
+    hub's commit, or the name, size and time of change of each file.
+    """
+    folder, commit = Path(source), getattr(model.config, "_commit_hash", None)
+    if not folder.is_dir() and commit is None:
+        return fingerprint(model)
+    files = [(str(file), file.stat()) for file in sorted(folder.resolve().iterdir())] if folder.is_dir() else []
+    stamps = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files]
+    precision = str(model.dtype), str(getattr(model.config, "quantization_config", None))
+    key = repr((source, commit, stamps, precision, transformers.__version__, torch.__version__))
+    known = cache_dir() / "fingerprints" / hashlib.sha256(key.encode()).hexdigest()
+    with suppress(OSError):
+        return known.read_text(encoding="utf-8")
+    found = fingerprint(model)
+    with suppress(OSError):  # a cache that cannot be written costs time, not the run
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(known, found)
+    return found
 
 
 def function_settings(model: PreTrainedModel) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.kind import Restart
 from pe_rlhf.config import OptimizerConfig
-from pe_rlhf.model.loading import use_sound_attention
+from pe_rlhf.model.loading import find_device, use_sound_attention
 from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.optim.adamw import MASTER, MOMENTS, RESTARTS, adamw, flatten, is_wide, pull, set_rate, unflatten
 from pe_rlhf.system.distributed import make_whole, split_again
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.processes import accelerator_environment, launched
+from reward.errors import InputError
 
 # A rank may wait for hours while rank 0 asks a judge; one that has died is noticed by its closed connection. For the
 # first contact and for gradients nobody has a reason to be late.
@@ -163,19 +164,24 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def init_processes(wants_deepspeed: bool, timeout: float | None = None) -> None:
+def init_processes(wants_deepspeed: bool, device: str = "auto", timeout: float | None = None) -> None:
     """Join the other processes, where a launcher has started this one; alone, be a group of one for DeepSpeed.
 
+    device: the recipe's `backbone.device`; `cuda:K` becomes the current GPU of the one process.
     timeout: seconds that a process waits for another, in place of `LONGEST_WAIT` and `USUAL_WAIT`. Where one is late,
     gloo raises a `RuntimeError` (`distributed.late_rank`), and NCCL's watchdog ends the process.
     """
+    if device.startswith("cuda:"):
+        _take_gpu(device)
+    elif launched() and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if torch.distributed.is_initialized() or not (launched() or wants_deepspeed):
         return
     # gloo carries what lies on the CPU (counts, texts, experience), whatever the weights are on.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())  # the GPU that DeepSpeed computes on
     if launched():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         long, usual = (timedelta(seconds=timeout),) * 2 if timeout else (LONGEST_WAIT, USUAL_WAIT)
         store, rank, size = next(rendezvous("env://", timeout=usual))
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=long)
@@ -186,6 +192,20 @@ def init_processes(wants_deepspeed: bool, timeout: float | None = None) -> None:
         store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented all the same
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     import_deepspeed().init_distributed(verbose=False)
+
+
+def _take_gpu(device: str) -> None:
+    """Make `cuda:K` the GPU of this process, also for what asks for the current one: seeds, memory, DeepSpeed."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise InputError(
+            f"backbone.device: {device} is one GPU, and each of {processes} processes needs its own",
+            kind="conflict",
+            key="backbone.device",
+            fix="leave it out: a process takes the GPU of its rank; CUDA_VISIBLE_DEVICES says which GPUs there are",
+        )
+    if torch.cuda.is_available():  # `find_device` refuses it otherwise
+        torch.cuda.set_device(find_device(device))
 
 
 def shard_base(model: PreTrainedModel, deepspeed: dict[str, Any], device: torch.device) -> None:

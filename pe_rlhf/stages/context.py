@@ -90,7 +90,7 @@ class StageContext(Generic[C]):
                     key="backbone.quantization",
                     fix="use deepspeed: zero2 or less",
                 )
-            backbone.anchor_sha256 = on_main(backbone.base_fingerprint)  # while the weights are whole
+            backbone.anchor_sha256 = on_main(lambda: backbone.anchor_sha256)  # while the weights are whole
             shard_base(backbone.model, deepspeed, find_device(settings.device))
         return backbone
 

@@ -64,7 +64,7 @@ def run_recipe(
     files = RunFiles(run_dir)
     with ExitStack() as held:
         held.enter_context(deterministic(recipe.deterministic))
-        init_processes(recipe.deepspeed is not None, recipe.rank_timeout)
+        init_processes(recipe.deepspeed is not None, recipe.backbone.device, recipe.rank_timeout)
         held.enter_context(time_limit(recipe.function_timeout))
         on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
         # In the lock: what another run is still writing is not read, and for a folder in use nothing is fetched.

@@ -46,7 +46,7 @@ def run_tasks(recipe: Recipe, run_dir: Path, first: str | None, last: str | None
     """
     files = RunFiles(run_dir)
     numbers = select_tasks(recipe, first, last)
-    init_processes(recipe.deepspeed is not None, recipe.rank_timeout)
+    init_processes(recipe.deepspeed is not None, recipe.backbone.device, recipe.rank_timeout)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(run_dir)) if run_dir.is_dir() else None)
         saved = load_recipe(files.recipe) if files.recipe.is_file() else None

@@ -12,6 +12,7 @@ from pe_rlhf.config import OptimizerConfig
 from pe_rlhf.optim.adamw import PlainAdamW
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer, schedule_factor
 from pe_rlhf.system.failures import TrainingError
+from tests.failures import raises
 
 Arrays = dict[str, dict[str, np.ndarray]]
 
@@ -122,6 +123,14 @@ def test_zeros_buckets_have_the_size_of_the_role(given: dict[str, int], expected
     parameter.grad = torch.ones(3)
     zero.step(0.1)
     assert zero._engine.optimizer.reduce_bucket_size == expected
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pe_rlhf.optim.zero import init_processes
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with raises("conflict", key="backbone.device"):
+        init_processes(wants_deepspeed=False, device="cuda:1")
 
 
 def test_steps_are_those_of_adamw_written_out() -> None:
