@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
+import torch
 from torch import Tensor
 
+from pe_rlhf.adapters.kinds.routed import RoutedLoRA
 from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.model.roles import ModelWithRoles
 
@@ -19,6 +21,14 @@ class RoutedRoles(ModelWithRoles):
         """The names of the tasks that a role is routed by; none for any other role."""
         spec = self.specs.get(role)
         return spec.settings.routes if isinstance(spec, AdapterSpec) else ()
+
+    def task_weights(self, role: str) -> dict[str, dict[str, float]]:
+        """What each task's policy is made of: task → part → its weight, the mean over layers; empty without a route."""
+        if not (tasks := self.tasks_of(role)):
+            return {}
+        routed = [layer for layer in self.role_layers(role).values() if isinstance(layer, RoutedLoRA)]
+        mean_TT = torch.stack([layer.weights_TT().float() for layer in routed]).mean(dim=0)
+        return {task: dict(zip(tasks, row, strict=True)) for task, row in zip(tasks, mean_TT.tolist(), strict=True)}
 
     @contextmanager
     def route(self, task: int | Tensor | None) -> Iterator[Self]:

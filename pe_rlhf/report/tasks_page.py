@@ -36,6 +36,7 @@ def write_tasks_report(run_dir: Path, table: TaskTable) -> Path:
                 plots=[plot] if (plot := curves(table)) else [],
             ),
             Section("What the tasks changed", tables=_tasks(files, table)),
+            *_routes(files, table),
             Section("Recipe, as resolved", code=files.recipe.read_text(encoding="utf-8"), folded=True),
         ],
     )
@@ -103,3 +104,14 @@ def _tasks(files: RunFiles, table: TaskTable) -> list[Table]:
         )
     note = "overlap: √Σ‖A_i A_tᵀ‖² over the layers; changed twice: by this task and an earlier one, noticeably"
     return [Table(columns, rows, note=note, words=("Page",))] if rows else []
+
+
+def _routes(files: RunFiles, table: TaskTable) -> list[Section]:
+    """What each task's policy is made of, where one policy is routed by task."""
+    summaries = [read_summary(files.task(task).stage("ppo")) or {} for task in table.policies]
+    if not (weights := next((found["task_weights"] for found in summaries if "task_weights" in found), None)):
+        return []
+    note = "The weight of each task's part of the adapter: the mean over layers and over the part's ranks."
+    rows = [[task, *(f"{own[part]:.2f}" for part in weights)] for task, own in weights.items()]
+    made = Table(["For", *(f"{task}’s part" for task in weights)], rows)
+    return [Section("What each task is made of", note=note, tables=[made])]

@@ -183,6 +183,8 @@ def _finish(training: Training) -> dict[str, Any]:
     leave_fisher(context, backbone, training.sampler, training.prompt_ids, previous)
     summary = on_main(lambda: _summary(context, backbone))
     summary |= {} if previous is None else previous.metrics()
+    if weights := backbone.task_weights(POLICY):
+        summary["task_weights"] = weights
     if moments := training.scorer.moments():
         summary["moments"] = moments  # by which the evaluation normalises
     write_json(context.files.summary, summary)

@@ -144,6 +144,12 @@ class RoutedLoRA(AnchoredLoRA):
         A_RI, B_OR = self._of_task(task, self.settings.shared_rank)
         return LowRankFactors(A_RI.clone(), B_OR.clone(), self.scale)
 
+    @torch.no_grad()
+    def weights_TT(self) -> Tensor:
+        """The weight of each task's part for each task: the mean over its rank-one parts."""
+        tasks = len(self.settings.tasks)
+        return self.gates_TP()[:, self.settings.shared_rank :].view(tasks, tasks, -1).mean(dim=-1)
+
     def _of_task(self, task: int, first: int = 0) -> tuple[Tensor, Tensor]:
         """A and B, weighted, of the parts that a task has, from the rank-one part `first` on."""
         gates_P = self.gates_TP()[task]

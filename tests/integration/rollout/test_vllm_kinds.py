@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pe_rlhf.adapters.kind import KINDS
+from pe_rlhf.adapters.kinds.stacked import stacked
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from tests.failures import raises
 from tests.integration.rollout.conftest import new_engine
@@ -46,6 +47,22 @@ def test_a_server_has_kinds_that_are_a_lora_as_adapters(vllm_model: Path, vllm_s
     for version, kind in enumerate(AS_LORA):
         engine.sync(version, kind)
         assert difference(backbone, kind, engine.generate(PROMPTS, seed=1)) < 1e-4, kind
+
+
+def test_a_later_tasks_policy_is_one_adapter_with_the_earlier_ones(
+    vllm_model: Path, vllm_server: str, make: Make
+) -> None:
+    backbone = load_backbone(str(vllm_model))
+    for task, init in (("first", "pissa"), ("second", "lora")):
+        backbone.add_adapter(task, init=init, rank=2, alpha=4)
+        train_role(backbone, task)
+    below = backbone.role_layers("first")
+    backbone.load_role("policy", *stacked(backbone.adapter_spec("second"), backbone.role_state("second"), below))
+    engine = make(vllm_server, backbone=backbone, role="policy", sync="adapter")
+    engine.sync(1, "policy")
+    rollout = engine.generate(PROMPTS, seed=1)
+    assert difference(backbone, "policy", rollout) < 1e-4
+    assert difference(backbone, "second", rollout) > 1e-3
 
 
 def test_an_adapter_that_is_no_lora_cannot_be_one_at_vllm(vllm_model: Path, tmp_path: Path) -> None:

@@ -147,10 +147,18 @@ def test_responses_are_of_the_prompts_own_task(whole: Path) -> None:
 
 
 def test_learned_weights_are_trained_and_saved(tmp_path: Path) -> None:
+    """And on the run's page: the mean of the layers' softmaxes."""
     run_tasks(routed(tmp_path, {"weights": "learned"}), tmp_path / "run", None, None)
     logits = [t for n, t in load_file(find_role(tmp_path / "run", "policy").files.tensors).items() if "logits" in n]
     assert logits
     assert all(t.shape == (3, 3) and bool(t.any()) for t in logits)
+    files = RunFiles(tmp_path / "run")
+    weights = json.loads(files.task("joint").stage("ppo").summary.read_text())["task_weights"]
+    wanted_TT = torch.stack([t.exp() / t.exp().sum(dim=1, keepdim=True) for t in logits]).mean(dim=0)
+    found = torch.tensor([[weights[task][part] for part in NAMES] for task in NAMES])
+    torch.testing.assert_close(found, wanted_TT)
+    page = files.report.read_text()
+    assert all(f"{name}’s part" in page for name in NAMES)
 
 
 def test_an_init_that_tasks_cannot_share_is_told_before_the_first_one(tmp_path: Path) -> None:

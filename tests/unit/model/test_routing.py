@@ -225,6 +225,15 @@ def test_layers_and_ranks_have_weights_of_their_own() -> None:
     assert found.tolist() == [[1, 1, 1, 0, 0], [1, 0, 4, 0, 0]]
 
 
+def test_what_each_task_is_made_of_is_the_mean_over_layers_and_ranks() -> None:
+    """tiny_model's Llama has two layers; a pattern gives one of them another weight."""
+    by_rank = routed(weights="subspace", values={"b": {"a": [0.0, 4.0]}}, tasks=["a", "b"])
+    assert by_rank.task_weights("policy") == {"a": {"a": 1, "b": 0}, "b": {"a": 2, "b": 0}}
+    by_layer = routed(weights="layer", values={"a": {"b": {"layers.1": 3.0, "": 1.0}}}, tasks=["a", "b"])
+    assert by_layer.task_weights("policy") == {"a": {"a": 0, "b": 2}, "b": {"a": 0, "b": 1}}
+    assert by_layer.task_weights("anchor") == {}
+
+
 def test_prefixes_are_shared_only_within_a_task() -> None:
     """Four rows with one start: of two tasks, so it is computed twice; equal prompts of two tasks likewise."""
     start = [7, 8, 9, 10]
