@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from pe_rlhf.config.judged import JudgedConfig
 from pe_rlhf.config.sampling import SamplingConfig
 from pe_rlhf.config.section import FUNCTION_TIMEOUT, TEMPLATE_DATE, Data, Day, Positive, Section, Share
 from reward.judges.judge_settings import NamedJudge, ServerSettings
@@ -21,18 +22,9 @@ class BaselineConfig(Section):
     )
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(JudgedConfig):
     """Compare the policy with the anchor on held-out prompts."""
 
-    prompts: Data
-    max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
-    judge: NamedJudge = Field(
-        description="length, llm:MODEL, rating:MODEL, reward_model:RUN, module:callable, or a section with settings"
-    )
-    max_invalid_share: Share = Field(
-        default=0.05, description="fail if more than this share of the pairs has no valid verdict"
-    )
-    sampling: SamplingConfig = SamplingConfig()
     samples_per_prompt: Positive = Field(default=1, description="pairs of responses judged for each prompt")
     policy: BaselineConfig = BaselineConfig()
     table_rows: Positive = Field(default=20, description="rows of the side-by-side table samples.md")

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pe_rlhf.config.sampling import SamplingConfig
-from pe_rlhf.config.section import Data, Positive, Rate, Section, Share
-from reward.judges.judge_settings import NamedJudge
+from pe_rlhf.config.judged import JudgedConfig
+from pe_rlhf.config.section import Positive, Rate
 
 
-class PreferencesConfig(Section):
+class PreferencesConfig(JudgedConfig):
     """Sample two responses for each prompt and have a judge label them."""
 
-    prompts: Data
-    max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the prompts is unusable")
-    judge: NamedJudge = Field(
-        description="length, llm:MODEL, rating:MODEL, reward_model:RUN, module:callable, or a section with settings"
-    )
-    max_invalid_share: Share = Field(
-        default=0.05, description="fail if more than this share of the pairs has no valid verdict"
-    )
-    sampling: SamplingConfig = SamplingConfig()
     pairs_per_prompt: Positive = Field(default=1, description="pairs of responses sampled for each prompt")
     min_margin: Rate = Field(
         default=0.0,
