@@ -85,6 +85,8 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries: in a log each of their updates is a line
     # When transformers imports DeepSpeed, it says on stdout, among our results, that there is no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    # It is imported along with PEFT and asks for a package that would make 4-bit bases faster on a CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # DeepSpeed's launcher passes each process its local rank, which LOCAL_RANK says already.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:

@@ -8,14 +8,13 @@ gives it, and the part of all tasks has 1.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pe_rlhf.adapters.kinds.routed import RoutedLoRA
+from pe_rlhf.adapters.kinds.routed import RoutedLoRA, check_patterns, number_at
 from pe_rlhf.adapters.kinds.stacked import parts_of
 from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
 from pe_rlhf.adapters.specs import AdapterSpec
@@ -61,6 +60,8 @@ def mixture(parts: Parts, weights: Sequence[Weight], names: Sequence[str]) -> tu
     kept = [t for t, weight in enumerate(weights) if _is_some(weight)]
     if not kept:
         raise InputError("--mix: all weights are 0, which is the base", kind="empty", key="--mix")
+    for weight in weights:
+        check_patterns(weight if isinstance(weight, Mapping) else (), parts, "--mix")
     scale = next(iter(parts.values()))[kept[0]].scale
     tensors: dict[str, Tensor] = {}
     for layer, own in parts.items():
@@ -117,7 +118,7 @@ def _is_some(weight: Weight) -> bool:
 def _at(weight: Weight, layer: str) -> Number:
     if not isinstance(weight, Mapping):
         return weight
-    return next((value for pattern, value in weight.items() if re.search(pattern, layer)), 0.0)
+    return number_at(weight, layer)
 
 
 def _factors(weight: Number, part: LowRankFactors, task: str) -> Tensor:

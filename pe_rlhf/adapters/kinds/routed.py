@@ -12,8 +12,8 @@ The policy of all tasks is made by `continual: {method: joint, route: …}`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ from pe_rlhf.config.continual import RouteConfig
 from reward.errors import InputError
 
 LOGITS = "route_logits_TT"
+
+
+N = TypeVar("N")
 
 
 class RoutedConfig(LoRAConfig, RouteConfig):
@@ -69,8 +72,26 @@ class RoutedConfig(LoRAConfig, RouteConfig):
     def _weight(self, task: str, part: str, layer: str) -> list[float]:
         weight = self.values.get(task, {task: 1.0}).get(part, 0.0)
         if isinstance(weight, dict):
-            weight = next((number for pattern, number in weight.items() if re.search(pattern, layer)), 0.0)
+            weight = number_at(weight, layer)
         return weight if isinstance(weight, list) else [weight] * self.rank
+
+
+def number_at(numbers: Mapping[str, N], layer: str) -> N | float:
+    """What the first pattern has that fits a layer's name; 0 where none does."""
+    return next((number for pattern, number in numbers.items() if re.search(pattern, layer)), 0.0)
+
+
+def check_patterns(patterns: Iterable[str], layers: Collection[str], key: str) -> None:
+    """Raise `InputError` for a pattern that is no regular expression, or that no layer's name has."""
+    for pattern in patterns:
+        try:
+            if any(re.search(pattern, layer) for layer in layers):
+                continue
+        except re.error as error:
+            message = f"{key}: {pattern!r} is no regular expression: {error}"
+            raise InputError(message, kind="invalid", key=key) from error
+        message = f"{key}: {pattern!r} fits the name of no layer with an adapter; one is {next(iter(layers))}"
+        raise InputError(message, kind="unknown", key=key)
 
 
 class RoutedLoRA(AnchoredLoRA):
@@ -212,6 +233,8 @@ class Routed(LoRA):
 
     def share(self, layers: Layers) -> None:
         if self.settings.tasks and self.settings.weights != "learned":
+            parts = [part for own in self.settings.values.values() for part in own.values() if isinstance(part, dict)]
+            check_patterns([pattern for part in parts for pattern in part], layers, "continual.route.values")
             for name, layer in layers.items():
                 layer.fix(self.settings.gates_TP(name))
 

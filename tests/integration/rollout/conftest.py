@@ -15,7 +15,9 @@ from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
 from pe_rlhf.rollout.vllm.server import ServerVLLM
 from tests.integration.rollout.serving import serve
 from tests.integration.rollout.vllm_support import ENDS, LONGEST, NEW_TOKENS, Make, config
-from tests.tiny import ALL_INITS, add_role, tiny_model, train_role
+from tests.tiny import ALL_INITS, add_role, perturb, tiny_model, train_role
+
+ROUTED = "routed"
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +37,14 @@ def vllm_model(_vllm: None, tmp_path_factory: pytest.TempPathFactory, tiny_token
 
 @pytest.fixture(scope="session")
 def policies(vllm_model: Path) -> Backbone:
-    """A backbone with a policy of every init, each after real updates."""
+    """A backbone with a policy of every init, each after real updates, and one that is routed by task."""
     backbone = load_backbone(str(vllm_model))
     for init in ALL_INITS:
         add_role(backbone, init, init, rank=3, alpha=6)
         train_role(backbone, init)
+    values = {"a": {"a": 1.0, "b": -0.5}}
+    backbone.add_adapter(ROUTED, kind="routed", rank=2, alpha=4, shared_rank=1, tasks=["a", "b"], values=values)
+    perturb(backbone, ROUTED, 0.1)
     return backbone
 
 

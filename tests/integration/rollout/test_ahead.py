@@ -14,7 +14,6 @@ from pe_rlhf.config import PPOConfig
 from pe_rlhf.data.prompt_order import PromptOrder, PromptSet
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.rollout.interface import BackgroundEngine
-from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
 from pe_rlhf.stages.rollouts import Rollouts, pack, unpack
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import derive_seed
@@ -62,10 +61,6 @@ def assert_a_step_ahead(sampler: BackgroundEngine, policies: Backbone) -> None:
         again = sampler.generate(order.batch(step).ids, seed_of(step))
         assert again.responses == found[step].responses
     assert ahead.wait() is None  # the last step begins with nothing
-
-
-def test_an_embedded_engine_samples_a_step_ahead(embedded: EmbeddedVLLM, policies: Backbone) -> None:
-    assert_a_step_ahead(embedded, policies)
 
 
 @pytest.mark.parametrize("sync", MODES)

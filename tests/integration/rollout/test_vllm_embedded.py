@@ -15,12 +15,24 @@ import psutil
 import pytest
 import torch
 
-from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.adapters.kind import KINDS
+from pe_rlhf.model.backbone import Backbone, load_backbone
+from pe_rlhf.rollout.by_task import RoutedRollout
 from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
 from pe_rlhf.system.failures import TrainingError
-from tests.integration.rollout.conftest import new_engine
+from tests.failures import raises
+from tests.integration.rollout.conftest import ROUTED, new_engine
 from tests.integration.rollout.serving import ROOT
-from tests.integration.rollout.vllm_support import ENDS, NEW_TOKENS, PROMPTS, TEMPERATURE, config, difference
+from tests.integration.rollout.test_ahead import assert_a_step_ahead
+from tests.integration.rollout.vllm_support import (
+    ENDS,
+    NEW_TOKENS,
+    PROMPTS,
+    TEMPERATURE,
+    add_trained,
+    config,
+    difference,
+)
 from tests.tiny import ALL_INITS, train_role
 from tests.unit.rollout.test_hf import assert_sampled_from
 
@@ -87,6 +99,42 @@ def test_no_weights_pile_up(embedded: EmbeddedVLLM) -> None:
     for version in range(3):
         embedded.sync(version, "milora")
     assert len(list(embedded._exchange.folder.iterdir())) <= 1
+
+
+def test_an_embedded_engine_samples_a_step_ahead(embedded: EmbeddedVLLM, policies: Backbone) -> None:
+    assert_a_step_ahead(embedded, policies)
+
+
+def test_responses_are_of_the_prompts_own_task(embedded: EmbeddedVLLM, policies: Backbone) -> None:
+    """It gets one task's policy after the other; each row's log-probs are those of its own task's route."""
+    tasks = [i % 2 for i in range(len(PROMPTS))]
+    routed = RoutedRollout(embedded, policies, ROUTED)
+    routed.sync(1)
+    found = routed.generate(PROMPTS, seed=1, tasks=tasks)
+    other = routed.generate(PROMPTS, seed=1, tasks=[1 - task for task in tasks])
+    assert found.tasks == tuple(tasks)
+    assert difference(policies, ROUTED, found) < 1e-4
+    assert difference(policies, ROUTED, other) < 1e-4
+    assert other.responses != found.responses
+
+
+@pytest.mark.parametrize("embedded", ["merged"], indirect=True)
+def test_merged_weights_of_every_kind_are_the_policys(
+    embedded: EmbeddedVLLM, vllm_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(str(vllm_model))
+    monkeypatch.setattr(embedded, "_backbone", backbone)
+    for version, kind in enumerate(sorted(KINDS)):
+        add_trained(backbone, kind)
+        embedded.sync(version, kind)
+        assert difference(backbone, kind, embedded.generate(PROMPTS, seed=1)) < 1e-4, kind
+
+
+def test_an_adapter_that_is_no_lora_cannot_be_one_at_vllm(vllm_model: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(str(vllm_model))
+    add_trained(backbone, "dora")
+    with raises("conflict", key="rollout.sync"):
+        new_engine(backbone, config(sync="adapter"), tmp_path)
 
 
 # ---- how it ends ----------------------------------------------------------------------------------------------------

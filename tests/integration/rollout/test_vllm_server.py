@@ -14,15 +14,27 @@ from typing import Any
 import pytest
 import torch
 
+from pe_rlhf.adapters.kinds.stacked import stacked
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.vllm.server import ServerVLLM
 from pe_rlhf.system.failures import TrainingError
 from reward.errors import InputError
 from tests.integration.distributed.launching import finish, launch, start
 from tests.integration.rollout.proxy import comes_back, proxy
-from tests.integration.rollout.vllm_support import LONGEST, MODES, PROMPTS, Make, adapters, config, difference
+from tests.integration.rollout.vllm_support import (
+    LONGEST,
+    MODES,
+    PROMPTS,
+    Make,
+    adapters,
+    add_trained,
+    config,
+    difference,
+)
 from tests.runs import read_jsonl, recipe, write_jsonl, write_recipe
 from tests.tiny import ALL_INITS, tiny_model, train_role
+
+AS_LORA = ("adalora", "additive", "lora_dash", "miss", "spectral_a", "spectral_r", "tinylora")  # kinds that are one
 
 # ---- what it samples from -------------------------------------------------------------------------------------------
 
@@ -48,16 +60,18 @@ def test_two_ranks_share_a_server(
     changes = {"adapter__init": "pissa", "ppo__learning_rate": 0.03, "ppo__steps": 3, "ppo__rollout": rollout}
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(5, 13)])
     path = write_recipe(tmp_path, recipe("ppo", model=str(vllm_model), **changes))
+    before = adapters(vllm_server)  # of runs that were killed
     said = finish(start(launch(path, "--", "--run-dir=out"), tmp_path, model_cache))
     assert "left out" not in said
     lines = read_jsonl(tmp_path / "out" / "ppo" / "metrics.jsonl")
     assert all(line["logprob_mismatch_max"] < 1e-3 for line in lines)
     assert abs(lines[-1]["kl"]) > 0.1  # the premise: it is not the base any more that they sample from
-    assert not adapters(vllm_server)
+    assert adapters(vllm_server) == before
 
 
 @pytest.mark.parametrize("sync", MODES)
 def test_two_versions_share_no_cached_prefix(make: Make, vllm_server: str, policies: Backbone, sync: str) -> None:
+    before = adapters(vllm_server)
     engine = make(vllm_server, sync=sync)
     prompts = [list(range(2, 42))] * 6
     for version in range(3):
@@ -67,7 +81,7 @@ def test_two_versions_share_no_cached_prefix(make: Make, vllm_server: str, polic
         assert max(difference(policies, "pissa", r) for r in (rollout, again)) < 1e-4
         train_role(policies, "pissa", steps=1)
         assert difference(policies, "pissa", rollout) > 1e-2
-    assert len(adapters(vllm_server)) == (1 if sync == "adapter" else 0)
+    assert len(set(adapters(vllm_server)) - set(before)) == (1 if sync == "adapter" else 0)
     assert len(list(engine._exchange.folder.iterdir())) == 1
 
 
@@ -85,6 +99,32 @@ def test_responses_follow_from_the_seed_and_are_spread(make: Make, vllm_server: 
         assert first.completions + second.completions == len(PROMPTS)
         assert both.generate(PROMPTS[4:8], seed=1, rows=range(4, 8)).responses == expected.responses[4:8]
         assert both.generate(PROMPTS, seed=2).responses != expected.responses
+
+
+def test_a_server_has_kinds_that_are_a_lora_as_adapters(vllm_model: Path, vllm_server: str, make: Make) -> None:
+    backbone = load_backbone(str(vllm_model))
+    for kind in AS_LORA:
+        add_trained(backbone, kind)
+    engine = make(vllm_server, backbone=backbone, role=AS_LORA[0], sync="adapter")
+    for version, kind in enumerate(AS_LORA):
+        engine.sync(version, kind)
+        assert difference(backbone, kind, engine.generate(PROMPTS, seed=1)) < 1e-4, kind
+
+
+def test_a_later_tasks_policy_is_one_adapter_with_the_earlier_ones(
+    vllm_model: Path, vllm_server: str, make: Make
+) -> None:
+    backbone = load_backbone(str(vllm_model))
+    for task, init in (("first", "pissa"), ("second", "lora")):
+        backbone.add_adapter(task, init=init, rank=2, alpha=4)
+        train_role(backbone, task)
+    below = backbone.role_layers("first")
+    backbone.load_role("policy", *stacked(backbone.adapter_spec("second"), backbone.role_state("second"), below))
+    engine = make(vllm_server, backbone=backbone, role="policy", sync="adapter")
+    engine.sync(1, "policy")
+    rollout = engine.generate(PROMPTS, seed=1)
+    assert difference(backbone, "policy", rollout) < 1e-4
+    assert difference(backbone, "second", rollout) > 1e-3
 
 
 # ---- servers that are refused ---------------------------------------------------------------------------------------

@@ -234,6 +234,13 @@ def test_what_each_task_is_made_of_is_the_mean_over_layers_and_ranks() -> None:
     assert by_layer.task_weights("anchor") == {}
 
 
+@pytest.mark.parametrize(("pattern", "kind"), [("[", "invalid"), ("layers.7", "unknown")])
+def test_a_pattern_that_fits_no_layer_is_refused(pattern: str, kind: str) -> None:
+    """Its weight would be 0 in all of them, in silence."""
+    with raises(kind, key="continual.route.values"):
+        routed(weights="layer", values={"a": {"b": {"q_proj": 1.0, pattern: 1.0}}})
+
+
 def test_prefixes_are_shared_only_within_a_task() -> None:
     """Four rows with one start: of two tasks, so it is computed twice; equal prompts of two tasks likewise."""
     start = [7, 8, 9, 10]

@@ -104,6 +104,14 @@ def test_equal_weights_of_the_parts_are_the_weight_of_the_task(run_dir: Path) ->
         assert torch.equal(logits(each, "policy"), logits(one, "policy"))
 
 
+def test_a_pattern_that_fits_no_layer_is_refused(run_dir: Path) -> None:
+    recipe = recipe_of(run_dir)
+    with raises("unknown", key="--mix"):
+        mixed_policy(recipe, run_dir, {"a": {"layers.7": 0.5}})
+    with raises("invalid", key="--mix"):
+        mixed_policy(recipe, run_dir, {"a": {"[": 0.5}})
+
+
 def test_parts_and_layers_have_weights_of_their_own(run_dir: Path) -> None:
     recipe, whole = recipe_of(run_dir), own(run_dir, "b")
     found = changes(mixed_policy(recipe, run_dir, {"b": {"layers.1": [2.0, 0.0, 1.0]}}))
