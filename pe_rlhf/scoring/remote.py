@@ -10,7 +10,6 @@ import json
 import math
 import os
 import threading
-import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,13 +23,13 @@ from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.types import Sequences
 from reward.errors import InputError, Kind
+from reward.judges.bounded import TooLongError, bounded
 from reward.judges.functions import as_number
 from reward.judges.server_errors import Passing, retry_after
 from reward.records import NO_COLUMNS, Columns, Prompt
 
 KEY = "ppo.reward.url"
-LONGEST_PAUSE = 60.0  # seconds between two tries, unless the server asks for more
-LONGEST_ANSWER = 64 * 2**20  # bytes
+LONGEST_PAUSE = 60.0  # seconds between two tries, unless the server asks for more, up to ten minutes
 
 
 class RemoteScorer:
@@ -42,7 +41,8 @@ class RemoteScorer:
     def __init__(self, url: str, settings: ScoreServer, eos_token_ids: list[int]) -> None:
         self._url, self._settings, self._eos_token_ids = url.rstrip("/"), settings, torch.tensor(eos_token_ids)
         self._stopped = threading.Event()
-        self._client = httpx.Client(headers=_headers(settings), timeout=settings.timeout)
+        hooks = {"response": [bounded]}
+        self._client = httpx.Client(headers=_headers(settings), timeout=settings.timeout, event_hooks=hooks)
 
     def check_server(self) -> None:
         """Raise `TrainingError` where nothing answers at the address: before anything is sampled."""
@@ -112,37 +112,27 @@ class RemoteScorer:
 
     def _ask_once(self, method: str, route: str, body: bytes | None) -> Any:
         try:
-            status, headers, content = self._exchange(method, route, body)
+            response = self._client.request(method, f"{self._url}{route}", content=body)
         except (httpx.TimeoutException, TimeoutError):
             raise Passing(f"no answer within {self._settings.timeout:g} s") from None
+        except TooLongError as error:
+            raise self._refused(f"answers {error}") from None
         except httpx.InvalidURL as error:
             raise self._refused(f"is not an address: {error}") from None
         except httpx.HTTPError as error:
             raise Passing(f"the connection failed: {error or type(error).__name__}") from None
+        status = response.status_code
         if method == "GET":  # somebody answers; a server of the user's need not have this page
             return None
-        said = " ".join(content.decode("utf-8", "replace").split())[:300]
+        said = " ".join(response.content.decode("utf-8", "replace").split())[:300]
         if status in (408, 425, 429) or status >= 500:
-            raise Passing(f"status {status}: {said}".rstrip(": "), retry_after(headers))
+            raise Passing(f"status {status}: {said}".rstrip(": "), retry_after(response.headers))
         if status != 200:
             raise self._refused(f"refuses the request (status {status}): {said}")
         try:
-            return json.loads(content)
+            return json.loads(response.content)
         except (ValueError, RecursionError):
             raise Passing(f"an answer that is not JSON: {said[:80]!r}" if said else "an empty answer") from None
-
-    def _exchange(self, method: str, route: str, body: bytes | None) -> tuple[int, httpx.Headers, bytes]:
-        """Status, headers and body. The client's own time-out is for each read: a server may send a byte at a time."""
-        deadline = time.monotonic() + self._settings.timeout
-        content = bytearray()
-        with self._client.stream(method, f"{self._url}{route}", content=body) as response:
-            for chunk in response.iter_bytes():
-                content += chunk
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                if len(content) > LONGEST_ANSWER:
-                    raise self._refused(f"answered more than {LONGEST_ANSWER // 2**20} MiB")
-        return response.status_code, response.headers, bytes(content)
 
     def _refused(
         self, what: str, *, row: int | None = None, kind: Kind = "server", fix: str | None = None

@@ -18,6 +18,7 @@ from typing import Any
 import openai
 
 from reward.errors import InputError, JudgeError
+from reward.judges.bounded import TooLongError, bounded
 from reward.judges.judge_settings import ServerSettings, api_key
 from reward.judges.llm import Completion
 from reward.judges.server_errors import (
@@ -34,7 +35,7 @@ from reward.judges.server_errors import (
 )
 from reward.records import Message
 
-LONGEST_PAUSE, LONGEST_ASKED = 60.0, 600.0  # seconds: of our own pauses, and of those that a server asks for
+LONGEST_PAUSE = 60.0  # seconds, of our own pauses
 BUSY_TRIES = 3  # times `attempts`, of a server that is busy: about 12 minutes
 FEW_LOGPROBS = 5  # every server that gives any allows this many
 REASONING_ROOM = 4096  # tokens, where a server counts thoughts that it does not show
@@ -79,7 +80,13 @@ class Endpoint:
         self._template_kwargs = dict(template_kwargs or {})
         self._stopped = threading.Event()
         # The client's own retries would not be counted in max_requests.
-        self._client = openai.OpenAI(api_key=self._key, base_url=base_url, timeout=settings.timeout, max_retries=0)
+        self._client = openai.OpenAI(
+            api_key=self._key,
+            base_url=base_url,
+            timeout=settings.timeout,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(event_hooks={"response": [bounded]}),
+        )
 
     def label_logprobs(self, chats: Sequence[list[Message]], labels: Sequence[str]) -> list[Completion]:
         """The labels' log-probs among the most likely first tokens; None from a server that gives no log-probs."""
@@ -199,6 +206,8 @@ class Endpoint:
             raise Passing(f"no answer within {self._settings.timeout:g} s") from None
         except openai.APIConnectionError as error:
             raise Passing(f"the connection failed: {error.__cause__ or error}") from None
+        except (TimeoutError, TooLongError) as error:
+            raise Passing(f"an answer that is not taken: {error}") from None
         except DAMAGED as error:
             raise Passing(f"the body is not a chat completion: {error}") from None
 
@@ -278,7 +287,7 @@ def _pause(error: Passing, tries: int) -> float:
     Jitter keeps threads from coming back as one.
     """
     if error.pause is not None:
-        return min(error.pause, LONGEST_ASKED)
+        return error.pause
     longest = min(LONGEST_PAUSE, (1.0 if error.busy else 0.5) * 2.0 ** (tries - 1))
     return random.uniform(longest / 2 if error.busy else min(0.2, longest), longest)
 

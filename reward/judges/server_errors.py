@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import email.utils
+import math
 import re
 import time
 from collections.abc import Collection, Mapping
-from typing import Any
+from contextlib import suppress
 
 from reward.errors import InputError
 
+LONGEST_ASKED = 600.0  # seconds that a server may ask us to wait
 LIMIT, NEW_LIMIT = "max_tokens", "max_completion_tokens"
 TOO_LONG = ("context_length", "context length", "maximum context", "context window", "too long", "max_model_len")
 # How servers call the parameters that a request can do without.
@@ -58,13 +60,12 @@ def parameter_named(said: str, param: object, sent: Collection[str]) -> str | No
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds by `retry-after-ms` or `Retry-After`, which is a number or a date; None without one."""
+    """Seconds by `retry-after-ms` or `Retry-After`, a number or a date, at most `LONGEST_ASKED`; None without one."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        value: Any = headers.get(name, "")
-        try:
-            return max(0.0, float(value) * unit)
-        except ValueError:
-            pass
-        if (date := email.utils.parsedate_tz(value)) is not None:
-            return max(0.0, email.utils.mktime_tz(date) - time.time())
+        value = headers.get(name, "")
+        with suppress(ValueError, OverflowError):  # neither, or a date of another age
+            date = email.utils.parsedate_tz(value)
+            seconds = float(value) * unit if date is None else email.utils.mktime_tz(date) - time.time()
+            if not math.isnan(seconds):
+                return min(max(0.0, seconds), LONGEST_ASKED)
     return None

@@ -15,6 +15,7 @@ import openai
 from pe_rlhf.system.failures import TrainingError
 from reward.advance import Advance, no_progress
 from reward.errors import InputError, Kind
+from reward.judges.bounded import TooLongError, bounded, bounded_async
 
 SECONDS_TO_ANSWER = 5.0  # for a question that costs the server nothing
 
@@ -39,7 +40,8 @@ class Server:
             "max_retries": 0,
         }
         self._timeout = timeout
-        self._client = openai.OpenAI(**self._options)
+        ends = openai.DefaultHttpxClient(event_hooks={"response": [bounded]})
+        self._client = openai.OpenAI(**self._options, http_client=ends)
         self.base, self._max_length = "", 0
         self.adapter: str | None = None
         self._loaded: set[str] = set()
@@ -165,7 +167,8 @@ class Server:
         Raises `ServerFault`, and `TrainingError` where another try cannot help.
         """
         places = asyncio.Semaphore(at_once)
-        async with openai.AsyncOpenAI(**self._options) as client:
+        ends = openai.DefaultAsyncHttpxClient(event_hooks={"response": [bounded_async]})
+        async with openai.AsyncOpenAI(**self._options, http_client=ends) as client:
 
             async def one(prompt: list[int], seed: int) -> Response:
                 async with places:
@@ -186,7 +189,8 @@ class Server:
                     model=model, prompt=prompt, seed=seed, logprobs=0, extra_body=extra
                 )
         except openai.APIStatusError as error:
-            if error.status_code == 404 or error.status_code >= 500:  # it was restarted, or is going down
+            # It was restarted, is going down, or what stands before it has too much to do.
+            if error.status_code in (404, 408, 429) or error.status_code >= 500:
                 raise _fault(error) from error
             raise server_error(f"{self.url} refused a prompt of {len(prompt)} tokens: {_message(error)}") from error
         try:
@@ -236,6 +240,8 @@ def _faults(seconds: float) -> Iterator[None]:
         raise ServerFault(f"no answer in {seconds:g} s") from error
     except openai.APIConnectionError as error:
         raise ServerFault(f"the connection failed ({error.__cause__!r})") from error
+    except (TimeoutError, TooLongError) as error:
+        raise ServerFault(f"an answer that is not taken: {error}") from error
     except (openai.APIResponseValidationError, ValueError) as error:  # the body is not JSON, or not text
         raise ServerFault(f"an answer that cannot be read: {error!r}") from error
 

@@ -6,7 +6,7 @@ import email.utils
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -42,14 +42,16 @@ def serving(rule: Rule) -> Iterator[Server]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.bodies.append(body)
             status, answer, headers = server.rule(body, len(server.bodies) - 1)
-            data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+            parts = answer if isinstance(answer, Iterator) else None
+            data = b"" if parts else answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+            length = {} if parts else {"Content-Length": str(len(data))}
             self.send_response(status)
-            for name, value in (
-                {"Content-Type": "application/json", "Content-Length": str(len(data))} | headers
-            ).items():
+            for name, value in ({"Content-Type": "application/json"} | length | headers).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data)
+            with suppress(OSError):  # who asked has gone
+                for part in parts or [data]:
+                    self.wfile.write(part)
 
     with loopback.serving(Handler) as address:
         server.url = f"{address}/v1"
@@ -246,6 +248,21 @@ def test_garbage_is_one_judge_error(garbage: Any) -> None:
     assert (caught.value.kind, caught.value.key) == ("server", "judge.base_url")
 
 
+def without_end(part: bytes, pause: float) -> Iterator[bytes]:
+    while True:
+        yield part
+        time.sleep(pause)
+
+
+@pytest.mark.parametrize(("part", "pause"), [(b" ", 0.05), (b" " * 2**20, 0)], ids=["a byte at a time", "at once"])
+def test_an_answer_without_end_is_one_judge_error(part: bytes, pause: float) -> None:
+    start = time.monotonic()
+    with pytest.raises(JudgeError) as caught:
+        ask(lambda body, number: (200, without_end(part, pause), {}), attempts=1, timeout=1)
+    assert (caught.value.kind, caught.value.key) == ("server", "judge.base_url")
+    assert time.monotonic() - start < 10
+
+
 def test_content_in_parts_is_its_text() -> None:
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "B"}]}, {"type": "text", "text": "A"}]
     (verdict,), _ = ask(lambda body, number: (200, said(parts), {}))
@@ -293,7 +310,10 @@ def test_a_pause_is_a_number_a_date_or_in_milliseconds() -> None:
     assert retry_after({"retry-after-ms": "250"}) == 0.25
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
     assert retry_after({"retry-after": date}) == pytest.approx(30, abs=2)
-    assert retry_after({"retry-after": "soon"}) is None
+    for other in ("soon", "nan", "Mon, 01 Jan 99999 00:00:00 GMT"):
+        assert retry_after({"retry-after": other}) is None
+    for long in ("inf", "1e300", "Fri, 01 Jan 2400 00:00:00 GMT"):
+        assert retry_after({"retry-after": long}) == 600
     assert retry_after({}) is None
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pe_rlhf.model.backbone import Backbone
+from pe_rlhf.rollout.vllm.http import Server, ServerFault
 from pe_rlhf.system.failures import TrainingError
 from tests.integration.rollout.proxy import comes_back, proxy
 from tests.integration.rollout.vllm_support import MODES, PROMPTS, Make, adapters, difference, post
+from tests.loopback import QuietHandler, serving
 
 
 @pytest.mark.parametrize("sync", MODES)
@@ -109,6 +113,21 @@ def test_a_server_that_hangs(make: Make, vllm_server: str) -> None:
         with pytest.raises(TrainingError) as caught:
             engine.generate(PROMPTS, seed=1)
         assert caught.value.kind == "server"
+
+
+@pytest.mark.parametrize(("part", "status"), [(b" ", 200), (b"", 429)], ids=["a byte at a time", "busy"])
+def test_an_answer_without_end_and_a_server_that_is_busy_are_faults_that_may_pass(part: bytes, status: int) -> None:
+    class Dripping(QuietHandler):
+        def do_POST(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(100 * len(part)):
+                    self.wfile.write(part)
+                    time.sleep(0.1)
+
+    with serving(Dripping) as url, pytest.raises(ServerFault):
+        asyncio.run(Server(url, timeout=0.5).sample([[5]], [0], {"max_tokens": 2}, "salt", model="m"))
 
 
 def cut_logprobs(answer: Any) -> Any:
