@@ -39,7 +39,7 @@ mutants: .venv/dev
 	$(MUTMUT) results --all true | grep -o ' [^ ]*:' | LC_ALL=C sort | \
 	  shuf -n $(SAMPLE) --random-source=<(yes $(SEED)) > mutants/sample.txt
 	$(MUTMUT) results --all true | grep -F -f mutants/sample.txt | grep 'not checked' | cut -d: -f1 | \
-	  xargs -r $(MUTMUT) run --max-children 1
+	  xargs -r env $(MUTMUT) run --max-children 1
 	$(MUTMUT) results --all true | grep -F -f mutants/sample.txt | awk '/killed|timeout/ {seen++; next} {print} \
 	  END {printf "%d of %d planted bugs were seen: %.1f %%\n", seen, NR, 100 * seen / NR}'
 

@@ -22,7 +22,7 @@ from reward.errors import InputError, JudgeError
 from reward.judges.base import Comparison, Judge, Verdict
 from reward.judges.guest import rest
 from reward.records import Prompt
-from reward.row_files import damaged
+from reward.row_files import damaged, refuse_pipe
 from reward.summary import Outcome, pair_up
 from reward.verdicts import FIRST, SECOND
 
@@ -59,6 +59,8 @@ class VerdictFile:
         self._path, self._lock = path, threading.Lock()
         self.answers: dict[str, Verdict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            refuse_pipe(path)
         self._file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

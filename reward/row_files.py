@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import json
 import math
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,13 @@ from typing import Any
 from reward.errors import InputError
 
 Row = Mapping[str, Any]
+
+
+def refuse_pipe(path: Path) -> None:
+    """Raise `OSError` for a pipe, socket or device: nobody may write to it, so we would wait, or it may not end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe, socket or device, not a file", str(path))
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -97,6 +106,7 @@ def whole(row: Row, column: str) -> int | None:
 
 def _text(path: Path) -> str:
     try:
+        refuse_pipe(path)
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8-sig")
     except FileNotFoundError as error:

@@ -11,14 +11,17 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
 
 from pe_rlhf.cli.ranks import HOST_NAME, Placement, launcher_command, ranks_here, read_hostfile
-from pe_rlhf.cli.run_command import plan, run
+from pe_rlhf.cli.run_command import checked, plan, run, show_cost
 from reward.errors import InputError
+
+if TYPE_CHECKING:
+    from pe_rlhf.config import Recipe
 
 PLAIN_OPTION = re.compile(r"[\w@%+=:,./-]+")
 
@@ -68,7 +71,7 @@ def launch(
         raise InputError(message, kind="not_installed", key="launch", fix="pip install 'pe-rlhf[deepspeed]'")
     if hostfile is not None and node_rank is None:
         _check_words(passed)
-    _check_run(passed)
+    parts = _check_run(passed)
     hosts = read_hostfile(hostfile) if hostfile else {f"node-{i}": ranks_here(num_procs) for i in range(num_nodes)}
     _check_nodes(len(hosts), num_nodes, hostfile, node_rank, master_addr)
     command = launcher_command(Placement(hosts, hostfile, node_rank, master_addr, master_port, num_procs))
@@ -76,6 +79,8 @@ def launch(
     if debug:
         command.append("--debug")
     if dry_run:
+        # Beside stdout, which has the command and nothing else.
+        show_cost(parts, sum(num_procs or slots for slots in hosts.values()), err=True)
         typer.echo(shlex.join(command))
         return
     raise typer.Exit(_run(command))
@@ -93,19 +98,15 @@ def _check_words(arguments: list[str]) -> None:
             )
 
 
-def _check_run(arguments: list[str]) -> None:
-    """Refuse what `pe-rlhf run` would refuse: once, and before any process is started."""
+def _check_run(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
+    """Refuse what `pe-rlhf run` would refuse: once, and before any process is started. Returns what would run."""
     app = typer.Typer(add_completion=False)
     app.command()(run)
     given = typer.main.get_command(app).make_context("pe-rlhf launch", list(arguments)).params
     run_dir = None if given["run_dir"] is None else Path(given["run_dir"])
-    loaded, target, stages = plan(
-        given["recipe"], list(given["overrides"] or ()), run_dir, given["first"], given["last"]
-    )
-
-    from pe_rlhf.stages.preflight import check_inputs
-
-    check_inputs(loaded, stages, run_dir=target)
+    between = given["first"], given["last"]
+    loaded, target, stages = plan(given["recipe"], list(given["overrides"] or ()), run_dir, *between)
+    return checked(loaded, target, stages, between)
 
 
 def _check_nodes(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reward.errors import InputError
+from reward.row_files import refuse_pipe
 
 # The name goes to ssh, through a shell: it starts no option and holds nothing that a shell reads.
 HOST_NAME = re.compile(r"[\w:][\w.:-]*")
@@ -43,6 +44,7 @@ class Placement:
 def read_hostfile(path: Path) -> dict[str, int]:
     """Slots by node. DeepSpeed would train on one process where the file is missing or has no nodes."""
     try:
+        refuse_pipe(path)
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"

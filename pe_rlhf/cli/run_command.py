@@ -71,21 +71,46 @@ def run(
 def _show(recipe: Recipe, target: Path, stages: list[str]) -> None:
     """Check the inputs of the stages, and say what they would do and take."""
     from pe_rlhf.runs.layout import STAGE_INFO
-    from pe_rlhf.stages.preflight import check_inputs, cost_lines
-    from reward.judges.user_code import time_limit
 
-    with time_limit(recipe.function_timeout):
-        check_inputs(recipe, stages, run_dir=target)
-
-    # torch and transformers, which take seconds, are imported when the cheap checks have passed.
-    from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
-
+    parts = checked(recipe, target, stages)
     typer.echo(f"{recipe.name}: {' → '.join(stages)} with {recipe.model}, into {target}; the recipe is valid")
     for stage in stages:
         typer.echo(f"  {stage}: {STAGE_INFO[stage].sentence}")
-    settled = settle(recipe)
-    typer.echo("\n".join([*cost_lines(settled, stages), *plan_lines(settled, stages)]))
-    refuse_impossible(settled)
+    show_cost(parts)
+
+
+def checked(
+    recipe: Recipe, target: Path, stages: list[str], between: tuple[str | None, str | None] = (None, None)
+) -> list[tuple[Recipe, list[str]]]:
+    """The recipe and its stages, or those of each of its tasks, after a look at all that can be wrong with them."""
+    from reward.judges.user_code import time_limit
+
+    with time_limit(recipe.function_timeout):
+        if recipe.tasks is None:
+            from pe_rlhf.stages.preflight import check_inputs
+
+            check_inputs(recipe, stages, run_dir=target)
+            return [(recipe, stages)]
+        from pe_rlhf.stages.tasks import check_tasks, select_tasks, task_recipes
+
+        every = list(task_recipes(recipe, target))
+        recipes = [every[number] for number in select_tasks(recipe, *between)]
+        check_tasks(recipe, recipes, target)
+        return [(own, own.stages) for own in recipes]
+
+
+def show_cost(parts: list[tuple[Recipe, list[str]]], ranks: int = 1, *, err: bool = False) -> None:
+    """Say what each part takes of the memory, on stdout unless `err`, and refuse what cannot fit."""
+    # torch and transformers, which take seconds, are imported when the cheap checks have passed.
+    from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
+    from pe_rlhf.stages.preflight import cost_lines
+
+    for recipe, stages in parts:
+        settled = settle(recipe)
+        name = [f"  {recipe.name}: {' → '.join(stages)}"] if len(parts) > 1 else []
+        lines = [*name, *cost_lines(settled, stages), *plan_lines(settled, stages, ranks)]
+        typer.echo("\n".join(lines), err=err)
+        refuse_impossible(settled, ranks)
 
 
 def _run_tasks(
@@ -98,14 +123,11 @@ def _run_tasks(
     may_change: list[str] | None,
 ) -> None:
     """The same for a recipe with tasks, of which --from and --to name the first and the last."""
-    from pe_rlhf.model.device_plan import plan_lines, refuse_impossible, settle
     from pe_rlhf.runs.layout import RunFiles
     from pe_rlhf.stages.outcome_table import task_outcome_table
-    from pe_rlhf.stages.preflight import cost_lines
-    from pe_rlhf.stages.tasks import check_tasks, run_tasks, select_tasks, task_recipes
+    from pe_rlhf.stages.tasks import run_tasks
     from pe_rlhf.system.processes import is_main
     from pe_rlhf.system.progress import console
-    from reward.judges.user_code import time_limit
 
     if may_change:
         raise InputError(
@@ -115,16 +137,10 @@ def _run_tasks(
             fix="--from TASK runs that task and all after it anew with another",
         )
     if dry_run:
-        every = list(task_recipes(recipe, target))
-        recipes = [every[number] for number in select_tasks(recipe, *between)]
-        with time_limit(recipe.function_timeout):
-            check_tasks(recipe, recipes, target)
+        parts = checked(recipe, target, [], between)
         names = " → ".join(task.name for task in recipe.tasks or [])
         typer.echo(f"{recipe.name}: tasks {names} with {recipe.model}, into {target}; the recipe is valid")
-        for own in map(settle, recipes):
-            typer.echo("\n".join([f"  {own.name}: {' → '.join(own.stages)}", *cost_lines(own, own.stages)]))
-            typer.echo("\n".join(plan_lines(own, own.stages)))
-            refuse_impossible(own)
+        show_cost(parts)
         return
     table = run_tasks(recipe, target, *between, start)
     if is_main():

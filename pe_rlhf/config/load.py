@@ -15,6 +15,7 @@ from pe_rlhf.config import DataFile, Recipe
 from pe_rlhf.config.explain import explain_validation_error
 from pe_rlhf.system.files import write_whole
 from reward.errors import InputError, did_you_mean
+from reward.row_files import refuse_pipe
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -60,6 +61,7 @@ def load_deepspeed_config(name: str) -> dict[str, Any]:
             raise InputError(message, kind="unknown", key="deepspeed", fix="choose one of them, or name a JSON file")
         path = bundled("launch") / f"{name}.json"
     try:
+        refuse_pipe(path)
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
@@ -81,6 +83,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """What a recipe's file says, with overrides, before it is checked against the schema."""
     try:
+        refuse_pipe(path)
         tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

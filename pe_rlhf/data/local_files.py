@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from pe_rlhf.data.row_table import Bytes, Row, Rows
 from reward.errors import InputError
-from reward.row_files import parse_json
+from reward.row_files import parse_json, refuse_pipe
 
 WHOLE = r"-?(0|[1-9]\d*)"  # a number that begins with 0 is a name
 NUMBER = rf"{WHOLE}(\.\d+)?([eE][+-]?\d\d?)?"
@@ -65,6 +65,7 @@ def ending(path: Path) -> str:
 
 def _opened(path: Path, key: str) -> Bytes:
     """A small file's bytes, a large one where it is, and a copy of what is in a compressed one."""
+    refuse_pipe(path)
     if (unpacked := COMPRESSED.get(path.suffix.lower())) is not None:
         copy = Bytes.of_our_own(IN_MEMORY)
         with unpacked(path) as file:

@@ -18,6 +18,7 @@ from typing import Any
 from pe_rlhf.system.processes import is_main
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
+from reward.row_files import refuse_pipe
 
 # Half of a character, which a response that was cut within one may hold, has no bytes in UTF-8; in JSON it is escaped.
 HALVES = "backslashreplace"
@@ -125,6 +126,7 @@ class JsonObject(dict[str, Any]):
 def read_json(path: Path) -> JsonObject:
     """A JSON object. Raises `InputError` where the file is missing, is not JSON, or holds something else."""
     try:
+        refuse_pipe(path)
         text = path.read_bytes()
     except OSError as error:
         kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
@@ -187,6 +189,7 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
 def _lines(path: Path) -> list[bytes]:
     """The lines of a file, split at line feeds only: `splitlines` also cuts where a JSON string may hold U+2028."""
     try:
+        refuse_pipe(path)
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}", kind="unreadable", file=path) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from pe_rlhf.model.names import resolve_model
 from reward.errors import Failure
 from tests.runs import Outcome, contents, recipe, write_recipe
 
-Files = dict[str, str | bytes]
+Files = dict[str, str | bytes | None]  # None: a pipe that nobody writes to
 USAGE = "usage"  # what the parser of the command line refuses has no kind
 DEEP = "[" * 20_000
 NOT_UTF8 = b'{"prompt": "\xff\xfe"}\n'
@@ -32,7 +33,7 @@ class Bad:
     code: int = 2
 
 
-def run(*changes: str, kind: str = "invalid", key: str | None = None, **files: str | bytes) -> Bad:
+def run(*changes: str, kind: str = "invalid", key: str | None = None, **files: str | bytes | None) -> Bad:
     """A dry run of a recipe with overrides; `key` is that of the first override if left out."""
     named = key if key is not None else changes[0].partition("=")[0] if changes else None
     return Bad(("run", "recipe.yaml", *changes, "--dry-run"), kind, named or None, _named(files))
@@ -174,7 +175,7 @@ OPTIONS = [
 OUTPUTS = '{"prompt": "a", "response": "b"}\n'
 
 
-def evaluate(*options: str, kind: str, key: str | None = None, **files: str | bytes) -> Bad:
+def evaluate(*options: str, kind: str, key: str | None = None, **files: str | bytes | None) -> Bad:
     judged = () if "--judge" in options else ("--judge", "length")
     return Bad(("evaluate", *options, *judged), kind, key, {"out.jsonl": OUTPUTS} | _named(files))
 
@@ -248,6 +249,7 @@ WINRATE = [
 ]
 
 ROLE = "made/role.json"
+ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".jsonl.gz", ".json.zst")
 NODES = ("--num-nodes", "2", "--node-rank", "0")
 OTHERS = [
     Bad(("export", "absent"), "missing"),
@@ -304,7 +306,20 @@ OTHERS = [
     with_compare("{grid: {init: [lora, pissa]}}", "invalid", "--only", "--only", "0/2"),
 ]
 
-ALL = [*VALUES, *TEXTS, *OPTIONS, *EVALUATE, *WINRATE, *OTHERS]
+PIPES = [
+    *(run(f"ppo.prompts=pipe{end}", kind="unreadable", **{f"pipe{end.replace('.', '__')}": None}) for end in ENDINGS),
+    run("deepspeed=pipe.json", kind="unreadable", pipe__json=None),
+    run("chat_template=pipe.jinja", kind="missing", pipe__jinja=None),
+    Bad(("run", "pipe.yaml"), "missing", "RECIPE", {"pipe.yaml": None}),
+    Bad(("winrate", "pipe.jsonl"), "unreadable", None, {"pipe.jsonl": None}),
+    Bad(("winrate", "pipe.csv.gz"), "unreadable", None, {"pipe.csv.gz": None}),
+    Bad(("export", "made"), "unreadable", None, {ROLE: "{}", "made/adapter_config.json": None}),
+    Bad(("evaluate-reward", "made", "pipe.jsonl"), "unreadable", "PAIRS", {"pipe.jsonl": None}),
+    Bad(("launch", "recipe.yaml", "--hostfile", "pipe"), "unreadable", "--hostfile", {"pipe": None}),
+    evaluate(*AGAINST, "--prompts", "pipe.jsonl", kind="unreadable", key="--prompts", pipe__jsonl=None),
+]
+
+ALL = [*PIPES, *VALUES, *TEXTS, *OPTIONS, *EVALUATE, *WINRATE, *OTHERS]
 
 
 def test_the_table_is_long() -> None:
@@ -318,7 +333,10 @@ def test_bad_input_is_one_sentence_and_changes_nothing(bad: Bad, cli: Callable[.
     for name, content in bad.files.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        if content is None:
+            os.mkfifo(path)
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
     resolve_model("random:tiny-llama")
     before = contents(tmp_path)
     outcome = cli(*bad.arguments)

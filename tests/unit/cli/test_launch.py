@@ -45,6 +45,7 @@ def test_one_node_with_the_options_of_run(cli: Cli, tmp_path: Path, dashes: list
     given = ["--resume", "--run-dir", "runs/beta=0.1", "--from", "ppo", "--may-change", "seed"]
     outcome = cli("launch", path, "deepspeed=zero2", "--num-procs", "8", "--dry-run", *dashes, *given)
     words, options, world = parsed(outcome.out)
+    assert "ppo update: 0." in outcome.err  # the memory plan, beside stdout
     assert words == [*RUN.split(), str(path), "deepspeed=zero2", *given]
     assert (options["master_addr"], options["node_rank"]) == ("127.0.0.1", "0")
     assert world == {"node-0": list(range(8))}
