@@ -45,7 +45,8 @@ class Part:
     def contribution(self, scores_B: Tensor, learns: bool) -> Tensor:
         """Weight times the scores, normalised by mean and deviation of all so far, these included, and clipped.
 
-        Where nothing is learnt and nothing is known yet, they are normalised by their own.
+        Where nothing is learnt and nothing is known yet, they are normalised by their own. Raises `InputError` for a
+        number that float32 does not hold.
         """
         if self.settings.normalise == "running":
             taken = self.moments.with_batch(scores_B) if learns or not self.moments.count else self.moments
@@ -53,7 +54,16 @@ class Part:
             self.moments = taken if learns else self.moments
         if (limit := self.settings.clip) is not None:
             scores_B = scores_B.clamp(-limit, limit)
-        return self.settings.weight * scores_B
+        rewards_B = self.settings.weight * scores_B
+        if not_finite := (~rewards_B.isfinite()).nonzero().flatten().tolist():
+            row = not_finite[0]
+            raise InputError(
+                f"ppo.reward: {self.name}: {rewards_B[row]:g} for response {row}; a reward is at most 3e38 in size",
+                kind="not_finite",
+                key="ppo.reward",
+                row=row + 1,
+            )
+        return rewards_B
 
 
 class WeightedScorer:

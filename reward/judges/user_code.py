@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -42,12 +42,14 @@ class _TooLong(BaseException):
 def call_users_code(name: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """What the user's function returns; `name` is what messages call it.
 
+    It gets copies of lists and dicts, which it may change, and may change the working directory, which is put back.
     Raises `InputError` for whatever it raises, and after the seconds of `time_limit` or `PE_RLHF_FUNCTION_TIMEOUT`. Our
     own failures and Ctrl-C pass as they are.
     """
     limit = _limit()
+    arguments, named = _copy(arguments), _copy(named)
     try:
-        with _waiting(name):
+        with _waiting(name), _kept_folder:
             if threading.current_thread() is threading.main_thread():
                 with _alarm(limit):
                     returned = function(*arguments, **named)
@@ -65,6 +67,37 @@ def call_users_code(name: str, function: Callable[..., Any], *arguments: Any, **
     if closed:
         raise _failed(f"{name} has closed {closed}{place_of(function)}", function)
     return returned
+
+
+def _copy(value: Any) -> Any:
+    """Lists and dicts of ours for a function that may sort, fill or clear them: it changes only its own."""
+    if type(value) is dict:
+        return {key: _copy(part) for key, part in value.items()}
+    return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
+
+
+class _KeptFolder:
+    """The working directory is as it was before, once the calls that run at the same time have ended."""
+
+    def __init__(self) -> None:
+        self._lock, self._calls, self._path = threading.Lock(), 0, ""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._calls:
+                self._path = ""
+                with suppress(OSError):  # somebody has removed it
+                    self._path = os.getcwd()
+            self._calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._calls -= 1
+            with suppress(OSError):
+                os.chdir(self._path)
+
+
+_kept_folder = _KeptFolder()
 
 
 def load_function(path: str) -> Callable[..., Any]:

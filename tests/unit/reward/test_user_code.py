@@ -105,6 +105,34 @@ def test_closed_streams_are_opened_again(module: Any, monkeypatch: pytest.Monkey
     print("still here")
 
 
+GREEDY = """
+import os
+def f(prompts, responses, rows):
+    prompts[0][0]["content"] = "other"
+    responses.clear()
+    rows[0]["answer"] = 7
+    os.chdir("/")
+    return [1.0]
+"""
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_what_a_function_does_to_its_arguments_and_its_folder_is_not_the_runs(
+    module: Any, tmp_path: Path, in_thread: bool
+) -> None:
+    function, prompts, responses = module(GREEDY), [[{"role": "user", "content": "Hi"}]], ["Hello"]
+    columns = {"rows": [{"answer": 3}]}
+    given = function, prompts, responses, columns
+    if in_thread:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(score_responses, *given).result() == [1.0]
+    else:
+        assert score_responses(*given) == [1.0]
+    assert (prompts, responses) == ([[{"role": "user", "content": "Hi"}]], ["Hello"])
+    assert columns == {"rows": [{"answer": 3}]}
+    assert Path.cwd() == tmp_path
+
+
 @pytest.mark.parametrize(
     "text",
     ["def f(): return []", "def f(p): return []", "def f(a, b, c, d): return []", "def f(prompts, *, key): return []"],

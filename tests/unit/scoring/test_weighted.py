@@ -126,3 +126,9 @@ def test_names() -> None:
 def test_settings_that_are_none(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         RewardSource.model_validate({"function": "a:b"} | settings)
+
+
+@pytest.mark.parametrize(("scores", "weight"), [([0.0, 1e300], 1.0), ([0.0, 1e38], 1e3), ([1.0, float("nan")], 1.0)])
+def test_a_reward_that_float32_does_not_hold_is_its_sources(scores: list[float], weight: float) -> None:
+    with raises("not_finite", key="ppo.reward", row=2):
+        scored(WeightedScorer([part("a", [1.0, 1.0]), part("mine", scores, weight=weight)]))
