@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from pe_rlhf.adapters.lora.anchored import scale_of
 from pe_rlhf.adapters.specs import AdapterSpec
-from pe_rlhf.adapters.targets import shared_weights
+from pe_rlhf.adapters.targets import expert_weights, peft_adapts_experts, share_without_adapter, shared_weights
 from pe_rlhf.config import SamplingConfig
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.model.probes import decoder_of
@@ -50,6 +50,8 @@ class Outcome:
         trunk: whether a frozen trunk is computed once.
         reading: what sampling reads together.
         peft: "" where PEFT loads the export as what it is, else why there is none.
+        experts: how fused experts get an adapter: by the word `all-linear`, by name, or "" where there are none.
+        bare: the share of the weights that can have no adapter, and how they are called, where that is over 1 %.
     """
 
     refused: str = ""
@@ -57,6 +59,8 @@ class Outcome:
     trunk: bool = False
     reading: Reading = Reading.EQUAL_ONCE
     peft: str = ""
+    experts: str = ""
+    bare: str = ""
 
 
 def check(name: str) -> Outcome:
@@ -81,12 +85,23 @@ def check(name: str) -> Outcome:
     set_fast(backbone, packing=True, gradient_checkpointing=False)
     reading = check_sampling(backbone, name)
     check_merged(backbone, name, sequences)
-    return Outcome("", backbone.can_pack, check_trunk(name, sequences), reading, check_peft(backbone, name, sequences))
+    peft = check_peft(backbone, name, sequences)
+    trunk = check_trunk(name, sequences)
+    return Outcome("", backbone.can_pack, trunk, reading, peft, *without_adapter(backbone))
+
+
+def without_adapter(backbone: Backbone) -> tuple[str, str]:
+    """`Outcome.experts` and `Outcome.bare`."""
+    model = backbone.model
+    experts = "" if not expert_weights(model) else "all-linear" if peft_adapts_experts(model) else "by name"
+    share, names = share_without_adapter(model, backbone.adapter_spec("policy").modules)
+    return experts, f"{share:.0%}: {', '.join(names)}" if share > 0.01 else ""
 
 
 def add_roles(backbone: Backbone, last_layers: int | None = None) -> None:
+    """Adapters on all that can have one, experts included, whether or not `all-linear` has them."""
     for role, init in {"policy": "pissa", "value": "lora", "reward": "milora"}.items():
-        backbone.add_adapter(role, init=init, rank=1, alpha=2, last_layers=last_layers)
+        backbone.add_adapter(role, init=init, rank=1, alpha=2, last_layers=last_layers, targets=".*")
 
 
 def plain(name: str) -> PreTrainedModel:
@@ -104,13 +119,23 @@ def with_delta(backbone: Backbone, name: str, role: str) -> tuple[PreTrainedMode
     weights = {}
     model.requires_grad_(False)
     for module_name in spec.modules:
-        module = model.get_submodule(module_name)
-        assert isinstance(module.weight, torch.nn.Parameter)
-        delta_OI = change(state, module_name, spec)
+        module, leaf = place(model, module_name)
+        weight, delta_OI = getattr(module, leaf), change(state, module_name, spec)
         # A new one: Zamba's blocks share theirs, and each has a ΔW of its own.
-        module.weight = torch.nn.Parameter(module.weight + (delta_OI.T if isinstance(module, Conv1D) else delta_OI))
-        weights[module_name] = module.weight
+        setattr(module, leaf, torch.nn.Parameter(weight + (delta_OI.mT if is_in_out(module) else delta_OI)))
+        weights[module_name] = getattr(module, leaf)
     return model, weights
+
+
+def place(model: PreTrainedModel, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that has a target's weight, and what the weight is called in it; fused experts have several."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    return (owner, leaf) if leaf in owner._parameters else (model.get_submodule(name), "weight")
+
+
+def is_in_out(module: torch.nn.Module) -> bool:
+    return isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
 
 
 def change(state: dict[str, Tensor], name: str, spec: AdapterSpec) -> Tensor:
@@ -143,9 +168,9 @@ def oracle(backbone: Backbone, name: str, role: str, sequences: Sequences) -> di
     result = {"numbers": numbers_N.detach()} | ({"entropies": torch.cat(entropies)} if entropies else {})
     for module_name, weight in weights.items():
         gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        G_OI = gradient.T if isinstance(model.get_submodule(module_name), Conv1D) else gradient
-        result[f"{module_name}.lora_A"] = scale * state[f"{module_name}.lora_B"].T @ G_OI
-        result[f"{module_name}.lora_B"] = scale * G_OI @ state[f"{module_name}.lora_A"].T
+        G_OI = gradient.mT if is_in_out(place(model, module_name)[0]) else gradient
+        result[f"{module_name}.lora_A"] = scale * state[f"{module_name}.lora_B"].mT @ G_OI
+        result[f"{module_name}.lora_B"] = scale * G_OI @ state[f"{module_name}.lora_A"].mT
     return result
 
 
@@ -179,7 +204,10 @@ def compare(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) ->
 @torch.no_grad()
 def check_step_0(backbone: Backbone, name: str, sequences: Sequences) -> None:
     anchor = backbone(sequences.ids_BT).logits
-    assert torch.equal(anchor, plain(name)(input_ids=sequences.ids_BT).logits), "the anchor is not the model"
+    # Frozen, as the backbone is: torch.matmul takes another kernel where a weight wants a gradient (Mamba's products).
+    assert torch.equal(anchor, plain(name).requires_grad_(False)(input_ids=sequences.ids_BT).logits), (
+        "the anchor is not the model"
+    )
     with backbone.role("policy"):
         assert torch.equal(backbone(sequences.ids_BT).logits, anchor), "the policy does not start as the anchor"
 
@@ -259,9 +287,12 @@ merged checkpoint and the export to PEFT are compared with plain transformers, r
 - **Sampling** by transformers (`engine: hf`): what is read in one pass.
 - **PEFT**: whether `adapter/` is written as an adapter of PEFT. Otherwise a role has `role.safetensors` only, and
   `pe-rlhf export RUN --format merged` writes a checkpoint.
+- **Experts**: how a LoRA is put on experts that are fused into one weight. `all-linear` has them where PEFT's word has
+  them; elsewhere a recipe names them, such as `targets: [q_proj, v_proj, experts.gate_up_proj, experts.down_proj]`.
+- **Without**: the share of the weights that no adapter can be put on, and their names. A run says its own.
 
-| model type | packed | trunk | sampling | PEFT |
-|---|---|---|---|---|
+| model type | packed | trunk | sampling | PEFT | experts | without |
+|---|---|---|---|---|---|---|
 """
 READS = {
     Reading.EQUAL_ONCE: "equal prompts once",
@@ -280,6 +311,7 @@ def row_of(name: str, outcome: Outcome) -> str:
     # PEFT's own words follow a colon; some of them come in the order of a set.
     peft = outcome.peft.partition(": ")[0] or "yes"
     cells = (yes[outcome.packed], yes[outcome.trunk], READS[outcome.reading], peft)
+    cells = (*cells, outcome.experts or "–", outcome.bare or "–")
     return f"| `{name}` | {' | '.join(cells)} |"
 
 

@@ -47,7 +47,7 @@ class LayerContext:
     """What a kind may look at when it makes a layer.
 
     Attributes:
-        weight_OI: the frozen base weight in fp32; a quantised one is dequantised.
+        weight_OI: the frozen base weight in fp32; a quantised one is dequantised. That of fused experts is _EOI.
         generator: the only source of randomness, seeded per role and layer.
         statistics: what the kind `needs`.
     """
@@ -71,13 +71,15 @@ class PeftFiles:
 
     Attributes:
         config: PEFT's config of the kind; who writes the files fills in targets, task and base.
-        tensors: by layer, and by PEFT's name within the layer.
+        tensors: by module, and by PEFT's name within it.
         shared: those of all layers together, by PEFT's name.
+        experts: the fused weights among the layers, PEFT's `target_parameters`.
     """
 
     config: PeftConfig
     tensors: dict[str, dict[str, Tensor]]
     shared: dict[str, Tensor] = field(default_factory=dict)
+    experts: list[str] = field(default_factory=list)
 
 
 Layers = Mapping[str, Any]
@@ -111,6 +113,11 @@ class AdapterKind(Generic[S]):
     def needs(self) -> Need | None:
         """What layers are made of beyond the weight."""
         return None
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether it can be on experts that are fused into one weight _EOI: `tensors` and `build` then get that."""
+        return False
 
     @property
     def batch_size(self) -> int:

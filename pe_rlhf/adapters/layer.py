@@ -6,9 +6,8 @@ The wrapper knows nothing of kinds. Which role is active is one shared piece of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -109,20 +108,38 @@ class AdapterLayer(nn.Module):
         return type(self).lora_factors is not AdapterLayer.lora_factors
 
 
-class WrappedLayer(nn.Module):
+class Wrapper(nn.Module):
+    """What stands in the place of a module of the model, which it holds as `base`."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def plain(self, role: str) -> nn.Module:
+        """The module with `W0 + ΔW` of a role written into it; for a copy, never for a backbone's own."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        """What the base has: models ask for `weight.dtype`, `in_features` and the like."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class WrappedLayer(Wrapper):
     """The active role's adapter if it has one here, else the base; for a merged role one product instead."""
 
     def __init__(self, base: nn.Module, state: RoleState) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.adapters = nn.ModuleDict()
         self._state = state
-        self._merged: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._merged: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         role = self._state.active
-        if role in self._merged:
-            return self._merged[role](x)
+        if (merged := self.merged(role)) is not None:
+            return F.linear(x, like_out_in(self.base, merged), getattr(self.base, "bias", None))
         if role is None or role not in self.adapters:
             return self.base(x)
         return self.adapters[role](x, self.base)
@@ -139,12 +156,10 @@ class WrappedLayer(nn.Module):
         assert delta_OI is not None
         return delta_OI
 
-    def __getattr__(self, name: str) -> Any:
-        """What the base has: models ask for `weight.dtype`, `in_features` and the like."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+    def plain(self, role: str) -> nn.Module:
+        if role in self.adapters:
+            self.base.weight = nn.Parameter(merged_weight(self, role))
+        return self.base
 
     def can_merge(self, role: str) -> bool:
         """Whether `W0 + ΔW` is a plain product: a base that is whole here, not quantised, and an adapter with a ΔW."""
@@ -153,15 +168,39 @@ class WrappedLayer(nn.Module):
 
     def merge(self, role: str) -> None:
         """Compute the role by `W0 + ΔW` as it is now, a copy beside the base, until it is unmerged."""
-        weight_OI = like_out_in(self.base, merged_weight(self, role))
-        self._merged[role] = partial(F.linear, weight=weight_OI, bias=getattr(self.base, "bias", None))
+        self._merged[role] = merged_weight(self, role)
+
+    def merged(self, role: str | None) -> Tensor | None:
+        """`W0 + ΔW` of a role that is merged now, in the base's own layout."""
+        return self._merged.get(role) if role is not None else None
 
     def unmerge(self, role: str) -> None:
         self._merged.pop(role, None)
 
 
+class FusedWeight(nn.Module):
+    """One parameter _EOI of a module that holds the weights of all its experts, as if it were a layer's weight."""
+
+    def __init__(self, experts: nn.Module, name: str) -> None:
+        super().__init__()
+        self.name, self.is_transposed = name, bool(getattr(experts, "is_transposed", False))
+        self._of = (experts,)  # in a tuple, so that it is no part of this module
+
+    @property
+    def weight(self) -> Tensor:
+        found = self._of[0]._parameters[self.name]
+        assert found is not None
+        return found
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of the experts, which ZeRO-3 splits and gathers as one."""
+        return self._of[0].parameters(recurse)
+
+
 def weight_out_in(base: nn.Module) -> Tensor:
     """The base weight as _OI (out, in), whichever way round the module stores it (GPT-2's Conv1D is _IO).
+
+    That of fused experts is _EOI.
 
     A quantised weight (bitsandbytes' 4 and 8 bit, HQQ, torchao) comes dequantised, a copy of this one layer. Raises
     `InputError` for one that cannot be.
@@ -177,7 +216,12 @@ def weight_out_in(base: nn.Module) -> Tensor:
 
 def like_out_in(base: nn.Module, weight: Tensor) -> Tensor:
     """A weight that is laid out as the module's own, as _OI."""
-    return weight.T if isinstance(base, Conv1D) else weight
+    return weight.mT if _is_in_out(base) else weight
+
+
+def _is_in_out(base: nn.Module) -> bool:
+    """Whether a module stores its weight as (in, out)."""
+    return isinstance(base, Conv1D) or (isinstance(base, FusedWeight) and base.is_transposed)
 
 
 def _dequantised(base: nn.Module) -> Tensor:
@@ -242,17 +286,15 @@ def merged_weight(layer: WrappedLayer, role: str, dtype: torch.dtype | None = No
         merged_OI = (weight_OI.float() + layer.change(role)).to(dtype or weight_OI.dtype)
     else:
         merged_OI = weight_OI.to(dtype or weight_OI.dtype, copy=True)
-    return (merged_OI.T if isinstance(layer.base, Conv1D) else merged_OI).contiguous()
+    return like_out_in(layer.base, merged_OI).contiguous()
 
 
 def unwrap(model: nn.Module, role: str) -> None:
     """Make a model plain again, with `W0 + ΔW` of a role in its layers; for a copy, never for a backbone's own."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, WrappedLayer):
-                if role in layer.adapters:
-                    layer.base.weight = nn.Parameter(merged_weight(layer, role))
-                setattr(parent, name, layer.base)
+            if isinstance(layer, Wrapper) and not isinstance(parent, Wrapper):
+                setattr(parent, name, layer.plain(role))
 
 
 def _own(tensor: Tensor) -> Tensor:

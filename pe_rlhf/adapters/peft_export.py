@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -43,17 +43,51 @@ def as_plain_lora(factors: Mapping[str, LowRankFactors], rank: int | None = None
     """Factors by layer as one LoRA of the largest rank; `rank`: of at least that one."""
     from peft import LoraConfig  # PEFT takes seconds to import
 
-    rank = max(rank or 0, *(len(f.A_RI) for f in factors.values()))
+    rank = max(rank or 0, *(f.A_RI.shape[-2] for f in factors.values()))
     scale = next(iter(factors.values())).scale
     tensors: dict[str, dict[str, Tensor]] = {}
+    experts = [name for name, f in factors.items() if f.A_RI.dim() == 3]
     for name, f in factors.items():
         # PEFT takes one rank and one alpha for all layers: a smaller one is filled up with zeros.
-        missing = rank - len(f.A_RI)
-        A_RI, B_OR = nn.functional.pad(f.A_RI, (0, 0, 0, missing)), nn.functional.pad(f.B_OR, (0, missing))
-        tensors[name] = {"lora_A.weight": A_RI, "lora_B.weight": B_OR}
+        missing = rank - f.A_RI.shape[-2]
+        A, B = nn.functional.pad(f.A_RI, (0, 0, 0, missing)), nn.functional.pad(f.B_OR, (0, missing))
+        if name in experts:  # all experts' ranks along one axis: expert by expert in A, rank by rank in B
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+        module, prefix = _place(name, experts)
+        tensors.setdefault(module, {}).update({f"{prefix}lora_A.weight": A, f"{prefix}lora_B.weight": B})
     # PEFT divides alpha by r again; a fraction is fine with it.
     config = LoraConfig(r=rank, lora_alpha=scale * rank, fan_in_fan_out=False)  # type: ignore[arg-type]
-    return PeftFiles(config, tensors)
+    return PeftFiles(config, tensors, experts=experts)
+
+
+def _place(name: str, experts: Sequence[str]) -> tuple[str, str]:
+    """The module that PEFT wraps for a layer, and what the names of its factors in it begin with.
+
+    For the parameters of one module it has a wrapper in the other; that of the first parameter is the innermost.
+    """
+    if name not in experts:
+        return name, ""
+    module = name.rpartition(".")[0]
+    own = [other for other in experts if other.rpartition(".")[0] == module]
+    return module, "base_layer." * (len(own) - 1 - own.index(name))
+
+
+def factors_of_peft(
+    written: Mapping[str, Tensor], names: Sequence[str], experts: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The factors of a LoRA of PEFT's under the names that ours has, `LAYER.lora_A` and `LAYER.lora_B`.
+
+    experts: how many a fused weight has, for those among the names. Raises KeyError for a layer that PEFT has not.
+    """
+    found: dict[str, Tensor] = {}
+    fused = [name for name in names if name in experts]
+    for name in names:
+        module, prefix = _place(name, fused)
+        A, B = (written[f"base_model.model.{module}.{prefix}{part}.weight"] for part in ("lora_A", "lora_B"))
+        if name in experts:
+            A, B = A.unflatten(0, (experts[name], -1)), B.unflatten(1, (-1, experts[name])).permute(2, 0, 1)
+        found |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+    return found
 
 
 def export_peft(
@@ -85,7 +119,10 @@ def export_peft(
     config.modules_to_save = ["score"] if classifies else None
     config.inference_mode = True
     # Set afterwards: given to the constructor it becomes a set, and the file another one in every process.
-    config.target_modules = _short_names(set(files.tensors), all_names)
+    of_experts = {name.rpartition(".")[0] for name in files.experts}
+    config.target_modules = _short_names(set(files.tensors) - of_experts, all_names)
+    if files.experts:
+        config.target_parameters = sorted(files.experts)
     config.save_pretrained(str(path))
     save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}, path / "adapter_model.safetensors")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -34,7 +34,8 @@ class AdapterSpec:
     @classmethod
     def on(cls, model: PreTrainedModel, settings: AdapterConfig) -> AdapterSpec:
         """The adapter that these settings describe on a model. Raises `InputError` where no layer matches."""
-        found = find_targets(model, settings.targets, settings.last_layers, settings.exclude)
+        takes_experts = kind_of(settings).takes_experts
+        found = find_targets(model, settings.targets, settings.last_layers, settings.exclude, takes_experts)
         return cls(settings, tuple(found))
 
     @cached_property
@@ -156,12 +157,18 @@ def _from_all_ranks(
     return made
 
 
+def layer_sizes(kind: AdapterKind[Any], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a kind trains of a layer of that weight, by name; of fused experts, _EOI, once for each."""
+    *experts, out_features, in_features = shape
+    return {name: (*experts, *size) for name, size in kind.sizes(out_features, in_features).items()}
+
+
 def saved_adapter(spec: AdapterSpec, weight_OI: Tensor, state: dict[str, Tensor]) -> nn.Module:
     """An adapter from its `state_dict()` for a layer of that base weight, on the weight's device.
 
     Raises KeyError where a tensor is missing, ValueError where one does not fit the weight and the settings.
     """
-    for name, size in spec.kind.sizes(*weight_OI.shape).items():
+    for name, size in layer_sizes(spec.kind, weight_OI.shape).items():
         if (found := tuple(state[name].shape)) != size:
             raise ValueError(f"{name} has the shape {found}, not {size}")
     return spec.kind.build(state, weight_OI).to(weight_OI.device)

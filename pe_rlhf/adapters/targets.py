@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pe_rlhf.adapters.experts import ExpertWeight, WrappedExperts, fused_parameters
 from pe_rlhf.adapters.layer import WrappedLayer, is_wrappable
 from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
 # The names that model families give to the module that holds the attention projections.
 ATTENTION_MODULES = frozenset({"attn", "attention", "self_attn", "self_attention", "linear_attn"})
+
+# What experts are called where each has modules of its own.
+UNFUSED = ("gate_proj", "up_proj", "w1", "w2", "w3")
 
 Targets = str | list[str]
 
@@ -27,16 +31,52 @@ _SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every linear map of the language model that it calls, by its name in the unwrapped model, except the head."""
+    found = _adaptable(model).items()
+    return {n: module for n, module in found if isinstance(module, nn.Module) and not isinstance(module, ExpertWeight)}
+
+
+def expert_weights(model: PreTrainedModel) -> list[str]:
+    """The names of the language model's fused expert weights that adapters can be put on."""
+    linear = linear_modules(model)
+    return [name for name in _adaptable(model) if name not in linear]
+
+
+def numbers_of_experts(model: PreTrainedModel, names: Sequence[str]) -> dict[str, int]:
+    """Of how many experts the fused weights among some targets are."""
+    adaptable, fused = _adaptable(model), set(expert_weights(model))
+    return {name: len(_weight_of(adaptable[name])) for name in names if name in fused}
+
+
+def _adaptable(model: PreTrainedModel) -> dict[str, nn.Module | Tensor]:
+    """What an adapter can be put on, in the model's order: linear modules, and fused weights of experts."""
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     idle = _WITHOUT_EFFECT.get(model, frozenset())
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
-    found: dict[str, nn.Module] = {}
+    found: dict[str, nn.Module | Tensor] = {}
     for name, module in model.named_modules():
         if not name.startswith(prefix) or name.endswith(".base") or name in idle:
             continue
         if isinstance(module, WrappedLayer) or (module is not head and is_wrappable(module)):
             found[name] = module
+        elif not isinstance(module, WrappedExperts):  # whose weights are modules of their own
+            found |= {f"{name}.{part}": module.get_parameter(part) for part in fused_parameters(module)}
     return found
+
+
+def plain_weight(model: nn.Module, name: str) -> Tensor:
+    """The weight of a target by its name, in a model without adapters."""
+    parent, _, leaf = name.rpartition(".")
+    found = getattr(model.get_submodule(parent), leaf)
+    return found if isinstance(found, Tensor) else found.weight
+
+
+def peft_adapts_experts(model: PreTrainedModel) -> bool:
+    """Whether PEFT's `all-linear` has the experts of this model: of the families that it converts to fused weights."""
+    from peft.utils import transformers_weight_conversion as peft_tables  # PEFT takes seconds to import
+
+    families: dict[str, str] = getattr(peft_tables, "_MODEL_TO_CONVERSION_PATTERN")  # noqa: B009  (a re-export)
+    family = families.get(model.config.get_text_config(decoder=True).model_type, "")
+    return bool(peft_tables._MOE_FUSED_TARGETS.get(family))
 
 
 def note_layers_without_effect(model: PreTrainedModel, run: Callable[[], Tensor]) -> None:
@@ -95,20 +135,28 @@ class _Noting(dict[str, nn.Parameter | None]):
         return super().__getitem__(name)
 
 
-def share_without_adapter(model: PreTrainedModel) -> tuple[float, list[str]]:
-    """Which share of the language model's matrices no adapter can be put on, and how they are called.
+def share_without_adapter(model: PreTrainedModel, names: Sequence[str]) -> tuple[float, list[str]]:
+    """Which share of the language model's matrices is none of these targets', and how they are called.
 
     Embeddings and the head are left out. Experts that are fused into one parameter are the usual case.
     """
     decoder: nn.Module = model.get_decoder()
-    linear = {id(weight) for module in linear_modules(model).values() for weight in module.parameters()}
+    adaptable = _adaptable(model)
+    found = [_weight_of(adaptable[name]) for name in names]
+    linear = {id(weight) for weight in found}
     tables = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}
+    tables.add(id(model.get_output_embeddings().weight))
     matrices = {n: weight for n, weight in decoder.named_parameters() if weight.dim() > 1 and id(weight) not in tables}
-    matrices = {name: weight for name, weight in matrices.items() if ".adapters." not in name}
+    matrices = {n.replace(".base.", "."): weight for n, weight in matrices.items() if ".adapters." not in n}
     left = {name: weight.numel() for name, weight in matrices.items() if id(weight) not in linear}
     total = sum(weight.numel() for weight in matrices.values())
     large = (name.removesuffix(".weight") for name, size in left.items() if size > 0.001 * total)
     return sum(left.values()) / max(total, 1), sorted({".".join(name.split(".")[-2:]) for name in large})
+
+
+def _weight_of(target: nn.Module | Tensor) -> Tensor:
+    module = target.base if isinstance(target, WrappedLayer) else target
+    return module if isinstance(module, Tensor) else module.weight  # type: ignore[return-value]
 
 
 def module_names(model: PreTrainedModel) -> list[str]:
@@ -126,22 +174,31 @@ def shared_weights(model: PreTrainedModel) -> set[str]:
 
 
 def say_what_is_left_out(
-    model: PreTrainedModel, names: Sequence[str], targets: Targets, last_layers: int | None = None
+    model: PreTrainedModel,
+    names: Sequence[str],
+    targets: Targets,
+    last_layers: int | None = None,
+    takes_experts: bool = False,
 ) -> None:
     """Say, once for a model, what gets no adapter although the word for the targets suggests it."""
-    line = _what_is_left_out(model, list(names), targets, last_layers)
+    line = _what_is_left_out(model, list(names), targets, last_layers, takes_experts)
     if line is not None and line not in _SAID.setdefault(model, set()):
         _SAID[model].add(line)
         say(line)
 
 
 def _what_is_left_out(
-    model: PreTrainedModel, names: list[str], targets: Targets, last_layers: int | None
+    model: PreTrainedModel, names: list[str], targets: Targets, last_layers: int | None, takes_experts: bool
 ) -> str | None:
     if targets == "all-linear":
-        share, left = share_without_adapter(model)
+        reached = _all_linear(model, takes_experts)
+        share, left = share_without_adapter(model, reached)
+        others = sorted({".".join(name.split(".")[-2:]) for name in expert_weights(model) if name not in reached})
+        offer = f"; as in PEFT, {' and '.join(others)} get one where adapter.targets names them" if others else ""
         if share > 0.01:
-            return f"adapter: {share:.0%} of the language model's weights can have none: {', '.join(left)}"
+            return f"adapter: {share:.0%} of the language model's weights get none: {', '.join(left)}" + (
+                offer if takes_experts else ""
+            )
     if targets == "attention":
         candidates = _in_last_layers(list(linear_modules(model)), last_layers)
         if bare := len(_blocks(candidates) - _blocks(names)):
@@ -149,19 +206,30 @@ def _what_is_left_out(
     return None
 
 
-def find_targets(
-    model: PreTrainedModel, targets: Targets, last_layers: int | None = None, exclude: Targets | None = None
-) -> list[str]:
-    """Module names for `all-linear`, `attention`, a regular expression, or a list of names or name endings.
+def _all_linear(model: PreTrainedModel, takes_experts: bool) -> list[str]:
+    """What the word means: all linear modules, and the experts where they are in PEFT's."""
+    return list(_adaptable(model) if takes_experts and peft_adapts_experts(model) else linear_modules(model))
 
-    Expressions and endings are as PEFT's `target_modules`. `last_layers` keeps only those of the last blocks: backward
-    passes then end there. `exclude` takes an expression or a list too.
+
+def find_targets(
+    model: PreTrainedModel,
+    targets: Targets,
+    last_layers: int | None = None,
+    exclude: Targets | None = None,
+    takes_experts: bool = False,
+) -> list[str]:
+    """Names for `all-linear`, `attention`, a regular expression, or a list of names or name endings.
+
+    Expressions and endings are as PEFT's `target_modules`, and as its `target_parameters` for fused weights of experts,
+    where the kind `takes_experts`. `last_layers` keeps only those of the last blocks: backward passes then end there.
+    `exclude` takes an expression or a list too.
 
     Raises `InputError` where a listed name or an expression matches nothing, and where nothing is left.
     """
-    names = _in_last_layers(list(linear_modules(model)), last_layers)
+    names = _in_last_layers(list(_adaptable(model) if takes_experts else linear_modules(model)), last_layers)
     if targets == "all-linear":
-        chosen = names
+        reached = set(_all_linear(model, takes_experts))
+        chosen = [name for name in names if name in reached]
     elif targets == "attention":
         # By the parent's name, since GPT-2 calls the output projections of attention and MLP both `c_proj`.
         chosen = [name for name in names if name.split(".")[-2:][0] in ATTENTION_MODULES]
@@ -197,8 +265,13 @@ def _reason(model: PreTrainedModel, target: str) -> str:
     if any(_matches(name, target) for name in _WITHOUT_EFFECT.get(model, ())):
         return ", where an adapter would have an effect: the model reads its weight itself, or only chooses by it"
     fused = {name.rsplit(".", 1)[-1] for name, weight in model.get_decoder().named_parameters() if weight.dim() == 3}
-    if fused and (any(target in name for name in fused) or target in ("gate_proj", "up_proj", "w1", "w2", "w3")):
-        return f"; its experts are fused into {', '.join(sorted(fused))}, which adapters cannot be put on"
+    if fused and (any(target in name for name in fused) or target in UNFUSED):
+        adaptable = {name.rsplit(".", 1)[-1] for name in expert_weights(model)}
+        return f"; its experts are fused into {', '.join(sorted(fused))}, which " + (
+            "a LoRA can be put on by these names, with an init that looks at no data"
+            if adaptable
+            else "adapters cannot be put on"
+        )
     if any(_matches(name, target) for name, _ in model.named_modules()):
         return ", among the linear ones of its language model that take and give one tensor"
     return ""

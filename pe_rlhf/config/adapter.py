@@ -41,7 +41,7 @@ class AdapterConfig(Section):
     targets: str | list[str] = Field(
         default="all-linear",
         description="layers that get an adapter: all-linear, attention, a list of module names or their endings, or a"
-        " regular expression over whole names, as PEFT's target_modules",
+        " regular expression over whole names, as PEFT's target_modules and target_parameters (experts.down_proj)",
     )
     exclude: str | list[str] = Field(
         default_factory=list, description="layers that get none: a list of names or endings, or a regular expression"

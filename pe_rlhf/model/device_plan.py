@@ -94,6 +94,7 @@ def _suits_vllm(recipe: Recipe, shape: ModelShape, stage: str) -> bool:
     """
     layer = kind_of(recipe.adapter_for("ppo")).layer
     is_lora = recipe.tuning == "adapter" and layer.lora_factors is not AdapterLayer.lora_factors
+    is_lora = is_lora and all(len(layer) == 2 for layer in shape.linears)  # vLLM gets fused experts as merged weights
     is_whole = recipe.backbone.quantization == "none" and not _is_zero3(recipe)
     is_known = shape.family in FAMILIES_OF_VLLM and shape.parameters >= SMALLEST_FOR_VLLM
     sampling = getattr(getattr(recipe, stage), SAMPLERS[stage], None)

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from pe_rlhf.adapters.kind import kind_of
-from pe_rlhf.adapters.targets import find_targets
+from pe_rlhf.adapters.specs import AdapterSpec, layer_sizes
+from pe_rlhf.adapters.targets import plain_weight
 from pe_rlhf.config import AdapterConfig, BackboneConfig
 from pe_rlhf.model.names import model_at_hand, resolve_model
 
@@ -36,14 +37,14 @@ class ModelShape:
     Attributes:
         parameters: of the whole model.
         largest_layer: parameters of its largest layer, which ZeRO-3 gathers at a time.
-        linears: (inputs, outputs) of each layer that gets an adapter.
+        linears: (inputs, outputs) of each layer that gets an adapter; of fused experts their number before them.
         layers, hidden, inner, keys, vocabulary: blocks, and widths of states, MLPs, keys (all key heads), logits.
         family: transformers' name of its architecture.
     """
 
     parameters: int
     largest_layer: int
-    linears: tuple[tuple[int, int], ...]
+    linears: tuple[tuple[int, ...], ...]
     layers: int
     hidden: int
     inner: int
@@ -54,7 +55,7 @@ class ModelShape:
     def adapter(self, settings: AdapterConfig) -> int:
         """Parameters of an adapter."""
         kind = kind_of(settings)
-        return sum(math.prod(size) for layer in self.linears for size in kind.sizes(*layer).values())
+        return sum(math.prod(size) for layer in self.linears for size in layer_sizes(kind, layer).values())
 
     def cache_of_a_token(self, width: float) -> float:
         """Bytes of the keys and values of a token."""
@@ -107,8 +108,8 @@ def shape_of(model: nn.Module, config: PretrainedConfig, adapter: AdapterConfig)
     heads = getattr(text, "num_attention_heads", 1) or 1
     hidden = text.hidden_size
     head_size = getattr(text, "head_dim", None) or hidden // heads
-    targets = find_targets(model, adapter.targets, adapter.last_layers)  # type: ignore[arg-type]
-    weights = [model.get_submodule(name).weight for name in targets]
+    targets = AdapterSpec.on(model, adapter).modules  # type: ignore[arg-type]
+    weights = [plain_weight(model, name) for name in targets]
     sizes = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.kind import PeftFiles
-from pe_rlhf.adapters.layer import WrappedLayer, like_out_in, merged_weight, weight_out_in
+from pe_rlhf.adapters.layer import like_out_in, merged_weight, weight_out_in
 from pe_rlhf.adapters.peft_export import export_peft, peft_forms, peft_refusal, plain_lora
-from pe_rlhf.adapters.targets import linear_modules, module_names, shared_weights
+from pe_rlhf.adapters.targets import expert_weights, linear_modules, module_names, shared_weights
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.model.routing import RoutedRoles
 from pe_rlhf.model.tensors import unique_tensors
@@ -94,7 +94,8 @@ class RolesToExport(RoutedRoles):
                 fix="sample and export it as an adapter, or leave these layers out by adapter.exclude",
             )
         for name, tensor in unique_tensors(self.model).items():
-            plain, layer = name.replace(".base.", "."), layers.get(name.removesuffix(".base.weight"))
+            plain = name.replace(".base.", ".")
+            layer = layers.get(plain.removesuffix(".weight")) or layers.get(plain)
             if ".adapters." in name:
                 continue
             if layer is not None:
@@ -118,15 +119,22 @@ class RolesToExport(RoutedRoles):
         return kept / whole if whole else 1.0
 
     def weight_changes(self, role: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Base weight _OI and change ΔW_OI, fp32, of each linear layer that a role may have changed, layer by layer.
+        """Base weight _OI and change ΔW_OI, fp32, of each linear layer, or expert, that a role may have changed.
 
         None of an adapter whose change depends on the input.
         """
         for _, layer in self._layers(role) if self.has_delta_weights(role) else ():
-            yield weight_out_in(layer.base), layer.change(role)
+            yield from _matrices(weight_out_in(layer.base), layer.change(role))
         if role in self.own_models:
             own = self._own_tensors(role)
-            for name, module in linear_modules(self.model).items():
-                base = module.base if isinstance(module, WrappedLayer) else module
-                if (trained := own.get(f"{name}.weight")) is not None:
-                    yield weight_out_in(base), like_out_in(base, trained).float() - weight_out_in(base).float()
+            for name in [*linear_modules(self.model), *expert_weights(self.model)]:
+                base = self.base_layer(name)
+                trained = own.get(f"{name}.weight", own.get(name))
+                if trained is not None:
+                    changed = like_out_in(base, trained).float() - weight_out_in(base).float()
+                    yield from _matrices(weight_out_in(base), changed)
+
+
+def _matrices(weight_OI: Tensor, change_OI: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A weight and its change; of fused experts, _EOI, one after the other."""
+    yield from [(weight_OI, change_OI)] if weight_OI.dim() == 2 else zip(weight_OI, change_OI, strict=True)

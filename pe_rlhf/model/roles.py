@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pe_rlhf.adapters.experts import WrappedExperts, fused_parameters
 from pe_rlhf.adapters.layer import AdapterLayer, RoleState, WrappedLayer, weight_out_in
 from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource
 from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, adapter_settings, new_adapters, saved_adapter
@@ -130,7 +131,8 @@ class ModelWithRoles(nn.Module):
         """
         self._refuse_taken(role)
         spec = AdapterSpec.on(self.model, settings or adapter_settings(**named))
-        say_what_is_left_out(self.model, spec.modules, spec.settings.targets, spec.settings.last_layers)
+        given = (spec.settings.targets, spec.settings.last_layers, spec.kind.takes_experts)
+        say_what_is_left_out(self.model, spec.modules, *given)
         if statistics is None and spec.kind.needs == "original weight":
             statistics = self.original_weights()
         adapters = new_adapters(spec, self.base_weight, lambda name: derive_seed(seed, role, name), statistics)
@@ -325,9 +327,14 @@ class ModelWithRoles(nn.Module):
         parent_name, _, leaf = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         layer = getattr(parent, leaf)
-        if not isinstance(layer, WrappedLayer):
-            layer = WrappedLayer(layer, self._state)
-            setattr(parent, leaf, layer)
+        if isinstance(layer, WrappedLayer):
+            return layer
+        if leaf in fused_parameters(parent):
+            experts = WrappedExperts(parent, self._state)
+            self.model.set_submodule(parent_name, experts)
+            return experts.weight(leaf)
+        layer = WrappedLayer(layer, self._state)
+        setattr(parent, leaf, layer)
         return layer
 
     def _layers(self, role: str) -> list[tuple[str, WrappedLayer]]:

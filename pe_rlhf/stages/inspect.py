@@ -11,6 +11,7 @@ from pe_rlhf.adapters.gradients import Probe
 from pe_rlhf.adapters.inspection import Inspection, inspect_inits
 from pe_rlhf.adapters.lora.init_registry import get_init, init_names
 from pe_rlhf.adapters.specs import AdapterSpec, adapter_settings
+from pe_rlhf.adapters.targets import numbers_of_experts
 from pe_rlhf.config import AdapterConfig, LowRankConfig, PPOConfig, Recipe, RewardConfig
 from pe_rlhf.config.adapter import init_fits, kind_names
 from pe_rlhf.model.backbone import Backbone
@@ -53,7 +54,9 @@ def inspect_recipe(
     backbone = context.backbone()
     adapter = recipe.adapter_for(stage)
     probe = _probe(context, backbone, adapter)
-    layers = {name: backbone.base_layer(name) for name in AdapterSpec.on(backbone.model, adapter).modules}
+    names = AdapterSpec.on(backbone.model, adapter).modules
+    experts = numbers_of_experts(backbone.model, names)  # hooks do not see what goes into one
+    layers = {name: backbone.base_layer(name) for name in names if name not in experts}
     with progress(f"inspecting {len(adapters)} adapters", len(layers), "layers") as advance:
         seed = partial(derive_seed, recipe.seed, ROLES[stage])
         result = inspect_inits(

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from pe_rlhf.adapters.kind import kind_of
-from pe_rlhf.adapters.targets import find_targets
+from pe_rlhf.adapters.specs import AdapterSpec
+from pe_rlhf.adapters.targets import numbers_of_experts, plain_weight
 from pe_rlhf.config import Recipe, SamplerConfig
 from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.data.codec import TextCodec, read_template
@@ -125,14 +126,22 @@ def _check_adapters(recipe: Recipe, stages: list[str], config: PretrainedConfig)
     with loading(recipe.model, "model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.backbone.trust_remote_code)
     for adapter in (adapter for stage in trained for adapter in recipe.adapters_of(stage)):
-        names = find_targets(model, adapter.targets, adapter.last_layers)
-        highest = max(min(model.get_parameter(f"{name}.weight").shape) for name in names)
+        names = AdapterSpec.on(model, adapter).modules
+        highest = max(min(plain_weight(model, name).shape[-2:]) for name in names)
         rank = getattr(adapter, "rank", 0) if kind_of(adapter).rank_of_weight else 0
         if rank > highest:
             raise InputError(
                 f"adapter.rank: {rank} is more than {highest}, the highest rank of a layer of {recipe.model}",
                 kind="conflict",
                 key="adapter.rank",
+            )
+        stacks = recipe.continual is not None and recipe.continual.stacks
+        if stacks and (experts := numbers_of_experts(model, names)):
+            raise InputError(
+                f"continual: an adapter on fused experts, such as {min(experts)}, cannot be put on top of another",
+                kind="conflict",
+                key="adapter.targets",
+                fix="name targets without the experts, or use continual: {adapter: same}",
             )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 from accelerate.utils import patch_environment
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 
 from pe_rlhf.adapters.specs import AdapterSpec
+from pe_rlhf.adapters.targets import numbers_of_experts
 from pe_rlhf.config import DataSource, SFTConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.examples import Example
@@ -32,7 +33,6 @@ from reward.records import first_turn
 
 ROLE = "sft"
 NO_LOSS = -100
-PEFT_PREFIX = "base_model.model."
 Encoded = tuple[str, int]  # what a row begins with, and its number
 
 
@@ -60,14 +60,16 @@ def _train(
     context: StageContext[SFTConfig], backbone: Backbone, rows: tuple[Dataset, Dataset], spec: AdapterSpec
 ) -> dict[str, Any]:
     """Leave the trained LoRA on the backbone as the role `sft`; returns the metrics for the summary."""
-    from pe_rlhf.stages.sft_trainer import Record, make_trainer, newest_checkpoint
+    from pe_rlhf.stages.sft_trainer import Record, make_trainer, newest_checkpoint, peft_factors
 
     config = context.config
+    experts = numbers_of_experts(backbone.model, spec.modules)  # PEFT's wrappers hide them later on
     total_steps = config.epochs * math.ceil(len(rows[0]) / config.batch_size)
 
     # One process, also where this one is a group of its own for DeepSpeed, and the recipe's device.
     with patch_environment(LOCAL_RANK=-1, ACCELERATE_TORCH_DEVICE=backbone.device), stop_requests() as stop:
         trainer = make_trainer(backbone, rows, spec, config, context.recipe, total_steps, context.files.checkpoints)
+        peft_factors(trainer.model, spec, experts)  # what PEFT takes for other layers is refused before training
         before = trainer.evaluate()["eval_loss"]  # B is still zero
         checkpoint = newest_checkpoint(context.files.checkpoints)
         first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -84,10 +86,7 @@ def _train(
         raise Stopped(f"sft: stopped after step {state.global_step}", record.stopped)
     assert isinstance(model, PeftModel)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    factors = {
-        name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
-        for name, tensor in get_peft_model_state_dict(model).items()
-    }
+    factors = peft_factors(model, spec, experts)
     model.unload()  # the base as it was, without PEFT's layers
     backbone.load_role(ROLE, spec, factors)
     return {

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import torch
 from datasets import Dataset
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, TaskType, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 from trl.trainer.sft_config import SFTConfig as TRLConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
+from pe_rlhf.adapters.peft_export import factors_of_peft
 from pe_rlhf.adapters.specs import AdapterSpec
+from pe_rlhf.adapters.targets import numbers_of_experts
 from pe_rlhf.config import LoRAConfig, Recipe, SFTConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.metrics import MetricsWriter
@@ -162,15 +165,41 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def peft_factors(model: Any, spec: AdapterSpec, experts: Mapping[str, int]) -> dict[str, Tensor]:
+    """The factors of PEFT's LoRA by our names; `experts`: how many a fused weight has.
+
+    Raises `InputError` where PEFT has put it on other layers.
+    """
+    try:
+        return factors_of_peft(get_peft_model_state_dict(model), spec.modules, experts)
+    except KeyError as error:
+        raise InputError(
+            f"sft: PEFT, which sft trains with, takes names of this model's layers for others: it has no {error}",
+            kind="conflict",
+            key="adapter.targets",
+            fix="set sft.adapter.targets: attention, or name targets without dense and shared MLPs",
+        ) from error
+
+
 def _lora(spec: AdapterSpec, backbone: Backbone) -> LoraConfig:
     settings = spec.settings
     assert isinstance(settings, LoRAConfig)  # the recipe's schema sees to it
+    experts = sorted(numbers_of_experts(backbone.model, spec.modules))
+    modules = [name for name in spec.modules if name not in experts]
+    if experts and settings.dropout:
+        raise InputError(
+            f"adapter.dropout: PEFT, which sft trains with, has none on fused experts, such as {experts[0]}",
+            kind="conflict",
+            key="adapter.dropout",
+            fix="set sft.adapter.dropout: 0, or name targets without the experts",
+        )
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
         use_rslora=settings.scaling == "rslora",
         lora_dropout=settings.dropout,
-        target_modules=list(spec.modules),
-        fan_in_fan_out=isinstance(backbone.model.get_submodule(spec.modules[0]), Conv1D),
+        target_modules=modules,
+        target_parameters=experts or None,
+        fan_in_fan_out=bool(modules) and isinstance(backbone.model.get_submodule(modules[0]), Conv1D),
         task_type=TaskType.CAUSAL_LM,
     )

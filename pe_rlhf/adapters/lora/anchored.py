@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_rlhf.adapters.kind import AdapterKind, LayerContext
+from pe_rlhf.adapters.kind import AdapterKind, LayerContext, Layers, PeftFiles
 from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
 from pe_rlhf.adapters.layer_statistics import Need
 from pe_rlhf.adapters.lora.init_registry import InitContext, init_of
 from pe_rlhf.config.adapter import AdapterConfig, LoRAConfig, LowRankConfig
 
 Scaling = Literal["standard", "rslora"]
+ALIGNED_BYTES = 16  # a row of a grouped product has a multiple of them
 
 
 def lora_scale(alpha: float, rank: int, scaling: Scaling) -> float:
@@ -70,15 +71,19 @@ class AnchoredLoRA(AdapterLayer):
             x = F.dropout(x, self.settings.dropout)
         y = writable(y)
         # Made anew in each pass: a fused optimizer changes A and B without counting up their versions.
-        up, down = (factor.to(y.dtype) for factor in self._difference())
+        with torch.no_grad():
+            up, down = (factor.to(y.dtype) for factor in self._difference())
         if not torch.is_grad_enabled():  # a token that is sampled has no time for autograd's bookkeeping
             _add_low_rank(y, x, up, down, self.scale)
             return y
         return _AddLowRank.apply(y, x, self.lora_A, self.lora_B, up, down, self.scale)
 
-    @torch.no_grad()
     def lora_factors(self) -> LowRankFactors | None:
-        """Plain LoRA factors on the original base: `[A; A−A0]`, `[B−B0, B0]`, rank 2r (rank r where B0 = 0)."""
+        return self.export_factors()
+
+    @torch.no_grad()
+    def export_factors(self) -> LowRankFactors:
+        """LoRA factors on the original base: `[A; A−A0]`, `[B−B0, B0]`, rank 2r (rank r where B0 = 0)."""
         up, down = self._difference()
         return LowRankFactors(up.clone(), down.clone(), self.scale)
 
@@ -93,14 +98,41 @@ class AnchoredLoRA(AdapterLayer):
         found = {"lora_A": self.initial_A_RI, "lora_B": self.initial_B_OR}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    @torch.no_grad()
     def _difference(self) -> tuple[Tensor, Tensor]:
         """`[A; A−A0]` and `[B−B0, B0]`; A and B themselves where B0 = 0."""
-        A_RI, B_OR = self.lora_A.detach(), self.lora_B.detach()
+        A_RI, B_OR = self.lora_A, self.lora_B
         if self.initial_A_RI is None or self.initial_B_OR is None:
             return A_RI, B_OR
-        down = torch.cat([B_OR - self.initial_B_OR, self.initial_B_OR], dim=1)
-        return torch.cat([A_RI, A_RI - self.initial_A_RI]), down
+        down = torch.cat([B_OR - self.initial_B_OR, self.initial_B_OR], dim=-1)
+        return torch.cat([A_RI, A_RI - self.initial_A_RI], dim=-2), down
+
+
+class ExpertLoRA(AnchoredLoRA):
+    """Anchored LoRA on fused experts: every tensor has an axis of experts, E, before the others.
+
+    Its factors are no plain LoRA: PEFT has another layout for them, and vLLM does not load that.
+    """
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        raise NotImplementedError("experts compute their own products")
+
+    def add_to_rows(self, x_SI: Tensor, y_SO: Tensor, ends_E: Tensor) -> Tensor:
+        """`y + s·[B−B0, B0]([A; A−A0] x)` for rows that are sorted by expert; those of expert e end at `ends_E[e]`."""
+        x_SI = x_SI.to(y_SO.dtype)
+        if self.training and self.settings.dropout:
+            x_SI = F.dropout(x_SI, self.settings.dropout)
+        up_ERI, down_EOR = (factor.to(y_SO.dtype) for factor in self._difference())
+        missing = -up_ERI.shape[1] % (ALIGNED_BYTES // y_SO.element_size())
+        up_ERI, down_EOR = F.pad(up_ERI, (0, 0, 0, missing)), F.pad(down_EOR, (0, missing))
+        low_SR = F.grouped_mm(x_SI, up_ERI.mT, offs=ends_E)
+        return torch.add(y_SO, F.grouped_mm(low_SR, down_EOR.mT, offs=ends_E), alpha=self.scale)
+
+    def lora_factors(self) -> LowRankFactors | None:
+        return None
+
+    @property
+    def has_lora_factors(self) -> bool:
+        return False
 
 
 def writable(y: Tensor) -> Tensor:
@@ -210,23 +242,43 @@ class LoRA(AdapterKind[LowRankConfig]):
         return self.init.needs
 
     @property
+    def takes_experts(self) -> bool:
+        return self.layer is AnchoredLoRA and self.needs is None
+
+    @property
     def batch_size(self) -> int:
         return getattr(self._options, "batch_size", super().batch_size)
 
     def tensors(self, context: LayerContext) -> dict[str, Tensor]:
         """A and B as the init makes them."""
-        s = self.settings
-        given = (context.weight_OI, s.rank, scale_of(s), context.generator, self._options, context.statistics)
-        return anchored_tensors(*self.init(InitContext(*given)))
+        s, weight_OI = self.settings, context.weight_OI
+
+        def factors(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+            given = (weight_OI, s.rank, scale_of(s), context.generator, self._options, context.statistics)
+            return self.init(InitContext(*given))
+
+        if weight_OI.dim() == 2:
+            return anchored_tensors(*factors(weight_OI))
+        As, Bs = zip(*map(factors, weight_OI), strict=True)  # expert by expert
+        return anchored_tensors(torch.stack(As), torch.stack(Bs))
 
     def build(self, tensors: Mapping[str, Tensor], weight_OI: Tensor) -> AdapterLayer:
         """A layer of these tensors; what the init freezes is a buffer, as all that an adapter does not train."""
-        layer = super().build(tensors, weight_OI)
+        on_experts = weight_OI.dim() == 3
+        layer = ExpertLoRA(tensors, self.settings) if on_experts else super().build(tensors, weight_OI)
         for name in self.init.frozen:
             tensor = layer.get_parameter(name).detach()
             delattr(layer, name)
             layer.register_buffer(name, tensor)
         return layer
+
+    def peft(self, layers: Layers) -> PeftFiles | None:
+        """With experts, a LoRA with `target_parameters`; without, it is a plain one, which needs no form here."""
+        from pe_rlhf.adapters.peft_export import as_plain_lora  # it imports the kinds
+
+        if not any(isinstance(layer, ExpertLoRA) for layer in layers.values()):
+            return None
+        return as_plain_lora({name: layer.export_factors() for name, layer in layers.items()})
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         rank = self.settings.rank

@@ -63,10 +63,14 @@ def test_the_share_without_an_adapter_is_that_of_the_experts() -> None:
     # Two layers of four experts: gate and up 96 × 32 and down 32 × 48 each, and a router of 4 × 32.
     experts = 2 * (4 * (96 * 32 + 32 * 48) + 4 * 32)
     attention = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32)
-    share, names = share_without_adapter(model)
+    share, names = share_without_adapter(model, list(linear_modules(model)))
     assert share == pytest.approx(experts / (experts + attention))
     assert {"experts.gate_up_proj", "experts.down_proj"} <= set(names)
-    assert share_without_adapter(load_backbone(build("llama")).model) == (0.0, [])
+    share, names = share_without_adapter(model, find_targets(model, "all-linear", takes_experts=True))
+    assert share == pytest.approx(2 * 4 * 32 / (experts + attention))
+    assert names == ["mlp.gate"]
+    llama = load_backbone(build("llama")).model
+    assert share_without_adapter(llama, list(linear_modules(llama))) == (0.0, [])
 
 
 @pytest.mark.parametrize(

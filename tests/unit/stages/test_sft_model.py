@@ -25,6 +25,8 @@ from pe_rlhf.runs.saved_roles import find_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.outcome_table import outcome_table
 from reward.errors import InputError
+from tests.failures import raises
+from tests.model_types import build
 from tests.runs import Tree, recipe, write_jsonl, write_recipe
 from tests.tiny import FAMILIES, tiny_model
 from tests.unit.report.parsed import parse, plots, section, table
@@ -187,3 +189,29 @@ def test_the_report_and_the_table_tell_of_it(model: Path, tmp_path: Path) -> Non
     line = next(line for line in console.file.getvalue().splitlines() if "sft" in line)  # type: ignore[attr-defined]
     before, after = (f"{summary[key]:.3f}" for key in ("eval_loss_before", "eval_loss"))
     assert [cell.strip() for cell in line.split("│")[2:5]] == [before, after, "2 rows"]
+
+
+def test_experts_are_trained_by_peft_and_merged_each(
+    tmp_path: Path, saved_model: Callable[[PreTrainedModel], Path]
+) -> None:
+    """PEFT has the ranks of all experts along one axis, and its adapter on the base is the merged model."""
+    base = saved_model(build("mixtral"))
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2} w{i + 3}"} for i in range(5, 15)]
+    train(sft(base, tmp_path, rows), tmp_path / "run")
+    folder, ids_BT = tmp_path / "run" / "sft", torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
+    before = AutoModelForCausalLM.from_pretrained(base)
+    for name in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{name}"
+        assert not torch.equal(loaded.get_parameter(name), before.get_parameter(name))
+    peft = PeftModel.from_pretrained(before, folder / "adapter")
+    torch.testing.assert_close(loaded(ids_BT).logits, peft(input_ids=ids_BT).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_peft_takes_for_experts_are_refused_before_training(
+    tmp_path: Path, saved_model: Callable[[PreTrainedModel], Path]
+) -> None:
+    base = saved_model(build("deepseek_v3"))
+    with raises("conflict", key="adapter.targets"):
+        train(sft(base, tmp_path, TEXTS), tmp_path / "run")
+    assert not [*(tmp_path / "run" / "sft" / "checkpoints").glob("*")]
