@@ -43,6 +43,9 @@ def find_recipe(name: str) -> Path:
         return path
     if path.suffix not in (".yaml", ".yml") and (named := bundled("recipes") / f"{name}.yaml").is_file():
         return named
+    if (own := path / "recipe.yaml").is_file():
+        message = f"{name} is the folder of a run"
+        raise InputError(message, kind="invalid", key="RECIPE", file=name, fix=f"its recipe is {own}")
     known = sorted(p.stem for p in bundled("recipes").glob("*.yaml"))
     message = f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}"
     raise InputError(message, kind="missing", key="RECIPE", file=name, fix=did_you_mean(name, known))

@@ -129,7 +129,7 @@ def wrong_address(url: str) -> str | None:
     except ValueError as error:
         return f"is not an address: {error}"
     if parts.scheme not in ("http", "https"):
-        return f"has no http:// or https:// in front; use http://{url.removeprefix('//')}"
+        return f"has no http:// or https:// in front; use http://{url.rpartition('://')[2].removeprefix('//')}"
     return None if parts.hostname and usable else "names no server; use http://HOST:PORT/v1"
 
 

@@ -190,6 +190,12 @@ def test_a_recipe_by_its_path_or_its_name(tmp_path: Path, monkeypatch: pytest.Mo
     assert find_recipe("smoke") == Path("smoke")  # a file of one's own comes first
 
 
+def test_the_folder_of_a_run_is_no_recipe_and_has_one(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: a/b\n")
+    with raises("invalid", key="RECIPE", fix=f"its recipe is {tmp_path / 'recipe.yaml'}"):
+        find_recipe(str(tmp_path))
+
+
 def test_the_schema_describes_every_key() -> None:
     schema = Recipe.model_json_schema()
     sections = {"Recipe": schema, **schema["$defs"]}
