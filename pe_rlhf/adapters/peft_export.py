@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.kind import AdapterKind, PeftFiles
-from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
+from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors, WrappedLayer
 from pe_rlhf.system.tensor_files import save_tensors
 
 Layers = Mapping[str, AdapterLayer]
+OWN_QUANTISED_LAYERS = ("LORA", "VERA")  # PEFT's types that have layers for quantised bases
 
 
 def peft_forms(kind: AdapterKind[Any], layers: Layers) -> list[PeftFiles]:
@@ -131,13 +132,18 @@ def peft_refusal(files: PeftFiles, model: PreTrainedModel, *, all_names: list[st
     """Why PEFT would load other weights than were exported, or None where it loads these.
 
     It is tried on an empty model. PEFT takes the names of some mixtures' dense layers for those of their experts, and
-    refuses layers of some state-space models.
+    refuses layers of some state-space models; some of its types read the weight of a layer, and take no quantised one.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = type(model)(copy.deepcopy(model.config))
+        for name in () if files.config.peft_type in OWN_QUANTISED_LAYERS else files.tensors:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, WrappedLayer)
+            if isinstance(layer.base, nn.Linear) and not layer.base.weight.is_floating_point():
+                plain.set_submodule(name, _empty_packed(layer.base))
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         export_peft(files, None, role="policy", base_model="", all_names=all_names, path=Path(scratch))
@@ -151,6 +157,14 @@ def peft_refusal(files: PeftFiles, model: PreTrainedModel, *, all_names: list[st
         return f"PEFT would put it on other weights, such as {other[0].removeprefix('base_model.model.')}"
     other = next((name for name in written if found[name].shape != written[name].shape), None)
     return other and f"PEFT would give {other.removeprefix('base_model.model.')} another shape"
+
+
+def _empty_packed(base: nn.Linear) -> nn.Linear:
+    """A linear layer without memory whose weight has the dtype and shape of a quantised one."""
+    layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    packed = torch.empty(base.weight.shape, dtype=base.weight.dtype, device="meta")
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    return layer
 
 
 def _short_names(names: set[str], all_names: list[str]) -> list[str]:

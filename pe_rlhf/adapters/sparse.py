@@ -5,7 +5,9 @@ Time and memory follow the number of entries P and not O×I, in the backward pas
 
 The products are in fp32 whatever the base's dtype, since torch's sparse ones on a CPU have no other, and are rounded
 when they are added to the base's output. S is kept by rows for `S·x` and by columns for `Sᵀ·dy`: the product with a
-transposed sparse matrix takes up to three times as long, and on a GPU adds in an order that varies.
+transposed sparse matrix takes up to three times as long, and on a GPU adds in an order that varies. For the same
+reason dense matrices are turned by a copy first: torch's products and sums with a turned view take two to four times as
+long as the copy and the product with it.
 """
 
 from __future__ import annotations
@@ -104,16 +106,21 @@ def _csr(starts: Tensor, places: Tensor, values: Tensor, size: tuple[int, int]) 
     return torch.sparse_csr_tensor(starts, places, values, size, check_invariants=False)
 
 
+def _turned(x: Tensor) -> Tensor:
+    """Rows of features as fp32 columns, one feature after the other in memory."""
+    return x.flatten(0, -2).T.float().contiguous()
+
+
 class _AddSparse(torch.autograd.Function):
     """`y += S x`, in place, since nothing else needs y; gradients go to x and to the values."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, values: Tensor, *pattern: Tensor) -> Tensor:
         ctx.size = y.shape[-1], x.shape[-1]
-        x_NI = x.flatten(0, -2).float()
+        x_IN = _turned(x)
         S_OI = _csr(pattern[0], pattern[1], values, ctx.size)
-        if len(x_NI):  # an expert may have no token
-            y.view(-1, y.shape[-1]).add_(torch.sparse.mm(S_OI, x_NI.T).T)
+        if x_IN.shape[1]:  # an expert may have no token
+            y.view(-1, y.shape[-1]).add_(torch.sparse.mm(S_OI, x_IN).T.contiguous())
         ctx.mark_dirty(y)
         # A copy, of a few numbers: a fused optimizer changes values without counting up their version.
         ctx.save_for_backward(x, values.clone(), *pattern)
@@ -122,13 +129,13 @@ class _AddSparse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, values, row_starts, columns, column_starts, rows, order = ctx.saved_tensors
-        x_NI, grad_NO = x.flatten(0, -2).float(), gradients[0].flatten(0, -2).float()
+        x_NI, grad_ON = x.flatten(0, -2).float(), _turned(gradients[0])
         if not len(x_NI):
             return (gradients[0], torch.zeros_like(x), torch.zeros_like(values), *[None] * len(PATTERN))
         grad_x = None
         if ctx.needs_input_grad[1]:
             S_IO = _csr(column_starts, rows, values[order], ctx.size[::-1])
-            grad_x = torch.sparse.mm(S_IO, grad_NO.T).T.to(x.dtype).reshape(x.shape)
+            grad_x = torch.sparse.mm(S_IO, grad_ON).T.to(x.dtype).reshape(x.shape)
         places_OI = _csr(row_starts, columns, torch.zeros_like(values), ctx.size)
-        grad_values = torch.sparse.sampled_addmm(places_OI, grad_NO.T, x_NI, beta=0.0).values()
+        grad_values = torch.sparse.sampled_addmm(places_OI, grad_ON, x_NI, beta=0.0).values()
         return (gradients[0], grad_x, grad_values, *[None] * len(PATTERN))

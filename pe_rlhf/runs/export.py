@@ -241,7 +241,7 @@ def _write_merged(found: SavedRole, path: Path, dtype: Dtype | None) -> None:
             kind="conflict",
             key="format",
             file=found.folder,
-            fix="export it with --format lora",
+            fix="export it with --format lora, which a few kinds have not: docs/adapters.md lists them",
         )
     backbone = load_base(recipe, found.base, "cpu")
     load_role(backbone, found.role, found.folder)

@@ -78,8 +78,8 @@ class AdaLoRALayer(AdapterLayer):
 
     @torch.no_grad()
     def lora_factors(self) -> LowRankFactors:
-        """Of the triplets that are in, at least one: a LoRA has no rank 0."""
-        alive_R = self.alive.clone()
+        """Of the triplets that are in, or train again after they were put out; at least one: a LoRA has no rank 0."""
+        alive_R = self.alive | (self.lora_E[:, 0] != 0)
         alive_R[0] |= not alive_R.any()
         scale = self.settings.alpha / self.settings.rank
         return LowRankFactors((self.lora_E * self.lora_A)[alive_R], self.lora_B[:, alive_R].clone(), scale)
@@ -132,8 +132,8 @@ class AdaLoRA(AdapterKind[AdaLoRAConfig]):
                 layer.note_gradients()
 
     def after_step(self, layers: Layers, time: Time) -> set[str]:
-        falling = self._warmup(time) < time.step <= time.total - self._final(time)
-        if time.step <= self._warmup(time) or (falling and time.step % self.settings.every):
+        start, end = self._warmup(time), time.total - self._final(time)
+        if time.step <= start or (time.step < end and time.step % self.settings.every):
             return set()
         scores = torch.cat([layer.importance() for layer in layers.values()])
         kept = torch.zeros_like(scores, dtype=torch.bool)

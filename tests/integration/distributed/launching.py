@@ -6,12 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
 
 from pe_rlhf.algo import logprobs
+from pe_rlhf.cli.main import app
 from tests.forked import Forked
 from tests.paths import ROOT
 
@@ -73,14 +75,24 @@ def few_chunks() -> None:
     logprobs.CHUNK = 3
 
 
-def start_ranks(arguments: list[str], folder: Path, cache: Path, ranks: int = 2) -> list[Forked]:
+def run_in_turn(commands: list[list[str]]) -> None:
+    """Several commands in one process, which stays in its group of ranks."""
+    few_chunks()
+    for arguments in commands:
+        print(f"{arguments}", flush=True)
+        app(args=arguments, standalone_mode=False)
+
+
+def start_ranks(
+    arguments: list[str], folder: Path, cache: Path, ranks: int = 2, before: Callable[[], None] = few_chunks
+) -> list[Forked]:
     """Ranks that start at once, without a launcher."""
     port = str(free_port())
     started = []
     for rank in map(str, range(ranks)):
         world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         own = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-        started.append(Forked(arguments, folder, cache, world | own, few_chunks))
+        started.append(Forked(arguments, folder, cache, world | own, before))
     return started
 
 

@@ -1,53 +1,84 @@
-"""Kinds of adapters that look at gradients or write into their parameters, on two ranks and with split states."""
+"""Every kind of adapter on two ranks and with split states: one process and two ranks that make all runs in turn."""
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from pe_rlhf.adapters.kind import KINDS
 from tests.forked import Forked
-from tests.integration.distributed.launching import run_on_ranks
+from tests.integration.distributed.launching import run_in_turn, start_ranks
 from tests.integration.distributed.test_ranks import CONFIGURATIONS, assert_same_run, small, write_all_split
 from tests.runs import write_recipe
 
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 
-KINDS = {
-    "adalora": ["adapter.kind=adalora", "adapter.every=1", "adapter.warmup_share=0.1"],
-    "dora": ["adapter.kind=dora", "adapter.init=pissa", "adapter.rank=4"],
+SMALLER = "ppo.learning_rate=1e-3"
+# Settings of kinds; then ways to make a step, which look at gradients and write into weights, too.
+SETTINGS: dict[str, list[str]] = {
+    **{kind: [] for kind in sorted(KINDS)},
+    "adalora": ["adapter.every=1", "adapter.warmup_share=0.1"],
+    "dora": ["adapter.init=pissa", "adapter.rank=4"],
+    # The directions are chosen in the middle of the stage.
+    "lora_dash": ["adapter.rank=4", "adapter.directions=3", "adapter.warmup_steps=4", SMALLER],
     # Of full rank, it makes much of the ranks' rounding: its steps are smaller.
-    "redrawn": ["adapter.kind=redrawn", "adapter.every=2", "reward.learning_rate=1e-3", "ppo.learning_rate=1e-3"],
-    "shira": ["adapter.kind=shira"],
-    # The directions are chosen in the middle of both stages.
-    "lora_dash": [
-        *("adapter.kind=lora_dash", "adapter.rank=4", "adapter.directions=3", "adapter.warmup_steps=4"),
-        *("reward.learning_rate=1e-3", "ppo.learning_rate=1e-3"),
-    ],
+    "redrawn": ["adapter.every=2", SMALLER],
     # All layers share one vector.
-    "tinylora": ["adapter.kind=tinylora", "adapter.size=13", "adapter.vectors=1"],
-    # Ways to make a step, which look at gradients and write into weights, too.
-    "sam": [f"{stage}.optimizer.{key}" for stage in ("reward", "ppo") for key in ("sharpness=sam", "rho=0.1")],
+    "tinylora": ["adapter.size=13", "adapter.vectors=1"],
+    # At a LoRA's rate it hardly leaves the anchor, and figures over its distance from there are rounding.
+    "vera": ["ppo.learning_rate=0.1"],
+    "sam": ["ppo.optimizer.sharpness=sam", "ppo.optimizer.rho=0.1"],
     # A noisy model makes much of the ranks' rounding.
-    "rwp": [
-        f"{stage}.{key}"
-        for stage in ("reward", "ppo")
-        for key in ("optimizer.sharpness=rwp", "optimizer.noise_on=model", "learning_rate=1e-3")
-    ],
+    "rwp": ["ppo.optimizer.sharpness=rwp", "ppo.optimizer.noise_on=model", SMALLER],
 }
-SPLIT = {
-    **dict.fromkeys(KINDS, ("zero0",)),
-    **dict.fromkeys(("adalora", "redrawn"), ("zero2",)),
-    **dict.fromkeys(("tinylora", "lora_dash"), ("zero2", "all_split")),
-}
+# Those that look at the base's weights, during a pass, at a switch, or when a layer is made.
+OF_THE_WEIGHT = ("bat", "dora", "lora_dash", "loha", "redrawn", "spectral_a", "spectral_r", "tinylora", "vera")
+RUNS = [*((name, "zero2") for name in SETTINGS), *((name, "all_split") for name in OF_THE_WEIGHT)]
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_two_ranks_are_one(tmp_path: Path, model_cache: Path, kind: str) -> None:
-    path = write_recipe(tmp_path, {**small("reward", "ppo"), "adapter": {}})
-    write_all_split(tmp_path)
-    command = ["run", str(path), *KINDS[kind]]
-    Forked([*command, "--run-dir", "one"], tmp_path, model_cache).finish()
-    for zero in SPLIT[kind]:
-        run_on_ranks([*command, *CONFIGURATIONS[zero], "--run-dir", zero], tmp_path, model_cache)
-        assert_same_run(tmp_path / zero, tmp_path / "one", ("reward", "ppo"), weights=1e-3)
+def overrides(name: str) -> list[str]:
+    return [f"adapter.kind={name}" if name in KINDS else "adapter.kind=lora", *SETTINGS[name]]
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_cache: Path) -> Path:
+    """A folder with the runs of the tests that were selected."""
+    folder = tmp_path_factory.mktemp("kinds")
+    path = str(write_recipe(folder, {**small("ppo"), "adapter": {}}))
+    write_all_split(folder)
+    wanted = [
+        (str(item.callspec.params["name"]), str(item.callspec.params["zero"]))
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.function is test_two_ranks_are_one
+    ]
+    alone = [["run", path, *overrides(name), f"--run-dir=one-{name}"] for name in dict(wanted)]
+    together = [
+        ["run", path, *overrides(name), *CONFIGURATIONS[zero], f"--run-dir={zero}-{name}"] for name, zero in wanted
+    ]
+    one = Forked(alone[-1], folder, model_cache, before=partial(run_in_turn, alone[:-1]))
+    two = start_ranks(together[-1], folder, model_cache, before=partial(run_in_turn, together[:-1]))
+    try:
+        for process in (one, *two):
+            process.finish()
+    finally:
+        for process in (one, *two):
+            process.kill()
+    return folder
+
+
+@pytest.mark.parametrize(("name", "zero"), RUNS)
+def test_two_ranks_are_one(runs: Path, name: str, zero: str) -> None:
+    assert_same_run(runs / f"{zero}-{name}", runs / f"one-{name}", ("ppo",), weights=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["rosa", "shira"])
+def test_a_kind_that_looks_at_data_is_refused_where_no_process_has_the_whole_base(
+    tmp_path: Path, model_cache: Path, kind: str
+) -> None:
+    path = write_recipe(tmp_path, small("ppo") | {"adapter": {"kind": kind}})
+    Forked(["run", str(path), "deepspeed=zero3", "--run-dir=out"], tmp_path, model_cache).finish(code=2)
+    failure = json.loads((tmp_path / "out" / "failure.json").read_text())
+    assert (failure["kind"], failure["key"]) == ("conflict", "adapter")

@@ -130,6 +130,31 @@ def test_a_layer_that_lost_all_is_still_a_lora() -> None:
     assert not factors.A_RI.any()
 
 
+def test_between_two_budgets_what_leaves_is_what_a_layer_computes() -> None:
+    """A triplet that is out trains on until the next budget, which may take it in again."""
+    kind, layers = kind_and_layers(every=4, warmup_share=0.0, final_share=0.0)
+    optimizer = torch.optim.SGD([p for layer in layers.values() for p in layer.parameters()], lr=0.1)
+    grown = 0
+    for step in range(1, TOTAL + 1):
+        set_gradients(layers, step)
+        kind.after_backward(layers, Time(step, TOTAL))
+        optimizer.step()
+        with torch.no_grad():
+            kind.after_step(layers, Time(step, TOTAL))
+        for layer in layers.values():
+            grown += int((layer.lora_E[~layer.alive] != 0).sum())
+            outputs, inputs = len(layer.lora_B), layer.lora_A.shape[1]
+            nothing = nn.Linear(inputs, outputs, bias=False)
+            nn.init.zeros_(nothing.weight)
+            factors = layer.lora_factors()
+            computed_OI = layer(torch.eye(inputs), nothing).T
+            torch.testing.assert_close(factors.scale * factors.B_OR @ factors.A_RI, computed_OI)
+            torch.testing.assert_close(layer.delta_weight(nothing.weight), computed_OI)
+    assert grown > 10
+    # The last step has the last budget, whatever `every` is.
+    assert sum(int((layer.lora_E != 0).sum()) for layer in layers.values()) == 4
+
+
 def test_settings_that_exclude_each_other() -> None:
     for wrong, key in (({"target_rank": 13}, "target_rank"), ({"warmup_share": 0.8}, "final_share")):
         adapter = {"kind": "adalora", "final_share": 0.5, **wrong}
