@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,13 +111,17 @@ class PreviousPolicy:
         return [layer for layer in self.backbone.role_layers(POLICY).values() if isinstance(layer, StackedLoRA)]
 
     def _say_where_full(self, layers: list[StackedLoRA]) -> None:
-        ranks = [sum(len(part.A_RI) for part in own.earlier()) + len(own.lora_A) for own in layers]
-        full = sum(rank > own.lora_A.shape[1] for rank, own in zip(ranks, layers, strict=True))
-        if full:
+        if full := full_layers(layers):
             say(
                 f"warning: olora: in {full} of {len(layers)} layers the tasks have more ranks than the layer has"
                 " inputs, so A cannot be orthogonal to all earlier ones; lower adapter.rank"
             )
+
+
+def full_layers(layers: Iterable[StackedLoRA]) -> int:
+    """In how many layers the tasks have more ranks than the layer has inputs: no A is orthogonal to all others."""
+    ranks = ((sum(len(part.A_RI) for part in own.earlier()) + len(own.lora_A), own.lora_A.shape[1]) for own in layers)
+    return sum(rank > inputs for rank, inputs in ranks)
 
 
 def _overlap(own: StackedLoRA) -> Tensor:

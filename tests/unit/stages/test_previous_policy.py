@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pe_rlhf.adapters.kinds.stacked import stacked
+from pe_rlhf.adapters.kinds.stacked import StackedLoRA, stacked
 from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages.pipeline import run_recipe
-from pe_rlhf.stages.previous_policy import fisher_of
+from pe_rlhf.stages.previous_policy import fisher_of, full_layers
 from reward.errors import Kind
 from tests.failures import raises
 from tests.runs import Tree, read_jsonl
@@ -49,6 +49,18 @@ def three_tasks(dtype: torch.dtype = torch.float32) -> tuple[Backbone, list[Tens
         perturb(backbone, "policy", 0.05)
         seen.append(logits(backbone, "policy"))
     return backbone, seen
+
+
+def test_layers_without_room_for_one_more_orthogonal_adapter_are_counted() -> None:
+    """Of the tiny Llama's seven projections in a block down_proj has more than 32 inputs; 20 + 13 ranks are 33."""
+    for rank, full in ((12, 0), (13, 2 * 6)):
+        backbone = load_backbone(tiny_model("llama"))
+        backbone.add_adapter("before", rank=20)
+        backbone.add_adapter("new", rank=rank)
+        made = stacked(backbone.adapter_spec("new"), backbone.role_state("new"), backbone.role_layers("before"))
+        backbone.load_role("policy", *made)
+        layers = [layer for layer in backbone.role_layers("policy").values() if isinstance(layer, StackedLoRA)]
+        assert (len(layers), full_layers(layers)) == (14, full)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
