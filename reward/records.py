@@ -10,9 +10,12 @@
 
 The first four are TRL's preference types. As in TRL, a prompt of text beside whole dialogues is a copy of something the
 dialogues hold, and is ignored. A prompt that is a transcript itself is read as messages. The content of a message may
-be a list of parts of text. No prompt ends with an assistant's turn: the template would have that answered once more.
+be a list of parts of text. Messages may be their JSON text, as tables of text hold them, and have ShareGPT's keys and
+names of roles. No prompt ends with an assistant's turn: the template would have that answered once more.
 """
 
+import ast
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +36,10 @@ TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 TRANSCRIPT_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:|\n\nHuman:", re.DOTALL)
 WHOLE_DIALOGUES = "dialogues that are the same up to the last turn"
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
+ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
+MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "messages", "completion", "response")
+PACKED = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|content|from|value)[\"']\s*:")  # a list of messages as text
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,30 @@ def layout_of(row: Mapping[str, object]) -> str:
     return "responses to a prompt of text" if isinstance(row["prompt"], str) else "responses to a prompt of messages"
 
 
+def unpacked(row: Mapping[str, object]) -> Mapping[str, object]:
+    """A row whose messages are lists: they come as JSON or as Python's own text from tables, and one by itself."""
+    found = {name: messages for name in MESSAGE_COLUMNS if (messages := _messages_in(row.get(name))) is not None}
+    return {**row, **found} if found else row
+
+
+def _messages_in(value: object) -> list[object] | None:
+    if isinstance(value, Mapping):
+        return [value] if _is_message(value) else None
+    if not isinstance(value, str) or not PACKED.match(value):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return found if isinstance(found, list) and found and all(map(_is_message, found)) else None
+    return None
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+
+
 def split_row(row: Mapping[str, object]) -> tuple[Prompt, str, str]:
     """Tell the format by the types of the columns; return prompt, chosen and rejected response."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
@@ -277,19 +308,22 @@ def _transcript_messages(text: str) -> list[Message]:
 
 def parse_messages(value: list[object], column: str) -> list[Message]:
     """Check a list of chat messages; keep role and content of each, the parts of a content joined."""
-    if not value:
-        raise InputError(f"column {column!r} holds no messages", kind="empty", key=column)
     messages: list[Message] = []
     for item in value:
         if not isinstance(item, Mapping):
             raise InputError(f"column {column!r} holds something that is no message", kind="invalid", key=column)
-        role, content = item.get("role"), _joined(item.get("content"), column)
+        role, content = item.get("role", item.get("from")), _joined(item.get("content", item.get("value")), column)
+        role = ROLES.get(role.lower(), role) if isinstance(role, str) else role
+        if role == "system" and content is None:  # a column of structs has it in every row
+            continue
         if item.get("tool_calls") or item.get("function_call"):
             raise InputError(f"column {column!r} holds tool calls", kind="invalid", key=column)
         if not isinstance(role, str) or not isinstance(content, str):
             message = f"column {column!r} holds a message without a text 'role' and a text 'content'"
             raise InputError(message, kind="invalid", key=column)
         messages.append({"role": role, "content": content})
+    if not messages:
+        raise InputError(f"column {column!r} holds no messages", kind="empty", key=column)
     return messages
 
 

@@ -19,6 +19,7 @@ from pe_rlhf.data.local_files import IN_MEMORY, READERS, TABLES, ending, read_fi
 from pe_rlhf.data.row_table import Bytes, Row, Rows
 from pe_rlhf.system.progress import console, say
 from reward.errors import InputError
+from reward.records import unpacked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,8 +49,13 @@ def load_rows(source: DataFile, key: str) -> Rows:
     def renamed(row: Row | InputError) -> Row | InputError:
         return row if isinstance(row, InputError) else _renamed(row, source.columns)
 
+    def with_messages(row: Row | InputError) -> Row | InputError:
+        return row if isinstance(row, InputError) else unpacked(row)
+
     rows = rows.map(renamed) if source.columns else rows
-    return rows if source.format is None else converted(rows, source.format, key, source.path)
+    if source.format is None:
+        return rows.map(with_messages)
+    return converted(rows, source.format, key, source.path)
 
 
 def names_of(rows: Iterable[Row | InputError], enough: Callable[[set[str]], bool]) -> list[str]:

@@ -32,12 +32,10 @@ from typing import Any
 
 from pe_rlhf.data.row_table import Row, Rows
 from reward.errors import InputError, look_up
-from reward.records import TRANSCRIPT_START, Dropped
+from reward.records import ROLES, TRANSCRIPT_START, Dropped
 
 Converter = Callable[[Row], dict[str, Any]]
 FORMATS: dict[str, Converter] = {}
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
-ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
 
 
 def register_format(name: str) -> Callable[[Converter], Converter]:

@@ -122,6 +122,15 @@ LOSER = re.compile(
     re.IGNORECASE,
 )
 
+CHINESE_NOUN = "回答|答案|回复|答复|响应|助手|选项|模型"
+CHINESE_BETTER = re.compile(
+    rf"<([AB])>的?(?:{CHINESE_NOUN})?(?:明显|显然|总体上|整体上|稍微|略)?(?:更好|更优|更佳|较好|较优|胜出|获胜|略胜|优于|好于|胜过)"
+    r"|(?:选择|选|更喜欢|更倾向于|倾向于|支持|胜者是|获胜者是)(?:了)?<([AB])>"
+)
+CHINESE_TIED = re.compile("一样好|同样好|平局|平手|不分上下|难分高下|不相上下|没有明显(?:差异|区别|优劣)")
+CHINESE_NEGATIVE = re.compile("不|没|未|并非|虽然|尽管|难以|无法")
+CHINESE_CONDITION = re.compile("如果|假如|要是|是否|哪个")
+
 MARK = re.compile(
     joined(r"""(?:\[\[|【|\\boxed\s*\{)\s*(?:\\text\s*\{)?\s*(?:(?:response|answer|option|assistant|model)[\s_]+)?
     ([ABC])\s*(?:([<>=≈~≫≪]{1,2})\s*([AB])\s*)?(?:\]\]|】|\})"""),

@@ -21,6 +21,11 @@ from typing import Any
 
 from reward.judges.answer_words import (
     AFTER_A,
+    CHINESE_BETTER,
+    CHINESE_CONDITION,
+    CHINESE_NEGATIVE,
+    CHINESE_NOUN,
+    CHINESE_TIED,
     CLAUSES,
     CONTRAST,
     EMPHASIS,
@@ -63,7 +68,7 @@ def parse_label(text: str) -> str | None:
 def parse_verdict(text: str) -> str | None:
     """A, B or `tie`, as the answer states it; None if it states nothing that could be understood."""
     said = unicodedata.normalize("NFKC", without_thoughts(text)).replace("’", "'").replace("\\_", "_")
-    for read in (_marked, _json, _stated, _hinted):
+    for read in (_marked, _json, _stated, _hinted, _in_chinese):
         if (found := read(said)) is not None:
             return found
     return None
@@ -126,7 +131,11 @@ def _of_object(value: Any) -> str | None:
             found = _of_object(item) or found
         elif isinstance(item, str) and re.search(rf"\b{KEY}", name, re.I) and not NEGATIVE.search(name):
             words = item.strip().lower()
-            found = (TIE if words in ("tie", "draw", "both", "neither", "c") else label_alone(item)) or found
+            order = re.fullmatch(r"([AB]) ?([<>=≈~≫≪]{1,2}) ?([AB])", item.strip(), re.IGNORECASE)
+            if order:
+                found = _of_mark(order[1].upper(), order[2], order[3].upper())
+            else:
+                found = (TIE if words in ("tie", "draw", "both", "neither", "c") else label_alone(item)) or found
     return found
 
 
@@ -165,6 +174,19 @@ def _hinted(text: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _in_chinese(text: str) -> str | None:
+    """By the last clause in Chinese that prefers a response or calls a tie; a condition is no verdict."""
+    found = None
+    certain = (part for part in re.split(r"[。!?\n]", _labelled(text)) if not CHINESE_CONDITION.search(part))
+    for clause in (clause for part in certain for clause in re.split("[,;]", part)):
+        if CHINESE_TIED.search(clause):
+            found = TIE
+        elif (labels := set(CHINESE_BETTER.findall(clause))) and not CHINESE_NEGATIVE.search(clause):
+            one = {left or right for left, right in labels}
+            found = one.pop() if len(one) == 1 else TIE
+    return found
+
+
 def _plain(line: str) -> str:
     """A line without markdown, XML tags as `tag: …`."""
     line = re.sub(r"</[\w:-]+>", "", line)
@@ -185,6 +207,8 @@ def _labelled(text: str) -> str:
     text = re.sub(rf"\b(?i:(?:the )?{NOUN}s?)[\s_#'(\[]{{1,3}}([AB])(?![\w+])[)\]']?", label, text)
     end = r"(?=\W*$|[.,;:!)]| (?:is|was|wins|won)\b)"
     text = re.sub(rf"\b(?:the )?{NOUN}[\s_]([ab]){end}", label, text, flags=re.IGNORECASE)
+    text = re.sub(rf"\b(?:the )?{NOUN}[\s_]*\(([ab])\)", label, text, flags=re.IGNORECASE)
+    text = re.sub(rf"(?:{CHINESE_NOUN}) ?([AB])(?![a-zA-Z0-9_])", label, text)
     text = re.sub(r"(?:(?<=[:=→] )|(?<=\bis ))([ab])(?=\W*$)", label, text)
     # By itself; the boundaries hold beside letters of other scripts, too.
     other = r"(?!-\w|\+|&)[^a-zA-Z0-9_\s]"

@@ -33,8 +33,12 @@ MARK = re.compile(r"\[\[\s*([^\[\]]*?)\s*\]\]|\\boxed\s*\{\s*([^{}]*?)\s*\}")
 KEY = re.compile(r"(?:\b|_)(?:rating|score|grade|mark)s?\b", re.IGNORECASE)
 STATEMENTS = (
     re.compile(
-        r"\b(?:rating|score|grade|mark)\b[^\w\n]*?(?:[:=]|\b(?:is|of|would be|as)\b)[^\w\n]*(?:an?\s+)?" + NUMBER, re.I
+        r"\b(?:rating|score|grade|mark)\b[^\w\n]*?(?:[:=]| [-–—](?= )|\b(?:is|of|would be|as)\b)[^\w\n]*(?:an?\s+)?"
+        + NUMBER,
+        re.I,
     ),
+    re.compile(r"^\W*(?:overall|total|in total)\b[^\w\n]*?[:=][^\w\n]*" + NUMBER, re.IGNORECASE | re.MULTILINE),
+    re.compile(r"(?:评分|得分|分数|打分|总分)(?:是|为|[^\w\n])*" + NUMBER),
     re.compile(r"^\W*(?:(?:my|overall|final|the)\s+)*(?:rating|score)\s+" + NUMBER, re.IGNORECASE | re.MULTILINE),
     re.compile(
         r"\b(?:I|we)(?:'d|'ll|\s+would|\s+will)?\s+(?:rate|give|score|grade|award)\b(?:\s+[^\W\d]+){0,5}?\s+" + NUMBER,
@@ -47,7 +51,7 @@ class RatingJudge(ChatJudge):
     """Asks a chat model to rate each response by itself; of two, the better rated one wins."""
 
     sees_order = False
-    version = "1"  # of the rules by which answers are read
+    version = "2"  # of the rules by which answers are read
     kind = "rating"
     labels = RATINGS
     mass_of = "p(1) + … + p(10)"
@@ -89,6 +93,8 @@ def parse_rating(text: str) -> float | None:
     "I give it a 7", or a number by itself on the first or last line.
     """
     said = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+    said = re.sub(r"(?<=[0-9]) ?分(?![之数钟])", " ", said)  # Chinese: points
+    said = re.sub(r"<(\w+)>", r"\1: ", re.sub(r"</\w+>", "", said))  # of XML
     for read in (_marked, _json, _stated):
         if found := set(read(said)):
             value = found.pop()

@@ -5,6 +5,12 @@ import pytest
 from reward.judges.answers import five_way, parse_label, parse_verdict, without_thoughts
 
 SAID = {
+    # JSON with an order, small letters in brackets, Chinese
+    '{"result": "A=B"}': None, '{"verdict": "B >> A"}': "B", '{"winner": "A < B"}': "B",
+    "Output (A) is better.": "A", "Therefore, Output (B) is better.": "B", "Output (a) is worse.": None,
+    "我认为回答A更好。": "A", "A回答错误,但B的回答更好。": "B", "回答 A 不好。": None, "两个回答一样好。": None,
+    "选择A。": "A", "如果只看长度,A更好。": None, "总体而言,回答B明显优于回答A。": "B", "B不如A。": None,
+    "A和B各有优点,难分高下。": None,
     # a label by itself
     "A": "A", " b.": "B", "**A**": "A", "(B)": "B", "Response A": "A", "response_b": "B", "Assistant B.": "B",
     "“A”": "A", "`B`": "B", "### B": "B", "> A": "A", "- **Response B**": "B", "The answer\nB": "B",
@@ -113,10 +119,24 @@ def test_the_five_labels_of_arena_hard(text: str, label: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[[A=B]]", "[[C]]", '{"winner": "tie"}', "It is a tie.", "A is better. No, it is a tie."]
+    "text",
+    [
+        "[[A=B]]",
+        "[[C]]",
+        '{"winner": "tie"}',
+        "It is a tie.",
+        "A is better. No, it is a tie.",
+        '{"result": "A=B"}',
+        "两个回答一样好。",
+    ],
 )
 def test_a_tie_is_a_statement(text: str) -> None:
     assert parse_verdict(text) == "tie"
+
+
+@pytest.mark.parametrize(("text", "label"), [("Output (a) is better.", "A"), ("So Output (b) is better.", "B")])
+def test_small_letters_in_brackets(text: str, label: str) -> None:
+    assert parse_label(text) == label
 
 
 def test_thoughts_that_do_not_end_leave_nothing() -> None:

@@ -41,6 +41,11 @@ from reward.records import Message
         ("8\nIt is clear and has 2 examples.", 8),
         ("It has 2 examples and is clear.\n8", 8),
         ("8/10 - it names all 3 causes", 8),
+        ("Helpfulness: 7\nAccuracy: 9\nOverall: 8", 8),
+        ("<reason>2 errors</reason>\n<rating>7</rating>", 7),
+        ("Rating - 8", 8),
+        ("评分：8分", 8),
+        ("总体得分为 7.5", 7.5),
     ],
 )
 def test_a_rating(text: str, rating: float) -> None:
@@ -74,6 +79,10 @@ def test_a_rating(text: str, rating: float) -> None:
         "A rating of 1 to 10 is wanted.",
         "1e3",
         "7,000",
+        "Rating: 7,5",
+        "Overall: 24",
+        "评分：15分",
+        "它用了8分钟",
         '{"rating": 7, "style_score": 3}',
         '{"rating": null}',
         '{"rating": 1e999}',
