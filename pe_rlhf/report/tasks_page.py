@@ -75,7 +75,9 @@ def _shown(cell: Measured | None) -> str | Cell:
 
 
 def curves(table: TaskTable) -> Plot | None:
-    """The win-rate on each task over the tasks that were learnt."""
+    """The win-rate on each task over the tasks that were learnt, where they were learnt one after the other."""
+    if table.how != "in turn" or len(table.policies) < 2:
+        return None
     lines: list[Line] = []
     for on in table.tasks:
         cells = [(i, cell) for i, after in enumerate(table.policies, 1) if (cell := table.cell(after, on)) is not None]

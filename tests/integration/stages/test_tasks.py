@@ -98,6 +98,7 @@ def test_every_policy_is_measured_on_every_task(whole: Path) -> None:
     assert len(read_jsonl(files.task("vowels").on_task("long").stage("evaluate").samples)) == 6
     page = files.report.read_text()
     assert all(f"on {name}" in page for name in NAMES)
+    assert "tasks learnt" in page  # the axis of its plot
 
 
 def test_a_run_that_was_cut_goes_on_and_what_is_finished_stays(whole: Path) -> None:
@@ -179,6 +180,7 @@ def test_all_tasks_at_once_are_one_ppo_on_all_prompts(whole: Path) -> None:
     assert [(cell.after, cell.on) for cell in table.cells] == [("joint", name) for name in NAMES]
     assert table.average is not None
     assert table.average.value == pytest.approx(sum(cell.win_rate for cell in table.cells) / 3)
+    assert "tasks learnt" not in RunFiles(run_dir).report.read_text()
     stage = RunFiles(run_dir).task("joint").stage("ppo")
     lines = read_jsonl(stage.metrics)
     assert len(lines) == 6
