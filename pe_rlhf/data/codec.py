@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pe_rlhf.types import Rollout
 from reward.errors import InputError
+from reward.judges.user_code import call_users_code
 from reward.records import Message, Prompt
 
 TRANSCRIPT_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -55,7 +56,10 @@ class TextCodec:
         self._find_special = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
         line_break: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
         self._line_break = line_break if tokenizer.decode(line_break) == "\n" else []
-        self._lead, written = self._around_a_response() if self.template is not None else ("", None)
+        self._lead, written = "", None
+        if self.template is not None:
+            call_users_code("chat_template", self._check_template)
+            self._lead, written = self._around_a_response()
         self.end_token_id = written if written is not None else ends[0] if ends else None
 
     # ---- prompts -----------------------------------------------------------------------------------------------------
@@ -185,11 +189,21 @@ class TextCodec:
                 **self._arguments,
             )
         except Exception as error:  # a template is a program: it can fail in any way
-            start = repr(messages[0]["content"])[:60]
-            message = f"chat_template: it fails on the prompt that starts with {start}: {error}"
+            start, said = repr(messages[0]["content"])[:60], str(error) or type(error).__name__
+            message = f"chat_template: it fails on the prompt that starts with {start}: {said}"
             raise InputError(message, kind="user_code", key="chat_template") from error
         assert isinstance(text, str)
         return text
+
+    def _check_template(self) -> None:
+        """Raise `InputError` for a template that writes the same for every prompt."""
+        try:
+            written = {self._rendered(f"question {word}") for word in ("one", "two")}
+        except InputError:  # it may want more than one message: real prompts will tell
+            return
+        if len(written) == 1:
+            message = f"chat_template: it shows nothing of a prompt, it always writes {written.pop()[:60]!r}"
+            raise InputError(message, kind="invalid", key="chat_template")
 
     def _opening(self, prompt: Prompt, ids: list[int]) -> int:
         """How many of a prompt's ids stand before its first message that is no system's: BOS and the system's turn."""

@@ -13,6 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from reward.errors import InputError, did_you_mean
 from reward.judges.base import Comparison
+from reward.judges.user_code import call_users_code
 from reward.records import Message, Prompt
 
 FOLDER = Path(__file__).parents[1] / "prompts"
@@ -27,24 +28,38 @@ class JudgePrompt:
     """
 
     folder: ClassVar[Path] = FOLDER
+    letters: ClassVar[str] = "AB"  # that it has to ask for
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._template = _load(name, self.folder)
-        probe = Comparison([{"role": "user", "content": "p"}], "a", "b")
-        text = self.render(probe, reasoning=False) + self.render(probe, reasoning=True)
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
+        text = call_users_code("judge.template", self._probed)
+        self.fingerprint = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
         self.allows_ties = re.search(r"\[\[C\]\]|A ?= ?B|\bor (?:a )?[\"'“]?tie\b", text) is not None
+
+    def _probed(self) -> str:
+        """The text of a question. Raises `InputError` for one that shows no response, or asks for no letter."""
+        prompt: list[Message] = [{"role": "user", "content": "p"}]
+        text, other = (
+            "".join(self.render(Comparison(prompt, *pair), reasoning=reasoning) for reasoning in (False, True))
+            for pair in (("a", "b"), ("b", "a"))
+        )
+        if text == other:
+            what = "is the same whatever the responses are"
+        elif missing := [letter for letter in self.letters if not re.search(rf"\b{letter}\b", text)]:
+            what = f"never asks for {missing[0]}"
+        else:
+            return text
+        raise InputError(f"judge.template: {self.name} {what}", kind="invalid", key="judge.template")
 
     def render(self, comparison: Comparison, *, reasoning: bool) -> str:
         """The question to the judge. Raises `InputError` where the template fails."""
         try:
             messages, responses = as_messages(comparison.prompt), self._responses(comparison)
             return self._template.render(messages=messages, reasoning=reasoning, **responses).strip()
-        except TemplateError as error:
-            raise InputError(
-                f"judge.template: {self.name} fails: {error}", kind="user_code", key="judge.template"
-            ) from error
+        except Exception as error:  # a template is a program: it can fail in any way
+            message = f"judge.template: {self.name} fails: {str(error) or type(error).__name__}"
+            raise InputError(message, kind="user_code", key="judge.template") from error
 
     def _responses(self, comparison: Comparison) -> dict[str, str]:
         return {"response_a": comparison.response_a, "response_b": comparison.response_b}
@@ -58,6 +73,7 @@ class RatingPrompt(JudgePrompt):
     """
 
     folder = FOLDER / "rating"
+    letters = ""
 
     def _responses(self, comparison: Comparison) -> dict[str, str]:
         return {"response": comparison.response_a}

@@ -319,7 +319,32 @@ PIPES = [
     evaluate(*AGAINST, "--prompts", "pipe.jsonl", kind="unreadable", key="--prompts", pipe__jsonl=None),
 ]
 
-ALL = [*PIPES, *VALUES, *TEXTS, *OPTIONS, *EVALUATE, *WINRATE, *OTHERS]
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+SHOWN = "{{ response_a }} {{ response_b }}"
+
+
+def question(template: str, kind: str, key: str | None = "judge.template") -> Bad:
+    options = ("--judge", "llm:random:tiny-llama", "judge.template=t.jinja2", "function_timeout=0.5")
+    return evaluate(*AGAINST, *options, kind=kind, key=key, t__jinja2=template)
+
+
+TEMPLATES = [
+    run("chat_template=t.jinja", "function_timeout=0.5", kind="user_code", key="", t__jinja=ENDLESS),
+    run("chat_template='{% if false %}x{% endif %}'", kind="invalid"),
+    run("chat_template='{{ messages|length }}'", kind="invalid"),
+    question(ENDLESS, "user_code", None),
+    question("", "invalid"),
+    question("A or B?", "invalid"),
+    question(SHOWN, "invalid"),
+    question(f"{SHOWN} A?", "invalid"),
+    question(f"{SHOWN} A or B? {{{{ 1 / 0 }}}}", "user_code"),
+    question(f"{SHOWN} A or B? {{{{ 5 + 'a' }}}}", "user_code"),
+    question(f"{SHOWN} A or B? {{% include '/etc/passwd' %}}", "user_code"),
+    question(f"{SHOWN} A or B? {{% for a in range(10**9) %}}{{% endfor %}}", "user_code"),
+    question(f"{SHOWN} A or B? {{% macro m() %}}{{{{ m() }}}}{{% endmacro %}}{{{{ m() }}}}", "user_code"),
+]
+
+ALL = [*TEMPLATES, *PIPES, *VALUES, *TEXTS, *OPTIONS, *EVALUATE, *WINRATE, *OTHERS]
 
 
 def test_the_table_is_long() -> None:
