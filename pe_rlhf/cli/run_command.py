@@ -159,9 +159,11 @@ def plan(
         fix = f"run it with `pe-rlhf compare {recipe}`"
         raise InputError(f"{recipe} is a comparison", kind="conflict", key="compare", file=recipe, fix=fix)
 
+    from pe_rlhf.runs.own_output import claim_run
     from pe_rlhf.stages.preflight import check_inits, select_stages
 
     check_inits(loaded)
-    if loaded.tasks is not None:  # --from and --to are about tasks
-        return loaded, run_dir or Path("runs") / loaded.name, []
-    return loaded, run_dir or Path("runs") / loaded.name, select_stages(loaded, first, last)
+    target = run_dir or Path("runs") / loaded.name
+    claim_run(target)
+    # Of a recipe with tasks, --from and --to name some of them.
+    return loaded, target, [] if loaded.tasks is not None else select_stages(loaded, first, last)

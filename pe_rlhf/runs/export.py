@@ -140,7 +140,8 @@ def _find_checkpoints(place: Path, role: str | None) -> tuple[StageFiles, str]:
 
 
 def _write_export(found: SavedRole, form: Format, target: Path, dtype: Dtype | None) -> Path:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    there = target.resolve()  # `absent/..` is a place that is there, too
+    if there.exists() and (not there.is_dir() or any(there.iterdir())):
         raise InputError(f"{target} is there already", kind="exists", file=target, fix="name another place with --to")
     if isinstance(found.spec, AdapterSpec) and (tasks := found.spec.settings.routes):
         raise InputError(

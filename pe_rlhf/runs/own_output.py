@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from pe_rlhf.runs.layout import ComparisonFiles, EvaluationFiles, StageFiles
+from pe_rlhf.runs.layout import STAGE_INFO, ComparisonFiles, EvaluationFiles, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.system.files import read_json
 from reward.errors import InputError
 
@@ -30,6 +30,23 @@ def claim_reward_evaluation(folder: Path, key: str = "--out") -> None:
         raise _taken(folder, "results of something else than pe-rlhf evaluate-reward", key)
 
 
+def claim_run(folder: Path, key: str = "--run-dir") -> None:
+    """Raise `InputError` for a folder that is a comparison's, an evaluation's, a stage's or a role's.
+
+    Files of the user's may be beside a run: its data, for example.
+    """
+    folder = folder.resolve()
+    run, role = RunFiles(folder), RoleFiles(folder)
+    others = [ComparisonFiles(folder).recipe, StageFiles(folder).metrics, EvaluationFiles(folder).verdicts]
+    others += [role.description, role.adapter_config]
+    if not run.recipe.exists() and not run.failure.exists():
+        others += [run.summary, run.report]
+    elif not (run.failure.exists() or any(run.stage(stage).folder.exists() for stage in STAGE_INFO)):
+        others += [] if run.tasks.exists() or (folder / ".lock").exists() else [run.recipe]  # one of the user's
+    if there := next((path for path in others if path.exists()), None):
+        raise _taken(folder, f"{there.name}, and is not a run's", key)
+
+
 def claim_comparison(folder: Path, key: str = "--dir") -> None:
     """Raise `InputError` unless a folder is empty, not there, or a comparison's."""
     if not ComparisonFiles(folder).recipe.is_file():
@@ -48,6 +65,7 @@ def claim_page(page: Path, key: str = "--to") -> None:
 
 
 def _claim(folder: Path, own: Collection[str], what: str, key: str) -> None:
+    folder = folder.resolve()  # `absent/..` is a place that is there, too
     if folder.exists() and not folder.is_dir():
         raise _taken(folder, "a file", key)
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

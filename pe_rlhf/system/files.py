@@ -48,6 +48,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Where the block raises, nothing of the new folder stays.
     """
+    path = path.resolve()  # `absent/..` is another place once `absent` was made
     scratch = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -165,8 +165,18 @@ OPTIONS = [
     Bad(("run", "recipe.yaml", "--to", "sft"), "unknown", "sft"),
     Bad(("run", "recipe.yaml", "--from", "ppo", "--to", "reward"), "conflict", "from"),
     Bad(("run", "recipe.yaml", "--may-change", "seed"), "conflict", "--may-change"),
-    Bad(("run", "recipe.yaml", "--run-dir", "made", "--resume"), "unreadable", None, {"made/recipe.yaml": "model: ["}),
-    Bad(("run", "recipe.yaml", "--run-dir", "made", "--resume"), "invalid", None, {"made/recipe.yaml": "5"}),
+    Bad(
+        ("run", "recipe.yaml", "--run-dir", "made", "--resume"),
+        "unreadable",
+        None,
+        {"made/recipe.yaml": "model: [", "made/ppo/x": ""},
+    ),
+    Bad(
+        ("run", "recipe.yaml", "--run-dir", "made", "--resume"),
+        "invalid",
+        None,
+        {"made/recipe.yaml": "5", "made/ppo/x": ""},
+    ),
     Bad(("run", "recipe.yaml", "--run-dir", "file"), USAGE, None, {"file": "mine"}, code=3),
     Bad(("nonsense",), USAGE),
     Bad(("doctor", "nonsense"), USAGE),
@@ -313,7 +323,7 @@ PIPES = [
     Bad(("run", "pipe.yaml"), "missing", "RECIPE", {"pipe.yaml": None}),
     Bad(("winrate", "pipe.jsonl"), "unreadable", None, {"pipe.jsonl": None}),
     Bad(("winrate", "pipe.csv.gz"), "unreadable", None, {"pipe.csv.gz": None}),
-    Bad(("export", "made"), "unreadable", None, {ROLE: "{}", "made/adapter_config.json": None}),
+    Bad(("export", "made"), "missing", None, {"made/adapter_config.json": None}),
     Bad(("evaluate-reward", "made", "pipe.jsonl"), "unreadable", "PAIRS", {"pipe.jsonl": None}),
     Bad(("launch", "recipe.yaml", "--hostfile", "pipe"), "unreadable", "--hostfile", {"pipe": None}),
     evaluate(*AGAINST, "--prompts", "pipe.jsonl", kind="unreadable", key="--prompts", pipe__jsonl=None),
@@ -344,7 +354,20 @@ TEMPLATES = [
     question(f"{SHOWN} A or B? {{% macro m() %}}{{{{ m() }}}}{{% endmacro %}}{{{{ m() }}}}", "user_code"),
 ]
 
-ALL = [*TEMPLATES, *PIPES, *VALUES, *TEXTS, *OPTIONS, *EVALUATE, *WINRATE, *OTHERS]
+TAKEN = [
+    Bad(("run", "recipe.yaml", "--run-dir", "made"), "exists", "--run-dir", {f"made/{name}": "{}"})
+    for name in (
+        "comparison.yaml", "metrics.jsonl", "verdicts.jsonl", "role.json", "adapter_config.json", "summary.json",
+        "report.html", "recipe.yaml",
+    )
+] + [
+    Bad(("run", "recipe.yaml", "--run-dir", "."), "exists", "--run-dir"),
+    Bad(("run", "recipe.yaml", "--run-dir", "absent/..", "--resume"), "exists", "--run-dir"),
+    Bad(("evaluate-reward", "a", "pairs.jsonl", "--out", "absent/.."), "exists", "--out"),
+    evaluate(*AGAINST, "--out", "absent/..", kind="exists", key="--out"),
+]  # fmt: skip
+
+ALL = [*TAKEN, *TEMPLATES, *PIPES, *VALUES, *TEXTS, *OPTIONS, *EVALUATE, *WINRATE, *OTHERS]
 
 
 def test_the_table_is_long() -> None:

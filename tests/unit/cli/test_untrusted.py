@@ -13,6 +13,7 @@ import pytest
 from pe_rlhf.comparison.results import _csv
 from pe_rlhf.report.format import slug
 from pe_rlhf.report.page import Page, Sample, Section, Table, Text, Tile
+from pe_rlhf.runs.export import export_role
 from pe_rlhf.runs.layout import RoleFiles
 from pe_rlhf.runs.saved_roles import find_role, save_role
 from reward.errors import Failure
@@ -32,6 +33,13 @@ def test_a_role_names_no_other_place(tmp_path: Path, role: str) -> None:
     files.description.write_text(json.dumps(json.loads(files.description.read_text()) | {"role": role}))
     with raises("unreadable", key="role", file=files.description):
         find_role(tmp_path / "run")
+
+
+def test_an_export_takes_the_place_of_nothing_by_a_path_through_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    save_role(backbone_with("policy"), "policy", tmp_path / "run/ppo/adapter")
+    with raises("exists"):
+        export_role(tmp_path / "run", "lora", tmp_path / "absent/..")
+    assert find_role(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "a/../b", "a\0b", "$(x)", "x;y", "é/ü"])
