@@ -9,6 +9,7 @@ from typing import Any
 from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.config import PPOConfig, Recipe, RewardSource
 from pe_rlhf.config.reward_source import KINDS, OWN_STAGE, source_names
+from pe_rlhf.config.section import DataFile
 from pe_rlhf.config.tasks import JOINT
 from pe_rlhf.data.rows import SOURCE
 from pe_rlhf.runs.layout import RunFiles
@@ -24,7 +25,8 @@ def joint_recipe(recipe: Recipe, run_dir: Path) -> Recipe:
     sections = [(task.name, task.ppo) for task in recipe.tasks or [] if task.ppo is not None]
     first = sections[0][1].model_dump(exclude_unset=True)
     mix = [
-        ppo.prompts.model_dump(exclude_unset=True) | {"label": name, "weight": float(ppo.steps)}
+        ppo.prompts.model_dump(exclude_unset=True, include=set(DataFile.model_fields))
+        | {"label": name, "weight": float(ppo.steps)}
         for name, ppo in sections
     ]
     ppo = first | {

@@ -14,6 +14,7 @@ from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import find_role
+from pe_rlhf.stages.joint_task import joint_recipe
 from pe_rlhf.stages.tasks import run_tasks, task_recipes
 from reward.errors import InputError
 from tests.failures import raises
@@ -192,6 +193,14 @@ def test_all_tasks_at_once_are_one_ppo_on_all_prompts(whole: Path) -> None:
     assert named <= {key for line in lines for key in line}
     assert run_tasks(recipe, run_dir, None, None, "resume").as_json() == table.as_json()
     assert find_role(run_dir, "policy").folder == stage.role("policy").folder
+
+
+@pytest.mark.parametrize("route", [None, {"weights": "learned", "shared_rank": 1}])
+def test_tasks_at_once_are_the_same_from_a_resolved_recipe(tmp_path: Path, route: Tree | None) -> None:
+    """As a comparison writes it for its runs: with all keys, also those that only a whole data set has."""
+    recipe = Recipe.model_validate(tree(tmp_path) | {"continual": {"method": "joint", "route": route}})
+    resolved = Recipe.model_validate(recipe.model_dump(mode="json"))
+    assert joint_recipe(resolved, tmp_path).model_dump() == joint_recipe(recipe, tmp_path).model_dump()
 
 
 @pytest.mark.parametrize(
