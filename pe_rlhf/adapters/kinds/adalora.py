@@ -11,13 +11,13 @@ penalty keeps P and Q near orthonormal (eq. 4).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pe_rlhf.adapters.kind import AdapterKind, LayerContext, Layers, PeftFiles, Time
 from pe_rlhf.adapters.layer import AdapterLayer, LowRankFactors
+from pe_rlhf.adapters.lora.anchored import add_product
 from pe_rlhf.config.adapter import AdapterConfig
 from pe_rlhf.config.section import Decay, Positive, Rate, Share, refusal
 
@@ -67,10 +67,8 @@ class AdaLoRALayer(AdapterLayer):
     alive: Tensor
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        y = base(x)
         scale = self.settings.alpha / self.settings.rank
-        low = F.linear(x.to(y.dtype), (scale * self.lora_E * self.lora_A).to(y.dtype))
-        return y + F.linear(low, self.lora_B.to(y.dtype))
+        return add_product(x, base(x), self.lora_E * self.lora_A, self.lora_B, scale)
 
     def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
         factors = self.lora_factors()

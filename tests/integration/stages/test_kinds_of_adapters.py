@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from pe_rlhf.adapters.kind import KINDS
 from pe_rlhf.config.load import make_recipe
 from tests.failures import raises
+from tests.forked import Forked
 from tests.runs import Outcome, read_jsonl, recipe, without_time, write_recipe
 
 Cli = Callable[..., Outcome]
@@ -85,6 +87,55 @@ def test_reward_policy_and_critic_of_three_kinds_in_one_run(cli: Cli, tmp_path: 
     whole, cut = (read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl") for name in ("whole", "cut"))
     assert whole[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert [without_time(row) for row in cut] == [without_time(row) for row in whole]
+
+
+@pytest.mark.parametrize("kind", ["adalora", "miss"])
+def test_a_critic_starts_as_the_reward_of_its_kind_and_a_killed_run_goes_on(
+    tmp_path: Path, model_cache: Path, kind: str
+) -> None:
+    """`kill -9` amid AdaLoRA's falling budget, of policy and critic; the critic hardly learns, so its start is seen."""
+    tree = recipe(
+        "reward",
+        "ppo",
+        threads=1,
+        adapter={"kind": kind, **SETTINGS.get(kind, {})},
+        reward__learning_rate=1e-2,
+        ppo__reward=[{"adapter": "stage"}],
+        ppo__steps=10,
+        ppo__learning_rate=1e-3,
+        ppo__value_learning_rate=1e-9,
+    )
+    command = ["run", str(write_recipe(tmp_path, tree))]
+    Forked([*command, "--run-dir=whole"], tmp_path, model_cache).finish()
+    metrics = tmp_path / "cut" / "ppo" / "metrics.jsonl"
+    process = Forked([*command, "--run-dir=cut"], tmp_path, model_cache)
+    process.wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3)
+    assert process.kill() == -signal.SIGKILL
+    Forked([*command, "--run-dir=cut", "--resume"], tmp_path, model_cache).finish()
+    roles = ("reward/adapter", "ppo/adapter", "ppo/value")
+    whole, cut = (
+        [load_file(tmp_path / name / role / "role.safetensors") for role in roles] for name in ("whole", "cut")
+    )
+    for expected, found in zip(whole, cut, strict=True):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    lines = [
+        [without_time(row) for row in read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl")]
+        for name in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1]
+
+    reward, _, value = whole
+    moved = 0
+    for name in reward:
+        _, _, part = name.rpartition(".")
+        if part in ("lora_A", "lora_B", "miss_block"):
+            torch.testing.assert_close(value[name], reward[name], atol=1e-6, rtol=0)
+        if part in ("lora_E", "miss_block"):  # zero at the start; a λ may be put out
+            near = (value[name] - reward[name]).abs() < 1e-6
+            assert (near | (value[name] == 0)).all()
+            moved += int((near & (reward[name].abs() > 1e-3)).sum())
+    assert moved > 20
 
 
 def test_a_critic_that_is_a_copy_has_no_adapter_of_its_own(tmp_path: Path) -> None:
