@@ -77,7 +77,7 @@ def publish(name: str, runs: Path, folder: Path) -> Path:
     commits = noted.read_text(encoding="utf-8").split() if noted.exists() else []
     summary = json.loads((runs / "summary.json").read_text(encoding="utf-8"))
     figures = [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(runs.glob("*.svg"))]
-    numbers = "\n\n".join([origin(summary, commits), *(summary.get("tables") or [table(summary)]), *figures])
+    numbers = "\n\n".join([origin(summary, commits), *(summary.get("tables") or tables(summary)), *figures])
     return write_numbers(folder / "README.md", name, numbers)
 
 
@@ -97,6 +97,58 @@ def origin(summary: Row, commits: list[str]) -> str:
     return f"`{command}`, {facts}. [results.csv](results.csv)"
 
 
+def tables(summary: Row) -> list[str]:
+    """The tables of a comparison: one, or for arms that learn several tasks what that comes to, and each after each."""
+    if any(arm.get("tasks") for arm in summary["arms"]):
+        return [table_of_tasks(summary), table_after_each(summary)]
+    return [table(summary)]
+
+
+def table_of_tasks(summary: Row) -> str:
+    """A row for each arm: the last policy over all tasks, and what was forgotten on the way."""
+    names = {
+        "average": "win-rate over all tasks, at the end",
+        "forgetting": "forgetting",
+        "forward_transfer": "forward transfer",
+        "overlap": "overlap of A",
+        "collision_rate": "weights changed twice",
+    }
+    rows: list[Row] = []
+    for arm in summary["arms"]:
+        found = arm.get("tasks") or {}
+        shown = {heading: estimate(found.get(name)) for name, heading in names.items()}
+        ends = {
+            "by seed": by_seed(summary, arm),
+            "peak MiB, PPO": whole(arm["peak_mib"]),
+            "failed or collapsed": ended(arm),
+        }
+        rows.append({"arm": f"`{arm['arm']}`"} | shown | ends)
+    return markdown(rows)
+
+
+def table_after_each(summary: Row) -> str:
+    """Every task (columns) after every task (rows), by arm; all at once there is one policy."""
+    rows: dict[tuple[str, str], Row] = {}
+    for arm in summary["arms"]:
+        for name, found in (arm.get("tasks") or {}).items():
+            after, arrow, on = name.partition(" → ")
+            if arrow:
+                row = rows.setdefault((arm["arm"], after), {"arm": f"`{arm['arm']}`", "after": after})
+                row[f"on {on}"] = estimate(found)
+    return markdown([*rows.values()])
+
+
+def by_seed(summary: Row, arm: Row) -> str:
+    runs = [run for run in summary["runs"] if run["arm"] == arm["arm"] and run["status"] == "finished"]
+    return ", ".join(f"{run['evaluate']['win_rate']:.3f}" for run in runs if "win_rate" in run["evaluate"])
+
+
+def ended(arm: Row) -> str:
+    """Runs that failed, and those that collapsed."""
+    collapses = [f"seed {found['seed']}: {found['kind']} at step {found['step']}" for found in arm["collapses"]]
+    return "; ".join([*(f"seed {seed}: failed" for seed in arm["failed"]), *collapses])
+
+
 def table(summary: Row) -> str:
     """A row for each arm of a comparison; columns in which nothing is known are left out."""
     level = summary["equal_kl"]
@@ -104,31 +156,25 @@ def table(summary: Row) -> str:
     tried: dict[str, list[Row]] = {}
     for trial in summary.get("trials", []):
         tried.setdefault(trial["arm"], []).append(trial)
-    rows: list[Row] = []
-    for arm in summary["arms"]:
-        runs = [run for run in summary["runs"] if run["arm"] == arm["arm"] and run["status"] == "finished"]
-        rates = [f"{run['evaluate']['win_rate']:.3f}" for run in runs if "win_rate" in run["evaluate"]]
-        collapses = [f"seed {found['seed']}: {found['kind']} at step {found['step']}" for found in arm["collapses"]]
-        failed = [f"seed {seed}: failed" for seed in arm["failed"]]
-        rows.append(
-            {
-                "arm": f"`{arm['arm']}`",
-                "learning rate": rate(arm, tried.get(arm["arm"], [])),
-                "win-rate against the anchor": estimate(arm["win_rate"]),
-                "by seed": ", ".join(rates),
-                "judge's score": estimate(arm["gold"], interval=False),
-                "reward": estimate(arm["reward"], interval=False),
-                "KL": estimate(arm["kl"], interval=False, digits=1),
-                f"reward at {at_kl}": estimate(arm["at_equal_kl"], digits=2),
-                f"win-rate at {at_kl}": estimate(arm["judge_at_equal_kl"]),
-                "reward model's accuracy": "" if arm["reward_accuracy"] is None else f"{arm['reward_accuracy']:.3f}",
-                "trained parameters, policy and critic": whole(arm["trainable_parameters"]),
-                "peak MiB, reward stage": whole(arm["reward_peak_mib"]),
-                "peak MiB, PPO": whole(arm["peak_mib"]),
-                "failed or collapsed": "; ".join([*failed, *collapses]),
-            }
-            | {name: estimate(found) for name, found in (arm.get("tasks") or {}).items()}
-        )
+    rows: list[Row] = [
+        {
+            "arm": f"`{arm['arm']}`",
+            "learning rate": rate(arm, tried.get(arm["arm"], [])),
+            "win-rate against the anchor": estimate(arm["win_rate"]),
+            "by seed": by_seed(summary, arm),
+            "judge's score": estimate(arm["gold"], interval=False),
+            "reward": estimate(arm["reward"], interval=False),
+            "KL": estimate(arm["kl"], interval=False, digits=1),
+            f"reward at {at_kl}": estimate(arm["at_equal_kl"], digits=2),
+            f"win-rate at {at_kl}": estimate(arm["judge_at_equal_kl"]),
+            "reward model's accuracy": "" if arm["reward_accuracy"] is None else f"{arm['reward_accuracy']:.3f}",
+            "trained parameters, policy and critic": whole(arm["trainable_parameters"]),
+            "peak MiB, reward stage": whole(arm["reward_peak_mib"]),
+            "peak MiB, PPO": whole(arm["peak_mib"]),
+            "failed or collapsed": ended(arm),
+        }
+        for arm in summary["arms"]
+    ]
     return markdown(rows)
 
 

@@ -126,6 +126,28 @@ def test_a_result_is_written_anew_and_the_words_around_it_stay(tmp_path: Path) -
     assert {path.name for path in folder.iterdir()} == {"README.md", "results.csv", "win_rates.svg"}
 
 
+def test_a_result_of_several_tasks_has_each_after_each() -> None:
+    found = {
+        "average": {"value": 0.7, "low": 0.6, "high": 0.8},
+        "forgetting": {"value": 0.1, "low": None, "high": None},
+        "a → a": {"value": 0.9, "low": None, "high": None},
+        "b → a": {"value": 0.8, "low": None, "high": None},
+        "b → b": {"value": 0.6, "low": None, "high": None},
+    }
+    arms = [ARM | {"tasks": found}, ARM | {"arm": "other", "tasks": {}, "failed": [1], "collapses": []}]
+    whole, each = results.tables(SUMMARY | {"arms": arms})
+    assert [line.strip("| ").split(" | ") for line in whole.splitlines()][2:] == [
+        ["`lora`", "0.700 (0.600 – 0.800)", "0.100", "0.700, 0.800", "seed 3: failed; seed 2: KL blow-up at step 7"],
+        ["`other`", "–", "–", "–", "seed 1: failed"],
+    ]
+    assert [line.strip("| ").split(" | ") for line in each.splitlines()] == [
+        ["arm", "after", "on a", "on b"],
+        ["---"] * 4,
+        ["`lora`", "a", "0.900", "–"],
+        ["`lora`", "b", "0.800", "0.600"],
+    ]
+
+
 def test_the_tables_of_hh_small(tmp_path: Path) -> None:
     evaluate = tmp_path / "ppo" / "runs" / "LoRA" / "seed-1" / "evaluate"
     evaluate.mkdir(parents=True)
