@@ -93,12 +93,14 @@ def two_way_estimate(table: np.ndarray) -> Estimate:
         return Estimate(mean, math.nan, math.nan)
     prompts, runs = table_PS.shape
     rng = np.random.default_rng(SEED)
+    even_P, both_PS = np.full(prompts, 1 / prompts), np.hstack([filled_PS, known_PS])
     means = []
-    for start in range(0, RESAMPLES, 500):  # a part at a time: all of them are gigabytes where there are many prompts
-        count_RP = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=min(500, RESAMPLES - start))
-        verdicts_RS = count_RP @ known_PS.astype(np.float64)
+    for start in range(0, RESAMPLES, 500):
+        # The counts of 20 resamples at a time: all of them are gigabytes where there are many prompts.
+        sizes = [20] * (min(500, RESAMPLES - start) // 20)
+        drawn_RS = np.concatenate([rng.multinomial(prompts, even_P, size=size) @ both_PS for size in sizes])
         with np.errstate(invalid="ignore"):  # a run none of whose prompts was drawn has no mean
-            mean_RS = (count_RP @ filled_PS) / verdicts_RS
+            mean_RS = drawn_RS[:, :runs] / drawn_RS[:, runs:]
         drawn_RS = np.take_along_axis(mean_RS, rng.integers(0, runs, size=mean_RS.shape), axis=1)
         some_R = ~np.isnan(drawn_RS).all(axis=1)
         means.append(np.nanmean(drawn_RS[some_R], axis=1))
