@@ -145,7 +145,8 @@ def share_without_adapter(model: PreTrainedModel, names: Sequence[str]) -> tuple
     found = [_weight_of(adaptable[name]) for name in names]
     linear = {id(weight) for weight in found}
     tables = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}
-    tables.add(id(model.get_output_embeddings().weight))
+    if (head := model.get_output_embeddings()) is not None:
+        tables.add(id(head.weight))
     matrices = {n: weight for n, weight in decoder.named_parameters() if weight.dim() > 1 and id(weight) not in tables}
     matrices = {n.replace(".base.", "."): weight for n, weight in matrices.items() if ".adapters." not in n}
     left = {name: weight.numel() for name, weight in matrices.items() if id(weight) not in linear}

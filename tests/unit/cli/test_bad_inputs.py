@@ -159,7 +159,7 @@ OPTIONS = [
     Bad(("run",), USAGE),
     Bad(("run", "absent.yaml"), "missing", "RECIPE"),
     Bad(("run", "smok"), "missing", "RECIPE"),
-    Bad(("run", "."), "missing", "RECIPE"),
+    Bad(("run", "."), "invalid", "RECIPE"),
     Bad(("run", "recipe.yaml", "--nonsense"), USAGE),
     Bad(("run", "recipe.yaml", "--from", "nowhere"), "unknown", "nowhere"),
     Bad(("run", "recipe.yaml", "--to", "sft"), "unknown", "sft"),

@@ -16,6 +16,7 @@ from pe_rlhf.model.backbone import USUAL, Backbone, FastPath, load_backbone
 from pe_rlhf.model.fast.packing import Packing, find_prefixes
 from pe_rlhf.model.micro_batches import sequence_costs
 from pe_rlhf.types import Sequences
+from reward.errors import Kind
 from tests.failures import raises
 from tests.tiny import (
     IDS_BT,
@@ -235,7 +236,7 @@ def test_what_each_task_is_made_of_is_the_mean_over_layers_and_ranks() -> None:
 
 
 @pytest.mark.parametrize(("pattern", "kind"), [("[", "invalid"), ("layers.7", "unknown")])
-def test_a_pattern_that_fits_no_layer_is_refused(pattern: str, kind: str) -> None:
+def test_a_pattern_that_fits_no_layer_is_refused(pattern: str, kind: Kind) -> None:
     """Its weight would be 0 in all of them, in silence."""
     with raises(kind, key="continual.route.values"):
         routed(weights="layer", values={"a": {"b": {"q_proj": 1.0, pattern: 1.0}}})
