@@ -14,7 +14,7 @@ Named = Mapping[str, Tensor]
 
 
 def orthogonality(earlier_PI: Tensor, own_RI: Tensor) -> Tensor:
-    """Σ_i ‖A_i A_tᵀ‖² over the rows of all earlier A (O-LoRA, arXiv 2310.14152)."""
+    """Σ_i ‖A_i A_tᵀ‖² over the rows of all earlier A (O-LoRA, arXiv 2310.14152), or of all earlier Bᵀ."""
     return (earlier_PI @ own_RI.T).square().sum()
 
 

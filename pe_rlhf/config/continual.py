@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pe_rlhf.config.section import Positive, Rate, Section, refusal
 
 NEW, SAME = ("olora", "nlora"), ("ewc",)  # the methods that need an adapter of each task's own, or one for all
+FACTORS = {"olora": ("A", "B"), "nlora": ("BA", "B")}  # what a penalty may be on; the first is the default
 # The weight of one task's part: of the whole part, of each of its rank-one parts, or by a pattern of layers' names.
 PartWeight = float | list[float] | dict[str, float]
 FORMS = {"task": (float, "a number"), "subspace": (list, "a list of numbers"), "layer": (dict, "numbers by layer")}
@@ -76,6 +77,11 @@ class ContinualConfig(Section):
     strength: Rate = Field(
         default=0.5, description="olora, nlora, ewc: λ, weight of the penalty in the policy's loss; 0: no penalty"
     )
+    penalty_on: Literal["A", "B", "BA"] | None = Field(
+        default=None,
+        description="olora: the rows of A (default) or the columns of B are orthogonal to the earlier ones; nlora: the"
+        " product BA (default) or B is sparse",
+    )
     adapter: Literal["new", "same"] | None = Field(
         default=None,
         description="new: a new adapter on top of the earlier ones, which are frozen; same: the earlier one is trained"
@@ -106,6 +112,11 @@ class ContinualConfig(Section):
     def _fits(self) -> ContinualConfig:
         if self.route is not None and self.method != "joint":
             raise refusal("route", f"routes are learnt by method: joint, all tasks at once; this is {self.method}")
+        if self.penalty_on not in (None, *(own := FACTORS.get(self.method, ()))):
+            choice = (
+                f"{self.method} has {' or '.join(own)}" if own else f"{self.method} has no such penalty; leave it out"
+            )
+            raise refusal("penalty_on", choice)
         for methods, adapter in ((NEW, "new"), (SAME, "same")):
             if self.method in methods and self.adapter not in (None, adapter):
                 raise refusal("adapter", f"{self.method} is for adapter: {adapter}; leave it out")
@@ -125,6 +136,11 @@ class ContinualConfig(Section):
             return {}
         tree = {**self.model_dump(exclude_unset=True), "previous": previous}
         return tree if previous is not None else {k: v for k, v in tree.items() if k not in ("anchor", "adapter")}
+
+    @property
+    def penalised(self) -> str:
+        """The factor that the penalty of olora or nlora is on."""
+        return self.penalty_on or FACTORS[self.method][0]
 
     @property
     def stacks(self) -> bool:

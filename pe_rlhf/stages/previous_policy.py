@@ -81,10 +81,10 @@ class PreviousPolicy:
             parameters = self.backbone.role_parameters(POLICY)
             return lambda: strength * elastic(parameters, fisher, centre)
         layers = self._stacked_layers()
-        if method == "nlora":
-            return lambda: strength * torch.stack([sparsity(own.lora_A, own.lora_B) for own in layers]).sum()
-        self._say_where_full(layers)
-        return lambda: strength * torch.stack([_overlap(own) for own in layers]).sum()
+        of_layer = PENALTIES[method, self.config.penalised]
+        if method == "olora":
+            self._say_where_full(layers)
+        return lambda: strength * torch.stack(list(map(of_layer, layers))).sum()
 
     def metrics(self) -> dict[str, float]:
         """How far the task's change gets in the way of the earlier ones', for adapters that are on top of each other.
@@ -111,22 +111,43 @@ class PreviousPolicy:
         return [layer for layer in self.backbone.role_layers(POLICY).values() if isinstance(layer, StackedLoRA)]
 
     def _say_where_full(self, layers: list[StackedLoRA]) -> None:
-        if full := full_layers(layers):
+        factor, sides = self.config.penalised, "inputs" if self.config.penalised == "A" else "outputs"
+        if full := full_layers(layers, factor):
             say(
                 f"warning: olora: in {full} of {len(layers)} layers the tasks have more ranks than the layer has"
-                " inputs, so A cannot be orthogonal to all earlier ones; lower adapter.rank"
+                f" {sides}, so {factor} cannot be orthogonal to all earlier ones; lower adapter.rank"
             )
 
 
-def full_layers(layers: Iterable[StackedLoRA]) -> int:
-    """In how many layers the tasks have more ranks than the layer has inputs: no A is orthogonal to all others."""
-    ranks = ((sum(len(part.A_RI) for part in own.earlier()) + len(own.lora_A), own.lora_A.shape[1]) for own in layers)
-    return sum(rank > inputs for rank, inputs in ranks)
+def full_layers(layers: Iterable[StackedLoRA], factor: str) -> int:
+    """In how many layers the tasks have more ranks than the layer has inputs (A) or outputs (B).
+
+    There no new factor is orthogonal to all earlier ones.
+    """
+    return sum(
+        sum(len(part.A_RI) for part in own.earlier()) + len(own.lora_A)
+        > (own.lora_A.shape[1] if factor == "A" else len(own.lora_B))
+        for own in layers
+    )
 
 
 def _overlap(own: StackedLoRA) -> Tensor:
     assert own.earlier_A_PI is not None
     return orthogonality(own.earlier_A_PI, own.lora_A)
+
+
+def _overlap_of_B(own: StackedLoRA) -> Tensor:
+    assert own.earlier_B_OP is not None
+    return orthogonality(own.earlier_B_OP.T, own.lora_B.T)
+
+
+# The penalty of a layer, by the method and the factor that it is on.
+PENALTIES: dict[tuple[str, str], Callable[[StackedLoRA], Tensor]] = {
+    ("olora", "A"): _overlap,
+    ("olora", "B"): _overlap_of_B,
+    ("nlora", "BA"): lambda own: sparsity(own.lora_A, own.lora_B),
+    ("nlora", "B"): lambda own: own.lora_B.abs().sum(),
+}
 
 
 def _change(layer: AdapterLayer, weight_OI: Tensor) -> Tensor:

@@ -6,18 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pe_rlhf.adapters.kinds.stacked import StackedLoRA, stacked
-from pe_rlhf.config import Recipe
+from pe_rlhf.config import ContinualConfig, Recipe
 from pe_rlhf.config.load import load_recipe
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages.pipeline import run_recipe
-from pe_rlhf.stages.previous_policy import fisher_of, full_layers
+from pe_rlhf.stages.previous_policy import PENALTIES, fisher_of, full_layers
 from reward.errors import Kind
 from tests.failures import raises
 from tests.runs import Tree, read_jsonl
@@ -51,16 +53,45 @@ def three_tasks(dtype: torch.dtype = torch.float32) -> tuple[Backbone, list[Tens
     return backbone, seen
 
 
-def test_layers_without_room_for_one_more_orthogonal_adapter_are_counted() -> None:
-    """Of the tiny Llama's seven projections in a block down_proj has more than 32 inputs; 20 + 13 ranks are 33."""
-    for rank, full in ((12, 0), (13, 2 * 6)):
-        backbone = load_backbone(tiny_model("llama"))
-        backbone.add_adapter("before", rank=20)
-        backbone.add_adapter("new", rank=rank)
-        made = stacked(backbone.adapter_spec("new"), backbone.role_state("new"), backbone.role_layers("before"))
-        backbone.load_role("policy", *made)
-        layers = [layer for layer in backbone.role_layers("policy").values() if isinstance(layer, StackedLoRA)]
-        assert (len(layers), full_layers(layers)) == (14, full)
+def second_task(rank: int) -> list[StackedLoRA]:
+    """The layers of a policy of two tasks, the first of rank 20."""
+    backbone = load_backbone(tiny_model("llama"))
+    for role, ranks in (("before", 20), ("new", rank)):
+        backbone.add_adapter(role, rank=ranks)
+        perturb(backbone, role, 0.1)
+    made = stacked(backbone.adapter_spec("new"), backbone.role_state("new"), backbone.role_layers("before"))
+    backbone.load_role("policy", *made)
+    return [layer for layer in backbone.role_layers("policy").values() if isinstance(layer, StackedLoRA)]
+
+
+@pytest.mark.parametrize(("rank", "of_A", "of_B"), [(12, 0, 2 * 2), (13, 2 * 6, 2 * 5)])
+def test_layers_without_room_for_one_more_orthogonal_adapter_are_counted(rank: int, of_A: int, of_B: int) -> None:
+    """A block of the tiny Llama: 32 inputs except of down_proj; 16 outputs of two layers, 32 of three. 20 + 13 = 33."""
+    layers = second_task(rank)
+    assert len(layers) == 14
+    assert (full_layers(layers, "A"), full_layers(layers, "B")) == (of_A, of_B)
+
+
+def test_penalties_by_their_factor_in_numpy() -> None:
+    for own in second_task(3):
+        assert own.earlier_A_PI is not None
+        assert own.earlier_B_OP is not None
+        A, B, earlier_A, earlier_B = (
+            t.detach().double().numpy() for t in (own.lora_A, own.lora_B, own.earlier_A_PI, own.earlier_B_OP)
+        )
+        wanted = {
+            ("olora", "A"): ((earlier_A @ A.T) ** 2).sum(),
+            ("olora", "B"): ((earlier_B.T @ B) ** 2).sum(),
+            ("nlora", "BA"): np.abs(B @ A).sum(),
+            ("nlora", "B"): np.abs(B).sum(),
+        }
+        assert {key: penalty(own).item() for key, penalty in PENALTIES.items()} == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(("method", "factor"), [("olora", "BA"), ("nlora", "A"), ("ewc", "B"), ("sequential", "A")])
+def test_a_factor_that_a_penalty_is_not_on_is_refused(method: str, factor: str) -> None:
+    with pytest.raises(ValidationError, match="penalty_on"):
+        ContinualConfig.model_validate({"method": method, "penalty_on": factor})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
