@@ -151,8 +151,12 @@ def peft_refusal(files: PeftFiles, model: PreTrainedModel, *, all_names: list[st
         try:
             loaded = PeftModel.from_pretrained(plain, scratch, low_cpu_mem_usage=True)
             found = get_peft_model_state_dict(loaded)
+            # Again, since only this says what it found no place for, and left at random: what it calls otherwise.
+            unplaced = loaded.load_adapter(scratch, "default", low_cpu_mem_usage=True).unexpected_keys
         except Exception as error:  # whatever PEFT raises for what it does not take
             return f"PEFT does not load it: {shorten(str(error), 160, placeholder=' …')}"
+    if unplaced:
+        return f"PEFT would not load {unplaced[0].removeprefix('base_model.model.')}"
     if other := sorted(found.keys() ^ written.keys()):
         return f"PEFT would put it on other weights, such as {other[0].removeprefix('base_model.model.')}"
     other = next((name for name in written if found[name].shape != written[name].shape), None)

@@ -11,11 +11,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from pe_rlhf.adapters.layer import WrappedLayer, merged_weight
 from pe_rlhf.adapters.targets import Targets
 from pe_rlhf.model.backbone import Backbone, load_backbone
+from tests.failures import raises
 from tests.pairwise import pairwise
 from tests.tiny import (
     ALL_INITS,
@@ -242,3 +243,30 @@ def test_sequences_of_the_trainer_contain_what_could_be_mistaken_for_padding() -
     whole = [prompt + response for prompt, response in rows_of(ragged_sequences())]
     assert any(PAD in row for row in whole)
     assert any(EOS in row for row in whole)
+
+
+def laguna() -> PreTrainedModel:
+    """A mixture whose shared experts have another name in checkpoints."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_attention_heads_per_layer": [4, 4]}
+    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
+    kinds = {"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("laguna", **sizes, **heads, **experts, **kinds, max_position_embeddings=64)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_what_peft_would_leave_at_random_is_not_exported(tmp_path: Path) -> None:
+    """It renames the shared experts, finds no such tensors in the file, and says nothing; attention it loads."""
+    model = laguna()
+    plain = copy.deepcopy(model)
+    backbone = load_backbone(model)
+    backbone.add_adapter("everywhere", rank=2)
+    backbone.add_adapter("attention", rank=2, targets=["q_proj", "o_proj"])
+    perturb(backbone, "attention")
+    assert isinstance(backbone.peft_form("everywhere"), str)
+    with raises("conflict", key="format"):
+        backbone.export_adapter("everywhere", tmp_path / "everywhere")
+    backbone.export_adapter("attention", tmp_path / "attention")
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "attention"))
+    with torch.no_grad(), backbone.role("attention"):
+        torch.testing.assert_close(loaded(IDS_BT).logits, backbone(IDS_BT).logits, atol=1e-5, rtol=1e-5)

@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from pe_rlhf.config.load import load_deepspeed_config
+from pe_rlhf.model.names import resolve_model
 from reward.errors import Failure, InputError
 from tests.runs import Outcome, Tree, recipe, write_recipe
 
@@ -41,6 +42,7 @@ def parsed(out: str) -> tuple[list[str], dict[str, str], dict[str, list[object]]
 
 @pytest.mark.parametrize("dashes", [[], ["--"]])
 def test_one_node_with_the_options_of_run(cli: Cli, tmp_path: Path, dashes: list[str]) -> None:
+    resolve_model("random:tiny-llama")  # of a model that is not on this machine there is no plan
     path = write_recipe(tmp_path, recipe("ppo"))
     given = ["--resume", "--run-dir", "runs/beta=0.1", "--from", "ppo", "--may-change", "seed"]
     outcome = cli("launch", path, "deepspeed=zero2", "--num-procs", "8", "--dry-run", *dashes, *given)
