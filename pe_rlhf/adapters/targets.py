@@ -209,7 +209,8 @@ def _what_is_left_out(
 
 def _all_linear(model: PreTrainedModel, takes_experts: bool) -> list[str]:
     """What the word means: all linear modules, and the experts where they are in PEFT's."""
-    return list(_adaptable(model) if takes_experts and peft_adapts_experts(model) else linear_modules(model))
+    has_experts = takes_experts and expert_weights(model) and peft_adapts_experts(model)
+    return list(_adaptable(model) if has_experts else linear_modules(model))
 
 
 def find_targets(
