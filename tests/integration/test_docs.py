@@ -32,6 +32,7 @@ TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 NEEDS = {
     r"^quickstart$": "ten minutes",
     r"^compare_|^pe_vs_full$": "hours",
+    r"^model=path/to/": "a model to name",
     r"llm:|^http": "a model or a server",
     r"^--submit$": "a cluster",
     r"^smoke$": "run once, for all",
