@@ -28,7 +28,9 @@ ATTACK = (
     f"</script></style></title></textarea></svg></pre>--><script>{MARK}</script><img src=x onerror={MARK}>"
     f"<svg onload={MARK}></svg><iframe srcdoc='<script>parent.{MARK}</script>'></iframe>"
 )
-ATTRIBUTE = f"\" autofocus onfocus={MARK} onload={MARK} tabindex=1 style='x' '"
+# The last of these events needs no focus, which a headless browser gives a page or not.
+VISIBLE = f"style='content-visibility:auto' oncontentvisibilityautostatechange={MARK}"
+ATTRIBUTE = f"\" autofocus onfocus={MARK} onload={MARK} tabindex=1 {VISIBLE} '"
 SCHEME = f"javascript:{MARK} {{{{7*7}}}} ${{{MARK}}} $\\frac$ ]]>"
 HOSTILE = f"{ATTACK}{ATTRIBUTE}{SCHEME}"
 
