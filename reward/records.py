@@ -14,8 +14,6 @@ be a list of parts of text. Messages may be their JSON text, as tables of text h
 names of roles. No prompt ends with an assistant's turn: the template would have that answered once more.
 """
 
-import ast
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,8 +36,6 @@ WHOLE_DIALOGUES = "dialogues that are the same up to the last turn"
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
 ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
-MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "messages", "completion", "response")
-PACKED = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|content|from|value)[\"']\s*:")  # a list of messages as text
 
 
 @dataclass(frozen=True)
@@ -196,30 +192,6 @@ def layout_of(row: Mapping[str, object]) -> str:
     if row.get("prompt") is None:
         return "texts whose common start is the prompt"
     return "responses to a prompt of text" if isinstance(row["prompt"], str) else "responses to a prompt of messages"
-
-
-def unpacked(row: Mapping[str, object]) -> Mapping[str, object]:
-    """A row whose messages are lists: they come as JSON or as Python's own text from tables, and one by itself."""
-    found = {name: messages for name in MESSAGE_COLUMNS if (messages := _messages_in(row.get(name))) is not None}
-    return {**row, **found} if found else row
-
-
-def _messages_in(value: object) -> list[object] | None:
-    if isinstance(value, Mapping):
-        return [value] if _is_message(value) else None
-    if not isinstance(value, str) or not PACKED.match(value):
-        return None
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        return found if isinstance(found, list) and found and all(map(_is_message, found)) else None
-    return None
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, Mapping) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
 
 
 def split_row(row: Mapping[str, object]) -> tuple[Prompt, str, str]:

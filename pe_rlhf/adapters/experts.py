@@ -107,6 +107,22 @@ class WrappedExperts(Wrapper):
         return self.base
 
 
+def wrapped(model: nn.Module, name: str, state: RoleState) -> WrappedLayer:
+    """The place of a layer or fused weight of that name for adapters, made where it is not there yet."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    layer = getattr(parent, leaf)
+    if isinstance(layer, WrappedLayer):
+        return layer
+    if leaf in fused_parameters(parent):
+        experts = WrappedExperts(parent, state)
+        model.set_submodule(parent_name, experts)
+        return experts.weight(leaf)
+    layer = WrappedLayer(layer, state)
+    setattr(parent, leaf, layer)
+    return layer
+
+
 def adapted_experts(
     experts: Any, adapters: Mapping[str, ExpertLoRA], hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor
 ) -> Tensor:

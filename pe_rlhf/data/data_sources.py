@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from pe_rlhf.config import DataFile
 from pe_rlhf.data.formats import converted
 from pe_rlhf.data.local_files import IN_MEMORY, READERS, TABLES, ending, read_file
+from pe_rlhf.data.packed_messages import unpacked
 from pe_rlhf.data.row_table import Bytes, Row, Rows
 from pe_rlhf.system.progress import console, say
 from reward.errors import InputError
-from reward.records import unpacked
 
 if TYPE_CHECKING:
     from datasets import Dataset

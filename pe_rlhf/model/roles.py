@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_rlhf.adapters.experts import WrappedExperts, fused_parameters
+from pe_rlhf.adapters.experts import wrapped
 from pe_rlhf.adapters.layer import AdapterLayer, RoleState, WrappedLayer, weight_out_in
 from pe_rlhf.adapters.layer_statistics import LayerStatistics, StatisticsSource
 from pe_rlhf.adapters.specs import AdapterSpec, FullSpec, RoleSpec, adapter_settings, new_adapters, saved_adapter
@@ -163,7 +163,7 @@ class ModelWithRoles(nn.Module):
 
     def base_layer(self, name: str) -> nn.Module:
         """The frozen module of a layer that adapters can be put on."""
-        return self._wrap(name).base
+        return wrapped(self.model, name, self._state).base
 
     def adapter_spec(self, role: str) -> AdapterSpec:
         """How a role's adapter was made. Raises `InputError` for a role that has none."""
@@ -203,7 +203,7 @@ class ModelWithRoles(nn.Module):
             refuse_others(state, (*spec.modules, "head"))
             # One weight at a time: under ZeRO-3 each is a whole copy, and that of a quantised one is dequantised.
             adapters = {
-                name: saved_adapter(spec, weight_out_in(self._wrap(name).base), without_prefix(f"{name}.", state))
+                name: saved_adapter(spec, self.base_weight(name), without_prefix(f"{name}.", state))
                 for name in spec.modules
             }
         except (InputError, torch.OutOfMemoryError):
@@ -289,7 +289,7 @@ class ModelWithRoles(nn.Module):
         spec.kind.share(adapters)
         self._remove(role)
         for name, adapter in adapters.items():
-            layer = self._wrap(name)
+            layer = wrapped(self.model, name, self._state)
             layer.adapters[role] = adapter
             layer.adapter(role).put_on(layer.base)
             layer.adapter(role).follow(self._state)
@@ -322,20 +322,6 @@ class ModelWithRoles(nn.Module):
         prefix = next(f"{name}." for name, module in self.model.named_modules() if module is decoder)
         prefix = prefix if role in self.heads else ""
         return with_prefix(prefix, unique_tensors(self.own_models[role]))
-
-    def _wrap(self, name: str) -> WrappedLayer:
-        parent_name, _, leaf = name.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
-        layer = getattr(parent, leaf)
-        if isinstance(layer, WrappedLayer):
-            return layer
-        if leaf in fused_parameters(parent):
-            experts = WrappedExperts(parent, self._state)
-            self.model.set_submodule(parent_name, experts)
-            return experts.weight(leaf)
-        layer = WrappedLayer(layer, self._state)
-        setattr(parent, leaf, layer)
-        return layer
 
     def _layers(self, role: str) -> list[tuple[str, WrappedLayer]]:
         if role not in self.specs:
