@@ -47,6 +47,10 @@ class RewardConfig(Section):
     data: Data | None = Field(default=None, description="preference pairs; default: those of the preferences stage")
     eval_data: Data | None = Field(default=None, description="held-out pairs; default: a share of data")
     eval_share: Share = Field(default=0.1, description="share of the prompts that is held out; only without eval_data")
+    max_pairs: Positive | None = Field(
+        default=None,
+        description="train on at most so many pairs, drawn by the seed, while the held-out ones stay; default: on all",
+    )
     max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the records is unusable")
     max_length: int = Field(
         default=1024, ge=2, description="longest prompt and response together, tokens; prompts are cut on the left"

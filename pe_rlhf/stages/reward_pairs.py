@@ -12,6 +12,7 @@ from pe_rlhf.data.rows import hold_out, load_preferences, note_bad_rows, say_fir
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.system.seeding import permutation
 from reward.errors import InputError
 from reward.records import PreferenceRecord, first_turn
 
@@ -42,6 +43,9 @@ def load_pairs(context: StageContext[Any], config: RewardConfig, backbone: Backb
         say_overlap("reward.eval_data", [turn for turn, _ in held_out], [turn for turn, _ in train])
     else:
         train, held_out = hold_out(records, itemgetter(0), config.eval_share, context.recipe.seed, "reward held out")
+    if config.max_pairs is not None:  # the first of one order: fewer pairs are some of more
+        order = permutation(len(train), context.recipe.seed, "reward max pairs")
+        train = [train[number] for number in order[: config.max_pairs]]
     if not train or not held_out:
         raise InputError(
             f"reward.data: {len(records)} pairs are too few to hold out a share of {config.eval_share}",

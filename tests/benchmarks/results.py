@@ -22,7 +22,11 @@ from typing import Any
 
 from tests.paths import ROOT
 
-SCRIPTS = {"hh_small": "tests.benchmarks.hh_small"}  # results that are more than one comparison: NAME → module
+# Results that are more than one comparison: NAME → module and its options.
+SCRIPTS = {"hh_small": ["tests.benchmarks.hh_small"]} | {
+    name: ["tests.benchmarks.estimators", "--recipe", name]
+    for name in ("compare_estimators", "compare_estimators_small")
+}
 BEGIN, END = "<!-- numbers: `make results` writes these -->", "<!-- end of the numbers -->"
 Row = dict[str, Any]
 
@@ -45,7 +49,7 @@ def main() -> None:
 def make(name: str, overrides: list[str], runs: Path, *, only_page: bool) -> int:
     """Run what is missing, and note the commit. Returns the exit code: failed runs are a result too."""
     own = name in SCRIPTS
-    command = [SCRIPTS[name]] if own else ["pe_rlhf", "compare", name]
+    command = SCRIPTS[name] if own else ["pe_rlhf", "compare", name]
     command = [sys.executable, "-m", *command, "--dir", str(runs), *overrides]
     if only_page:
         command += ["--only-page"] if own else ["--only", "report"]

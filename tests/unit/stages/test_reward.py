@@ -107,6 +107,20 @@ def test_it_learns_and_its_summary_is_that_of_single_passes(tmp_path: Path) -> N
     assert max(scores) - min(scores) > 1
 
 
+def test_fewer_pairs_are_some_of_more_and_the_held_out_ones_stay(tmp_path: Path) -> None:
+    def sides(**settings: int) -> tuple[list[Any], list[Any]]:
+        train, held_out, _ = pairs_of(recipe(tmp_path, learnable(), eval_share=0.2, **settings), tmp_path)
+        return [*train.pairs], [*held_out.pairs]
+
+    train, held_out = sides()
+    few, more, all_of_them = (sides(max_pairs=count) for count in (5, 20, 1000))
+    assert [len(side[0]) for side in (few, more, all_of_them)] == [5, 20, len(train)]
+    assert few[0] == more[0][:5]
+    assert all(pair in train for pair in more[0])
+    assert more[0] != train[:20]  # drawn, not the first rows of the file
+    assert few[1] == more[1] == all_of_them[1] == held_out
+
+
 def test_the_split_is_by_prompt(tmp_path: Path) -> None:
     """No prompt on both sides, text or messages; the seed decides which."""
     rows = learnable()
