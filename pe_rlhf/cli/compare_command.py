@@ -54,6 +54,7 @@ def compare(
     --only, copy (rsync) their directories into one and make the report there with --only report.
     """
     from pe_rlhf.comparison.plan import load_plan
+    from pe_rlhf.comparison.runner import refuse_other_comparison
     from pe_rlhf.config.load import find_recipe, save_recipe
     from pe_rlhf.runs.layout import ComparisonFiles
     from pe_rlhf.runs.own_output import claim_comparison
@@ -61,6 +62,8 @@ def compare(
     path = find_recipe(recipe)
     plan = load_plan(path, root, overrides or [])
     chosen = _parse_only(only)
+    claim_comparison(plan.root)
+    refuse_other_comparison(plan)
     if dry_run:
         _check(plan)
         _show(plan)
@@ -68,7 +71,6 @@ def compare(
     if submit is not None:
         _submit(plan, submit)
         return
-    claim_comparison(plan.root)
     plan.root.mkdir(parents=True, exist_ok=True)
     save_recipe(plan.base, ComparisonFiles(plan.root).recipe)
     if chosen.parts != ("report",):

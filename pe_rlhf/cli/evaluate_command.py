@@ -107,8 +107,10 @@ def _evaluate_prompts(
         files = EvaluationFiles(folder)
         texts = {name: responses_of(side, asked, files.responses(name)) for name, side in sides.items()}
         pairs = make_pairs(asked, texts["candidate"], texts["baseline"])
-        beside: dict[str, Any] = {}
-        if n is not None and run is not None:
+
+        def best_of() -> dict[str, Any]:
+            if n is None or run is None:
+                return {}
             prompting = sides["candidate"].prompting
             assert prompting is not None
             best, kl = best_of_run(run, n, asked, prompting, settings, folder)
@@ -116,8 +118,9 @@ def _evaluate_prompts(
             against_it = make_pairs(asked, best.texts, texts["baseline"])
             share = settings.max_invalid_share
             outcomes = ask_judge(built, against_it, files.best_of_verdicts, title=title, names=names, max_invalid=share)
-            beside = {"kl": kl, **best.metrics(outcomes)}
-        summary = evaluate_pairs(built, pairs, folder, (candidate, baseline), settings, beside=beside)
+            return {"kl": kl, **best.metrics(outcomes)}
+
+        summary = evaluate_pairs(built, pairs, folder, (candidate, baseline), settings, beside=best_of)
         typer.echo(json.dumps(summary, ensure_ascii=False))
         typer.echo(f"report: {write_evaluation_report(folder, pairs).resolve()}", err=True)
 

@@ -37,14 +37,16 @@ def inspect(
 
     from pe_rlhf.report.format import number
     from pe_rlhf.report.inspect_page import COLUMNS
-    from pe_rlhf.runs.own_output import claim_page
-    from pe_rlhf.stages.inspect import adapters_named, inspect_recipe, write_page
+    from pe_rlhf.runs.own_output import claim_page, refuse_other_question
+    from pe_rlhf.stages.inspect import adapters_named, inspect_recipe, question, write_page
     from pe_rlhf.system.progress import console
 
     folder = run_dir or Path("runs") / loaded.name
     page = to or folder / f"inspect-{chosen}.html"
     claim_page(page)
     named = adapters_named(inits, kinds, loaded, chosen)
+    asked = question(loaded, chosen, named)
+    refuse_other_question(page.with_suffix(".json"), asked, "--to")
     result = inspect_recipe(loaded, chosen, named, folder, lenient="all" in (inits, kinds))
     for name, reason in result.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
@@ -54,4 +56,4 @@ def inspect(
     for total in result.totals():
         table.add_row(total["init"], *(number(total[key]) for key in COLUMNS))
     console.print(table)
-    typer.echo(write_page(result, loaded, chosen, page).resolve())
+    typer.echo(write_page(result, loaded, chosen, page, asked).resolve())

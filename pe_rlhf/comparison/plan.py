@@ -149,7 +149,7 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
     if base.date is None and (day := _date_of(where)) is not None:
         tree["date"] = day
         base.date = day
-    plan = Plan(path, where, tree, base, base.compare, _arms(base.compare), overrides)
+    plan = Plan(path, where, tree, base, base.compare, arms_of(base.compare), overrides)
     _refuse_settings_without_effect(plan)
     _refuse_equal_arms(plan)
     return plan
@@ -162,7 +162,7 @@ def _date_of(root: Path) -> str | None:
     return date.today().isoformat()
 
 
-def _arms(config: CompareConfig) -> list[Arm]:
+def arms_of(config: CompareConfig) -> list[Arm]:
     """The grid's combinations, then the arms that were named one by one."""
     axes = [[(key, value) for value in values] for key, values in config.grid.items()]
     trees: list[Tree] = [dict(combination) for combination in itertools.product(*axes)] if axes else []

@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pe_rlhf.comparison.own_process import call
-from pe_rlhf.comparison.plan import PlannedRun
+from pe_rlhf.comparison.plan import Plan, PlannedRun, arms_of
 from pe_rlhf.comparison.run_result import Status
-from pe_rlhf.config.load import changes_since, save_recipe
-from pe_rlhf.runs.layout import RunFiles
+from pe_rlhf.config.load import changes_since, load_recipe, save_recipe
+from pe_rlhf.runs.layout import ComparisonFiles, RunFiles
 from pe_rlhf.runs.task_table import has_finished
 from pe_rlhf.system.failures import IN_USE, Stopped
 from pe_rlhf.system.files import read_json, write_json
@@ -24,6 +24,8 @@ from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
 SECONDS_BETWEEN_LOOKS = 15.0
+# Keys of a comparison that change none of its runs: which there are is looked at one by one.
+MAY_DIFFER = tuple(f"compare.{key}" for key in ("arms", "grid", "seeds", "target_reward", "collapse", "nodes"))
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,29 @@ def _run(run: PlannedRun) -> None:
     elif not files.failure.is_file():
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         write_json(files.failure, {"message": f"the run {how}; see {files.log}", "kind": "process", "exit_code": code})
+
+
+def refuse_other_comparison(plan: Plan) -> None:
+    """Raise `InputError` where the folder has a comparison with other settings, or runs that this one lacks.
+
+    Arms and seeds may be added, and what only the report computes with may change.
+    """
+    saved = ComparisonFiles(plan.root).recipe
+    if not saved.is_file():
+        return
+    before = load_recipe(saved).compare
+    lost = [] if before is None else [arm.name for arm in arms_of(before) if arm not in plan.arms]
+    lost += [] if before is None else [f"seed {seed}" for seed in before.seeds if seed not in plan.config.seeds]
+    changed = changes_since(plan.base, saved, MAY_DIFFER, moved=True)
+    if lost or changed:
+        what = f"it has {', '.join(lost)}, which this one lacks" if lost else changed
+        raise InputError(
+            f"{plan.root} holds another comparison: {what}",
+            kind="changed",
+            key="--dir",
+            file=saved,
+            fix="give another --dir, or the recipe that the comparison was started with",
+        )
 
 
 def refuse_changed(runs: Sequence[PlannedRun]) -> None:

@@ -168,7 +168,7 @@ def changes_since(recipe: Recipe, path: Path, may_change: Sequence[str] = (), *,
 
 def differences(before: Recipe, after: Recipe, *, moved: bool = False) -> dict[str, tuple[Any, Any]]:
     """The values before and after of every key in which two recipes differ; `moved` as of `changes_since`."""
-    old, new = (_flat(each.model_dump(mode="json")) for each in (before, after))
+    old, new = (flat(each.model_dump(mode="json")) for each in (before, after))
     if after.date is None:  # then a run keeps its own
         new["date"] = before.date
     if moved:
@@ -179,7 +179,7 @@ def differences(before: Recipe, after: Recipe, *, moved: bool = False) -> dict[s
 
 def recipe_keys(recipe: Recipe) -> set[str]:
     """The keys of a recipe that have a value, those of sections as `section.key`; a list is one value."""
-    return set(_flat(recipe.model_dump(mode="json")))
+    return set(flat(recipe.model_dump(mode="json")))
 
 
 def is_below(key: str, above: str) -> bool:
@@ -195,10 +195,11 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by `section.key`; a list is one value."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+    return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{prefix}.{name}" if prefix else name).items()}
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

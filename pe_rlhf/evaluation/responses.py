@@ -6,10 +6,9 @@ Everything is in one folder and written as it comes, so the same command goes on
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -28,6 +27,7 @@ from pe_rlhf.evaluation.sources import (
 from pe_rlhf.evaluation.suites import Suite
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.runs.layout import EvaluationFiles
+from pe_rlhf.runs.own_output import content_hash, refuse_other_question
 from pe_rlhf.runs.saved_roles import SavedRole, is_endpoint, weights_of
 from pe_rlhf.scoring.model_judges import ask_judge
 from pe_rlhf.system.files import append_jsonl, read_jsonl, write_json, write_jsonl
@@ -154,7 +154,7 @@ def rows_of(
     sample: gives what belongs to prompts[start:], one after the other. Raises `InputError` where the file's first line
     is of another identity, or of other prompts.
     """
-    head = {"identity": identity, "prompts": fingerprint(prompts)}
+    head = {"identity": identity, "prompts": content_hash(list(prompts))}
     done = _finished(path, head, prompts)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(path, (head, *done))
@@ -167,10 +167,6 @@ def rows_of(
     return done
 
 
-def fingerprint(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
-
-
 def evaluate_pairs(
     judge: Judge,
     pairs: Sequence[Pair],
@@ -179,25 +175,36 @@ def evaluate_pairs(
     settings: EvaluationSettings,
     suite: Suite | None = None,
     difficulty: Sequence[float] | None = None,
-    beside: Summary | None = None,
+    beside: Callable[[], Summary] = dict,
 ) -> Summary:
     """Have all pairs judged and write `verdicts.jsonl` and `summary.json`; `names` of candidate and baseline.
 
-    difficulty: of each prompt by position, for the length-controlled win-rate. beside: what else the summary says.
-    Raises as `judge_pairs`.
+    difficulty: of each prompt by position, for the length-controlled win-rate. beside: finds what else the summary
+    says. Raises as `judge_pairs`, and `InputError` where a result of something else is there.
     """
     candidate, baseline = names
-    files = EvaluationFiles(folder)
+    files, version = EvaluationFiles(folder), getattr(judge, "version", "")
+    asked = {
+        "candidate": candidate,
+        "baseline": baseline,
+        "judge": judge.identity,
+        "judge_version": version,
+        "suite": suite and suite.name,
+        "level": settings.level,
+        "best_of": settings.policy.best_of,
+        "content": content_hash([[astuple(pair) for pair in pairs], difficulty and list(difficulty)]),
+    }
+    refuse_other_question(files.summary, asked)
     outcomes = ask_judge(
         judge, pairs, files.verdicts, title="judging", names=names, max_invalid=settings.max_invalid_share
     )
     result = summarise(candidate, outcomes, difficulty, settings.level)
     summary = {**result, "baseline": baseline, "judge": judge.identity}
-    if version := getattr(judge, "version", ""):
+    if version:
         summary["judge_version"] = version
     if suite is not None:
         summary |= {"suite": suite.name, **suite.score(outcomes, result)}
-    summary |= beside or {}
+    summary |= beside() | {"asked": asked}
     write_json(files.summary, summary)
     return summary
 

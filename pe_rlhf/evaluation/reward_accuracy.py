@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from pe_rlhf.config import DataSource
 from pe_rlhf.data.data_sources import load_rows
 from pe_rlhf.report.evaluation_page import write_reward_report
 from pe_rlhf.runs.layout import EvaluationFiles
+from pe_rlhf.runs.own_output import content_hash, refuse_other_question
+from pe_rlhf.runs.saved_roles import weights_of
 from pe_rlhf.scoring.reward_judge import RewardScores, reward_scores
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.files import write_json, write_whole
@@ -38,9 +41,19 @@ def evaluate_reward_model(
 ) -> dict[str, Any]:
     """Write `summary.json` and `report.html` to `folder`; return the summary. Raises `InputError` for bad input."""
     records, subsets = load_subset_records(pairs, limit)
+    models = [model] if second is None else [model, second]
+    asked = {
+        "model": model,
+        "second": second,
+        "pairs": pairs,
+        "dtype": dtype,
+        "weights": [weights_of(name, "reward") for name in models],
+        "content": content_hash([[astuple(record) for record in records], subsets]),
+    }
+    refuse_other_question(EvaluationFiles(folder).summary, asked)
     margins: list[list[float]] = []
     summaries: list[dict[str, Any]] = []
-    for name in [model] if second is None else [model, second]:
+    for name in models:
         scores = _scores(reward_scores(name, dtype, device, as_trained=True), records, name, batch_size)
         scored = [
             ScoredPair(chosen, rejected, len(record.chosen), len(record.rejected), subset)
@@ -54,6 +67,7 @@ def evaluate_reward_model(
         both = agreement(votes[0], votes[1])
         kappa = None if math.isnan(both.kappa) else both.kappa  # of two that are always of the same opinion
         summary |= {"second": summaries[1], "agreement": both.accuracy, "agreement_kappa": kappa}
+    summary["asked"] = asked
     folder.mkdir(parents=True, exist_ok=True)
     write_json(EvaluationFiles(folder).summary, summary)
     write_whole(EvaluationFiles(folder).report, write_reward_report(summary))

@@ -1,10 +1,18 @@
-"""Where a command may write: nothing of another kind that is there is overwritten or mixed with."""
+"""Where a command may write: nothing of another kind is overwritten or mixed with, and no answer to another question.
+
+One rule for the results of all commands: what was `asked` is in the result's JSON. Where a result is there, it is
+written again only for the same question; for another one the command is refused before it computes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+from pe_rlhf.config.load import flat
 from pe_rlhf.runs.layout import STAGE_INFO, ComparisonFiles, EvaluationFiles, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.system.files import read_json
 from reward.errors import InputError
@@ -62,6 +70,27 @@ def claim_page(page: Path, key: str = "--to") -> None:
         raise _taken(numbers, "something else than the numbers of such a page", key)
     if page.is_dir() or (page.exists() and not numbers.exists()):
         raise _taken(page, "something else than a page of pe-rlhf inspect", key)
+
+
+def refuse_other_question(result: Path, asked: Mapping[str, Any], key: str = "--out") -> None:
+    """Raise `InputError` where a result is there that does not answer what is asked now."""
+    if not result.exists():
+        return
+    before, now = flat(read_json(result).get("asked", {})), flat(json.loads(json.dumps(asked)))
+    other = next((name for name in (*now, *before) if before.get(name) != now.get(name)), None)
+    if other is not None:
+        raise InputError(
+            f"{result} is there already, with other settings: {other}: {before.get(other)!r} → {now.get(other)!r}",
+            kind="changed",
+            key=other,
+            file=result,
+            fix=f"name another place with {key}, or remove what is there",
+        )
+
+
+def content_hash(content: Any) -> str:
+    """What tells texts that were asked about from others."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _claim(folder: Path, own: Collection[str], what: str, key: str) -> None:

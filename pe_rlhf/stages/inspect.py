@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -102,8 +104,14 @@ def _of_kind(kind: str, own: AdapterConfig) -> AdapterConfig:
     return adapter_settings(kind, targets=own.targets, exclude=own.exclude, last_layers=own.last_layers)
 
 
-def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Path:
-    """Write the metrics as a self-contained HTML page, and beside it as JSON."""
+def question(recipe: Recipe, stage: str, adapters: Sequence[AdapterConfig]) -> dict[str, Any]:
+    """What a page is about: all that its numbers follow from, save the content of data and models."""
+    by_number = {str(number): adapter.model_dump(mode="json") for number, adapter in enumerate(adapters, start=1)}
+    return {"stage": stage, "adapters": by_number, "recipe": recipe.model_dump(mode="json", exclude={"threads"})}
+
+
+def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path, asked: Mapping[str, Any]) -> Path:
+    """Write the metrics as a self-contained HTML page, and beside it as JSON, with what was asked."""
     adapter, metrics = recipe.adapter_for(stage), result.as_json()
     size = (
         f"rank {adapter.rank}, alpha {adapter.alpha:g} ({adapter.scaling})"
@@ -117,7 +125,7 @@ def write_page(result: Inspection, recipe: Recipe, stage: str, path: Path) -> Pa
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, inspect_page(metrics, recipe.name, subtitle))
-    write_json(path.with_suffix(".json"), metrics)
+    write_json(path.with_suffix(".json"), metrics | {"asked": asked})
     return path
 
 

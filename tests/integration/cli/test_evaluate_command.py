@@ -26,7 +26,7 @@ from reward.errors import InputError
 from reward.records import Prompt
 from tests.chat_server import KEY, ChatServer, running
 from tests.forked import Forked
-from tests.runs import PROMPTS, Outcome, read_jsonl, recipe, write_jsonl, write_recipe
+from tests.runs import PROMPTS, Outcome, contents, read_jsonl, recipe, write_jsonl, write_recipe
 from tests.tiny import tiny_model
 
 PROMPT_TEXTS = [f"Prompt {i}" for i in range(12)]
@@ -166,14 +166,30 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, mode
 
 
 def test_the_page_has_the_pairs_of_this_evaluation_alone(cli: Callable[..., Outcome], tmp_path: Path) -> None:
-    """The folder keeps verdicts on responses that have changed since, and on prompts beyond the limit."""
+    """The folder keeps verdicts on responses that have changed since, and on prompts beyond the limit.
+
+    A result of other responses or settings stays until somebody removes it.
+    """
     mine, other = write_outputs(tmp_path)
     arguments = ["evaluate", mine, "--against", other, "--judge", "length", "--out", "e"]
     assert cli(*arguments).code == 0
-    before = mine.read_text()
+    assert cli(*arguments).code == 0
+    before, result = mine.read_text(), contents(tmp_path / "e")
     mine.write_text(before.replace("<b>x</b>", "another"))
+    judge = tmp_path / "shortest.py"
+    judge.write_text("def prefer(prompts, a, b):\n    return [float(len(x) < len(y)) for x, y in zip(a, b)]\n")
+    for other_question, key in (
+        (arguments, "content"),
+        ([*arguments, "level=0.9"], "level"),
+        ([*arguments, "--judge", "shortest:prefer"], "judge"),
+    ):
+        error = refusal(cli, *other_question)
+        assert (error.kind, error.key) == ("changed", key)
+        assert contents(tmp_path / "e") == result
+    (tmp_path / "e" / "summary.json").unlink()
     assert cli(*arguments).code == 0
     mine.write_text(before)
+    (tmp_path / "e" / "summary.json").unlink()
     assert cli(*arguments, "--limit", "2").code == 0
     page = (tmp_path / "e" / "report.html").read_text()
     assert "another" not in page
@@ -188,6 +204,7 @@ def test_a_judge_that_was_edited_is_asked_again(tmp_path: Path, model_cache: Pat
         (tmp_path / "my_judge.py").write_text(source.replace("SURE", sure))
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # it tells versions apart by seconds
         command = ["evaluate", str(mine), "--against", str(other), "--judge", "my_judge:prefer", "--out", "e"]
+        (tmp_path / "e" / "summary.json").unlink(missing_ok=True)
         Forked(command, tmp_path, model_cache).finish()
         rates.append(json.loads((tmp_path / "e" / "summary.json").read_text())["win_rate"])
     assert rates == [1.0, 0.75, 1.0]

@@ -11,6 +11,7 @@ import torch
 
 from pe_rlhf.runs.saved_roles import find_role
 from pe_rlhf.scoring.reward_judge import reward_scores
+from reward.errors import Failure
 from tests.runs import PAIRS, Outcome, recipe, write_jsonl, write_recipe
 
 
@@ -32,6 +33,19 @@ def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> 
     page = (tmp_path / "e" / "report.html").read_text()
     assert "Reliability" in page
     assert "Agreement with the second model" in page
+    # The same question may be asked again; another one leaves the answer alone.
+    for other, key in (
+        (("--limit", "4"), "content"),
+        (("--second", "run"), "second"),
+        (("--dtype", "bfloat16"), "dtype"),
+    ):
+        again = cli("evaluate-reward", "run", "subset_pairs.jsonl", "--second", "run/reward", "--out", "e", *other)
+        assert isinstance(again.error, Failure)
+        assert (again.code, again.error.kind, again.error.key) == (2, "changed", key)
+    assert (tmp_path / "e" / "report.html").read_text() == page
+    assert json.loads((tmp_path / "e" / "summary.json").read_text())["n"] == 8
+    same = cli("evaluate-reward", "run", "subset_pairs.jsonl", "--second", "run/reward", "--out", "e")
+    assert json.loads(same.out) == line
     judged = cli("evaluate", "run", *["--judge", "length"])
     assert judged.code == 2  # a run without a ppo stage has no policy
     asked = ["--against", "random:tiny-llama", "--prompts", "prompts.jsonl", "--judge", "length"]

@@ -95,10 +95,15 @@ def test_again_it_runs_nothing(whole: Path, cli: Cli) -> None:
     assert {k: v for k, v in contents(whole / "out").items() if "/" in k} == before
 
 
-def test_another_recipe_in_the_same_directory_is_refused(whole: Path, fails: Callable[..., Failure]) -> None:
-    failure = fails("compare", whole / "recipe.yaml", "--dir", whole / "out", "ppo.gamma=0.9")
-    assert failure.kind == "changed"
-    assert "ppo.gamma: 1.0 → 0.9" in str(failure)
+def test_another_recipe_in_the_same_directory_is_refused(whole: Path, fails: Callable[..., Failure], cli: Cli) -> None:
+    before = contents(whole / "out")
+    for change in ("ppo.gamma=0.9", "compare.share=nothing", "compare.seeds=[2]", "compare.grid={init: [lora, rlpo]}"):
+        for more in ((), ("--dry-run",)):
+            failure = fails("compare", whole / "recipe.yaml", "--dir", whole / "out", change, *more)
+            assert (failure.kind, failure.key) == ("changed", "--dir")
+    assert contents(whole / "out") == before
+    more = cli("compare", whole / "recipe.yaml", "--dir", whole / "out", "compare.seeds=[1, 2]", "--dry-run")
+    assert more.code == 0, more.err
 
 
 @pytest.mark.slow

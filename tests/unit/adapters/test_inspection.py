@@ -23,6 +23,7 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.report.format import number
 from pe_rlhf.stages.inspect import adapters_named, low_rank
 from pe_rlhf.system.seeding import derive_seed
+from reward.errors import Failure
 from tests.failures import raises
 from tests.runs import Outcome, recipe, write_recipe
 from tests.tiny import ALL_INITS, add_role, statistics_for, tiny_model
@@ -220,8 +221,15 @@ def test_the_command_compares_kinds_and_leaves_out_what_does_not_fit(
     assert rows.keys() | left_out == KINDS.keys()
     assert {"lora", "dora", "shira", "redrawn", "adalora"} <= rows.keys()
     assert all(0 < row["cosine"] <= 1 and row["kernel_alignment"] > 0 for row in rows.values())
-    own = cli("inspect", path, "--to", page, "adapter={kind: adalora, targets: [q_proj]}")
-    assert own.code == 0, own
+    before, change = page.read_bytes(), "adapter={kind: adalora, targets: [q_proj]}"
+    other = cli("inspect", path, "--to", page, change)
+    assert isinstance(other.error, Failure)
+    assert (other.code, other.error.kind, other.error.file) == (2, "changed", str(page.with_suffix(".json")))
+    assert page.read_bytes() == before
+    page = tmp_path / "own.html"
+    for _ in range(2):  # the same question may be asked again
+        own = cli("inspect", path, "--to", page, change)
+        assert own.code == 0, own
     assert [row["init"] for row in json.loads(page.with_suffix(".json").read_text())["inits"]] == ["adalora", "lora"]
 
 

@@ -18,6 +18,7 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.runs.saved_roles import load_role, save_role
 from pe_rlhf.system.seeding import derive_seed
+from reward.errors import Failure
 from tests.failures import raises
 from tests.runs import Outcome, Tree, read_jsonl, write_jsonl
 from tests.stage_support import byte_model
@@ -120,10 +121,16 @@ def test_an_interrupted_one_goes_on_to_the_same_file(cli: Callable[..., Outcome]
     first, path = evaluate(cli), Path("e/best_of.jsonl")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
-    assert evaluate(cli) == pytest.approx(first, abs=1e-5)  # of batches that are cut elsewhere
+    again = evaluate(cli)
+    assert again.pop("asked") == first.pop("asked")
+    assert again == pytest.approx(first, abs=1e-5)  # of batches that are cut elsewhere
     said = [json.loads(line).get("response") for line in whole.splitlines()]
     assert [row.get("response") for row in read_jsonl(path)] == said
-    # Without it the same folder has the same win-rate, and says nothing of it.
+    # Without it the win-rate is the same, and nothing is said of it; the result with it is not written over.
+    plain = cli("evaluate", "run", *SETTINGS, "--out", "e")
+    assert isinstance(plain.error, Failure)
+    assert (plain.code, plain.error.kind, plain.error.key) == (2, "changed", "best_of")
+    Path("e/summary.json").unlink()
     plain = cli("evaluate", "run", *SETTINGS, "--out", "e")
     assert plain.code == 0, plain
     line = json.loads(plain.out)
