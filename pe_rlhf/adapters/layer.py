@@ -254,6 +254,12 @@ def has_plain_weight(module: nn.Module) -> bool:
     return type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES and not is_sharded(module)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module's weight is packed, and `weight_out_in` dequantises it."""
+    weight = module._parameters.get("weight")
+    return weight is not None and not weight.is_floating_point()
+
+
 def has_forward_of_linear(module: nn.Module) -> bool:
     return type(module).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(module)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pe_rlhf.adapters.kind import PeftFiles
-from pe_rlhf.adapters.layer import like_out_in, merged_weight, weight_out_in
+from pe_rlhf.adapters.layer import is_quantised, like_out_in, merged_weight, weight_out_in
 from pe_rlhf.adapters.peft_export import export_peft, peft_forms, peft_refusal, plain_lora
 from pe_rlhf.adapters.targets import expert_weights, linear_modules, module_names, shared_weights
 from pe_rlhf.model.roles import ANCHOR
@@ -77,6 +77,7 @@ class RolesToExport(RoutedRoles):
         """The base's checkpoint, name by name, with `W0 + ΔW` of a role in it; computed fresh, the base is not touched.
 
         A tensor that the model has under two names comes once, under the first. `dtype` is the base's if left out.
+        Quantised weights come dequantised: they, and not those before quantising, are what the role was trained on.
         """
         own = {} if role not in self.own_models else self._own_tensors(role)
         layers = {} if role == ANCHOR else dict(self._layers(role))
@@ -93,15 +94,18 @@ class RolesToExport(RoutedRoles):
                 key="adapter.targets",
                 fix="sample and export it as an adapter, or leave these layers out by adapter.exclude",
             )
+        packed = {f"{name}.weight": module for name, module in self.model.named_modules() if is_quantised(module)}
+        # A state has what a quantised weight is unpacked with, too; that is no parameter.
+        weights = {n for n, _ in (*self.model.named_parameters(), *self.model.named_buffers()) if ".adapters." not in n}
         for name, tensor in unique_tensors(self.model).items():
             plain = name.replace(".base.", ".")
             layer = layers.get(plain.removesuffix(".weight")) or layers.get(plain)
-            if ".adapters." in name:
+            if name not in weights:
                 continue
             if layer is not None:
                 yield plain, merged_weight(layer, role, dtype)
             else:
-                whole = own.get(plain, tensor)
+                whole = weight_out_in(packed[name]) if name in packed else own.get(plain, tensor)
                 yield plain, whole if dtype is None or not whole.is_floating_point() else whole.to(dtype)
 
     def merged_share(self, role: str, dtype: torch.dtype | None = None) -> float:

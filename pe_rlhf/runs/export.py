@@ -1,7 +1,7 @@
 """`pe-rlhf export`: a role of a finished run as a plain LoRA, or merged into a full checkpoint of its own.
 
 Both are for the original base, whatever the init. The merged weights are computed fresh as W0 + ΔW from a base that is
-loaded for this, and never written into a model that is in use.
+loaded for this, and never written into a model that is in use. Of a quantised base, W0 is what it stands for.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def export_role(
     stage, name = _find_checkpoints(place, role)
     step, spec, state = role_of_checkpoint(stage.folder, checkpoint, name)
     recipe = load_recipe(stage.recipe)
-    backbone = load_base(recipe, starting_model(recipe, stage.run.folder), "cpu")
+    backbone = _base_to_export(recipe, starting_model(recipe, stage.run.folder))
     backbone.load_role(name, spec, state)
     with _as_if_ended(recipe, backbone, stage.folder.name, name) as found:
         return _write_export(found, form, to or stage.run.export(name, form, step), dtype)
@@ -177,7 +177,8 @@ def merged_state(backbone: Backbone, role: str, dtype: torch.dtype | None = None
     state = dict(backbone.merged_tensors(role, dtype))
     names = {n: t.data_ptr() for n, t in backbone.model.state_dict().items() if ".adapters." not in n}
     first = {pointer: name for name, pointer in reversed(names.items())}
-    return {n.replace(".base.", "."): state[first[pointer].replace(".base.", ".")] for n, pointer in names.items()}
+    named = {n.replace(".base.", "."): first[pointer].replace(".base.", ".") for n, pointer in names.items()}
+    return {name: state[known] for name, known in named.items() if known in state}
 
 
 def model_card(found: SavedRole, form: Format) -> str:
@@ -194,6 +195,7 @@ def model_card(found: SavedRole, form: Format) -> str:
         name=recipe.name,
         base_model=found.base,
         base_sha256=found.base_sha256,
+        quantization="" if recipe.backbone.quantization == "none" else recipe.backbone.quantization,
         kind=spec.get("kind"),
         modules=spec.get("modules", []),
         settings={key: value for key, value in spec.items() if key not in hidden and value not in (None, {}, [])},
@@ -234,17 +236,14 @@ def _write_tokenizer(found: SavedRole, path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
+def _base_to_export(recipe: Recipe, model: str) -> Backbone:
+    """The base on the CPU; a quantised one where it was trained: elsewhere its weights may be rounded otherwise."""
+    return load_base(recipe, model, "cpu" if recipe.backbone.quantization == "none" else None)
+
+
 def _write_merged(found: SavedRole, path: Path, dtype: Dtype | None) -> None:
     recipe = _recipe(found)
-    if recipe.backbone.quantization != "none":
-        raise InputError(
-            f"{found.folder} was trained on a quantised base, and would be another model on the original weights",
-            kind="conflict",
-            key="format",
-            file=found.folder,
-            fix="export it with --format lora, which a few kinds have not: docs/adapters.md lists them",
-        )
-    backbone = load_base(recipe, found.base, "cpu")
+    backbone = _base_to_export(recipe, found.base)
     load_role(backbone, found.role, found.folder)
     template = find_template(backbone.tokenizer, recipe.chat_template)
     write_merged(backbone, found.role, recipe.backbone, path, template, dtype)
@@ -275,6 +274,7 @@ def write_merged(
     if not isinstance(config, type(backbone.model.config)):  # of a checkpoint of which only the text part was loaded
         config = config.get_text_config(decoder=True)
     config.dtype = dtype or settings.dtype
+    vars(config).pop("quantization_config", None)  # of a checkpoint that is quantised: what is written is not
     tokenizer = AutoTokenizer.from_pretrained(source, **common)
     tokenizer.chat_template = chat_template  # None, too: a role that was trained on plain text is prompted with it
     state = merged_state(backbone, role, written)

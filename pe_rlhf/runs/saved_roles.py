@@ -198,7 +198,7 @@ def check_peft_files(found: SavedRole) -> None:
             kind="conflict",
             key="format",
             file=found.folder,
-            fix="export it with --format merged, which a quantised base has not",
+            fix="export it with --format merged",
         )
     checksums = said.get("sha256", {})
     for path in found.files.for_peft():
