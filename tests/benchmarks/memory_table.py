@@ -24,12 +24,13 @@ from pe_rlhf.model.memory_plan import (
     weight_bytes,
 )
 
-# Layers, hidden, MLP, heads, key heads: Qwen2.5's, and Llama 3's 70B.
+# Layers, hidden, MLP, heads, key heads: Qwen2.5's, Qwen3's 8B, and Llama 3's 70B.
 MODELS = {
     "0.5B": (24, 896, 4864, 14, 2),
     "1.5B": (28, 1536, 8960, 12, 2),
     "3B": (36, 2048, 11008, 16, 2),
     "7B": (28, 3584, 18944, 28, 4),
+    "8B": (36, 4096, 12288, 32, 8),
     "14B": (48, 5120, 13824, 40, 8),
     "32B": (64, 5120, 27648, 40, 8),
     "70B": (80, 8192, 28672, 64, 8),
