@@ -159,7 +159,7 @@ def test_a_whole_run_and_its_export(quantisable_model: Path, tmp_path: Path, kin
         assert exported.exit_code == 0, (exported.output, exported.exception)
         scope = {"PATH": str(to)}
         code = re.findall(r"```python\n(.*?)```", (to / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
-        exec(code.replace('"path/to/this/folder"', "PATH"), scope)  # noqa: S102  (what the card tells users to do)
+        exec(code.replace('"path/to/this/folder"', "PATH"), scope)
         model: Any = scope["model"]
         logits.append(model.train()(input_ids=IDS_BT).logits.detach())  # else bitsandbytes computes 4 bit in bf16
     torch.testing.assert_close(*logits, atol=0.05 if kind == "8bit" else 1e-4, rtol=1e-4)
