@@ -105,8 +105,10 @@ def add_roles(backbone: Backbone, last_layers: int | None = None) -> None:
 
 
 def plain(name: str) -> PreTrainedModel:
-    """Transformers' own model; a cap on attention needs eager."""
+    """Transformers' own model; a cap on attention needs eager, and a cache needs the decoder's number of layers."""
     model = build(name)
+    if "decoder_layers" in MODELS[name]:
+        model.config.encoder_layers = model.config.decoder_layers
     if "attn_logit_softcapping" in MODELS[name]:
         model.set_attn_implementation("eager")
     return model

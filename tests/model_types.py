@@ -83,6 +83,8 @@ MODELS: dict[str, Settings] = {
     "arcee": {},
     "aria_text": EXPERTS | {"moe_num_experts": 4, "moe_topk": 2},
     "bamba": MAMBA_2 | {"attn_layer_indices": [1]},
+    "bart": {"d_model": 32, "decoder_layers": 2, "encoder_layers": 1, "num_hidden_layers": 1, "decoder_ffn_dim": 48}
+    | {"decoder_attention_heads": 4, "encoder_attention_heads": 4, "eos_token_id": 2, "forced_eos_token_id": 2},
     "bert": {},
     "biogpt": {},
     "bitnet": {},
@@ -249,6 +251,8 @@ MODELS: dict[str, Settings] = {
     "stablelm": {},
     "starcoder2": {},
     "vaultgemma": SLIDING | {"attn_logit_softcapping": 1.0},
+    "whisper": {"d_model": 32, "decoder_layers": 2, "encoder_layers": 1, "num_hidden_layers": 1, "decoder_ffn_dim": 48}
+    | {"decoder_attention_heads": 4, "encoder_attention_heads": 4, "max_target_positions": 64},
     "xglm": {"ffn_dim": 48, "attention_heads": 4},
     "youtu": LATENT,
     "zamba": {

@@ -82,8 +82,9 @@ def peft_adapts_experts(model: PreTrainedModel) -> bool:
 def note_layers_without_effect(model: PreTrainedModel, run: Callable[[], Tensor]) -> None:
     """Find the linear modules that an adapter would not change anything by, and leave them out from now on.
 
-    Their weight is read and they are not called (Mamba's `dt_proj`, which PEFT cannot adapt either), or what they give
-    only chooses among tokens (DeepSeek-V3.2's indexer). `run` makes a pass and gives its logits.
+    Their weight is read and they are not called (Mamba's `dt_proj`, which PEFT cannot adapt either), what they give
+    only chooses among tokens (DeepSeek-V3.2's indexer), or none of that name is called in any block: they are for
+    pictures, or for an encoder's states (BART). Of experts some are. `run` makes a pass and gives its logits.
     """
     outputs: dict[str, Tensor] = {}
     called: set[str] = set()
@@ -119,7 +120,9 @@ def note_layers_without_effect(model: PreTrainedModel, run: Callable[[], Tensor]
         found = torch.autograd.grad(total, list(depending.values()), allow_unused=True) if depending else ()
         without = {name for name, gradient in zip(depending, found, strict=True) if gradient is None}
         without |= outputs.keys() - depending.keys()
-    names = (read - called) | without
+    ways = {re.sub(r"\.\d+\.", ".#.", name) for name in called | read}
+    unused = {name for name in linear if re.sub(r"\.\d+\.", ".#.", name) not in ways}
+    names = (read - called) | without | unused
     _WITHOUT_EFFECT[model] = frozenset(name.removesuffix(".base") for name in names)
 
 
@@ -265,7 +268,8 @@ def _matching(model: PreTrainedModel, names: list[str], wanted: Targets, key: st
 def _reason(model: PreTrainedModel, target: str) -> str:
     """Why a name that the model has is no target."""
     if any(_matches(name, target) for name in _WITHOUT_EFFECT.get(model, ())):
-        return ", where an adapter would have an effect: the model reads its weight itself, or only chooses by it"
+        why = "the model reads its weight itself, only chooses by it, or has no use for it in a text"
+        return f", where an adapter would have an effect: {why}"
     fused = {name.rsplit(".", 1)[-1] for name, weight in model.get_decoder().named_parameters() if weight.dim() == 3}
     if fused and (any(target in name for name in fused) or target in UNFUSED):
         adaptable = {name.rsplit(".", 1)[-1] for name in expert_weights(model)}

@@ -47,7 +47,14 @@ from pe_rlhf.model.loading import (
 )
 from pe_rlhf.model.names import resolve_model
 from pe_rlhf.model.noise import noisy_weights
-from pe_rlhf.model.probes import check_model, decoder_of, logits_of, probe_tokens, use_published_attention
+from pe_rlhf.model.probes import (
+    check_model,
+    count_decoder_layers,
+    decoder_of,
+    logits_of,
+    probe_tokens,
+    use_published_attention,
+)
 from pe_rlhf.model.role_exports import RolesToExport
 from pe_rlhf.system.distributed import gathered, world_size
 from pe_rlhf.types import Sequences
@@ -144,6 +151,7 @@ class Backbone(RolesToExport):
         freeze(model)
         self.train(False)
         use_published_attention(model)
+        count_decoder_layers(model)
         check_model(model)
         note_layers_without_effect(model, lambda: model(input_ids=probe_tokens(model), use_cache=False).logits)
         keep_states_together(model)

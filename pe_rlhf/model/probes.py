@@ -6,6 +6,7 @@ and no config says how.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,9 +31,15 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits from the decoder's last hidden states, of any leading shape."""
     projection = model.get_output_embeddings()
     config = model.config.get_text_config(decoder=True)
-    factors = [getattr(config, key, None) or 1 for key in ("logit_scale", "lm_head_multiplier", "logits_scaling")]
-    multiplier = factors[0] * factors[1] / factors[2]
-    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    multipliers, divisors = (
+        [getattr(config, key, None) or 1 for key in keys]
+        for keys in (("logit_scale", "lm_head_multiplier"), ("logits_scaling", "logits_mup_width_multiplier"))
+    )
+    multiplier = math.prod(multipliers) / math.prod(divisors)
+    caps = (
+        getattr(config, key, None) for key in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    )
+    softcap = next(filter(None, caps), None)
     logits = projection(hidden)  # type: ignore[operator]  # that there is one was checked
     if multiplier != 1:
         logits = logits * multiplier
@@ -51,6 +58,17 @@ def use_published_attention(model: PreTrainedModel) -> None:
     caps = [value for key, value in config.to_dict().items() if "attn_logit" in key and "cap" in key and value]
     if caps and config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
+
+
+def count_decoder_layers(model: PreTrainedModel) -> None:
+    """Let the config count the decoder's layers: of a model with an encoder it counts the encoder's, by another name.
+
+    transformers makes a cache of as many layers, and in a decoder with more of them (BlenderBot) that is too short.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "decoder_layers", None)
+    if isinstance(layers, int) and config.num_hidden_layers != layers:
+        config.num_hidden_layers = layers
 
 
 @torch.no_grad()
@@ -90,6 +108,8 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _same(expected: Tensor, found: Tensor, tolerance: float) -> bool:
+    if expected.shape != found.shape:
+        return False
     return bool(((expected - found).abs() <= tolerance * expected.abs().max()).all())
 
 

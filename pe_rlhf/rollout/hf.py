@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class HFRollout:
         return Rollout(prompts, responses, logprobs, finish, self._version, self._stops.texts)
 
     @property
+    def _arguments(self) -> Mapping[str, inspect.Parameter]:
+        """What the model's pass can be given; its decoder may take more."""
+        return inspect.signature(self._backbone.active_model.forward).parameters
+
+    @property
     def reading(self) -> Reading:
         """What prompts of more than one token are read like; found in the first rollout."""
         return self._readings[False]
@@ -120,11 +126,12 @@ class HFRollout:
         sharded = is_sharded(backbone.model)
         start = _shared_start(prompts) if self._may_share_starts() else 0
         ids_BT, attends_BT = self._padded(prompts, start)
+        # Some states take no mask at all. To a model that takes one generate would give its own, made by comparing ids.
+        takes_mask = "attention_mask" in self._arguments
         reads_before = reading >= Reading.EQUAL_ONCE and not sharded
         output_BT = backbone.active_model.generate(  # type: ignore[operator]  # a decorator of transformers hides its type
             input_ids=ids_BT,
-            # A state that sees padding may take no mask at all.
-            attention_mask=attends_BT if reading >= Reading.PADDED else None,
+            attention_mask=attends_BT if takes_mask else None,
             past_key_values=self._read(prompts, start) if reads_before else None,
             logits_processor=LogitsProcessorList([choose]),
             stopping_criteria=[StopsEarly(self._stops, ids_BT.shape[1])] if self._stops.texts else None,
@@ -143,7 +150,7 @@ class HFRollout:
     def _find_reading(self, prompts: list[list[int]]) -> Reading:
         """What of such prompts may be read together; all where packed batches have shown it, else by a trial."""
         backbone = self._backbone
-        if backbone.can_pack:
+        if backbone.can_pack and "position_ids" in self._arguments:
             return Reading.EQUAL_ONCE
         found = find_reading(
             lambda prompts, forced, reading: self._generate(prompts, forced, reading, FORCED_BR.shape[1]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,13 +18,20 @@ from tests.model_types import build
 PROMPTS = [[5, 6, 7], [8], [9, 0, 1, 12, 13, 14, 15], [20, 21], [8], [33, 34, 35, 36, 37], [5, 6, 7]]
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "mamba", "minimax", "rwkv", "gpt_neo", "recurrent_gemma"])
-def test_log_probs_are_those_of_each_row_alone(name: str) -> None:
-    """Equal prompts, ragged ones, a pad id amid the text; a plain pass over a row alone is the oracle."""
-    backbone = load_backbone(build(name))
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (name, {})
+        for name in ("qwen3_5_text", "mamba", "minimax", "rwkv", "gpt_neo", "recurrent_gemma", "bart", "whisper")
+    ]
+    + [("bart", {"decoder_layers": 1, "encoder_layers": 2})],
+)
+def test_log_probs_are_those_of_each_row_alone(name: str, changes: dict[str, Any]) -> None:
+    """Equal prompts, ragged ones, pad and end ids amid the text; a plain pass over a row alone is the oracle."""
+    backbone = load_backbone(build(name, **changes))
     found = HFRollout(backbone, "anchor", SamplingConfig(max_new_tokens=6, batch_size=5)).generate(PROMPTS, seed=0)
     assert found.prompts == PROMPTS
-    plain = build(name)
+    plain = build(name, **changes)
     for prompt, response, logprobs in zip(found.prompts, found.responses, found.logprobs, strict=True):
         with torch.no_grad():
             logits_TV = plain(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
