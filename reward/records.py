@@ -14,6 +14,8 @@ be a list of parts of text. Messages may be their JSON text, as tables of text h
 names of roles. No prompt ends with an assistant's turn: the template would have that answered once more.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +27,21 @@ from reward.errors import InputError, Kind
 
 Message = dict[str, str]
 Prompt = str | list[Message]
+
+
+class Conversation(str):
+    """A response of several turns, as one text that knows the `answers` in it."""
+
+    answers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, questions: Iterable[str], answers: Sequence[str]) -> Conversation:
+        parts = (f"### User:\n{q}\n\n### Assistant:\n{a}" for q, a in zip(questions, answers, strict=False))
+        text = cls("\n\n".join(parts))
+        text.answers = tuple(answers)
+        return text
+
+
 Columns = Mapping[str, Sequence[Any]]  # the other columns of the rows of prompts, by name
 NO_COLUMNS: Columns = {}
 Record = TypeVar("Record")

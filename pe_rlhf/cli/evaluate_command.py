@@ -59,7 +59,7 @@ def evaluate(
     A judge that sees an order is asked in both orders. Every verdict is on disk before the next question, so the same
     command goes on with an interrupted evaluation. report.html in its folder shows the pairs side by side.
     """
-    settings = _settings(judge, prompts, suite, overrides or [])
+    settings = _settings(judge, prompts, suite, suite_data, overrides or [])
 
     # Imported here: torch and transformers take seconds, and a mistake in the settings should be reported at once.
     from pe_rlhf.scoring.model_judges import check_judge
@@ -125,7 +125,9 @@ def _evaluate_prompts(
         typer.echo(f"report: {write_evaluation_report(folder, pairs).resolve()}", err=True)
 
 
-def _settings(judge: str | None, prompts: str | None, suite: str | None, overrides: list[str]) -> EvaluationSettings:
+def _settings(
+    judge: str | None, prompts: str | None, suite: str | None, suite_data: Path | None, overrides: list[str]
+) -> EvaluationSettings:
     """The settings of an evaluation; those of a suite are defaults. Raises `InputError` where there is no judge."""
     from pe_rlhf.config.evaluate import EvaluationSettings
     from pe_rlhf.config.load import apply_overrides, validated
@@ -138,7 +140,7 @@ def _settings(judge: str | None, prompts: str | None, suite: str | None, overrid
     if suite is not None:
         from pe_rlhf.evaluation.suites import find_suite
 
-        find_suite(suite).set_defaults(tree)
+        find_suite(suite).set_defaults(tree, suite_data)
     settings = validated(EvaluationSettings, tree, "settings", overrides)
     if suite is not None and settings.policy.best_of is not None:
         raise InputError(

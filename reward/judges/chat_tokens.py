@@ -94,6 +94,9 @@ class ChatTokens:
                 chat, tokenize=False, add_generation_prompt=True, **self._template_kwargs
             )
         except Exception as error:  # a template is a program: it can fail in any way
+            if len(chat) > 1 and chat[0]["role"] == "system":  # Gemma's and others' take none
+                both = "\n\n".join(message["content"] for message in chat[:2])
+                return self._ids_of([{**chat[1], "content": both}, *chat[2:]])
             raise InputError(
                 f"judge: the chat template of {self._identity} fails: {error}",
                 kind="user_code",

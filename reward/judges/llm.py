@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+from reward.errors import InputError
 from reward.judges.answers import TIE, label_alone, parse_label, parse_verdict, without_thoughts
 from reward.judges.base import Comparison, Verdict
 from reward.judges.guest import rest
@@ -76,7 +78,7 @@ class ChatJudge:
 
     sees_order: bool
     kind: ClassVar[str]
-    labels: ClassVar[tuple[str, ...]]
+    labels: tuple[str, ...]
     mass_of: ClassVar[str]  # how the probability of all labels is written
     ask_after_reasoning: ClassVar[str]
     unread: ClassVar[str]  # why a text is no answer
@@ -122,8 +124,7 @@ class ChatJudge:
 
     def _answers(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """One answer to each question; one that no attempt could parse is marked invalid."""
-        texts = [self._prompt.render(comparison, reasoning=self._reasoning) for comparison in comparisons]
-        questions = [_Question([{"role": "user", "content": text}]) for text in texts]
+        questions = [_Question(self._prompt.chat(c, reasoning=self._reasoning)) for c in comparisons]
         if self._reasoning:
             self._reason(questions)
         if self._verdict != "text":
@@ -212,11 +213,27 @@ class LLMJudge(ChatJudge):
     ask_after_reasoning = ASK_AFTER_REASONING
     unread = "the answer names neither A nor B"
 
+    def __init__(self, backend: ChatBackend, prompt: JudgePrompt, *, reasoning: bool = False, **settings: Any) -> None:
+        super().__init__(backend, prompt, reasoning=reasoning, **settings)
+        self.labels = prompt.labels
+        if reasoning and self.labels != LABELS:
+            raise InputError(
+                f"judge.reasoning: {prompt.name} asks for {' or '.join(self.labels)} and says itself when",
+                kind="conflict",
+                key="judge.reasoning",
+                fix="leave it out",
+            )
+
     def _of_logprobs(self, answer: Completion) -> Verdict | None:
-        probability = probability_of_a(answer.label_logprobs, answer.unreported)
+        probability = probability_of_a(answer.label_logprobs, answer.unreported, self.labels)
         return None if probability is None else Verdict(probability, raw=raw_logprobs(answer))
 
     def _of_text(self, said: str, first_line: bool) -> Verdict | None:
+        if (
+            self.labels != LABELS
+        ):  # of another case only, such as m and M: the last word says it, as AlpacaEval reads it
+            last = re.search(r"(?<!\w)(\w)\W*$", said)
+            return Verdict(1.0 - self.labels.index(last[1])) if last and last[1] in self.labels else None
         found = label_alone(said) if first_line else parse_verdict(said)
         return Verdict(PREFERENCES[found]) if found is not None and (found != TIE or self._prompt.allows_ties) else None
 
@@ -240,12 +257,14 @@ def label_mass(logprobs: dict[str, float] | None) -> float | None:
     return None if logprobs is None else min(1.0, sum(math.exp(value) for value in logprobs.values()))
 
 
-def probability_of_a(logprobs: dict[str, float] | None, unreported: float = -math.inf) -> float | None:
+def probability_of_a(
+    logprobs: dict[str, float] | None, unreported: float = -math.inf, labels: Sequence[str] = LABELS
+) -> float | None:
     """p(A) / (p(A) + p(B)); None if neither label is known.
 
     unreported: the log-prob that a label that is missing has at most, and is counted with.
     """
     if not logprobs or not any(math.isfinite(value) for value in logprobs.values()):
         return None
-    a, b = (logprobs.get(label, unreported) for label in LABELS)
+    a, b = (logprobs.get(label, unreported) for label in labels)
     return 1 / (1 + math.exp(min(b - a, 700.0)))

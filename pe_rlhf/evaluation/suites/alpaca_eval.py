@@ -24,6 +24,7 @@ SUITE = Suite(
     answers="alpaca_eval_gpt4_baseline.json",
     baseline="gpt4_1106_preview",
     judge={"template": "general", "verdict": "auto"},
+    judge_texts=("alpaca_eval_clf.txt", "*clf*.txt"),
     max_new_tokens=2048,
     score=score,
     difficulty=("instruction_difficulty*.csv", "df_gamed.csv"),

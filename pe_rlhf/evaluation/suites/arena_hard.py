@@ -34,6 +34,7 @@ SUITE = Suite(
     baseline="o3-mini-2025-01-31",
     categories=("hard_prompt", "arena-hard-v0.1"),
     judge={"template": "arena_hard", "verdict": "text"},
+    judge_texts=("judge_config.yaml", "*arena-hard*.yaml", "config/judge_config.yaml"),
     max_new_tokens=4096,
     score=score,
 )

@@ -15,8 +15,13 @@ from reward.summary import Outcome
 
 
 def score(outcomes: Sequence[Outcome], summary: dict[str, Any]) -> dict[str, Any]:
-    """Wins plus half the ties, where only a verdict that holds in both orders wins; over all, and by turn."""
+    """Wins plus half the ties, where only a verdict that holds in both orders wins; over all, and by turn.
+
+    Of a judge that rates also the candidate's mean rating, as single-answer grading has it.
+    """
     by_turn: dict[int, list[float]] = {}
+    ratings = [o.verdict.score_a for o in outcomes if o.is_valid and o.verdict.score_a is not None]
+    rated = {"suite_rating": sum(ratings) / len(ratings)} if ratings else {}
     for outcome in outcomes:
         if outcome.is_valid:
             signs = {(v.preference > 0.5) - (v.preference < 0.5) for v in outcome.verdicts}
@@ -24,7 +29,7 @@ def score(outcomes: Sequence[Outcome], summary: dict[str, Any]) -> dict[str, Any
             by_turn.setdefault(outcome.verdict.sample + 1, []).append(result)
     every = [result for results in by_turn.values() for result in results]
     turns = {f"suite_score_turn_{turn}": sum(r) / len(r) for turn, r in sorted(by_turn.items())}
-    return {"suite_score": sum(every) / len(every) if every else math.nan, **turns}
+    return {"suite_score": sum(every) / len(every) if every else math.nan, **turns, **rated}
 
 
 SUITE = Suite(
@@ -36,6 +41,7 @@ SUITE = Suite(
     references="data/mt_bench/reference_answer/gpt-4.jsonl",
     baseline="gpt-3.5-turbo",
     judge={"template": "mt_bench", "verdict": "text"},
+    judge_texts=("judge_prompts.jsonl", "data/judge_prompts.jsonl"),
     max_new_tokens=1024,
     score=score,
 )

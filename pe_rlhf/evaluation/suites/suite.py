@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reward.errors import InputError
-from reward.records import Message, Prompt
+from reward.records import Conversation, Message, Prompt
 from reward.row_files import read_rows
 from reward.summary import Outcome
 
@@ -38,17 +38,12 @@ class Item:
     def question(self, turn: int) -> Prompt:
         """What the judge is asked about: the questions up to a turn, and the reference where there is one."""
         messages: list[Message] = [{"role": "user", "content": text} for text in self.turns[: turn + 1]]
-        if self.reference is not None:
-            right = "\n\n".join(self.reference[: turn + 1])
-            messages.append({"role": "reference", "content": right})
+        messages += [{"role": "reference", "content": text} for text in (self.reference or ())[: turn + 1]]
         return self.turns[0] if len(messages) == 1 else messages
 
     def response(self, said: Sequence[str]) -> str:
         """A side's answer to the first turn; later, its whole conversation."""
-        if len(said) == 1:
-            return said[0]
-        parts = (f"### User:\n{q}\n\n### Assistant:\n{a}" for q, a in zip(self.turns, said, strict=False))
-        return "\n\n".join(parts)
+        return said[0] if len(said) == 1 else Conversation.of(self.turns, said)
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,8 @@ class Suite:
 
     questions, answers (of `baseline`), references: files of the hub's `hub`; in a folder of the user's their last name
     is looked for. categories: of the questions that are used, where they have some. judge: settings that a chat judge
-    has unless the user says otherwise. difficulty: files of the folder for the length-controlled win-rate.
+    has unless the user says otherwise. judge_texts: files of the folder with the published text of the judge.
+    difficulty: files of the folder for the length-controlled win-rate.
     """
 
     name: str
@@ -72,15 +68,20 @@ class Suite:
     references: str | None = None
     categories: tuple[str, ...] = ()
     difficulty: tuple[str, ...] = field(default=())
+    judge_texts: tuple[str, ...] = ()
 
-    def set_defaults(self, settings: dict[str, Any]) -> None:
-        """Set what the suite says of judge and sampling in settings of `pe-rlhf evaluate` that say nothing of it."""
+    def set_defaults(self, settings: dict[str, Any], folder: Path | None = None) -> None:
+        """Set what the suite says of judge and sampling in settings of `pe-rlhf evaluate` that say nothing of it.
+
+        The judge's template is the published one where the folder has its file.
+        """
+        usual = self.judge | ({"template": str(text)} if (text := self._beside(folder, self.judge_texts)) else {})
         settings.setdefault("sampling", {}).setdefault("max_new_tokens", self.max_new_tokens)
         judge: dict[str, Any] = _section(settings["judge"])
         settings["judge"] = judge
         judge["members"] = [_section(member) for member in judge.get("members", ())]
         for one in (judge, *judge["members"]):
-            one |= {key: value for key, value in self.judge.items() if key not in one}
+            one |= {key: value for key, value in usual.items() if key not in one}
 
     def load(self, folder: Path | None, *, with_answers: bool) -> list[Item]:
         """The questions in their order. Raises `InputError` for a file that is missing or of another form."""
@@ -116,7 +117,11 @@ class Suite:
 
     def difficulties(self, folder: Path | None) -> Path | None:
         """The file with the instructions' difficulties, if the folder has one."""
-        found = (path for pattern in self.difficulty if folder for path in sorted(folder.glob(pattern)))
+        return self._beside(folder, self.difficulty)
+
+    @staticmethod
+    def _beside(folder: Path | None, patterns: Sequence[str]) -> Path | None:
+        found = (path for pattern in patterns if folder for path in sorted(folder.glob(pattern)))
         return next(found, None)
 
     def _is_used(self, row: Mapping[str, Any]) -> bool:

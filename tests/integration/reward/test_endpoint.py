@@ -289,7 +289,9 @@ def test_templates_show_everything_once_and_dialogues_as_such(name: str) -> None
         {"role": "user", "content": "Second question"},
     ]
     comparison = Pair(dialogue, "mine & more", "theirs", 0)
-    text = JudgePrompt(name).render(Comparison(dialogue, comparison.candidate, comparison.baseline), reasoning=False)
+    text = JudgePrompt(name).chat(Comparison(dialogue, comparison.candidate, comparison.baseline), reasoning=False)[-1][
+        "content"
+    ]
     for part in ("First <question>", "Second question", "]\nmine & more\n[", "]\ntheirs\n["):
         assert text.count(part) == 1
     assert text.index("mine & more") < text.index("theirs")
@@ -306,7 +308,7 @@ def test_templates_show_everything_once_and_dialogues_as_such(name: str) -> None
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja2"
     path.write_text('{% extends "base.jinja2" %}{% block criteria %}Rhymes win.{% endblock %}')
-    assert "Rhymes win." in JudgePrompt(str(path)).render(Comparison("p", "a", "b"), reasoning=False)
+    assert "Rhymes win." in JudgePrompt(str(path)).chat(Comparison("p", "a", "b"), reasoning=False)[-1]["content"]
     for text, kind, row in (("{% block %}", "unreadable", 1), ("{{ unknown }}", "user_code", None)):
         path.write_text(text)
         with pytest.raises(InputError) as caught:

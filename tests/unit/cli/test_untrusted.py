@@ -100,4 +100,4 @@ def test_a_judges_template_reaches_nothing_but_its_values(tmp_path: Path) -> Non
     path = tmp_path / "t.jinja2"
     path.write_text("A or B? {{ messages.__class__.__mro__[1].__subclasses__() }}")
     with raises("user_code", key="judge.template"):
-        JudgePrompt(str(path)).render(Comparison("p", "a", "b"), reasoning=False)
+        JudgePrompt(str(path)).chat(Comparison("p", "a", "b"), reasoning=False)[-1]["content"]

@@ -165,10 +165,18 @@ def test_mt_benchs_number_takes_a_verdict_that_turns_as_a_tie() -> None:
     assert found == {"suite_score": 0.75, "suite_score_turn_1": 1.0, "suite_score_turn_2": 0.5}
 
 
+def test_mt_benchs_rating_is_the_mean_over_both_turns() -> None:
+    rated = [
+        Judged((Verdict(1.0, 7.0, 5.0, position=0, sample=0),)),
+        Judged((Verdict(0.0, 4.0, 6.0, position=0, sample=1),)),
+    ]
+    assert SUITES["mt_bench"].score(rated, {})["suite_rating"] == 5.5
+
+
 def test_templates_ask_for_the_labels_and_show_everything_once() -> None:
     item = Item("1", ("First question", "Second question"), None, ("Right one", "Right two"))
     sides = [item.response(["mine", "more"]), item.response(["theirs", "less"])]
-    text = JudgePrompt("mt_bench").render(Comparison(item.question(1), *sides), reasoning=False)
+    text = JudgePrompt("mt_bench").chat(Comparison(item.question(1), *sides), reasoning=False)[-1]["content"]
     for part in (
         "### Assistant A:\nmine",
         "### Assistant B:\ntheirs",
@@ -178,12 +186,13 @@ def test_templates_ask_for_the_labels_and_show_everything_once() -> None:
         "[Question 2]",
     ):
         assert text.count(part) == 1
-    single = JudgePrompt("mt_bench").render(Comparison(item.turns[0], "mine", "theirs"), reasoning=False)
+    single = JudgePrompt("mt_bench").chat(Comparison(item.turns[0], "mine", "theirs"), reasoning=False)[-1]["content"]
     assert "[Question]\nFirst question" in single
     assert "reference" not in single.lower()
     five = JudgePrompt("arena_hard")
     assert all(
-        f"[[{label}]]" in five.render(Comparison("p", "a", "b"), reasoning=False) for label in ("A>>B", "A=B", "B>>A")
+        f"[[{label}]]" in five.chat(Comparison("p", "a", "b"), reasoning=False)[-1]["content"]
+        for label in ("A>>B", "A=B", "B>>A")
     )
     assert five.allows_ties
     assert JudgePrompt("mt_bench").allows_ties

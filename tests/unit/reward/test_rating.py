@@ -186,7 +186,7 @@ def test_there_is_a_rating_template_for_each_criterion() -> None:
     names = template_names(RatingPrompt.folder)
     assert names == ["general", "harmlessness", "helpfulness", "summarization"]
     for name in names:
-        text = RatingPrompt(name).render(Comparison("the question", "the answer", "x"), reasoning=False)
+        text = RatingPrompt(name).chat(Comparison("the question", "the answer", "x"), reasoning=False)[-1]["content"]
         assert "the question" in text
         assert "the answer" in text
         assert "1 (very bad) to 10" in text

@@ -34,13 +34,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return byte_model(folder, pad_is_eos=True, initializer_range=0.4, max_position_embeddings=2048)
 
 
+def test_a_system_part_stands_before_the_question_where_the_chat_template_takes_none(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    )
+    chat: list[Message] = [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "A or B?"}]
+    rows, _ = ChatTokens(tokenizer, "m", 500, len(tokenizer)).encode([chat], room=1)
+    assert tokenizer.decode(rows[0]) == "<user>Be fair.\n\nA or B?"
+
+
 def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) -> None:
     """One sequence at a time, without padding, by transformers alone; the judge has them in a padded batch."""
     judge = make_judge(JudgeSettings(kind="llm", target=str(model), min_label_mass=0))
     verdicts = judge.compare(COMPARISONS)
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     for comparison, verdict in zip(COMPARISONS, verdicts, strict=True):
-        text = f"User: {JudgePrompt('general').render(comparison, reasoning=False)}\n\nAssistant:"
+        text = f"User: {JudgePrompt('general').chat(comparison, reasoning=False)[-1]['content']}\n\nAssistant:"
         with torch.no_grad():
             logits_V = plain(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
         a, b = (logits_V[tokenizer.convert_tokens_to_ids(label)].item() for label in "AB")
@@ -51,7 +62,7 @@ def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) 
 def test_a_local_models_ratings_have_the_probabilities_of_a_naive_forward_pass(model: Path) -> None:
     """This vocabulary has bytes only, so that 10 is a 1 and a 0, and has no probability as the next token."""
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    texts = [RatingPrompt("general").render(comparison, reasoning=False) for comparison in COMPARISONS]
+    texts = [RatingPrompt("general").chat(comparison, reasoning=False)[-1]["content"] for comparison in COMPARISONS]
     chats: list[list[Message]] = [[{"role": "user", "content": text}] for text in texts]
     for text, found in zip(texts, HFChat(plain, tokenizer, "m").label_logprobs(chats, RATINGS), strict=True):
         with torch.no_grad():
