@@ -26,6 +26,7 @@ class ChatServer:
     """How it answers, and what it was asked.
 
     logprobs: how many it gives at most.
+    list_status: what it says when it is asked which models it has.
     answered: how often each question was answered whole. text: what it says where log-probs are not asked for.
     """
 
@@ -33,6 +34,7 @@ class ChatServer:
     logprobs: int = 20
     text: str | None = None
     bias: float = 0.0
+    list_status: int = 501
     url: str = ""
     requests: int = 0
     answered: Counter[str] = field(default_factory=Counter)
@@ -59,6 +61,9 @@ def running(server: ChatServer) -> Iterator[ChatServer]:
 def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
     class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._send(server.list_status, {"object": "list", "data": []})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -62,11 +62,12 @@ def evaluate(
     settings = _settings(judge, prompts, suite, suite_data, overrides or [])
 
     # Imported here: torch and transformers take seconds, and a mistake in the settings should be reported at once.
-    from pe_rlhf.scoring.model_judges import check_judge
+    from pe_rlhf.scoring.model_judges import check_judge, check_server
     from reward.judges.user_code import time_limit
 
     with time_limit(settings.function_timeout):
         check_judge(settings.judge)
+        check_server(settings.judge)
         if suite is not None:
             _evaluate_suite(suite, suite_data, candidate, against, out, limit, settings)
         else:

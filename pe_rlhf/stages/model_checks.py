@@ -25,8 +25,8 @@ from pe_rlhf.model.whole import check_config, loading
 from pe_rlhf.rollout.make import check_installed
 from pe_rlhf.scoring.ensemble import find_ensemble
 from pe_rlhf.scoring.judge_scorer import asked_judge, check_against
-from pe_rlhf.scoring.model_judges import check_judge
-from pe_rlhf.scoring.remote import check_columns
+from pe_rlhf.scoring.model_judges import check_judge, check_server
+from pe_rlhf.scoring.remote import RemoteScorer, check_columns
 from pe_rlhf.scoring.scorers import find_reward
 from pe_rlhf.scoring.weighted import check_where
 from pe_rlhf.stages.previous_policy import check_adapter, find_previous
@@ -70,6 +70,19 @@ def check_models_and_judges(
                 check_judge(asked_judge(source), run_dir)
             if source.ensemble is not None and source.ensemble not in OWN_STAGE:
                 find_ensemble(source.ensemble, Path())
+
+
+def check_servers(recipe: Recipe, stages: list[str]) -> None:
+    """Raise where a judge's or scorer's server does not answer: what it is for may be hours away."""
+    judges = [getattr(getattr(recipe, stage), "judge", None) for stage in stages]
+    for source in recipe.ppo.reward if recipe.ppo is not None and "ppo" in stages else ():
+        judges.append(None if source.judge is None else asked_judge(source))
+        if source.url is not None:
+            RemoteScorer(source.url, source.server, []).check_server()
+    if recipe.ppo is not None and recipe.ppo.eval_every is not None and "ppo" in stages and recipe.evaluate is not None:
+        judges.append(recipe.evaluate.judge)
+    for judge in filter(None, judges):
+        check_server(judge)
 
 
 def check_model(recipe: Recipe, stages: list[str], prompts: dict[str, Prompt]) -> None:

@@ -11,9 +11,10 @@ import json
 import math
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import openai
 
@@ -39,6 +40,7 @@ LONGEST_PAUSE = 60.0  # seconds, of our own pauses
 BUSY_TRIES = 3  # times `attempts`, of a server that is busy: about 12 minutes
 FEW_LOGPROBS = 5  # every server that gives any allows this many
 REASONING_ROOM = 4096  # tokens, where a server counts thoughts that it does not show
+T = TypeVar("T")
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, openai.APIResponseValidationError)
 
 
@@ -101,6 +103,10 @@ class Endpoint:
         """
         return [self._completion(chat, {LIMIT: max_tokens, "temperature": temperature, "seed": seed}) for chat in chats]
 
+    def check_server(self) -> None:
+        """Raise `InputError` where the server refuses the key, `JudgeError` where nothing answers after all tries."""
+        self._until_answered(self._list_models)
+
     def stop(self) -> None:
         """End the pauses between tries, because another thread has failed."""
         self._stopped.set()
@@ -140,7 +146,7 @@ class Endpoint:
         while True:
             sent = self._as_taken(options)
             try:
-                return self._until_answered(chat, sent)
+                return self._until_answered(partial(self._ask_once, chat, sent))
             except Refused as refusal:
                 if sent == self._as_taken(options) and not self._adapt(refusal, sent):
                     raise
@@ -177,12 +183,12 @@ class Endpoint:
             self._without.add(name)
         return True
 
-    def _until_answered(self, chat: list[Message], sent: dict[str, Any]) -> Answer:
+    def _until_answered(self, ask: Callable[[], T]) -> T:
         """Ask until there is an answer. Raises `JudgeError` after the last try."""
         failures = busy = 0
         while True:
             try:
-                return self._ask_once(chat, sent)
+                return ask()
             except Passing as error:
                 failures, busy = failures + (not error.busy), busy + error.busy
                 tries, most = failures + busy, self._settings.attempts
@@ -210,6 +216,18 @@ class Endpoint:
             raise Passing(f"an answer that is not taken: {error}") from None
         except DAMAGED as error:
             raise Passing(f"the body is not a chat completion: {error}") from None
+
+    def _list_models(self) -> None:
+        """Any answer will do, except that the key is unknown: not every server has such a list, or shows it."""
+        try:
+            self._client.models.list()
+        except openai.APIStatusError as error:
+            if error.status_code == 401:
+                raise self._of_status(error, {}) from None
+        except openai.APIConnectionError as error:
+            raise Passing(f"the connection failed: {error.__cause__ or error}") from None
+        except (TimeoutError, TooLongError, *DAMAGED):
+            pass
 
     def _count(self) -> None:
         """Count a request, over all threads. Raises `JudgeError` before the one that would be too many."""

@@ -334,3 +334,21 @@ def test_a_half_written_line_is_dropped_and_a_damaged_one_named(tmp_path: Path) 
         with pytest.raises(InputError) as caught:
             judge_pairs(judge(server), PAIRS[:3], path)
         assert (caught.value.kind, caught.value.file, caught.value.row) == ("unreadable", str(path), 1)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(200, None), (403, None), (404, None), (401, "server")])
+def test_whether_a_server_answers_is_known_before_it_is_asked(status: int, kind: str | None) -> None:
+    """By its list of models; not every server has one, or shows it to every key."""
+    with running(ChatServer(list_status=status)) as server:
+        endpoint = Endpoint("m", server.url, ServerSettings(attempts=1))
+        if kind is None:
+            endpoint.check_server()
+        else:
+            with pytest.raises(InputError) as caught:
+                endpoint.check_server()
+            assert (caught.value.kind, caught.value.key) == (kind, "api_key_env")
+            assert KEY not in str(caught.value)
+    assert server.requests == 0
+    with pytest.raises(JudgeError) as gone:  # without the connection that is still open
+        Endpoint("m", server.url, ServerSettings(attempts=1)).check_server()
+    assert (gone.value.kind, gone.value.key) == ("server", "judge.base_url")

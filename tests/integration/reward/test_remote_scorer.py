@@ -23,8 +23,10 @@ from pe_rlhf.scoring.reward_server import RewardServer
 from pe_rlhf.scoring.scorers import AdapterScorer
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.types import Sequences
+from reward.errors import Failure
 from tests.failures import raises
-from tests.runs import Outcome, Tree, read_jsonl
+from tests.runs import Outcome, Tree, read_jsonl, write_recipe
+from tests.runs import recipe as base_recipe
 from tests.score_server import ScoreServer, running
 from tests.stage_support import byte_model, caches_apart, run, write_prompts
 from tests.tiny import perturb
@@ -167,6 +169,36 @@ def test_a_run_that_loses_its_server_goes_on_from_the_last_step(tmp_path: Path) 
         run_recipe(Recipe.model_validate(tree), tmp_path / "there", ["ppo"], "resume")
     assert figures(tmp_path / "there") == figures(tmp_path / "here")
     assert len(figures(tmp_path / "here")) == 4
+
+
+NOBODY = "http://127.0.0.1:9"
+ABSENT = {"kind": "llm:m", "base_url": f"{NOBODY}/v1", "attempts": 1}
+
+
+@pytest.mark.parametrize(
+    ("ppo", "evaluate", "kind", "key"),
+    [
+        ({"reward": [{"url": NOBODY, "server": {"attempts": 1}}]}, None, "server", "ppo.reward.url"),
+        ({"reward": [{"url": NOBODY, "server": {"api_key_env": "ABSENT_KEY"}}]}, None, "missing", None),
+        ({"reward": [{"judge": ABSENT}]}, None, "server", "judge.base_url"),
+        ({}, ABSENT, "server", "judge.base_url"),
+        ({}, {"kind": "jury", "members": ["length", ABSENT]}, "server", "judge.base_url"),
+    ],
+    ids=["scorer", "key of the scorer", "judge that rewards", "judge", "one of a jury"],
+)
+def test_a_server_that_cannot_work_stops_the_run_before_its_first_stage(
+    tmp_path: Path, fails: Callable[..., Failure], ppo: Tree, evaluate: Tree | None, kind: str, key: str | None
+) -> None:
+    """In a dry run, too."""
+    tree = base_recipe("reward", "ppo", "evaluate")
+    tree["ppo"] |= ppo
+    tree["evaluate"] |= {"judge": evaluate or "length"}
+    path = write_recipe(tmp_path, tree)
+    for more in ((), ("--dry-run",)):
+        failure = fails("run", path, "--run-dir", "run", *more, code=2 if kind == "missing" else 3)
+        assert failure.kind == kind
+        assert key in (None, failure.key)
+        assert not (tmp_path / "run").exists()
 
 
 # ---- our own server --------------------------------------------------------------------------------------------------
