@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+HEAD = b"HTTP/1.1 200 OK\r\nX-Slow: "
 
 
 @contextmanager
@@ -25,6 +28,15 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 class QuietHandler(BaseHTTPRequestHandler):
     """Says nothing into the tests' output."""
+
+    def drip(self, first: bytes, part: bytes, count: int = 100, pause: float = 0.1) -> None:
+        """Write a part of an answer at a time, until the client has had enough."""
+        with suppress(OSError):
+            self.wfile.write(first)
+            for _ in range(count):
+                self.wfile.write(part)
+                self.wfile.flush()
+                time.sleep(pause)
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass

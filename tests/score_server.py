@@ -6,12 +6,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from tests.loopback import QuietHandler, serving
+from tests.loopback import HEAD, QuietHandler, serving
 
 # Gets the number of the request, from 0: what goes wrong with it, as `Handler._fault` knows it, or None.
 Faults = Callable[[int], Any]
@@ -57,15 +57,8 @@ def _handler(server: ScoreServer) -> type[BaseHTTPRequestHandler]:
         def _fault(self, fault: Any, count: int) -> None:
             if fault == "drop":
                 return self.connection.close()
-            if fault == "drip":  # a byte at a time, for ever
-                self.send_response(200)
-                self.end_headers()
-                with suppress(OSError):
-                    for _ in range(100):
-                        self.wfile.write(b" ")
-                        self.wfile.flush()
-                        time.sleep(0.1)
-                return None
+            if fault in ("drip", "drip head"):  # a byte at a time, for ever
+                return self.drip(HEAD if fault == "drip head" else HEAD + b"\r\n\r\n", b" ")
             if fault == "hang":
                 time.sleep(5)
                 return None

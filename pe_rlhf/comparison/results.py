@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import platform
@@ -22,7 +20,7 @@ from pe_rlhf.comparison.plan import Plan
 from pe_rlhf.comparison.run_result import Analysis, Estimate
 from pe_rlhf.comparison.trials import Choice, choose
 from pe_rlhf.runs.layout import ComparisonFiles
-from pe_rlhf.system.files import write_json, write_whole
+from pe_rlhf.system.files import csv_text, write_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,8 @@ def write_results(plan: Plan) -> Outcome:
     recipe = plan.path.read_text(encoding="utf-8")
     write_comparison_report(analysis, files.report, recipe=recipe, facts=facts(plan))
     write_json(files.summary, {**facts(plan), **to_json(analysis), "trials": _trials(choices)})
-    write_whole(files.results, _csv(to_rows(analysis)))
+    rows = to_rows(analysis)
+    write_whole(files.results, csv_text(list(dict.fromkeys(key for row in rows for key in row)), rows))
     for path, plot in ((files.win_rates, draw_win_rates(analysis)), (files.gold, draw_gold(analysis))):
         if plot is not None:
             write_whole(path, plot.svg)
@@ -95,20 +94,6 @@ def _trials(choices: list[Choice]) -> list[dict[str, object]]:
         for choice in choices
         for row in choice.trials
     ]
-
-
-def _csv(rows: list[dict[str, object]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _as_cell(value) for key, value in row.items()} for row in rows)
-    return text.getvalue()
-
-
-def _as_cell(value: object) -> object:
-    """A text that a spreadsheet would compute gets an apostrophe before it; numbers stay as they are."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _processor() -> str:

@@ -23,9 +23,9 @@ from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.types import Sequences
 from reward.errors import InputError, Kind
-from reward.judges.bounded import TooLongError, bounded
+from reward.judges.bounded import TooLongError, ended
 from reward.judges.functions import as_number
-from reward.judges.server_errors import Passing, retry_after
+from reward.judges.server_errors import Passing, retry_after, without_key
 from reward.records import NO_COLUMNS, Columns, Prompt
 
 KEY = "ppo.reward.url"
@@ -41,8 +41,9 @@ class RemoteScorer:
     def __init__(self, url: str, settings: ScoreServer, eos_token_ids: list[int]) -> None:
         self._url, self._settings, self._eos_token_ids = url.rstrip("/"), settings, torch.tensor(eos_token_ids)
         self._stopped = threading.Event()
-        hooks = {"response": [bounded]}
-        self._client = httpx.Client(headers=_headers(settings), timeout=settings.timeout, event_hooks=hooks)
+        self._key = _api_key(settings)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        self._client = ended(httpx.Client(headers=headers, timeout=settings.timeout))
 
     def check_server(self) -> None:
         """Raise `TrainingError` where nothing answers at the address: before anything is sampled."""
@@ -137,7 +138,8 @@ class RemoteScorer:
     def _refused(
         self, what: str, *, row: int | None = None, kind: Kind = "server", fix: str | None = None
     ) -> TrainingError:
-        return TrainingError(f"{KEY}: {self._url} {what}", kind=kind, key=KEY, row=row, fix=fix)
+        message = f"{KEY}: {self._url} {without_key(what, self._key)}"
+        return TrainingError(message, kind=kind, key=KEY, row=row, fix=fix)
 
 
 def was_cut(sequences: Sequences, eos_token_ids: Tensor) -> list[bool]:
@@ -158,10 +160,10 @@ def check_columns(wanted: Collection[str], there: Collection[str]) -> None:
         )
 
 
-def _headers(settings: ScoreServer) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
+def _api_key(settings: ScoreServer) -> str:
+    """The key that is sent, "" for none."""
     if settings.api_key_env is None:
-        return headers
+        return ""
     key = os.environ.get(settings.api_key_env, "").strip()
     if not (key and key.isascii() and key.isprintable()):
         raise InputError(
@@ -170,4 +172,4 @@ def _headers(settings: ScoreServer) -> dict[str, str]:
             key="ppo.reward.server.api_key_env",
             fix="set it, or leave out api_key_env",
         )
-    return headers | {"Authorization": f"Bearer {key}"}
+    return key

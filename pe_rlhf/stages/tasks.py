@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -27,7 +25,7 @@ from pe_rlhf.stages.preflight import check_inputs
 from pe_rlhf.stages.previous_policy import check_adapter
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import failure_noted
-from pe_rlhf.system.files import locked, write_json, write_whole
+from pe_rlhf.system.files import csv_text, locked, write_json, write_whole
 from pe_rlhf.system.progress import say
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
@@ -167,10 +165,7 @@ def _prepare(held: ExitStack, recipe: Recipe, files: RunFiles, anew: Sequence[in
 
 
 def _write(files: RunFiles, table: TaskTable) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([getattr(cell, column) for column in COLUMNS] for cell in table.cells)
-    write_whole(files.task_table, text.getvalue())
+    rows = ({column: getattr(cell, column) for column in COLUMNS} for cell in table.cells)
+    write_whole(files.task_table, csv_text(COLUMNS, rows))
     write_json(files.summary, table.as_json())
     write_tasks_report(files.folder, table)

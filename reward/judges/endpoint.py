@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import openai
 
 from reward.errors import InputError, JudgeError
-from reward.judges.bounded import TooLongError, bounded
+from reward.judges.bounded import TooLongError, ended
 from reward.judges.judge_settings import ServerSettings, api_key
 from reward.judges.llm import Completion
 from reward.judges.server_errors import (
@@ -33,6 +33,7 @@ from reward.judges.server_errors import (
     Unanswerable,
     parameter_named,
     retry_after,
+    without_key,
 )
 from reward.records import Message
 
@@ -87,7 +88,7 @@ class Endpoint:
             base_url=base_url,
             timeout=settings.timeout,
             max_retries=0,
-            http_client=openai.DefaultHttpxClient(event_hooks={"response": [bounded]}),
+            http_client=ended(openai.DefaultHttpxClient()),
         )
 
     def label_logprobs(self, chats: Sequence[list[Message]], labels: Sequence[str]) -> list[Completion]:
@@ -274,8 +275,7 @@ class Endpoint:
 
     def _clean(self, said: object) -> str:
         """A message of a server or library, without the key: some quote it."""
-        text = str(said).replace(self._key, "***") if len(self._key) > 3 else str(said)
-        return " ".join(text.split())[:300]
+        return " ".join(without_key(said, self._key).split())[:300]
 
 
 def _answer(body: Any) -> Answer:

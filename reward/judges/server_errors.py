@@ -50,6 +50,11 @@ class Refused(InputError):
         self.about, self.said = about, said
 
 
+def without_key(said: object, key: str) -> str:
+    """A message of a server or library without the key, which some quote; it may get into a file."""
+    return str(said).replace(key, "***") if len(key) > 3 else str(said)
+
+
 def parameter_named(said: str, param: object, sent: Collection[str]) -> str | None:
     """Which of the parameters that were sent a refusal is about: its field `param`, or the first one in its words."""
     for text in (param if isinstance(param, str) else "", said):

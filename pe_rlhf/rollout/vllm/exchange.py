@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from pathlib import Path
 
@@ -18,7 +19,9 @@ MEMORY_FOLDER = Path("/dev/shm")
 
 
 class WeightExchange:
-    """A folder of this process with one sub-folder per version of the weights.
+    """A folder of this process, which nobody else can read, with one sub-folder per version of the weights.
+
+    In a parent with the setgid bit its group can read it.
 
     Removes folders that killed processes of this machine left behind.
     """
@@ -30,7 +33,8 @@ class WeightExchange:
             if not _alive(left.name.removeprefix(prefix).split("-")[0]):
                 shutil.rmtree(left, ignore_errors=True)
         self.folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent)).resolve()
-        self.folder.chmod(0o755)  # a server may run as another user
+        if parent.stat().st_mode & stat.S_ISGID:  # a server may run as another user of that group
+            self.folder.chmod(0o2750)
 
     def put_adapter(self, backbone: Backbone, role: str, name: str, rank: int) -> Path:
         """Write a role as a PEFT LoRA of that rank."""

@@ -15,7 +15,8 @@ import openai
 from pe_rlhf.system.failures import TrainingError
 from reward.advance import Advance, no_progress
 from reward.errors import InputError, Kind
-from reward.judges.bounded import TooLongError, bounded, bounded_async
+from reward.judges.bounded import TooLongError, ended
+from reward.judges.server_errors import without_key
 
 SECONDS_TO_ANSWER = 5.0  # for a question that costs the server nothing
 
@@ -40,7 +41,7 @@ class Server:
             "max_retries": 0,
         }
         self._timeout = timeout
-        ends = openai.DefaultHttpxClient(event_hooks={"response": [bounded]})
+        ends = ended(openai.DefaultHttpxClient())
         self._client = openai.OpenAI(**self._options, http_client=ends)
         self.base, self._max_length = "", 0
         self.adapter: str | None = None
@@ -167,7 +168,7 @@ class Server:
         Raises `ServerFault`, and `TrainingError` where another try cannot help.
         """
         places = asyncio.Semaphore(at_once)
-        ends = openai.DefaultAsyncHttpxClient(event_hooks={"response": [bounded_async]})
+        ends = ended(openai.DefaultAsyncHttpxClient())
         async with openai.AsyncOpenAI(**self._options, http_client=ends) as client:
 
             async def one(prompt: list[int], seed: int) -> Response:
@@ -253,4 +254,5 @@ def _fault(error: openai.APIStatusError) -> ServerFault:
 def _message(error: openai.APIStatusError) -> str:
     """What a server says is wrong, in a line."""
     said = error.body.get("message") if isinstance(error.body, dict) else None
-    return " ".join(str(said or error.response.text).split())[:300] or f"status {error.status_code}"
+    text = without_key(said or error.response.text, os.environ.get("VLLM_API_KEY", ""))
+    return " ".join(text.split())[:300] or f"status {error.status_code}"

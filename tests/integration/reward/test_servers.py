@@ -20,7 +20,7 @@ from reward.judges.llm import LLMJudge
 from reward.judges.server_errors import retry_after
 from reward.judges.templates import JudgePrompt
 from tests import loopback
-from tests.loopback import QuietHandler
+from tests.loopback import HEAD, QuietHandler
 
 Body = dict[str, Any]
 # Gets the body of a request and its number; gives status, answer (an object, or bytes) and headers.
@@ -261,6 +261,18 @@ def test_an_answer_without_end_is_one_judge_error(part: bytes, pause: float) -> 
         ask(lambda body, number: (200, without_end(part, pause), {}), attempts=1, timeout=1)
     assert (caught.value.kind, caught.value.key) == ("server", "judge.base_url")
     assert time.monotonic() - start < 10
+
+
+def test_a_head_without_end_is_one_judge_error() -> None:
+    class Dripping(QuietHandler):
+        def do_POST(self) -> None:
+            self.drip(HEAD, b"x")
+
+    start = time.monotonic()
+    with loopback.serving(Dripping) as url, pytest.raises(JudgeError) as caught:
+        Endpoint("m", f"{url}/v1", ServerSettings(attempts=1, timeout=0.5)).generate([[]], 1, 0.0, 0)
+    assert (caught.value.kind, caught.value.key) == ("server", "judge.base_url")
+    assert time.monotonic() - start < 8
 
 
 def test_content_in_parts_is_its_text() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pe_rlhf.rollout.vllm.http import Server, ServerFault
 from pe_rlhf.system.failures import TrainingError
 from tests.integration.rollout.proxy import comes_back, proxy
 from tests.integration.rollout.vllm_support import MODES, PROMPTS, Make, adapters, difference, post
-from tests.loopback import QuietHandler, serving
+from tests.loopback import HEAD, QuietHandler, serving
 
 
 @pytest.mark.parametrize("sync", MODES)
@@ -115,19 +114,20 @@ def test_a_server_that_hangs(make: Make, vllm_server: str) -> None:
         assert caught.value.kind == "server"
 
 
-@pytest.mark.parametrize(("part", "status"), [(b" ", 200), (b"", 429)], ids=["a byte at a time", "busy"])
-def test_an_answer_without_end_and_a_server_that_is_busy_are_faults_that_may_pass(part: bytes, status: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(HEAD + b"\r\n\r\n", 100), (HEAD, 100), (HEAD.replace(b"200 OK", b"429 No") + b"\r\n\r\n", 0)],
+    ids=["a byte at a time", "a byte of the head at a time", "busy"],
+)
+def test_an_answer_without_end_and_a_server_that_is_busy_are_faults_that_may_pass(first: bytes, count: int) -> None:
     class Dripping(QuietHandler):
         def do_POST(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            with suppress(OSError):
-                for _ in range(100 * len(part)):
-                    self.wfile.write(part)
-                    time.sleep(0.1)
+            self.drip(first, b" ", count)
 
+    start = time.monotonic()
     with serving(Dripping) as url, pytest.raises(ServerFault):
         asyncio.run(Server(url, timeout=0.5).sample([[5]], [0], {"max_tokens": 2}, "salt", model="m"))
+    assert time.monotonic() - start < 8
 
 
 def cut_logprobs(answer: Any) -> Any:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pe_rlhf.comparison.results import _csv
 from pe_rlhf.report.format import slug
 from pe_rlhf.report.page import Page, Sample, Section, Table, Text, Tile
+from pe_rlhf.rollout.vllm.exchange import WeightExchange
 from pe_rlhf.runs.export import export_role
 from pe_rlhf.runs.layout import RoleFiles
 from pe_rlhf.runs.saved_roles import find_role, save_role
+from pe_rlhf.system.files import csv_text
 from reward.errors import Failure
 from reward.judges.base import Comparison
 from reward.judges.templates import JudgePrompt
 from tests.failures import raises
+from tests.paths import ROOT
 from tests.runs import recipe, write_recipe
 from tests.tiny import backbone_with
 
@@ -92,7 +97,9 @@ def test_every_text_of_a_page_is_escaped() -> None:
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t"])
 def test_a_spreadsheet_computes_no_cell(start: str) -> None:
-    (row,) = csv.DictReader(io.StringIO(_csv([{"arm": f"{start}1+1", "kl": -2.5, "seed": 1}])))
+    (row,) = csv.DictReader(
+        io.StringIO(csv_text(["arm", "kl", "seed"], [{"arm": f"{start}1+1", "kl": -2.5, "seed": 1}]))
+    )
     assert row == {"arm": f"'{start}1+1", "kl": "-2.5", "seed": "1"}
 
 
@@ -101,3 +108,31 @@ def test_a_judges_template_reaches_nothing_but_its_values(tmp_path: Path) -> Non
     path.write_text("A or B? {{ messages.__class__.__mro__[1].__subclasses__() }}")
     with raises("user_code", key="judge.template"):
         JudgePrompt(str(path)).chat(Comparison("p", "a", "b"), reasoning=False)[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "starts"),
+    [
+        (None, None, True),
+        ("localhost", None, True),
+        ("0.0.0.0", None, False),
+        ("gpu1", "", False),
+        ("0.0.0.0", "k", True),
+    ],
+)
+def test_a_server_for_other_machines_wants_a_key(host: str | None, key: str | None, starts: bool) -> None:
+    own = {name: value for name, value in (("HOST", host), ("VLLM_API_KEY", key)) if value is not None}
+    rest = {name: value for name, value in os.environ.items() if name not in ("HOST", "VLLM_API_KEY")}
+    script = [str(ROOT / "launch" / "vllm_server.sh"), "model", "8000"]
+    done = subprocess.run(script, env={**rest, **own, "PYTHON": "echo"}, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is starts
+    assert (f"--host {host or '127.0.0.1'} " in done.stdout) is starts
+    assert starts or "VLLM_API_KEY" in done.stderr
+
+
+def test_weights_on_their_way_are_private_unless_a_group_is_named(tmp_path: Path) -> None:
+    own = WeightExchange(tmp_path / "own").folder
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o2775)
+    shared = WeightExchange(tmp_path / "shared").folder
+    assert [stat.S_IMODE(folder.stat().st_mode) & 0o777 for folder in (own, shared)] == [0o700, 0o750]
