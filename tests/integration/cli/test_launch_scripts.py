@@ -62,3 +62,23 @@ def test_a_sweep_takes_its_line(tmp_path: Path) -> None:
     command = ["bash", str(LAUNCH / "slurm_array.sbatch"), "my.yaml", str(tmp_path / "sweep.txt")]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     assert done.stdout == "pe-rlhf run my.yaml adapter.init=pissa seed=1 --run-dir runs/my-9/2 --resume\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "starts"),
+    [
+        (None, None, True),
+        ("localhost", None, True),
+        ("0.0.0.0", None, False),
+        ("gpu1", "", False),
+        ("0.0.0.0", "k", True),
+    ],
+)
+def test_a_server_for_other_machines_wants_a_key(host: str | None, key: str | None, starts: bool) -> None:
+    own = {name: value for name, value in (("HOST", host), ("VLLM_API_KEY", key)) if value is not None}
+    rest = {name: value for name, value in os.environ.items() if name not in ("HOST", "VLLM_API_KEY")}
+    script = [str(LAUNCH / "vllm_server.sh"), "model", "8000"]
+    done = subprocess.run(script, env={**rest, **own, "PYTHON": "echo"}, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is starts
+    assert (f"--host {host or '127.0.0.1'} " in done.stdout) is starts
+    assert starts or "VLLM_API_KEY" in done.stderr

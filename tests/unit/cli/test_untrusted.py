@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import stat
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from reward.errors import Failure
 from reward.judges.base import Comparison
 from reward.judges.templates import JudgePrompt
 from tests.failures import raises
-from tests.paths import ROOT
 from tests.runs import recipe, write_recipe
 from tests.tiny import backbone_with
 
@@ -108,26 +105,6 @@ def test_a_judges_template_reaches_nothing_but_its_values(tmp_path: Path) -> Non
     path.write_text("A or B? {{ messages.__class__.__mro__[1].__subclasses__() }}")
     with raises("user_code", key="judge.template"):
         JudgePrompt(str(path)).chat(Comparison("p", "a", "b"), reasoning=False)[-1]["content"]
-
-
-@pytest.mark.parametrize(
-    ("host", "key", "starts"),
-    [
-        (None, None, True),
-        ("localhost", None, True),
-        ("0.0.0.0", None, False),
-        ("gpu1", "", False),
-        ("0.0.0.0", "k", True),
-    ],
-)
-def test_a_server_for_other_machines_wants_a_key(host: str | None, key: str | None, starts: bool) -> None:
-    own = {name: value for name, value in (("HOST", host), ("VLLM_API_KEY", key)) if value is not None}
-    rest = {name: value for name, value in os.environ.items() if name not in ("HOST", "VLLM_API_KEY")}
-    script = [str(ROOT / "launch" / "vllm_server.sh"), "model", "8000"]
-    done = subprocess.run(script, env={**rest, **own, "PYTHON": "echo"}, capture_output=True, text=True, check=False)
-    assert (done.returncode == 0) is starts
-    assert (f"--host {host or '127.0.0.1'} " in done.stdout) is starts
-    assert starts or "VLLM_API_KEY" in done.stderr
 
 
 def test_weights_on_their_way_are_private_unless_a_group_is_named(tmp_path: Path) -> None:
