@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,10 +202,10 @@ def _groups(layers: Mapping[str, nn.Module], need: Need) -> Iterator[dict[str, n
     """Layers one after the other, in groups whose statistics are at most a sixteenth of all (or that are one layer)."""
 
     def size(layer: nn.Module) -> int:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        in_features = getattr(layer, "in_features", weight.shape[0])  # GPT-2's Conv1D has no name for it
-        return in_features**2 if need == "inputs" else weight.numel()
+        weight: Any = layer.weight
+        shape = getattr(weight, "ds_shape", weight.shape)  # of one that ZeRO-3 has split, nothing may be here
+        in_features = getattr(layer, "in_features", shape[0])  # GPT-2's Conv1D has no name for it
+        return in_features**2 if need == "inputs" else getattr(weight, "ds_numel", weight.numel())
 
     limit = sum(map(size, layers.values())) / GROUPS
     group: dict[str, nn.Module] = {}

@@ -17,7 +17,6 @@ from pe_rlhf.runs.checkpoint import load_checkpoint
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.system.distributed import is_sharded
 from reward.errors import InputError
 
 REWARD = "reward"
@@ -39,13 +38,6 @@ def add_role(
     if context.recipe.tuning == "full":
         return backbone.add_own_weights(role)
     needs = kind_of(adapter).needs
-    if needs is not None and is_sharded(backbone.model):
-        raise InputError(
-            "adapter: this kind or init looks at data, for which the base has to be whole: not with zero3",
-            kind="conflict",
-            key="adapter",
-            fix="use deepspeed: zero2 or less, or another kind or init",
-        )
     if needs is None or (saved := load_checkpoint(context.folder)) is None:
         own = context.recipe.seed if seed is None else seed
         backbone.add_adapter(role, adapter, seed=own, statistics=None if needs == "original weight" else statistics)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +34,9 @@ SETTINGS: dict[str, list[str]] = {
     "rwp": ["ppo.optimizer.sharpness=rwp", "ppo.optimizer.noise_on=model", SMALLER],
 }
 # Those that look at the base's weights, during a pass, at a switch, or when a layer is made.
-OF_THE_WEIGHT = ("bat", "dora", "lora_dash", "loha", "redrawn", "spectral_a", "spectral_r", "tinylora", "vera")
-RUNS = [*((name, "zero2") for name in SETTINGS), *((name, "all_split") for name in OF_THE_WEIGHT)]
+OF_THE_WEIGHT = ("bat", "dora", "loha", "lora_dash", "redrawn", "spectral_a", "spectral_r", "tinylora", "vera")
+OF_GRADIENTS = ("rosa", "shira")
+RUNS = [*((name, "zero2") for name in SETTINGS), *((name, "all_split") for name in OF_THE_WEIGHT + OF_GRADIENTS)]
 
 
 def overrides(name: str) -> list[str]:
@@ -72,13 +72,3 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize(("name", "zero"), RUNS)
 def test_two_ranks_are_one(runs: Path, name: str, zero: str) -> None:
     assert_same_run(runs / f"{zero}-{name}", runs / f"one-{name}", ("ppo",), weights=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["rosa", "shira"])
-def test_a_kind_that_looks_at_data_is_refused_where_no_process_has_the_whole_base(
-    tmp_path: Path, model_cache: Path, kind: str
-) -> None:
-    path = write_recipe(tmp_path, small("ppo") | {"adapter": {"kind": kind}})
-    Forked(["run", str(path), "deepspeed=zero3", "--run-dir=out"], tmp_path, model_cache).finish(code=2)
-    failure = json.loads((tmp_path / "out" / "failure.json").read_text())
-    assert (failure["kind"], failure["key"]) == ("conflict", "adapter")

@@ -13,8 +13,11 @@ pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 
 PASSES = """
 import json, sys
+from functools import partial
 import torch
+from pe_rlhf.adapters.gradients import Probe, ProbedStatistics, _groups
 from pe_rlhf.model.backbone import load_backbone
+from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.optim.zero import import_deepspeed, init_processes, shard_base
 from pe_rlhf.system.distributed import gathered, leave_group
 from tests.model_types import build
@@ -82,6 +85,29 @@ found["weights"] = len({id(p) for p in split.model.model.parameters() if hasattr
 found["kept"] = sum(p.numel() for p in base)  # what is whole when no pass is running
 found["base"] = sorted({str(p.ds_tensor.dtype) for p in base})
 found["trained"] = sorted({str(p.dtype) for p in split.role_parameters("policy").values()})
+def statistics(backbone, parts):
+    def loss(part):
+        states = decoder_of(backbone.model)(input_ids=rows.ids_BT[part], use_cache=False).last_hidden_state
+        return states[..., :3].float().square().sum()
+
+    mask_BT, batch_B = torch.arange(rows.ids_BT.shape[1]) < rows.lengths_B[:, None], torch.arange(len(rows)) % 2
+    probes = [Probe(partial(loss, part), mask_BT[part], batch_B[part]) for part in parts]
+    return ProbedStatistics(backbone.base_layer, lambda need: probes)
+
+whole_batch, halves = [slice(None)], [slice(0, 2), slice(2, None)]  # of halves, gradients are summed group by group
+cases = (("lora", "cross_task", whole_batch), ("lora", "corda", halves), ("rosa", "lora", halves))
+for kind, init, parts in cases if form != "experts" else ():
+    states, groups = [], []
+    for backbone in (whole, split):
+        layers = {name: backbone.base_layer(name) for name in backbone.role_layers("policy")}
+        groups.append([list(group) for group in _groups(layers, "inputs" if init == "corda" else "gradient")])
+        given = {"kind": kind, "init": init, "rank": 3, "targets": ["q_proj", "down_proj"]}
+        backbone.add_adapter(f"{kind}_{init}", statistics=statistics(backbone, parts), **given)
+        states.append(backbone.role_state(f"{kind}_{init}"))
+    found["same"] &= all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    found["same"] &= groups[0] == groups[1] and len(groups[0]) > 10  # as many layers at a time
+one_pass("policy", True)
+found["kept"] += sum(p.numel() for p in base)
 print(json.dumps(found))
 leave_group()
 """
@@ -92,7 +118,8 @@ def test_a_split_base_keeps_its_dtype_and_numbers_and_is_fetched_ahead(tmp_path:
     """The head has weights of its own or the embeddings'; or the adapters are on fused experts, too."""
     for said in script_on_ranks(PASSES, tmp_path, dtype, form):
         found = json.loads(said.splitlines()[-1])
-        assert found["same"]  # as with the whole base, to the bit: log-probs, values, gradients, logits
+        # As with the whole base, to the bit: log-probs, values, gradients, logits; factors and masks from statistics.
+        assert found["same"]
         assert (found["base"], found["trained"]) == ([f"torch.{dtype}"], ["torch.float32"])
         assert found["kept"] == 0
         # The first pass comes to every weight before it is asked for.
@@ -100,6 +127,6 @@ def test_a_split_base_keeps_its_dtype_and_numbers_and_is_fetched_ahead(tmp_path:
         if form == "experts":
             continue  # two blocks are too few to run ahead in
         # Once a pass with a gradient was recorded, those of its turning point are late at most, whatever role it plays.
-        with_gradient, without = found["late"][5:7], found["late"][7:]
+        with_gradient, without = found["late"][5:7], found["late"][7:11]
         assert max(with_gradient) <= found["weights"] / 3, found["late"]
         assert max(without) <= 2, found["late"]

@@ -72,7 +72,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_a_role_on_a_quantised_base_starts_as_it_and_learns(
-    quantisable_model: Path, tmp_path: Path, kind: str, bits: str
+    quantisable_model: Path, tmp_path: Path, kind: str, bits: Any
 ) -> None:
     backbone = load_backbone(str(quantisable_model), quantization=bits)
     anchor, before = role_logits(backbone, "anchor"), base_bytes(backbone)
