@@ -15,6 +15,9 @@ from pe_rlhf.system.distributed import is_sharded
 from pe_rlhf.system.progress import Advance
 from reward.errors import InputError
 
+# What configs call the number of experts.
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
 
 def make_rollout(
     backbone: Backbone,
@@ -37,6 +40,15 @@ def make_rollout(
         on_progress: gets the number of finished responses.
         reserved: bytes of a GPU that an embedded engine leaves to the trainer.
     """
+    embedded = config.engine == "vllm" and config.mode == "embedded"
+    if embedded and backbone.device.type == "cpu" and _is_mixture(backbone):
+        # Its kernels pack the experts when they are first loaded, and go on with what was packed.
+        raise InputError(
+            "rollout: vLLM on a CPU takes no new weights of a mixture of experts, neither merged nor as a LoRA",
+            kind="conflict",
+            key="ppo.rollout.engine",
+            fix="use engine: hf",
+        )
     check_installed(config)
     if is_sharded(backbone.model) and config.engine == "hf" and config.sync == "merged":
         raise InputError(
@@ -58,6 +70,11 @@ def make_rollout(
 
         return ServerVLLM(backbone, role, config, folder=folder, **common)  # type: ignore[arg-type]
     return EmbeddedVLLM(backbone, role, config, settings, log=log, reserved=reserved, **common)  # type: ignore[arg-type]
+
+
+def _is_mixture(backbone: Backbone) -> bool:
+    config = backbone.model.config.get_text_config(decoder=True)
+    return any((getattr(config, key, None) or 1) > 1 for key in EXPERT_COUNTS)
 
 
 def check_installed(config: SamplerConfig) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from pe_rlhf.model.backbone import Backbone
 
@@ -43,18 +44,27 @@ class WeightExchange:
         return path
 
     def put_merged(self, backbone: Backbone, role: str, name: str) -> Path:
-        """Write `W0 + ΔW` of a role as a safetensors checkpoint, in files of about 2 GiB."""
+        """Write `W0 + ΔW` of a role as a safetensors checkpoint, in files of about 2 GiB.
+
+        Under the names that checkpoints have, which vLLM knows: transformers fuses experts when it loads a model.
+        """
         path = self.folder / name
         path.mkdir()
         shard: dict[str, Tensor] = {}
         number, size = 0, 0
+
+        def write() -> None:
+            named = revert_weight_conversion(backbone.model, shard)
+            whole = {key: tensor.contiguous() for key, tensor in named.items()}
+            save_file(whole, path / f"model-{number:05d}.safetensors")
+
         for key, tensor in backbone.merged_tensors(role):
             if shard and size + tensor.nbytes > SHARD_BYTES:
-                save_file(shard, path / f"model-{number:05d}.safetensors")
+                write()
                 shard, number, size = {}, number + 1, 0
-            shard[key] = tensor.detach().cpu().contiguous()
+            shard[key] = tensor.detach().cpu()
             size += tensor.nbytes
-        save_file(shard, path / f"model-{number:05d}.safetensors")
+        write()
         return path
 
     def drop(self, name: str) -> None:
