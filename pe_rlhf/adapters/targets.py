@@ -71,12 +71,13 @@ def plain_weight(model: nn.Module, name: str) -> Tensor:
 
 
 def peft_adapts_experts(model: PreTrainedModel) -> bool:
-    """Whether PEFT's `all-linear` has the experts of this model: of the families that it converts to fused weights."""
-    from peft.utils import transformers_weight_conversion as peft_tables  # PEFT takes seconds to import
+    """Whether PEFT's `all-linear` has the experts of this model, as it says itself of a config for it."""
+    from peft import LoraConfig  # PEFT takes seconds to import
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    families: dict[str, str] = getattr(peft_tables, "_MODEL_TO_CONVERSION_PATTERN")  # noqa: B009  (a re-export)
-    family = families.get(model.config.get_text_config(decoder=True).model_type, "")
-    return bool(peft_tables._MOE_FUSED_TARGETS.get(family))
+    config = LoraConfig(target_modules="all-linear")
+    convert_peft_config_for_transformers(config, model, conversions=None)
+    return bool(config.target_parameters)
 
 
 def note_layers_without_effect(model: PreTrainedModel, run: Callable[[], Tensor]) -> None:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -110,7 +109,7 @@ def _values(messages: Sequence[Message], responses: Mapping[str, str]) -> dict[s
     names = (("answer_a", "ANSWER_A", "output_1"), ("answer_b", "ANSWER_B", "output_2"))
     names = names if len(sides) == 2 else (("answer",),)
     for number, (side, of_side) in enumerate(zip(sides, names, strict=True), start=1):
-        turns: Any = getattr(side, "answers", (side,))
+        turns: tuple[str, ...] = getattr(side, "answers", (side,))
         found |= dict.fromkeys(of_side, turns[0])
         found |= {f"{of_side[0]}_{turn}": text for turn, text in enumerate(turns, start=1)}
         if len(sides) == 2:  # Arena-Hard 0.1 counts the sides
