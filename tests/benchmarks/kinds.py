@@ -63,6 +63,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spectral_r": {"rank": 32, "niter": 2},
     "tinylora": {"rank": 2, "size": 64, "niter": 2},
 }
+# Those of several tasks are LoRAs in this.
+EVERY = sorted({*KINDS, "rosa@0.05", "shira@0.05"} - {"routed", "stacked"})
 
 
 def settings_of(name: str) -> tuple[str, dict[str, Any]]:
@@ -190,7 +192,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--kinds", default=",".join(sorted(set(KINDS) - {"routed", "stacked"})))
+    parser.add_argument("--kinds", default=",".join(EVERY), help="default: all, the sparse ones in two densities")
     arguments = parser.parse_args()
     model = load(arguments.model, arguments.layers)
     size = f"{model.config.num_hidden_layers} layers" + ("" if arguments.layers is None else ", the first ones")

@@ -89,29 +89,56 @@ def test_reward_policy_and_critic_of_three_kinds_in_one_run(cli: Cli, tmp_path: 
     assert [without_time(row) for row in cut] == [without_time(row) for row in whole]
 
 
-@pytest.mark.parametrize("kind", ["adalora", "miss"])
+# Kills the run `cut` with SIGKILL at the scores of the steps that a file `kills` numbers.
+KILLING = """
+import os, signal
+from pathlib import Path
+
+def scores(prompts, responses):
+    kills, metrics = Path("kills"), Path("cut/ppo/metrics.jsonl")
+    first, *others = kills.read_text().split() if kills.exists() and kills.read_text() else [""]
+    if first and metrics.exists() and metrics.read_bytes().count(b"\\n") + 1 == int(first):
+        kills.write_text(" ".join(others))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [0.0] * len(responses)
+"""
+# A step of PPO has one of its optimizer: a checkpoint is before the change of the policy, at it, and after it.
+CHANGING = {"lora_dash": {"warmup_steps": 4, "directions": 2}, "redrawn": {"every": 4}}
+
+
+@pytest.mark.parametrize(("kind", "policy"), [("adalora", "lora_dash"), ("miss", "redrawn")])
 def test_a_critic_starts_as_the_reward_of_its_kind_and_a_killed_run_goes_on(
-    tmp_path: Path, model_cache: Path, kind: str
+    tmp_path: Path, model_cache: Path, kind: str, policy: str
 ) -> None:
-    """`kill -9` amid AdaLoRA's falling budget, of policy and critic; the critic hardly learns, so its start is seen."""
+    """`kill -9` around the policy's switch or draw, amid the falling budget of the critic's AdaLoRA.
+
+    The critic hardly learns, so its start is seen.
+    """
+    (tmp_path / "killing.py").write_text(KILLING)
     tree = recipe(
         "reward",
         "ppo",
         threads=1,
         adapter={"kind": kind, **SETTINGS.get(kind, {})},
         reward__learning_rate=1e-2,
-        ppo__reward=[{"adapter": "stage"}],
+        ppo__adapter={"kind": policy, **CHANGING[policy]},
+        ppo__reward=[{"adapter": "stage"}, {"function": "killing:scores"}],
         ppo__steps=10,
+        ppo__epochs=1,
+        ppo__minibatches=1,
+        ppo__checkpoint_every=1,
         ppo__learning_rate=1e-3,
         ppo__value_learning_rate=1e-9,
     )
     command = ["run", str(write_recipe(tmp_path, tree))]
     Forked([*command, "--run-dir=whole"], tmp_path, model_cache).finish()
-    metrics = tmp_path / "cut" / "ppo" / "metrics.jsonl"
-    process = Forked([*command, "--run-dir=cut"], tmp_path, model_cache)
-    process.wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3)
-    assert process.kill() == -signal.SIGKILL
-    Forked([*command, "--run-dir=cut", "--resume"], tmp_path, model_cache).finish()
+    # Killed at the scores of a step, a run goes on after the last step but one.
+    steps = (5, 6, 7)
+    (tmp_path / "kills").write_text(" ".join(map(str, steps)))
+    Forked([*command, "--run-dir=cut"], tmp_path, model_cache).finish(code=-signal.SIGKILL)
+    for step, code in zip(steps, (-signal.SIGKILL, -signal.SIGKILL, 0), strict=True):
+        said = Forked([*command, "--run-dir=cut", "--resume"], tmp_path, model_cache).finish(code)
+        assert f"continuing after step {step - 2}" in said
     roles = ("reward/adapter", "ppo/adapter", "ppo/value")
     whole, cut = (
         [load_file(tmp_path / name / role / "role.safetensors") for role in roles] for name in ("whole", "cut")
