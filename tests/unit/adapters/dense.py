@@ -185,9 +185,9 @@ def check_all(name: str, delta: Delta, statistics: LayerStatistics | None = None
     """Everything that every kind with a ΔW owes, on both layouts of the base."""
     check_fresh(name, statistics, **given)
     check_narrow(name, delta, statistics, **given)
-    narrow = base_layer(dtype=torch.bfloat16)
-    check_training(narrow, made(narrow, name, statistics, **given)[1], delta)
     for module in ("linear", "conv1d"):
+        narrow = base_layer(module, torch.bfloat16)
+        check_training(narrow, made(narrow, name, statistics, **given)[1], delta)
         base = base_layer(module)
         kind, layer = made(base, name, statistics, **given)
         check_training(base, layer, delta)

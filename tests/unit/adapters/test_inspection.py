@@ -29,7 +29,7 @@ from tests.runs import Outcome, recipe, write_recipe
 from tests.tiny import ALL_INITS, add_role, statistics_for, tiny_model
 from tests.unit.adapters.first_steps import best_cosine, cosine, first_update
 from tests.unit.adapters.test_gradients import brute_force
-from tests.unit.adapters.test_kinds import ORACLES, SMALL
+from tests.unit.adapters.test_kinds import OF_RANK_4, ORACLES
 from tests.unit.report.parsed import assert_fetches_nothing, parse, plots, section, table
 
 FEW_LAYERS = {"targets": ["q_proj", "down_proj"]}
@@ -70,77 +70,20 @@ def test_kernels_and_cosines_are_those_of_the_gradients_themselves(family: str, 
         assert row.norm_A == pytest.approx(float(A.norm()), rel=1e-5)
 
 
-Tensors = dict[str, Tensor]
-
-
-def additive(t: Tensors, W: Tensor) -> Tensor:
-    A, B = t["additive_A"], t["additive_B"]
-    columns = torch.stack([A[:, i % len(B)] for i in range(W.shape[1])], dim=1)
-    return W + columns + torch.stack([B[o % len(B)] for o in range(len(W))])
-
-
-def redrawn(t: Tensors, W: Tensor) -> Tensor:
-    return W + t["change_OI"] + t["learned"] @ t["drawn"]
-
-
-def lora_dash(t: Tensors, W: Tensor) -> Tensor:
-    return W + 8.0 * t["lora_B"] @ t["lora_A"] + t["dash_U_OS"] @ t["delta_sigma"].diag() @ t["dash_Vh_SI"]
-
-
-def shira(t: Tensors, W: Tensor) -> Tensor:
-    rows = torch.arange(len(W)).repeat_interleave(t["row_starts"].diff())
-    return W + torch.zeros_like(W).index_put((rows, t["columns"]), t["values"])
-
-
-def rosa(t: Tensors, W: Tensor) -> Tensor:
-    return shira(t, W) + 8.0 * t["lora_B"] @ t["lora_A"]
-
-
-def spectral_a(t: Tensors, W: Tensor) -> Tensor:
-    U, S, Vh = t["U_OR"], t["S_R"].diag(), t["Vh_RI"]
-    return W - U @ S @ Vh + (U + t["move_U"]) @ S @ (Vh + t["move_V"])
-
-
-def spectral_r(t: Tensors, W: Tensor) -> Tensor:
-    U, S, Vh = t["U_OR"], t["S_R"].diag(), t["Vh_RI"]
-    eye, below = torch.eye(len(S), dtype=W.dtype), tuple(torch.tril_indices(len(S), len(S), -1))
-    lowers = (torch.zeros_like(S).index_put(below, t[name]) for name in ("skew_U", "skew_V"))
-    turn_U, turn_V = ((eye - K) @ torch.linalg.inv(eye + K) for K in (lower - lower.T for lower in lowers))
-    return W - U @ S @ Vh + U @ turn_U @ S @ turn_V.T @ Vh
-
-
-def tinylora(t: Tensors, W: Tensor) -> Tensor:
-    root = t["S_R"].sqrt().diag()
-    mixed = torch.einsum("k,krs->rs", t["tinylora_v"], t["projections_KRR"])
-    return W + t["U_OR"] @ root @ mixed @ root @ t["Vh_RI"]
-
-
-RANK_4 = {"rank": 4}
-SETTINGS: dict[str, dict[str, Any]] = {
-    **SMALL,
-    **dict.fromkeys(("additive", "lora_dash", "redrawn", "rosa", "spectral_a", "spectral_r"), RANK_4),
-    "shira": {"density": 0.05},
-    "tinylora": {"rank": 4, "size": 9},
-}
-WEIGHTS: dict[str, Callable[[Tensors, Tensor], Tensor]] = ORACLES | {
-    f.__name__: f for f in (additive, redrawn, lora_dash, shira, rosa, spectral_a, spectral_r, tinylora)
-}
-
-
 def dense_weight(kind: str, layer: Any, W: Tensor) -> Callable[..., Tensor]:
     """W + ΔW of a layer's parameters in fp64."""
     kept = {name: buffer.double() if buffer.is_floating_point() else buffer for name, buffer in layer.named_buffers()}
-    return lambda *values: WEIGHTS[kind](kept | dict(zip(layer.trained, values, strict=True)), W.double())
+    return lambda *values: ORACLES[kind](kept | dict(zip(layer.trained, values, strict=True)), W.double())
 
 
-@pytest.mark.parametrize("kind", sorted(WEIGHTS))
+@pytest.mark.parametrize("kind", sorted(ORACLES))
 def test_the_first_step_and_kernel_of_a_kind_are_those_of_its_dense_weight(kind: str) -> None:
     """Against the Jacobian of W + ΔW by autograd: gradients g = JᵀG of each sample, the step J·g, products of the g.
 
     DoRA's gradient holds the norm constant, and its step moves the norm: J of the gradient and of the step differ.
     """
     backbone = load_backbone(tiny_model("llama"))
-    spec = AdapterSpec.on(backbone.model, settings_of(kind).model_validate({"kind": kind, **SETTINGS.get(kind, {})}))
+    spec = AdapterSpec.on(backbone.model, settings_of(kind).model_validate({"kind": kind, **OF_RANK_4.get(kind, {})}))
     (probe,) = statistics_for(backbone).probes("gradient")
     layers = {name: backbone.base_layer(name) for name in spec.modules}
 

@@ -24,6 +24,7 @@ from pe_rlhf.runs.saved_roles import load_role, save_role
 from tests.failures import raises
 from tests.tiny import (
     IDS_BT,
+    perturb,
     role_logits,
     statistics_for,
     tiny_model,
@@ -162,6 +163,25 @@ def test_what_a_stage_leaves_loads_here_and_in_peft(kind: str, family: str, tmp_
         assert config.rank_pattern == {name: max(1, int(layer.get_buffer("alive").sum())) for name, layer in layers}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_exports_from_a_bf16_base_are_the_role_but_for_rounding(kind: str, family: str, tmp_path: Path) -> None:
+    """PEFT's files on that base and, in fp32, the merged model; measured by what the adapter does to the logits."""
+    backbone = backbone_with(kind, tiny_model(family, torch.bfloat16))
+    perturb(backbone, "policy", 3.0 if kind == "vera" else 0.3)
+    expected, anchor = (role_logits(backbone, role).float() for role in ("policy", "anchor"))
+    merged: Any = tiny_model(family, torch.bfloat16).float()
+    merged.load_state_dict(dict(backbone.merged_tensors("policy", torch.float32)), strict=False)
+    models = [merged]
+    save_role(backbone, "policy", tmp_path / "policy")
+    if not isinstance(backbone.peft_form("policy"), str):
+        models.append(PeftModel.from_pretrained(tiny_model(family, torch.bfloat16), str(tmp_path / "policy")))
+    for model in models:
+        with torch.no_grad():
+            found = model(input_ids=IDS_BT).logits.float()
+        assert (found - expected).norm() < 0.1 * (expected - anchor).norm()
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_a_run_that_goes_on_comes_to_the_same(kind: str) -> None:
     """Cut after the fourth of ten steps, amid AdaLoRA's falling budget."""
@@ -220,16 +240,66 @@ def vera(t: Tensors, W: Tensor) -> Tensor:
     return W + t["vera_lambda_b"][:, None] * (B.to(W.dtype) @ (t["vera_lambda_d"][:, None] * A))
 
 
-ORACLES: dict[str, Callable[[Tensors, Tensor], Tensor]] = {
-    f.__name__: f for f in (lora, dora, adalora, loha, miss, bat, vera)
+def additive(t: Tensors, W: Tensor) -> Tensor:
+    A, B = t["additive_A"], t["additive_B"]
+    columns = torch.stack([A[:, i % len(B)] for i in range(W.shape[1])], dim=1)
+    return W + columns + torch.stack([B[o % len(B)] for o in range(len(W))])
+
+
+def redrawn(t: Tensors, W: Tensor) -> Tensor:
+    return W + t["change_OI"] + t["learned"] @ t["drawn"]
+
+
+def lora_dash(t: Tensors, W: Tensor) -> Tensor:
+    return W + 8.0 * t["lora_B"] @ t["lora_A"] + t["dash_U_OS"] @ t["delta_sigma"].diag() @ t["dash_Vh_SI"]
+
+
+def shira(t: Tensors, W: Tensor) -> Tensor:
+    rows = torch.arange(len(W)).repeat_interleave(t["row_starts"].diff())
+    return W + torch.zeros_like(W).index_put((rows, t["columns"]), t["values"])
+
+
+def rosa(t: Tensors, W: Tensor) -> Tensor:
+    return shira(t, W) + 8.0 * t["lora_B"] @ t["lora_A"]
+
+
+def spectral_a(t: Tensors, W: Tensor) -> Tensor:
+    U, S, Vh = t["U_OR"], t["S_R"].diag(), t["Vh_RI"]
+    return W - U @ S @ Vh + (U + t["move_U"]) @ S @ (Vh + t["move_V"])
+
+
+def spectral_r(t: Tensors, W: Tensor) -> Tensor:
+    U, S, Vh = t["U_OR"], t["S_R"].diag(), t["Vh_RI"]
+    eye, below = torch.eye(len(S), dtype=W.dtype), tuple(torch.tril_indices(len(S), len(S), -1))
+    lowers = (torch.zeros_like(S).index_put(below, t[name]) for name in ("skew_U", "skew_V"))
+    turn_U, turn_V = ((eye - K) @ torch.linalg.inv(eye + K) for K in (lower - lower.T for lower in lowers))
+    return W - U @ S @ Vh + U @ turn_U @ S @ turn_V.T @ Vh
+
+
+def tinylora(t: Tensors, W: Tensor) -> Tensor:
+    root = t["S_R"].sqrt().diag()
+    mixed = torch.einsum("k,krs->rs", t["tinylora_v"], t["projections_KRR"])
+    return W + t["U_OR"] @ root @ mixed @ root @ t["Vh_RI"]
+
+
+LOW_RANK = (lora, dora, adalora, loha, vera, tinylora, lora_dash, rosa, redrawn, spectral_a, spectral_r)
+OTHERS = (additive, bat, miss, shira)
+ORACLES: dict[str, Callable[[Tensors, Tensor], Tensor]] = {f.__name__: f for f in (*LOW_RANK, *OTHERS)}
+OF_RANK_4: dict[str, dict[str, Any]] = {
+    **SMALL,
+    **{kind: {"rank": 4} for kind in ("additive", "lora_dash", "redrawn", "rosa", "spectral_a", "spectral_r")},
+    "shira": {"density": 0.05},
+    "tinylora": {"rank": 4, "size": 9},
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", sorted(ORACLES))
 def test_ten_steps_equal_those_of_a_dense_weight_under_autograd(kind: str, family: str) -> None:
-    settings = {"orthogonality": 0.0, "target_rank": 4} if kind == "adalora" else {}
-    backbone = backbone_with(kind, tiny_model(family), **settings)
+    """What changes over time does not within them: `test_kinds_over_time.py` has that."""
+    settings = {"adalora": {"orthogonality": 0.0, "target_rank": 4}, "tinylora": {"vectors": None}}.get(kind, {})
+    backbone = backbone_with(kind, tiny_model(family), **OF_RANK_4.get(kind, {}) | settings)
+    kept = {n: t for n, t in backbone.role_state("policy").items() if n not in backbone.role_parameters("policy")}
     with torch.no_grad():  # where the gradient of no tensor is zero
         for parameter in backbone.role_parameters("policy").values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
@@ -245,7 +315,8 @@ def test_ten_steps_equal_those_of_a_dense_weight_under_autograd(kind: str, famil
             turned = isinstance(module, Conv1D)
             assert isinstance(module.weight, Tensor)
             W = module.weight.T if turned else module.weight
-            dense = ORACLES[kind]({k.rpartition(".")[2]: t for k, t in own.items() if k.startswith(f"{name}.")}, W)
+            tensors = {k.rpartition(".")[2]: t for k, t in (kept | own).items() if k.startswith(f"{name}.")}
+            dense = ORACLES[kind](tensors, W)
             weights[f"{name}.weight"] = dense.T if turned else dense
         logits = functional_call(plain, weights, kwargs={"input_ids": IDS_BT}).logits
         adamw.zero_grad()
