@@ -11,6 +11,7 @@ import yaml
 
 from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import load_recipe, save_recipe
+from pe_rlhf.data.rows import SOURCE
 from pe_rlhf.stages.joint_task import joint_recipe
 from reward.errors import Kind
 from tests.failures import raises
@@ -108,6 +109,28 @@ def test_a_joint_policy_is_asked_no_judge_while_it_trains(tmp_path: Path) -> Non
     joint = joint_recipe(Recipe.model_validate(whole), tmp_path)
     assert joint.ppo is not None
     assert joint.ppo.eval_every is None
+
+
+def test_each_task_s_rewards_score_its_own_prompts(tmp_path: Path) -> None:
+    """Under names of their own, and the reward model that a task trains is found where the task lies."""
+    first: list[Tree] = [{"adapter": "stage", "weight": 0.5}, {"adapter": "other", "where": {"topic": "a"}}]
+    second: list[Tree] = [{"ensemble": "reward", "name": "both"}, {"function": "reward.scores:length"}]
+    tasks = [{"name": "1st-task", "ppo": {"reward": first, "steps": 1}}, {"name": "second", "ppo": {"reward": second}}]
+    reward = {"data": "pairs.jsonl", "ensemble": {"members": 2}}
+    changes: Tree = {"continual": {"method": "joint"}, "adapter": {"rank": 2}, "tasks": tasks, "reward": reward}
+    recipe = Recipe.model_validate(tree(**changes))
+    joint = joint_recipe(recipe, tmp_path)
+    assert joint.ppo is not None
+    one, two = (str(tmp_path / "tasks" / name / "reward") for name in ("1st-task", "second"))
+    assert [source.model_dump(exclude_unset=True) for source in joint.ppo.reward] == [
+        {"adapter": one, "weight": 0.5, "where": {SOURCE: "1st-task"}, "name": "task_1st_task_adapter"},
+        {"adapter": "other", "where": {"topic": "a", SOURCE: "1st-task"}, "name": "task_1st_task_adapter_2"},
+        {"ensemble": two, "where": {SOURCE: "second"}, "name": "second_both"},
+        {"function": "reward.scores:length", "where": {SOURCE: "second"}, "name": "second_length"},
+    ]
+    assert joint.ppo.steps == 1 + 3
+    assert joint.ppo.prompts.mix is not None
+    assert [(part.label, part.weight) for part in joint.ppo.prompts.mix] == [("1st-task", 1.0), ("second", 3.0)]
 
 
 @pytest.mark.parametrize(
