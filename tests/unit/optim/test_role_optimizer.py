@@ -133,6 +133,49 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatc
         init_processes(wants_deepspeed=False, device="cuda:1")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_correction_is_of_the_moments_part_and_not_of_the_decay(dtype: torch.dtype) -> None:
+    """By hand: of the first step both moments are the gradient's. A narrow parameter moves by what it has in fp32."""
+    parameter = nn.Parameter(torch.tensor([1.0, -3.0], dtype=dtype))
+    optimizer, expected = PlainAdamW({"w": parameter}, CONFIG), np.array([1.0, -3.0])
+    gradient = np.array([0.5, -0.25])
+    for _ in range(8):  # each is less than a step of bf16's grid
+        parameter.grad = torch.tensor(gradient, dtype=dtype)
+        optimizer.step(1e-3, correction=0.5)
+        optimizer.restart("moments")
+        expected = expected * (1 - 1e-3 * 0.1) - 1e-3 * 0.5 * gradient / (np.abs(gradient) + 1e-3)
+    state = optimizer.state(copy=True)
+    wide = state["w/master"] if dtype == torch.bfloat16 else parameter.detach()
+    np.testing.assert_allclose(wide.numpy(), expected, rtol=1e-6)
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(parameter.detach(), torch.tensor(expected, dtype=dtype))
+    assert (parameter.detach() != torch.tensor([1.0, -3.0], dtype=dtype)).any()
+    # Another optimizer goes on from there as this one does.
+    copy = nn.Parameter(parameter.detach().clone())
+    other = PlainAdamW({"w": copy}, CONFIG)
+    other.load_state(state, 0)
+    for each, own in ((parameter, optimizer), (copy, other)):
+        each.grad = torch.tensor(gradient, dtype=dtype)
+        own.step(1e-3)
+    assert torch.equal(copy, parameter)
+    assert all(torch.equal(tensor, other.state(copy=True)[name]) for name, tensor in optimizer.state(copy=True).items())
+
+
+def test_a_parameter_that_the_loss_does_not_reach_is_decayed_all_the_same() -> None:
+    """As on every rank, where another rank's loss may reach it; and it has moments, which a checkpoint wants."""
+    reached, other = (nn.Parameter(torch.tensor([2.0, -4.0])) for _ in range(2))
+    group = RoleGroup("policy", {"reached": reached, "other": other}, 0.05)
+    optimizer = RoleOptimizer([group], CONFIG.model_copy(update={"schedule": "constant", "warmup_ratio": 0.0}), TOTAL)
+    for _ in range(2):
+        optimizer.backward(reached.sum())
+        optimizer.step()
+    expected = np.array([2.0, -4.0]) * (1 - 0.05 * 0.1) ** 2
+    np.testing.assert_allclose(other.detach().numpy(), expected, rtol=1e-6)
+    assert not optimizer.state()["policy/other/exp_avg"].any()
+    assert reached.grad is None
+    assert other.grad is None
+
+
 def test_steps_are_those_of_adamw_written_out() -> None:
     parameters = fresh()
     expected, expected_norms = numpy_adamw(as_numpy(parameters), TOTAL)

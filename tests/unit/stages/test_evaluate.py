@@ -15,7 +15,10 @@ from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages import evaluate
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.evaluate import mean_scores
 from pe_rlhf.system.seeding import derive_seed
+from reward.judges import Verdict
+from reward.summary import Outcome
 from reward.winrate import win_rate
 from tests.runs import Tree, read_jsonl
 from tests.stage_support import byte_model, write_prompts
@@ -153,3 +156,12 @@ def test_the_table_has_the_rows_that_were_asked_for(tmp_path: Path) -> None:
     for line, row in zip(lines[2:7], rows[:5], strict=True):
         assert line.startswith(f"| {row['prompt']} |")
         assert line.replace("\\|", "").count("|") == 5
+
+
+def test_mean_scores_are_of_those_that_were_given() -> None:
+    def outcome(a: float | None, b: float | None) -> Outcome:
+        return Outcome((Verdict(0.5, score_a=a, score_b=b),))
+
+    outcomes = [outcome(1.0, None), outcome(None, None), outcome(4.0, None)]
+    assert mean_scores(outcomes) == {"policy": 2.5, "anchor": None}
+    assert mean_scores([outcome(0.0, 3.0)]) == {"policy": 0.0, "anchor": 3.0}
