@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 
 from pe_rlhf.runs.learning_flags import ppo_flags, reward_flags
-from tests.runs import Outcome, read_jsonl, recipe, write_recipe
+from tests.runs import Outcome, Tree, read_jsonl, recipe, write_recipe
+from tests.stage_support import byte_model
 
 HEALTHY = {"reward_std": 0.5, "kl": 3.0, "entropy": 2.0, "explained_variance": 0.4, "truncated": 0.05}
 
@@ -63,18 +66,51 @@ def test_what_a_ppo_run_is_warned_of(metrics: list[dict[str, Any]], expected: li
     assert named(ppo_flags(metrics)) == expected
 
 
+# A run that learns from nothing, and one that runs away. Beside these an entropy that falls, a KL far below 0, a critic
+# that stays worse than a constant and reward models that fall apart are flags; no run of a few steps has them for sure.
+RUNS: dict[str, tuple[Tree, dict[str, set[str]]]] = {
+    "alike": (
+        recipe(
+            "reward",
+            "ppo",
+            ppo__reward=[{"function": "same:f"}],
+            ppo__advantage="group_mean",
+            ppo__rollout__samples_per_prompt=2,
+        ),
+        {"reward": {"eval_accuracy"}, "ppo": {"reward_std", "groups_alike", "truncated"}},
+    ),
+    "far": (
+        recipe(
+            "ppo",
+            ppo__steps=6,
+            ppo__epochs=3,
+            ppo__batch_size=8,
+            ppo__learning_rate=1.0,
+            ppo__kl__beta=0.0,
+            ppo__rollout__max_new_tokens=24,
+        ),
+        {"ppo": {"kl", "truncated"}},
+    ),
+}
+
+
 @pytest.mark.page
+@pytest.mark.parametrize("name", RUNS)
 def test_a_warning_is_on_the_console_in_the_summary_and_on_the_page(
-    cli: Callable[..., Outcome], tmp_path: Path
+    cli: Callable[..., Outcome], tmp_path: Path, name: str
 ) -> None:
+    tree, expected = RUNS[name]
     (tmp_path / "same.py").write_text("def f(prompts, responses): return [1.0 for _ in responses]\n")
-    path = write_recipe(tmp_path, recipe("ppo", ppo__reward=[{"function": "same:f"}]))
-    outcome = cli("run", path, "--run-dir", "out")
-    assert outcome.code == 0
-    sign = "reward_std is 0 in the last 2 steps"
-    assert f"warning: ppo: {sign}" in outcome.err
-    assert sign in (tmp_path / "out/ppo/summary.json").read_text()
-    assert sign in (tmp_path / "out/report.html").read_text()
+    model = byte_model(tmp_path / "model", pad_is_eos=True, initializer_range=0.3)
+    outcome = cli("run", write_recipe(tmp_path, {**tree, "model": str(model)}), "--run-dir", "out")
+    assert outcome.code == 0, outcome
+    page = html.unescape((tmp_path / "out/report.html").read_text(encoding="utf-8"))
+    for stage, metrics in expected.items():
+        warnings = json.loads((tmp_path / "out" / stage / "summary.json").read_text())["warnings"]
+        assert set(named(warnings)) == metrics
+        for warning in warnings:
+            assert f"warning: {stage}: {warning}" in outcome.err
+            assert warning in page
 
 
 def test_every_metric_of_a_run_is_in_the_glossary(cli: Callable[..., Outcome], tmp_path: Path) -> None:
