@@ -197,13 +197,16 @@ def _sharegpt(row: Row) -> dict[str, Any]:
 
 @register_format("alpaca")
 def _alpaca(row: Row) -> dict[str, Any]:
-    asked = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    """And its kind: Dolly (context, response), Orca's pairs (system, question), distilabel's (system, input)."""
+    main = row.get("instruction") or row.get("question") or row["input" if "system" in row else "instruction"]
+    beside = row.get("input") or row.get("context")
+    asked = f"{main}\n\n{beside}" if main and beside and main != beside else main or beside
     prompt: list[dict[str, str]] = [{"role": "user", "content": asked}]
-    if system := row.get("system"):
+    if system := row.get("system") or row.get("system_prompt"):
         prompt.insert(0, {"role": "system", "content": system})
     if "chosen" in row:
         return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
-    return {"prompt": prompt, "completion": row["output"]}
+    return {"prompt": prompt, "completion": row["output"] if "output" in row else row["response"]}
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ MAX_BAD_SHARE = 0.05
 SHOWN = 300  # letters of the first row
 ASKS = ("question", "instruction", "query", "input", "problem", "context", "post")  # what others call a prompt
 
+SYSTEMS = ("system", "system_prompt")
+
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
@@ -113,6 +115,7 @@ def load_prompt_rows(
     rows = load_rows(source, key)
     given = "text" if ending(Path(source.path)) == ".txt" and not source.columns else "prompt"
     names = set(names_of(rows, lambda names: given in names))
+    _say_unused_system(rows, source, key)
     if given in names or not names:  # without a row that can be read, the reasons are said below
 
         def find(row: Row) -> Prompt:
@@ -169,6 +172,7 @@ def load_preferences(
         if names and column not in names:
             raise _no_column(column, names, source, key)
     _refuse_guess(rows, source, key)
+    _say_unused_system(rows, source, key)
     records, bad = parse_rows(rows, lambda row: then(parse_record(row)), source.path, max_bad_share, key)
     return layout_of(next(row for row in rows if not isinstance(row, InputError))), records, bad
 
@@ -195,6 +199,7 @@ def load_examples(
             file=source.path,
             fix="map them with columns: {completion: …}",
         )
+    _say_unused_system(rows, source, key)
     return parse_rows(rows, lambda row: then(parse_example(row)), source.path, max_bad_share, key)
 
 
@@ -287,6 +292,14 @@ def _refuse_guess(rows: Rows, source: DataFile, key: str) -> None:
             fix=f"map it with columns: {{prompt: {candidates[0]}}}, or say format: implicit if chosen and rejected hold"
             " the prompt",
         )
+
+
+def _say_unused_system(rows: Rows, source: DataFile, key: str) -> None:
+    """Say that a system text beside a plain prompt is in a column that has no meaning here."""
+    first = next((row for row in rows if not isinstance(row, InputError)), {})
+    for column in SYSTEMS if source.format is None and isinstance(first.get("prompt"), str) else ():
+        if isinstance(text := first.get(column), str) and text.strip():
+            say(f"{key}: the column {column!r} is left out; with format: alpaca it is the system turn")
 
 
 def _no_column(column: str, names: set[str], source: DataFile, key: str) -> InputError:

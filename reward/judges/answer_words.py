@@ -53,7 +53,14 @@ TIED = words(r"""ties?|tied|draw|equal|equivalent|undecided|depends|toss[- ]up
     |neither\b.*\b(?:better|best|wins?|preferred|superior|winner)|not (?:really |clearly )?(?:better|worse) (?:or|nor
     |than)
     |(?:cannot|can't|can not|could not|unable to|won't|hard to|impossible to|refuse to) (?:really )?
-    (?:decide|determine|choose|say|judge|pick|tell|compare)""")
+    (?:decide|determine|choose|say(?! that)|pick|tell)""")
+OTHERWISE = re.compile(r"\bif\b.*\b(?:otherwise|else)\b", re.IGNORECASE)
+# A line of a numbered list, and one that has both in order: "1. B", "Ranking: [B, A]", "A > B".
+RANK = re.compile(rf"\W*([12])[.):]\W*(?:(?:{NOUN})\W*)?([AB])\W*")
+IN_ORDER = re.compile(
+    rf"(?:[^:]*\b(?i:rank\w*|order|verdict|final|overall|result|preference)\b[^:]*:)?\W*(?:(?i:{NOUN}) )?([AB]) ?"
+    rf"([<>=≈≫≪]{{1,2}}|,(?=[^\]]*\])) ?(?:(?i:{NOUN}) )?([AB])\W*"
+)
 
 CLAUSES = re.compile(r"[,;—–]|\s-\s|(?=\b(?:but|however|although|though|while|whereas)\b)", re.IGNORECASE)
 CONTRAST = re.compile(

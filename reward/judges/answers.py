@@ -31,14 +31,17 @@ from reward.judges.answer_words import (
     EMPHASIS,
     GRADE,
     GREATER,
+    IN_ORDER,
     KEY,
     LABEL,
     LOSER,
     MARK,
     NEGATIVE,
     NOUN,
+    OTHERWISE,
     PAIR,
     PRAISE,
+    RANK,
     REASON,
     SAID,
     STATEMENTS,
@@ -68,7 +71,7 @@ def parse_label(text: str) -> str | None:
 def parse_verdict(text: str) -> str | None:
     """A, B or `tie`, as the answer states it; None if it states nothing that could be understood."""
     said = unicodedata.normalize("NFKC", without_thoughts(text)).replace("’", "'").replace("\\_", "_")
-    for read in (_marked, _json, _stated, _hinted, _in_chinese):
+    for read in (_marked, _json, _ranked, _stated, _hinted, _in_chinese):
         if (found := read(said)) is not None:
             return found
     return None
@@ -107,6 +110,18 @@ def _of_mark(left: str, sign: str | None, right: str | None) -> str:
     if sign[0] in "=≈~" or left == right:
         return TIE
     return left if sign[0] in ">≫" else right
+
+
+def _ranked(text: str) -> str | None:
+    """By its end: a numbered list of both, best first, or a line that has nothing but both in order."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    ends = [found.groups() for line in lines[-2:] if (found := RANK.fullmatch(line))]
+    if [number for number, _ in ends] == ["1", "2"] and ends[0][1] != ends[1][1]:
+        return ends[0][1]
+    found = IN_ORDER.fullmatch(_plain(lines[-1])) if lines else None
+    if found is None or found[1] == found[3]:
+        return None
+    return _of_mark(found[1], ">" if found[2] == "," else found[2], found[3])
 
 
 def _json(text: str) -> str | None:
@@ -227,7 +242,7 @@ def _sentences(line: str) -> Iterator[str]:
 
 def _of_sentence(sentence: str, edge: bool) -> str | None:
     """What a sentence states. edge: it is the first or last one, where a label needs no verb."""
-    if sentence.endswith("?"):
+    if sentence.endswith("?") or OTHERWISE.search(sentence):
         return None
     found: str | None = None
     sentence = re.sub(r",(?= (?:much|far|way|very|really|clearly)\b)", "", sentence)

@@ -118,6 +118,7 @@ PAIRS: dict[str, tuple[Tree, tuple[Any, str, str, float | None], Tree]] = {
         {"chosen": "a", "rejected": "b"},
     ),
 }
+CHOSEN, SYSTEM = {"chosen": "a", "rejected": "b"}, {"role": "system", "content": "s"}
 OTHERS: list[tuple[str, Tree, tuple[Any, str, str, float | None]]] = [
     ("arena", {**ARENA_55K, "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}, ([user("q")], "b", "a", None)),
     ("shp", {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}, ("q", "a", "b", None)),
@@ -128,6 +129,9 @@ OTHERS: list[tuple[str, Tree, tuple[Any, str, str, float | None]]] = [
         | {"rejected_avg_rating": 1.5},
         ("q", "a", "b", 2.5),
     ),
+    ("alpaca", {"system": "s", "question": "q"} | CHOSEN, ([SYSTEM, user("q")], "a", "b", None)),  # Orca's
+    ("alpaca", {"system": "s", "input": "q"} | CHOSEN, ([SYSTEM, user("q")], "a", "b", None)),  # distilabel's
+    ("alpaca", {"system": "", "question": "q"} | CHOSEN, ([user("q")], "a", "b", None)),
     (
         "helpsteer2",
         {"prompt": "q<extra_id_1>Assistant\na\n<extra_id_1>User\nr\n", "response_1": "a", "response_2": "b"}
@@ -189,6 +193,11 @@ EXAMPLES: list[tuple[str, Tree, tuple[Any, str]]] = [
         ([{"role": "system", "content": "s"}, user("q")], "a"),
     ),
     ("alpaca", {"instruction": "q", "input": "", "output": "a"}, ([user("q")], "a")),
+    (
+        "alpaca",
+        {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+        ([user("q\n\nc")], "a"),
+    ),  # Dolly
     ("tldr", {"prompt": "q", "label": "a"}, ("q", "a")),
     ("helpsteer2", {"prompt": "q", "response": "a", "helpfulness": 3}, ("q", "a")),
 ]
@@ -200,6 +209,15 @@ def test_examples_and_their_prompts(tmp_path: Path, name: str, row: Tree, expect
     examples, _ = load_examples(data, "sft.data", 0, lambda example: example)
     assert [(example.prompt, example.response) for example in examples] == [expected]
     assert load_prompts(data, "ppo.prompts") == [expected[0]]
+
+
+def test_a_system_column_that_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "orca.jsonl", [{"system": "s", "question": "q", **CHOSEN}])
+    data = DataSource.model_validate({"path": str(path), "columns": {"prompt": "question"}})
+    load_preferences(data, "reward.data", 0, lambda record: record)
+    assert "'system' is left out" in capsys.readouterr().err
+    load_prompts(source(tmp_path, "alpaca", [{"system": "s", "question": "q", **CHOSEN}]), "ppo.prompts")
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_a_format_that_there_is_not(tmp_path: Path) -> None:

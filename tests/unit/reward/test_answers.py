@@ -2,7 +2,7 @@
 
 import pytest
 
-from reward.judges.answers import five_way, parse_label, parse_verdict, without_thoughts
+from reward.judges.answers import TIE, five_way, parse_label, parse_verdict, without_thoughts
 
 SAID = {
     # JSON with an order, small letters in brackets, Chinese
@@ -55,6 +55,10 @@ SAID = {
     "\\boxed{Response A}": "A", '{"winner": "A"}': "A",
     '```json\n{"reason": "B is long", "verdict": "Response A"}\n```': "A", '{"better": "B", "worse": "A"}': "B",
     '{"result": {"winner": "model_b"}}': "B",
+    # both, in order
+    "A>B": "A", "B < A": "A", "Ranking: [B, A]": "B", "Verdict: Response B > Response A": "B",
+    "Ranking:\n1. A\n2. B": "A", "1. Response A\nIt is good.\n2. Response B\nIt is long.\nVerdict: B": "B",
+    "Style: A > B\nVerdict: B": "B",
     # other languages
     "答案：A": "A", "Antwort: B": "B", "Réponse : A": "A", "Ответ: B": "B", "正解：**B**": "B",
     "La mejor respuesta: A.": "A",
@@ -79,8 +83,23 @@ SAID = {
     "A is better. No, it is a tie.": None, "[[A]] or [[B]]": None,
     "It depends: A is better for children, B is better for adults.": None, "A/B": None, '{"winner": "tie"}': None,
     "[[A=B]]": None, "[[C]]": None, "Both responses are equally good.": None, "Answer with one letter, A or B.": None,
-    "Neither response is better.": None, "A user asked for help": None,
+    "Neither response is better.": None, "A user asked for help": None, "A = B": None,
+    "If accuracy matters, A; otherwise B.": None, "I can't say that B is better.": None,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "tied"),
+    [
+        ("As an AI, I cannot compare these. A responsible answer requires care.", False),
+        ("I can't say that B is better.", False),
+        ("I'm unable to judge this content.", False),
+        ("A = B", True),
+        ("I cannot choose between A and B.", True),
+    ],
+)
+def test_a_refusal_is_no_tie(text: str, tied: bool) -> None:
+    assert parse_verdict(text) == (TIE if tied else None)
 
 
 @pytest.mark.parametrize("text", SAID)
