@@ -200,7 +200,7 @@ def _alpaca(row: Row) -> dict[str, Any]:
     """And its kind: Dolly (context, response), Orca's pairs (system, question), distilabel's (system, input)."""
     main = row.get("instruction") or row.get("question") or row["input" if "system" in row else "instruction"]
     beside = row.get("input") or row.get("context")
-    asked = f"{main}\n\n{beside}" if main and beside and main != beside else main or beside
+    asked = f"{main}\n\n{beside}" if main and beside and main != beside else main or beside or ""
     prompt: list[dict[str, str]] = [{"role": "user", "content": asked}]
     if system := row.get("system") or row.get("system_prompt"):
         prompt.insert(0, {"role": "system", "content": system})
