@@ -113,8 +113,8 @@ class ExpertLoRA(AnchoredLoRA):
     Its factors are no plain LoRA: PEFT has another layout for them, and vLLM does not load that.
     """
 
-    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        raise NotImplementedError("experts compute their own products")
+    forward = AdapterLayer.forward  # none: experts compute their own products
+    lora_factors = AdapterLayer.lora_factors
 
     def add_to_rows(self, x_SI: Tensor, y_SO: Tensor, ends_E: Tensor) -> Tensor:
         """`y + s·[B−B0, B0]([A; A−A0] x)` for rows that are sorted by expert; those of expert e end at `ends_E[e]`."""
@@ -126,13 +126,6 @@ class ExpertLoRA(AnchoredLoRA):
         up_ERI, down_EOR = F.pad(up_ERI, (0, 0, 0, missing)), F.pad(down_EOR, (0, missing))
         low_SR = F.grouped_mm(x_SI, up_ERI.mT, offs=ends_E)
         return torch.add(y_SO, F.grouped_mm(low_SR, down_EOR.mT, offs=ends_E), alpha=self.scale)
-
-    def lora_factors(self) -> LowRankFactors | None:
-        return None
-
-    @property
-    def has_lora_factors(self) -> bool:
-        return False
 
 
 def writable(y: Tensor) -> Tensor:
