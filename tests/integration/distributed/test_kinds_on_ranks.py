@@ -29,6 +29,8 @@ SETTINGS: dict[str, list[str]] = {
     "tinylora": ["adapter.size=13", "adapter.vectors=1"],
     # At a LoRA's rate it hardly leaves the anchor, and figures over its distance from there are rounding.
     "vera": ["ppo.learning_rate=0.1"],
+    # Its init and its entries are both of the gradient.
+    "rosa": ["adapter.init=lora_ga", "adapter.rank=4"],
     "sam": ["ppo.optimizer.sharpness=sam", "ppo.optimizer.rho=0.1"],
     # A noisy model makes much of the ranks' rounding.
     "rwp": ["ppo.optimizer.sharpness=rwp", "ppo.optimizer.noise_on=model", SMALLER],
