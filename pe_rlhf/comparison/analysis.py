@@ -37,7 +37,7 @@ LEAST_KL_SHARE = 0.1  # of what the median arm reaches
 def analyse(name: str, config: CompareConfig, runs: list[RunResult]) -> Analysis:
     """All results of a comparison; arms in the order in which they first appear among the runs.
 
-    The figures of an arm are those of its finished runs; what it has collapsed by is told of all its runs. Pairs are
+    The metrics of an arm are those of its finished runs; its collapses are those of all its runs. Pairs are
     compared in win-rates where every finished run has one, else in rewards. The target reward is the configured one, or
     what the first arm with a finished run ends with.
     """
@@ -115,19 +115,19 @@ def _arm(
 
 def _tasks(runs: list[RunResult]) -> dict[str, Estimate]:
     """What the arm's runs have in common of what is known of their tasks; see `ArmResult.tasks`."""
-    figures = [task_figures(run) for run in runs]
-    names = [name for name in (figures[0] if figures else {}) if all(name in each for each in figures)]
-    return {name: seeds_estimate([each[name] for each in figures]) for name in names}
+    metrics = [task_metrics(run) for run in runs]
+    names = [name for name in (metrics[0] if metrics else {}) if all(name in each for each in metrics)]
+    return {name: seeds_estimate([each[name] for each in metrics]) for name in names}
 
 
-def task_figures(run: RunResult) -> dict[str, float]:
-    """The figures of one run's tasks by name; empty for a recipe without tasks."""
+def task_metrics(run: RunResult) -> dict[str, float]:
+    """The metrics of one run's tasks by name; empty for a recipe without tasks."""
     if run.tasks is None:
         return {}
     named = {name: getattr(run.tasks, name) for name in ("average", "forgetting", "forward_transfer")}
-    figures = {name: bounded.value for name, bounded in named.items() if bounded is not None}
-    figures |= {name: run.ppo[name] for name in ("overlap", "collision_rate") if name in run.ppo}
-    return figures | {f"{cell.after} → {cell.on}": cell.win_rate for cell in run.tasks.cells}
+    metrics = {name: bounded.value for name, bounded in named.items() if bounded is not None}
+    metrics |= {name: run.ppo[name] for name in ("overlap", "collision_rate") if name in run.ppo}
+    return metrics | {f"{cell.after} → {cell.on}": cell.win_rate for cell in run.tasks.cells}
 
 
 def _win_rate(runs: list[RunResult]) -> Estimate | None:
@@ -213,7 +213,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
 def to_rows(analysis: Analysis) -> list[Row]:
     """For `results.csv`: a flat row per run, all with the same columns, None where nothing is known.
 
-    Settings are named as in the recipe, `adapter.init`; figures by stage, `ppo_reward_last`. `reward` and `kl` are
+    Settings are named as in the recipe, `adapter.init`; metrics by stage, `ppo_reward_last`. `reward` and `kl` are
     means over the last quarter of the steps.
     """
     keys = list(dict.fromkeys(key for run in analysis.runs for key in run.settings))
@@ -227,7 +227,7 @@ def to_rows(analysis: Analysis) -> list[Row]:
         | {"collapses": "; ".join(collapses.get((run.arm, run.seed), []))}
         | {"reward": last_quarter(run, "reward"), "kl": last_quarter(run, "kl")}
         | {f"{s}_{key}": _cell(_plain(getattr(run, s).get(key))) for s, names in COLUMNS.items() for key in names}
-        | {f"tasks_{name}": value for name, value in task_figures(run).items()}
+        | {f"tasks_{name}": value for name, value in task_metrics(run).items()}
         for run in analysis.runs
     ]
 

@@ -86,7 +86,8 @@ def task_numbers(given: Sequence[object], names: Sequence[str], key: str) -> lis
 
 def load_prompts(source: DataSource, key: str, max_bad_share: float = MAX_BAD_SHARE) -> list[Prompt]:
     """The prompts of a data set, without their other columns."""
-    rows, _ = load_prompt_rows(source, key, lambda row: row, max_bad_share)
+    rows, bad = load_prompt_rows(source, key, lambda row: row, max_bad_share)
+    say_bad_rows(key, bad)
     return [row.prompt for row in rows]
 
 
@@ -243,12 +244,19 @@ def say_overlap(key: str, held_out: list[str], train: list[str]) -> None:
 
 def note_bad_rows(path: Path, key: str, bad: list[BadRecord]) -> int:
     """Say which rows were left out, the first few, and list all of them in a file. Returns how many there are."""
+    listed = is_main() and path.parent.is_dir()  # `inspect` has no folder
+    if bad and listed:
+        write_jsonl(path, (asdict(record) for record in bad))
+    say_bad_rows(key, bad, f", see {path}" if listed else "")
+    return len(bad)
+
+
+def say_bad_rows(key: str, bad: Sequence[BadRecord], where: str = "") -> None:
+    """Say which rows were left out, the first few, how many there are, and where all of them are listed."""
     for record in bad[:5]:
         say(f"{key}: left out row {record.row}: {record.reason}")
-    if bad and is_main() and path.parent.is_dir():  # `inspect` has no folder
-        write_jsonl(path, (asdict(record) for record in bad))
-        say(f"{key}: left out {len(bad)} unusable rows in all, see {path}")
-    return len(bad)
+    if bad:
+        say(f"{key}: left out {len(bad)} unusable rows in all{where}")
 
 
 def _without_answer(messages: Any) -> Any:

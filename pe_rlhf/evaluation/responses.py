@@ -7,7 +7,7 @@ Everything is in one folder and written as it comes, so the same command goes on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config.evaluate import EvaluationSettings
+from pe_rlhf.data.rows import say_bad_rows
 from pe_rlhf.evaluation.prompting import Prompting, own_tokenizer, prompting_of
 from pe_rlhf.evaluation.sources import (
     ResponseSource,
@@ -35,7 +36,7 @@ from pe_rlhf.system.progress import progress, say
 from reward.asking import Pair
 from reward.errors import InputError
 from reward.judges import Judge
-from reward.records import Prompt
+from reward.records import Prompt, parse_rows
 from reward.summary import summarise
 
 Summary = dict[str, Any]
@@ -89,17 +90,27 @@ def without_too_long(
 ) -> tuple[list[Prompt], dict[str, Side]]:
     """The prompts that every local side takes, as a run's evaluate stage does it, and the sides with outputs for them.
 
-    Raises `InputError` where none is left.
+    Raises `InputError` where none is left, and where templates refuse more than `max_bad_share` of them.
     """
     local = [side.prompting for side in sides.values() if side.prompting is not None]
     new_tokens = settings.sampling.max_new_tokens
-    kept = [i for i, prompt in enumerate(prompts) if all(prompting.takes(prompt, new_tokens) for prompting in local)]
+
+    def looked_at(row: Mapping[str, object]) -> tuple[int, bool]:
+        number = row["number"]
+        assert isinstance(number, int)
+        return number, all(prompting.takes(prompts[number], new_tokens) for prompting in local)
+
+    numbered = ({"number": number} for number in range(len(prompts)))
+    found, refused = parse_rows(numbered, looked_at, "the prompts", settings.max_bad_share, "--prompts")
+    say_bad_rows("--prompts", refused)
+    kept = [number for number, takes in found if takes]
     if len(kept) == len(prompts):
         return prompts, sides
     what = "empty as tokens, or too long for a response of sampling.max_new_tokens"
     if not kept:
         raise InputError(f"every prompt is {what} {new_tokens}", kind="too_long", key="sampling.max_new_tokens")
-    say(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts, {what}")
+    if len(kept) < len(found):
+        say(f"left out {len(found) - len(kept)} of {len(prompts)} prompts, {what}")
     cut = {
         name: side if side.outputs is None else replace(side, outputs=[side.outputs[i] for i in kept])
         for name, side in sides.items()

@@ -53,9 +53,9 @@ from pe_rlhf.model.probes import (
     decoder_of,
     logits_of,
     probe_tokens,
-    use_published_attention,
 )
 from pe_rlhf.model.role_exports import RolesToExport
+from pe_rlhf.model.whole import use_published_attention
 from pe_rlhf.system.distributed import gathered, world_size
 from pe_rlhf.types import Sequences
 from reward.errors import InputError

@@ -52,14 +52,6 @@ def probe_tokens(model: PreTrainedModel) -> Tensor:
     return torch.arange(2, 2 + PROBE_TOKENS, device=model.device).remainder(vocabulary)[None]
 
 
-def use_published_attention(model: PreTrainedModel) -> None:
-    """Attend by `eager` where the config caps the attention's logits: sdpa has no place for a cap and drops it."""
-    config = model.config.get_text_config(decoder=True)
-    caps = [value for key, value in config.to_dict().items() if "attn_logit" in key and "cap" in key and value]
-    if caps and config._attn_implementation == "sdpa":
-        model.set_attn_implementation("eager")
-
-
 def count_decoder_layers(model: PreTrainedModel) -> None:
     """Let the config count the decoder's layers: of a model with an encoder it counts the encoder's, by another name.
 

@@ -44,7 +44,16 @@ def load_whole(kind: Any, path: str, *, name: str, key: str, **arguments: Any) -
     shapes = (f"{tensor} of {tuple(there)} for {tuple(here)}" for tensor, there, here in found["mismatched_keys"])
     _refuse(name, key, found["missing_keys"], found["unexpected_keys"], shapes)
     refuse_not_finite(model.named_parameters(), name, key)
+    use_published_attention(model)
     return model
+
+
+def use_published_attention(model: PreTrainedModel) -> None:
+    """Attend by `eager` where the config caps the attention's logits: sdpa has no place for a cap and drops it."""
+    config = model.config.get_text_config(decoder=True)
+    caps = [value for key, value in config.to_dict().items() if "attn_logit" in key and "cap" in key and value]
+    if caps and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def load_adapter_whole(model: PreTrainedModel, adapter: str, key: str = "model") -> PeftModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pe_rlhf.model.loading import find_device, load_causal_lm, use_sound_attention
+from pe_rlhf.model.loading import find_device, load_causal_lm, longest_sequence, use_sound_attention
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.runs.saved_roles import files_of
@@ -73,4 +73,5 @@ def _backend(settings: JudgeSettings) -> ChatBackend:
     )
     if device.type == "cuda":
         use_sound_attention()
-    return HFChat(model, tokenizer, identity, template_kwargs=kwargs, device=device)
+    longest = longest_sequence(model.config)
+    return HFChat(model, tokenizer, identity, template_kwargs=kwargs, device=device, longest=longest)

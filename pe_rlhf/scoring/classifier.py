@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.loading import longest_sequence
 from pe_rlhf.model.names import check_model_name, resolve_model
 from pe_rlhf.model.whole import check_vocabulary, load_whole, loading
 from reward.errors import InputError
@@ -128,7 +129,7 @@ def _load(
 
 def _longest_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens a classifier takes, by its config and its tokenizer, which may know of fewer."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    positions = longest_sequence(model.config) or 10**9
     for name, module in model.named_modules():
         # RoBERTa and similar models count positions from after the padding id.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

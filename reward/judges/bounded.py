@@ -25,9 +25,11 @@ def ended(client: Client) -> Client:
     own: Any = client
     waits = hasattr(own, "aclose")
     for transport in (own._transport, *own._mounts.values()):
-        if transport is not None:  # of an address that goes by no proxy
-            network = transport._pool._network_backend
-            transport._pool._network_backend = _AsyncNetwork(network) if waits else _Network(network)
+        # None of an address that goes by no proxy. In another edition of httpx the names, which are its own, may be
+        # others: its answers then have no deadline beside each read's.
+        pool = getattr(transport, "_pool", None)
+        if (network := getattr(pool, "_network_backend", None)) is not None:
+            pool._network_backend = _AsyncNetwork(network) if waits else _Network(network)
     own.event_hooks = {"response": [_short_async if waits else _short]}
     return client
 

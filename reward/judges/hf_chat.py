@@ -19,7 +19,8 @@ from reward.records import Message
 class HFChat:
     """Chat with a loaded model. The probability of a label is summed over all tokens that read as it.
 
-    device: where the model computes; between `rest` and the next question it is on the CPU.
+    device: where the model computes; between `rest` and the next question it is on the CPU. longest: tokens of a prompt
+    and its answer; default: no limit.
     """
 
     concurrency = 1
@@ -32,13 +33,13 @@ class HFChat:
         batch_size: int = 8,
         template_kwargs: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
+        longest: int | None = None,
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
         self._guest = Guest(model, device or model.device)
         self.identity, self.batch_size = f"hf:{identity}", batch_size
-        longest = getattr(model.config, "max_position_embeddings", None) or 10**9
         vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-        self._tokens = ChatTokens(tokenizer, self.identity, longest, vocabulary, template_kwargs)
+        self._tokens = ChatTokens(tokenizer, self.identity, longest or 10**9, vocabulary, template_kwargs)
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()

@@ -234,6 +234,7 @@ def test_lists_in_the_docs_are_complete() -> None:
 
     assert [name.rstrip("/").removesuffix(".py") for name in names(first_cells("architecture.md", "Rooms"))] == [*ORDER]
     assert sorted(names(first_cells("adapters.md", "Inits"))) == sorted(["init", *init_names()])
+    assert sorted(names(first_cells("adapters.md", "All kinds"))) == sorted(["kind", *kind_names()])
     assert sorted(names(first_cells("runs.md", "failure.json"))) == sorted([*KINDS, "bug"])
 
 

@@ -35,10 +35,7 @@ SETTINGS: dict[str, list[str]] = {
     # A noisy model makes much of the ranks' rounding.
     "rwp": ["ppo.optimizer.sharpness=rwp", "ppo.optimizer.noise_on=model", SMALLER],
 }
-# Those that look at the base's weights, during a pass, at a switch, or when a layer is made.
-OF_THE_WEIGHT = ("bat", "dora", "loha", "lora_dash", "redrawn", "spectral_a", "spectral_r", "tinylora", "vera")
-OF_GRADIENTS = ("rosa", "shira")
-RUNS = [*((name, "zero2") for name in SETTINGS), *((name, "all_split") for name in OF_THE_WEIGHT + OF_GRADIENTS)]
+RUNS = [*((name, "zero2") for name in SETTINGS), *((kind, "all_split") for kind in sorted(KINDS))]
 
 
 def overrides(name: str) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 
 from pe_rlhf.runs.checkpoint import load_checkpoint
 from reward.errors import Failure
+from tests.chat_server import ChatServer, running
 from tests.forked import Forked
 from tests.runs import Outcome, contents, read_jsonl, recipe, write_jsonl, write_recipe
 
@@ -139,12 +140,24 @@ def test_a_vllm_server_that_is_not_there(refused: Refused, tmp_path: Path) -> No
     assert NOBODY in said
 
 
+def judged(url: str) -> dict[str, object]:
+    return {"kind": "llm", "target": "m", "base_url": url, "attempts": 1, "timeout": 2}
+
+
 def test_a_judge_that_is_not_there(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first stage."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    judge = {"kind": "llm", "target": "m", "base_url": f"{NOBODY}/v1", "attempts": 1, "timeout": 2}
-    path = write_recipe(tmp_path, recipe("ppo", "evaluate", evaluate__judge=judge))
-    said = refused("run", path, "--run-dir", "out", code=3)
-    assert NOBODY in said
+    path = write_recipe(tmp_path, recipe("ppo", "evaluate", evaluate__judge=judged(f"{NOBODY}/v1")))
+    assert NOBODY in refused("run", path, "--run-dir", "out", code=3)
+    assert not (tmp_path / "out" / "ppo").exists()
+
+
+def test_a_judge_that_goes_away(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lists its models, and answers no question."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with running(ChatServer(faults=lambda number: "drop")) as server:
+        path = write_recipe(tmp_path, recipe("ppo", "evaluate", evaluate__judge=judged(server.url)))
+        refused("run", path, "--run-dir", "out", code=3)
     failure = json.loads((tmp_path / "out" / "failure.json").read_text(encoding="utf-8"))
     assert failure["kind"] == "server"
     assert steps(tmp_path / "out/ppo") == [1, 2]  # what was finished stays

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,19 @@ def scores(prompts, responses):
 """
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_a_run_of_every_kind_resumes_to_the_same_numbers_and_weights(cli: Cli, tmp_path: Path, kind: str) -> None:
-    """Cut after the second of four steps: amid AdaLoRA's budget, at Dash's switch and at a draw."""
+@pytest.mark.parametrize(("kind", "dtype"), zip(sorted(KINDS), cycle(("bfloat16", "float32"))))
+def test_a_run_of_every_kind_resumes_to_the_same_numbers_and_weights(
+    cli: Cli, tmp_path: Path, kind: str, dtype: str
+) -> None:
+    """Cut after the second of four steps: amid AdaLoRA's budget, at Dash's switch and at a draw.
+
+    The log-probs are all of the trainer, so that the first step's KL is that of equal logits.
+    """
     (tmp_path / "stopping.py").write_text(STOPPING)
     adapter = {"kind": kind, **SETTINGS.get(kind, {})}
     sources = {"ppo__reward": [{"function": "stopping:scores"}], "ppo__steps": 4}
-    path = write_recipe(tmp_path, recipe("ppo", adapter=adapter, **sources))
+    of_the_trainer = {"backbone": {"dtype": dtype}, "ppo__rollout__old_logprobs": "trainer"}
+    path = write_recipe(tmp_path, recipe("ppo", adapter=adapter, **sources, **of_the_trainer))
     assert cli("run", path, "--run-dir", "whole").code == 0
     # The last but one call is that of the third step; kinds that look at the gradient ask before the first.
     (tmp_path / "stop").write_text(str(int((tmp_path / "calls").read_text()) - 1))
@@ -55,8 +62,8 @@ def test_a_run_of_every_kind_resumes_to_the_same_numbers_and_weights(cli: Cli, t
     assert len(read_jsonl(tmp_path / "cut" / "ppo" / "metrics.jsonl")) == 2
     assert cli("run", path, "--run-dir", "cut", "--resume").code == 0
     whole, cut = (read_jsonl(tmp_path / name / "ppo" / "metrics.jsonl") for name in ("whole", "cut"))
-    assert whole[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the sampler's log-probs against the trainer's
-    assert max(row["logprob_mismatch_max"] for row in whole) < 1e-4
+    assert whole[0]["kl"] == 0.0
+    assert max(row["logprob_mismatch_max"] for row in whole) < (1e-4 if dtype == "float32" else 0.02)
     assert [without_time(row) for row in cut] == [without_time(row) for row in whole]
     for role in ("adapter", "value"):
         ends = [load_file(tmp_path / name / "ppo" / role / "role.safetensors") for name in ("whole", "cut")]

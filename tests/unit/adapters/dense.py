@@ -88,18 +88,26 @@ def check_fresh(name: str, statistics: LayerStatistics | None = None, **given: A
 
 
 def check_output_and_gradients(base: nn.Module, layer: AdapterLayer, delta: Delta) -> None:
-    """Output, and gradients of inputs and parameters, are those of autograd on a dense weight in fp64."""
-    upstream = torch.randn(2, 5, OUT, generator=torch.Generator().manual_seed(8))
-    x = inputs().requires_grad_()
+    """Output, and gradients of inputs and parameters, are those of autograd on a dense weight in fp64.
+
+    On a narrow base they are within a few percent of them.
+    """
+    dtype = weight_out_in(base).dtype
+    upstream = torch.randn(2, 5, OUT, generator=torch.Generator().manual_seed(8)).to(dtype)
+    x = inputs(dtype).requires_grad_()
     y = layer(x, base)
     names = [name for name, _ in layer.named_parameters()]
     found = torch.autograd.grad((upstream * y).sum(), [x, *layer.parameters()])
 
-    tensors, dense_x = wide(layer), inputs().double().requires_grad_()
+    tensors, dense_x = wide(layer), inputs(dtype).double().requires_grad_()
     bias: Any = base.bias
     expected_y = F.linear(dense_x, weight_out_in(base).double() + delta(tensors), bias.double())
     leaves = [dense_x, *(tensors[name] for name in names)]
     expected = torch.autograd.grad((upstream.double() * expected_y).sum(), leaves)
+    for name, gradient, dense in zip(["x", *names], found, expected, strict=True):
+        assert (gradient - dense).norm() <= 0.03 * dense.norm(), name
+    if dtype != torch.float32:
+        return
     torch.testing.assert_close(y.double(), expected_y, atol=3e-5, rtol=1e-5)
     for name, gradient, dense in zip(["x", *names], found, expected, strict=True):
         torch.testing.assert_close(gradient.double(), dense, atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -187,7 +195,9 @@ def check_all(name: str, delta: Delta, statistics: LayerStatistics | None = None
     check_narrow(name, delta, statistics, **given)
     for module in ("linear", "conv1d"):
         narrow = base_layer(module, torch.bfloat16)
-        check_training(narrow, made(narrow, name, statistics, **given)[1], delta)
+        _, layer = made(narrow, name, statistics, **given)
+        check_training(narrow, layer, delta)
+        check_output_and_gradients(narrow, layer, delta)
         base = base_layer(module)
         kind, layer = made(base, name, statistics, **given)
         check_training(base, layer, delta)

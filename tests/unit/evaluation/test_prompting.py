@@ -146,3 +146,20 @@ def test_the_arguments_of_a_runs_template_are_its_recipes(models: Path, fails: C
     (models / "chat.jinja").write_text(template)
     failure = fails(*command("run", "plain", "baseline_template=chat.jinja"))
     assert (failure.kind, failure.key) == ("conflict", "baseline_template")
+
+
+def test_prompts_that_a_template_refuses_are_bad_rows(
+    models: Path, fails: Callable[..., Failure], cli: Callable[..., Outcome]
+) -> None:
+    """Gemma's takes no system turn: such rows are left out and said, and too many of them are an error."""
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+    (models / "refusing.jinja").write_text(refusing)
+    options = [f"{side}_template=refusing.jinja" for side in ("candidate", "baseline")]
+    odd = {"prompt": [{"role": "system", "content": "w6"}, {"role": "user", "content": "w7"}]}
+    write_jsonl(models / "prompts.jsonl", [{"prompt": "w3 w4"}, odd, {"prompt": "w5"}])
+    failure = fails(*command("plain", "chat", *options))
+    assert (failure.key, failure.row) == ("--prompts", 2)
+    done = cli(*command("plain", "chat", *options, "max_bad_share=0.5", "--out", "out"))
+    assert done.code == 0, done
+    assert "left out row 2" in done.err
+    assert len(read_jsonl(models / "out" / "candidate.jsonl")) == 1 + 2

@@ -14,6 +14,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
@@ -192,3 +194,30 @@ def test_a_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a directory with a config\.json"):
         classifier(tmp_path / "absent")
+
+
+def test_a_cap_on_attention_is_not_left_out(tmp_path: Path) -> None:
+    """Gemma 2: sdpa has no place for the cap."""
+    source = byte_model(tmp_path / "causal", pad_is_eos=False)
+    tokenizer, path = AutoTokenizer.from_pretrained(source), tmp_path / "classifier"
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=1, attn_logit_softcapping=0.5,
+        pad_token_id=0, num_labels=1, **sizes,
+    )  # fmt: skip
+    model = Gemma2ForSequenceClassification(config)
+    random_weights(model)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    found = classifier(path)
+    scores = found.score(PROMPTS, RESPONSES)
+
+    def alone(attention: str) -> Tensor:
+        plain = AutoModelForSequenceClassification.from_pretrained(path, attn_implementation=attention)
+        plain.config.pad_token_id = None
+        rows = found._conversations(PROMPTS, RESPONSES, [False] * len(PROMPTS))
+        with torch.no_grad():
+            return torch.stack([plain(torch.tensor([row["input_ids"]])).logits[0, 0] for row in rows])
+
+    torch.testing.assert_close(scores, alone("eager"), atol=1e-5, rtol=1e-5)
+    assert (scores - alone("sdpa")).abs().max() > 1e-3
