@@ -27,7 +27,7 @@ def ended(client: Client) -> Client:
     for transport in (own._transport, *own._mounts.values()):
         # None of an address that goes by no proxy. In another edition of httpx the names, which are its own, may be
         # others: its answers then have no deadline beside each read's.
-        pool = getattr(transport, "_pool", None)
+        pool: Any = getattr(transport, "_pool", None)
         if (network := getattr(pool, "_network_backend", None)) is not None:
             pool._network_backend = _AsyncNetwork(network) if waits else _Network(network)
     own.event_hooks = {"response": [_short_async if waits else _short]}

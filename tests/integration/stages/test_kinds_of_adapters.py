@@ -17,6 +17,8 @@ from pe_rlhf.config.load import make_recipe
 from tests.failures import raises
 from tests.forked import Forked
 from tests.runs import Outcome, read_jsonl, recipe, without_time, write_recipe
+from tests.stage_support import byte_model
+from tests.tiny import tiny_model
 
 Cli = Callable[..., Outcome]
 # What keeps every kind inside the tiny model, and lets what changes over time change within three steps.
@@ -40,9 +42,19 @@ def scores(prompts, responses):
 """
 
 
-@pytest.mark.parametrize(("kind", "dtype"), zip(sorted(KINDS), cycle(("bfloat16", "float32"))))
+def gpt2_of_bytes(folder: Path) -> str:
+    byte_model(folder, pad_is_eos=True)  # for its tokenizer
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    tiny_model("gpt2", vocab_size=258, n_positions=256, **ids).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "dtype"),
+    [(kind, *pair) for kind, pair in zip(sorted(KINDS), cycle((("gpt2", "bfloat16"), ("llama", "float32"))))],
+)
 def test_a_run_of_every_kind_resumes_to_the_same_numbers_and_weights(
-    cli: Cli, tmp_path: Path, kind: str, dtype: str
+    cli: Cli, tmp_path: Path, kind: str, family: str, dtype: str
 ) -> None:
     """Cut after the second of four steps: amid AdaLoRA's budget, at Dash's switch and at a draw.
 
@@ -51,7 +63,8 @@ def test_a_run_of_every_kind_resumes_to_the_same_numbers_and_weights(
     (tmp_path / "stopping.py").write_text(STOPPING)
     adapter = {"kind": kind, **SETTINGS.get(kind, {})}
     sources = {"ppo__reward": [{"function": "stopping:scores"}], "ppo__steps": 4}
-    of_the_trainer = {"backbone": {"dtype": dtype}, "ppo__rollout__old_logprobs": "trainer"}
+    model = gpt2_of_bytes(tmp_path / "gpt2") if family == "gpt2" else "random:tiny-llama"
+    of_the_trainer = {"model": model, "backbone": {"dtype": dtype}, "ppo__rollout__old_logprobs": "trainer"}
     path = write_recipe(tmp_path, recipe("ppo", adapter=adapter, **sources, **of_the_trainer))
     assert cli("run", path, "--run-dir", "whole").code == 0
     # The last but one call is that of the third step; kinds that look at the gradient ask before the first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,10 +202,9 @@ def test_a_cap_on_attention_is_not_left_out(tmp_path: Path) -> None:
     source = byte_model(tmp_path / "causal", pad_is_eos=False)
     tokenizer, path = AutoTokenizer.from_pretrained(source), tmp_path / "classifier"
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=1, attn_logit_softcapping=0.5,
-        pad_token_id=0, num_labels=1, **sizes,
-    )  # fmt: skip
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_logit_softcapping": 0.5}
+    options: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": 0, "num_labels": 1, **sizes, **heads}
+    config = Gemma2Config(**options)
     model = Gemma2ForSequenceClassification(config)
     random_weights(model)
     model.save_pretrained(path)
