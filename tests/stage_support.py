@@ -84,6 +84,14 @@ def byte_model(folder: Path, *, pad_is_eos: bool, **changes: Any) -> Path:
     return folder
 
 
+def gpt2_of_bytes(folder: Path) -> str:
+    """A tiny random GPT-2 that reads bytes, saved in a folder."""
+    byte_model(folder, pad_is_eos=True)  # for its tokenizer
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    tiny_model("gpt2", vocab_size=258, n_positions=256, **ids).save_pretrained(folder)
+    return str(folder)
+
+
 def write_prompts(path: Path, prompts: list[Any]) -> str:
     return str(write_jsonl(path, [{"prompt": prompt} for prompt in prompts]))
 

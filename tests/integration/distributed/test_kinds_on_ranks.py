@@ -12,6 +12,7 @@ from tests.forked import Forked
 from tests.integration.distributed.launching import run_in_turn, start_ranks
 from tests.integration.distributed.test_ranks import CONFIGURATIONS, assert_same_run, small, write_all_split
 from tests.runs import write_recipe
+from tests.stage_support import gpt2_of_bytes
 
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 
@@ -38,8 +39,10 @@ SETTINGS: dict[str, list[str]] = {
 RUNS = [*((name, "zero2") for name in SETTINGS), *((kind, "all_split") for kind in sorted(KINDS))]
 
 
-def overrides(name: str) -> list[str]:
-    return [f"adapter.kind={name}" if name in KINDS else "adapter.kind=lora", *SETTINGS[name]]
+def overrides(name: str, gpt2: str) -> list[str]:
+    """Every other kind on a GPT-2, whose weights are the other way round."""
+    model = [f"model={gpt2}"] if name in sorted(KINDS)[::2] else []
+    return [f"adapter.kind={name}" if name in KINDS else "adapter.kind=lora", *model, *SETTINGS[name]]
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +51,16 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("kinds")
     path = str(write_recipe(folder, {**small("ppo"), "adapter": {}}))
     write_all_split(folder)
+    gpt2 = gpt2_of_bytes(folder / "gpt2")
     wanted = [
         (str(item.callspec.params["name"]), str(item.callspec.params["zero"]))
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.function is test_two_ranks_are_one
     ]
-    alone = [["run", path, *overrides(name), f"--run-dir=one-{name}"] for name in dict(wanted)]
+    alone = [["run", path, *overrides(name, gpt2), f"--run-dir=one-{name}"] for name in dict(wanted)]
     together = [
-        ["run", path, *overrides(name), *CONFIGURATIONS[zero], f"--run-dir={zero}-{name}"] for name, zero in wanted
+        ["run", path, *overrides(name, gpt2), *CONFIGURATIONS[zero], f"--run-dir={zero}-{name}"]
+        for name, zero in wanted
     ]
     one = Forked(alone[-1], folder, model_cache, before=partial(run_in_turn, alone[:-1]))
     two = start_ranks(together[-1], folder, model_cache, before=partial(run_in_turn, together[:-1]))

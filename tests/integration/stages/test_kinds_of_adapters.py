@@ -17,8 +17,7 @@ from pe_rlhf.config.load import make_recipe
 from tests.failures import raises
 from tests.forked import Forked
 from tests.runs import Outcome, read_jsonl, recipe, without_time, write_recipe
-from tests.stage_support import byte_model
-from tests.tiny import tiny_model
+from tests.stage_support import gpt2_of_bytes
 
 Cli = Callable[..., Outcome]
 # What keeps every kind inside the tiny model, and lets what changes over time change within three steps.
@@ -40,13 +39,6 @@ def scores(prompts, responses):
         raise RuntimeError("stopped")
     return [len(response) / 10 for response in responses]
 """
-
-
-def gpt2_of_bytes(folder: Path) -> str:
-    byte_model(folder, pad_is_eos=True)  # for its tokenizer
-    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    tiny_model("gpt2", vocab_size=258, n_positions=256, **ids).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize(
