@@ -69,7 +69,7 @@ def test_the_others_take_over(make: Make, vllm_server: str) -> None:
         dying.spoil = die
         start = time.monotonic()
         assert engine.generate(PROMPTS, seed=1).responses == expected.responses
-        assert time.monotonic() - start < 10  # nobody waited for it
+        assert time.monotonic() - start < 60  # nobody waited for its time-out
         # While it is away the next version goes to the other one; back again, it is given that version, too.
         engine.sync(4, "milora")
         assert engine.generate(PROMPTS, seed=1).version == 4
