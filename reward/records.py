@@ -27,21 +27,6 @@ from reward.errors import InputError, Kind
 
 Message = dict[str, str]
 Prompt = str | list[Message]
-
-
-class Conversation(str):
-    """A response of several turns, as one text that knows the `answers` in it."""
-
-    answers: tuple[str, ...]
-
-    @classmethod
-    def of(cls, questions: Iterable[str], answers: Sequence[str]) -> Conversation:
-        parts = (f"### User:\n{q}\n\n### Assistant:\n{a}" for q, a in zip(questions, answers, strict=False))
-        text = cls("\n\n".join(parts))
-        text.answers = tuple(answers)
-        return text
-
-
 Columns = Mapping[str, Sequence[Any]]  # the other columns of the rows of prompts, by name
 NO_COLUMNS: Columns = {}
 Record = TypeVar("Record")

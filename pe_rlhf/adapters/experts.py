@@ -39,15 +39,12 @@ def fused_parameters(module: nn.Module) -> list[str]:
 
 
 class ExpertWeight(WrappedLayer):
-    """One fused weight of wrapped experts, and the adapters on it by role; the experts compute it."""
+    """One fused weight of wrapped experts, and the adapters on it by role; the experts compute it, it is not called."""
 
     base: FusedWeight
 
     def __init__(self, experts: nn.Module, name: str, state: RoleState) -> None:
         super().__init__(FusedWeight(experts, name), state)
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError("a fused weight is computed by its experts")
 
     def can_merge(self, role: str) -> bool:
         return not is_sharded(self.base)

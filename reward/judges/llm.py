@@ -229,9 +229,7 @@ class LLMJudge(ChatJudge):
         return None if probability is None else Verdict(probability, raw=raw_logprobs(answer))
 
     def _of_text(self, said: str, first_line: bool) -> Verdict | None:
-        if (
-            self.labels != LABELS
-        ):  # of another case only, such as m and M: the last word says it, as AlpacaEval reads it
+        if self.labels != LABELS:  # of another case only, such as m and M: AlpacaEval reads the last word
             last = re.search(r"(?<!\w)(\w)\W*$", said)
             return Verdict(1.0 - self.labels.index(last[1])) if last and last[1] in self.labels else None
         found = label_alone(said) if first_line else parse_verdict(said)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,19 @@ from reward.records import Message
 
 PLACE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)\}")
 PART = re.compile(r"<\|im_start\|>(system|user)\n(.*?)\n?<\|im_end\|>", re.DOTALL)
+
+
+class Conversation(str):
+    """A response of several turns, as one text that knows the `answers` in it."""
+
+    answers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, questions: Iterable[str], answers: Sequence[str]) -> Conversation:
+        parts = (f"### User:\n{q}\n\n### Assistant:\n{a}" for q, a in zip(questions, answers, strict=False))
+        text = cls("\n\n".join(parts))
+        text.answers = tuple(answers)
+        return text
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,7 @@ def _values(messages: Sequence[Message], responses: Mapping[str, str]) -> dict[s
     names = (("answer_a", "ANSWER_A", "output_1"), ("answer_b", "ANSWER_B", "output_2"))
     names = names if len(sides) == 2 else (("answer",),)
     for number, (side, of_side) in enumerate(zip(sides, names, strict=True), start=1):
-        turns: tuple[str, ...] = getattr(side, "answers", (side,))
+        turns = side.answers if isinstance(side, Conversation) else (side,)
         found |= dict.fromkeys(of_side, turns[0])
         found |= {f"{of_side[0]}_{turn}": text for turn, text in enumerate(turns, start=1)}
         if len(sides) == 2:  # Arena-Hard 0.1 counts the sides

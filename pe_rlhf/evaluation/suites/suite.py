@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reward.errors import InputError
-from reward.records import Conversation, Message, Prompt
+from reward.judges.published import Conversation
+from reward.records import Message, Prompt
 from reward.row_files import read_rows
 from reward.summary import Outcome
 
