@@ -62,10 +62,14 @@ def evaluate(
     settings = _settings(judge, prompts, suite, suite_data, overrides or [])
 
     # Imported here: torch and transformers take seconds, and a mistake in the settings should be reported at once.
+    from pe_rlhf.data.codec import dated
+    from pe_rlhf.evaluation.sources import find_policy
     from pe_rlhf.scoring.model_judges import check_judge, check_server
     from reward.judges.user_code import time_limit
 
-    with time_limit(settings.function_timeout):
+    found = find_policy(candidate)
+    day = settings.date or (None if found is None or found.recipe is None else found.recipe.date)
+    with time_limit(settings.function_timeout), dated(day):
         check_judge(settings.judge)
         check_server(settings.judge)
         if suite is not None:

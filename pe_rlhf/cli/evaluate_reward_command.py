@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -22,17 +23,23 @@ def evaluate_reward(
         str, typer.Option(help="float32, bfloat16 or float16; a run's model is in its recipe's.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    date: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="The day that a chat template prints as today's; a run has its own."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Accuracy with its interval, per subset too, calibration and length bias; one JSON line."""
+    from pe_rlhf.data.codec import dated
     from pe_rlhf.evaluation.reward_accuracy import evaluate_reward_model
     from pe_rlhf.report.format import slug
     from pe_rlhf.runs.own_output import claim_reward_evaluation
 
     folder = out or Path("evaluations") / "-".join(("reward", slug(model), slug(pairs)))
     claim_reward_evaluation(folder)
-    summary = evaluate_reward_model(
-        model, pairs, folder, second=second, limit=limit, batch_size=batch_size, dtype=dtype, device=device
-    )
+    with dated(None if date is None else date.date().isoformat()):
+        summary = evaluate_reward_model(
+            model, pairs, folder, second=second, limit=limit, batch_size=batch_size, dtype=dtype, device=device
+        )
     typer.echo(json.dumps(summary, ensure_ascii=False))
     typer.echo(f"report: {(folder / 'report.html').resolve()}", err=True)

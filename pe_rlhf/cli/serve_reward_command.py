@@ -6,6 +6,7 @@ import ipaddress
 import os
 import signal
 import threading
+from datetime import datetime
 from typing import Annotated
 
 import typer
@@ -28,6 +29,10 @@ def serve_reward(
         str, typer.Option(help="float32, bfloat16 or float16; a run's model is in its recipe's.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    date: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="The day that a chat template prints as today's; a run has its own."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Score prompts and responses that are posted to /score until it is stopped; /health says what is served.
@@ -36,11 +41,13 @@ def serve_reward(
     """
     key = _key(host, api_key_env)
 
+    from pe_rlhf.data.codec import dated
     from pe_rlhf.scoring.reward_judge import reward_scores
     from pe_rlhf.scoring.reward_server import RewardServer
     from pe_rlhf.system.progress import say
 
-    score = reward_scores(model, dtype, device)
+    with dated(None if date is None else date.date().isoformat()):
+        score = reward_scores(model, dtype, device)
     try:
         server = RewardServer((host, port), model, score, batch_size, key)
     except OSError as error:

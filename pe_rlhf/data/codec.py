@@ -33,7 +33,7 @@ class TextCodec:
 
     `chat_template` is the recipe's key: `auto`, `none`, a Jinja template, or the path of one. `eos_token_ids` are those
     that end what the model samples; `end_token_id` is the one of them that ends a labelled response. `arguments` go to
-    the template, such as `enable_thinking`; `date` is the day that it prints as today's, else that of `dated`.
+    the template, such as `enable_thinking`; `date` is the day that it prints as today's, else that of `dated` here.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TextCodec:
     ):
         self.tokenizer = tokenizer
         self.template = find_template(tokenizer, chat_template)
-        self._arguments = {"strftime_now": _clock(date), **(arguments or {})}
+        self._arguments = {"strftime_now": template_clock(date), **(arguments or {})}
         own = tokenizer.eos_token_id
         ends = [*([own] if isinstance(own, int) else []), *eos_token_ids]
         self._end_ids = frozenset(ends)
@@ -61,6 +61,12 @@ class TextCodec:
             call_users_code("chat_template", self._check_template)
             self._lead, written = self._around_a_response()
         self.end_token_id = written if written is not None else ends[0] if ends else None
+
+    @property
+    def day(self) -> str | None:
+        """The day that the template prints as today's; None where it prints none."""
+        prints = self.template is not None and "strftime_now" in self.template
+        return self._arguments["strftime_now"]("%Y-%m-%d") if prints else None
 
     # ---- prompts -----------------------------------------------------------------------------------------------------
 
@@ -286,18 +292,10 @@ def dated(date: str | None) -> Iterator[None]:
         _DATE.reset(token)
 
 
-def _clock(date: str | None) -> Callable[[str], str]:
-    """What templates know as `strftime_now`."""
-
-    def strftime_now(form: str) -> str:
-        day = date or _DATE.get()
-        return (datetime.now() if day is None else datetime.fromisoformat(day)).strftime(form)
-
-    return strftime_now
-
-
-def prints_the_date(template: str | None) -> bool:
-    return template is not None and "strftime_now" in template
+def template_clock(date: str | None = None) -> Callable[[str], str]:
+    """What templates know as `strftime_now`: it stands still at that day, else at that of `dated`, else now."""
+    day = date or _DATE.get()
+    return (datetime.now() if day is None else datetime.fromisoformat(day)).strftime
 
 
 def _common_start(first: list[int], second: list[int]) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pe_rlhf.config.evaluate import EvaluationSettings
-from pe_rlhf.data.codec import TextCodec, prints_the_date
+from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.loading import longest_sequence
 from pe_rlhf.model.names import resolve_model
 from pe_rlhf.model.whole import loading
@@ -69,12 +68,11 @@ def prompting_of(
             tokenizer = (own_tokenizer(name) if base is not None else None) or AutoTokenizer.from_pretrained(
                 path, **options
             )
-        date = settings.date or (None if recipe is None else recipe.date) or datetime.now().date().isoformat()
+        date = settings.date or (None if recipe is None else recipe.date)
         codec = TextCodec(tokenizer, asked, arguments=arguments, date=date)
     except InputError as error:
         raise InputError(f"{key}: {error}", kind=error.kind, key=key, file=error.file) from error
-    day = date if prints_the_date(codec.template) else None
-    return Prompting(codec.template, arguments if codec.template else {}, day, codec, longest_sequence(config))
+    return Prompting(codec.template, arguments if codec.template else {}, codec.day, codec, longest_sequence(config))
 
 
 def own_tokenizer(adapter: str) -> PreTrainedTokenizerBase | None:

@@ -68,6 +68,7 @@ def find_reading(
     vocabulary: int,
     device: torch.device,
     tolerance: float,
+    key: str = "ppo.rollout.engine",
 ) -> Reading:
     """The most that a model may read together, such that sampling has the logits of plain passes.
 
@@ -76,6 +77,7 @@ def find_reading(
         logits: of a plain pass over one row: _1T to _1TV.
         prompts: as many as `FORCED_BR` has rows.
         tolerance: as a share of the logits' norm.
+        key: where the engine is chosen, for messages.
 
     Raises `InputError` of kind `conflict` where not even one row without a cache has them.
     """
@@ -104,8 +106,8 @@ def find_reading(
         if agrees(reading):
             return reading
     raise InputError(
-        "rollout: transformers' generate has other logits for this model than a plain pass over the same tokens",
+        f"{key}: transformers' generate has other logits for this model than a plain pass over the same tokens",
         kind="conflict",
-        key="ppo.rollout.engine",
-        fix="sample with engine: vllm",
+        key=key,
+        fix="use engine: vllm",
     )

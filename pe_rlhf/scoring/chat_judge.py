@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pe_rlhf.data.codec import template_clock
 from pe_rlhf.model.loading import find_device, load_causal_lm, longest_sequence, use_sound_attention
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.rollout.make import check_vllm
@@ -57,11 +58,12 @@ def _backend(settings: JudgeSettings) -> ChatBackend:
     device = find_device(settings.device)
     kwargs = settings.chat_template_kwargs
     identity = f"{target} {settings.dtype} {files_of(target)}{json.dumps(kwargs) if kwargs else ''}".rstrip()
+    kwargs = {"strftime_now": template_clock(), **kwargs}
     if settings.engine == "vllm":
         from pe_rlhf.scoring.vllm_chat import VLLMChat
 
         return VLLMChat(target, settings.dtype, device, identity, 64, settings.gpu_memory_share, kwargs)
-    from reward.judges.hf_chat import HFChat
+    from pe_rlhf.scoring.hf_chat import HFChat
 
     model, tokenizer = load_causal_lm(
         target,

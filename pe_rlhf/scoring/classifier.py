@@ -45,10 +45,10 @@ class Classifier:
     ) -> None:
         model, self._tokenizer = _load(name, dtype, key, trust_remote_code)
         self.model = model.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]  # hidden by a decorator
-        self._codec, self._batch_size = TextCodec(self._tokenizer), batch_size
+        self.codec, self._batch_size = TextCodec(self._tokenizer), batch_size
         self._limit = _longest_row(self.model, self._tokenizer)
         separates = self._tokenizer.cls_token_id is not None and self._tokenizer.sep_token_id is not None
-        self._takes_pairs = self._codec.template is None and separates
+        self._takes_pairs = self.codec.template is None and separates
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], cut: Sequence[bool] | None = None) -> Tensor:
@@ -64,7 +64,7 @@ class Classifier:
     def _pairs(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict[str, list[int]]]:
         self._tokenizer.truncation_side = "left"
         pairs = zip(prompts, responses, strict=True)
-        texts = [(self._codec.render(prompt), response) for prompt, response in pairs]
+        texts = [(self.codec.render(prompt), response) for prompt, response in pairs]
         return [
             dict(
                 self._tokenizer(*text, truncation="longest_first", max_length=self._limit, return_attention_mask=False)
@@ -79,7 +79,7 @@ class Classifier:
         for group in by_prompt(prompts):
             sides = [(responses[i], cut[i]) for i in group]
             for i, ids in zip(
-                group, self._codec.encode_conversations(prompts[group[0]], sides, self._limit), strict=True
+                group, self.codec.encode_conversations(prompts[group[0]], sides, self._limit), strict=True
             ):
                 rows[i] = {"input_ids": ids}
         return rows

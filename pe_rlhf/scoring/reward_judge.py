@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.loading import find_device
 from pe_rlhf.model.names import check_model_name
 from pe_rlhf.model.passes import for_each_row
@@ -31,8 +32,9 @@ class RewardModelKind:
     def __call__(self, settings: JudgeSettings) -> Judge:
         target = settings.needed_target(NAME_IT)
         trust = settings.trust_remote_code
-        model, score = load_rewards(target, settings.dtype, settings.device, trust_remote_code=trust)
+        model, codec, score = load_rewards(target, settings.dtype, settings.device, trust_remote_code=trust)
         identity = f"{target} {settings.dtype} {weights_of(target, 'reward')}".rstrip()
+        identity += f" {codec.day}" if codec.day else ""
         # A quantised base cannot be moved.
         fixed = getattr(getattr(model, "model", model), "is_quantized", False)
         guest = Guest(model, torch.device("cpu") if fixed else find_device(settings.device))
@@ -73,17 +75,18 @@ def reward_scores(
 
     as_trained: cut texts to the run's `reward.max_length`, as its stage does; otherwise to the model's limit.
     """
-    return load_rewards(target, dtype, device, as_trained=as_trained, trust_remote_code=trust_remote_code)[1]
+    return load_rewards(target, dtype, device, as_trained=as_trained, trust_remote_code=trust_remote_code)[2]
 
 
 def load_rewards(
     target: str, dtype: str, device: str, *, as_trained: bool = False, trust_remote_code: bool = False
-) -> tuple[nn.Module, RewardScores]:
-    """The model behind `reward_scores`, and those."""
+) -> tuple[nn.Module, TextCodec, RewardScores]:
+    """The model behind `reward_scores`, how it is prompted, and those."""
     found = role_behind(target, "reward")
     if found is None:
         classifier = Classifier(target, find_device(device), dtype, trust_remote_code=trust_remote_code)
-        return classifier.model, lambda prompts, responses, cut=None: classifier.score(prompts, responses, cut).tolist()
+        model, codec = classifier.model, classifier.codec
+        return model, codec, lambda prompts, responses, cut=None: classifier.score(prompts, responses, cut).tolist()
     backbone, codec = found.load("reward", dtype=dtype, device=device)
     limit = backbone.longest_sequence
     if as_trained and found.recipe is not None and found.recipe.reward is not None:
@@ -101,4 +104,4 @@ def load_rewards(
         budget, compute = MICRO_BATCH_TOKENS, backbone.response_scores
         return for_each_row(backbone, "reward", sequences, budget, compute, this_rank_only=True).tolist()
 
-    return backbone, score
+    return backbone, codec, score

@@ -57,10 +57,11 @@ class VLLMChat:
             config = AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
             check_config(config, model, "judge.target")
-        self.identity, self.batch_size = f"vllm:{identity}", batch_size
+        self.batch_size = batch_size
         text = config.get_text_config()
         longest = min(LONGEST, getattr(text, "max_position_embeddings", None) or LONGEST)
-        self._tokens = ChatTokens(tokenizer, self.identity, longest, text.vocab_size, template_kwargs)
+        self._tokens = ChatTokens(tokenizer, identity, longest, text.vocab_size, template_kwargs)
+        self.identity = f"vllm:{identity} {self._tokens.day}".rstrip()
         settings: dict[str, Any] = {
             "model": path,
             "dtype": dtype,

@@ -15,7 +15,6 @@
 | `templates`      | the prompts of chat models                                                            |
 | `jury`           | several judges as one                                                                 |
 | `chat_tokens`    | chats and labels as token ids, for local models                                       |
-| `hf_chat`        | the backend for a transformers model in this process                                  |
 | `endpoint`       | the backend for an OpenAI-compatible server; `server_errors` reads what it refuses    |
 """
 

@@ -22,7 +22,7 @@ class ChatTokens:
         identity: of the model, for messages.
         longest: the most tokens that the model reads, answer included.
         vocabulary: how many token ids the model has.
-        template_kwargs: arguments of the chat template, such as `enable_thinking: false`.
+        template_kwargs: arguments of the chat template, such as `enable_thinking: false`, and its `strftime_now`.
     """
 
     def __init__(
@@ -36,6 +36,12 @@ class ChatTokens:
         self.tokenizer, self._identity, self.longest = tokenizer, identity, longest
         self._vocabulary, self._template_kwargs = vocabulary, dict(template_kwargs or {})
         self._label_ids: dict[str, list[int]] = {}
+
+    @property
+    def day(self) -> str:
+        """The day that the template prints as today's, by the `strftime_now` of its arguments; "" for none."""
+        clock = self._template_kwargs.get("strftime_now")
+        return clock("%Y-%m-%d") if clock and "strftime_now" in str(self.tokenizer.chat_template) else ""
 
     def encode(self, chats: Sequence[list[Message]], room: int) -> tuple[dict[int, list[int]], dict[int, Completion]]:
         """Token ids of the chats that the model can read, and an error for those that are too long for it.
@@ -100,6 +106,6 @@ class ChatTokens:
             raise InputError(
                 f"judge: the chat template of {self._identity} fails: {error}",
                 kind="user_code",
-                key="judge.chat_template_kwargs" if self._template_kwargs else "judge.target",
+                key="judge.chat_template_kwargs" if self._template_kwargs.keys() - {"strftime_now"} else "judge.target",
             ) from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]

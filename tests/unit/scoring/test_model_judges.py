@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from pe_rlhf.data.codec import dated
+from pe_rlhf.scoring.hf_chat import HFChat
 from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.scoring.reward_judge import reward_scores
 from reward.errors import InputError
 from reward.judges import Comparison
 from reward.judges.chat_tokens import ChatTokens
-from reward.judges.hf_chat import HFChat
 from reward.judges.judge_registry import check_judge, judge_settings, register_judge
 from reward.judges.judge_settings import JudgeSettings
 from reward.judges.rating import RATINGS
 from reward.judges.reward_model import reward_model_judge
 from reward.judges.templates import JudgePrompt, RatingPrompt
 from reward.records import Message
+from tests.model_types import build
 from tests.stage_support import byte_model
 
 COMPARISONS = [Comparison("Say something", "ab" * n, "x" * (5 - n)) for n in range(1, 5)]
@@ -75,6 +77,30 @@ def test_a_local_models_ratings_have_the_probabilities_of_a_naive_forward_pass(m
     with pytest.raises(InputError) as caught:
         ChatTokens(tokenizer, "m", 100, 20).label_ids(["A"])
     assert caught.value.key == "judge.verdict"
+
+
+@pytest.mark.parametrize("name", ["mamba", "qwen3_5_text", "recurrent_gemma", "rwkv"])
+def test_a_model_with_a_recurrent_state_answers_as_to_each_question_alone(model: Path, name: str) -> None:
+    """What it cannot read beside padding it reads in rows of one length, or one by one."""
+    sizes: dict[str, Any] = {"vocab_size": 257, "max_position_embeddings": 256, "context_length": 256}
+    plain, tokenizer = build(name, **sizes), AutoTokenizer.from_pretrained(model)
+    texts = ["Hi", "A or B?", "Yes", "Which of the two is better?"]
+    chats: list[list[Message]] = [[{"role": "user", "content": text}] for text in texts]
+    chat = HFChat(build(name, **sizes), tokenizer, "m")
+    asked = zip(texts, chat.label_logprobs(chats, "AB"), chat.generate(chats, 3, 0.0, 0), strict=True)
+    for text, labels, said in asked:
+        ids = tokenizer(f"User: {text}\n\nAssistant:")["input_ids"]
+        answer: list[int] = []
+        expected: dict[str, float] = {}
+        for _ in range(3):
+            with torch.no_grad():
+                logits_V = plain(input_ids=torch.tensor([ids + answer]), use_cache=False).logits[0, -1]
+            if not answer:
+                own = {label: tokenizer.convert_tokens_to_ids(label) for label in "AB"}
+                expected = {label: float(logits_V.log_softmax(0)[token]) for label, token in own.items()}
+            answer.append(int(logits_V.argmax()))
+        assert labels.label_logprobs == pytest.approx(expected, abs=1e-4)
+        assert said.text == tokenizer.decode(answer, skip_special_tokens=True)
 
 
 def test_a_token_of_two_digits_is_a_rating(model: Path) -> None:
@@ -130,6 +156,32 @@ def test_arguments_reach_the_chat_template_and_are_part_of_the_judges_name(model
     settings = JudgeSettings(kind="llm", target=str(model))
     other = settings.model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
     assert make_judge(settings).identity != make_judge(other).identity
+
+
+def test_judges_and_rewards_print_the_day_of_the_run(model: Path, tmp_path: Path) -> None:
+    """A verdict is the same tomorrow; one of another day is asked for anew."""
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}:{{ m['content'] }}{% endfor %}"
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+    chat, rewards = tmp_path / "chat", tmp_path / "rewards"
+    plain.save_pretrained(chat)
+    one_label = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=0)
+    one_label.save_pretrained(rewards)
+    for folder in (chat, rewards):
+        tokenizer.save_pretrained(folder)
+    with dated("2024-02-03"):
+        judge = make_judge(JudgeSettings(kind="llm", target=str(chat), min_label_mass=0))
+        rewarded = make_judge(JudgeSettings(kind="reward_model", target=str(rewards)))
+        score = reward_scores(str(rewards))
+    assert "2024-02-03" in judge.identity
+    assert "2024-02-03" in rewarded.identity
+    question = JudgePrompt("general").chat(COMPARISONS[0], reasoning=False)[-1]["content"]
+    with torch.no_grad():
+        logits_V = plain(torch.tensor([tokenizer(f"03 Feb 2024:{question}")["input_ids"]])).logits[0, -1]
+        reward = one_label(torch.tensor([tokenizer("03 Feb 2024:Hi:Yes")["input_ids"]])).logits.item()
+    a, b = (logits_V[tokenizer.convert_tokens_to_ids(label)].item() for label in "AB")
+    assert judge.compare(COMPARISONS[:1])[0].preference == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
+    assert score(["Hi"], ["Yes"]) == pytest.approx([reward], abs=1e-4)
 
 
 def test_rewards_are_bradley_terry_probabilities() -> None:

@@ -13,11 +13,11 @@ from transformers import AutoConfig
 from pe_rlhf.model.loading import load_causal_lm
 from pe_rlhf.model.memory_plan import GIB
 from pe_rlhf.scoring import vllm_chat
+from pe_rlhf.scoring.hf_chat import HFChat
 from pe_rlhf.scoring.vllm_chat import VLLMChat
 from reward.asking import Pair, judge_pairs
 from reward.errors import JudgeError
 from reward.judges.guest import Guest
-from reward.judges.hf_chat import HFChat
 from reward.judges.jury import Jury
 from reward.judges.length import length_judge
 from reward.judges.llm import LLMJudge
