@@ -47,7 +47,7 @@ def analyse(name: str, config: CompareConfig, runs: list[RunResult]) -> Analysis
     finished = {arm: [run for run in own if run.status == "finished"] for arm, own in by_arm.items()}
     target = config.target_reward
     if target is None:
-        ends = (_known(last_quarter(run, "reward") for run in own) for own in finished.values())
+        ends = (_known(last_quarter(run, "reward_shaped") for run in own) for own in finished.values())
         target = next((fmean(rewards) for rewards in ends if rewards), None)
     equal_kl = _equal_kl(list(finished.values()))
     rated = [known(run.evaluate.get("win_rate")) for own in finished.values() for run in own]
@@ -66,7 +66,7 @@ def analyse(name: str, config: CompareConfig, runs: list[RunResult]) -> Analysis
 
 
 def _measured(run: RunResult, measure: Measure) -> float | None:
-    return run.evaluate["win_rate"] if measure == "win_rate" else last_quarter(run, "reward")
+    return run.evaluate["win_rate"] if measure == "win_rate" else last_quarter(run, "reward_shaped")
 
 
 # --- arms --------------------------------------------------------------------------------------------------------
@@ -97,9 +97,9 @@ def _arm(
         win_rate=_win_rate(finished),
         win_rate_iqm=interquartile_estimate(rates, SHARE) if rates else None,
         gold=_over_seeds(of("evaluate", "gold_policy")),
-        reward=_over_seeds(last_quarter(run, "reward") for run in finished),
+        reward=_over_seeds(last_quarter(run, "reward_shaped") for run in finished),
         kl=_over_seeds(last_quarter(run, "kl") for run in finished),
-        at_equal_kl=_all_at_kl(finished, "reward", equal_kl, UNBOUNDED),
+        at_equal_kl=_all_at_kl(finished, "reward_shaped", equal_kl, UNBOUNDED),
         judge_at_equal_kl=_all_at_kl(finished, "judge_win_rate", equal_kl, SHARE),
         peak_mib=_each(_peaks(finished, "ppo"), max),
         seconds_per_step=_each(of("ppo", "seconds_per_step"), median),
@@ -213,8 +213,8 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
 def to_rows(analysis: Analysis) -> list[Row]:
     """For `results.csv`: a flat row per run, all with the same columns, None where nothing is known.
 
-    Settings are named as in the recipe, `adapter.init`; metrics by stage, `ppo_reward_last`. `reward` and `kl` are
-    means over the last quarter of the steps.
+    Settings are named as in the recipe, `adapter.init`; metrics by stage, `ppo_reward_last`. `reward`, penalties
+    included, and `kl` are means over the last quarter of the steps.
     """
     keys = list(dict.fromkeys(key for run in analysis.runs for key in run.settings))
     collapses: dict[tuple[str, int], list[str]] = {}
@@ -225,7 +225,7 @@ def to_rows(analysis: Analysis) -> list[Row]:
         {"arm": run.arm, "seed": run.seed, "status": run.status, "message": run.message, "failure": run.failure}
         | {key: _cell(run.settings.get(key)) for key in keys}
         | {"collapses": "; ".join(collapses.get((run.arm, run.seed), []))}
-        | {"reward": last_quarter(run, "reward"), "kl": last_quarter(run, "kl")}
+        | {"reward": last_quarter(run, "reward_shaped"), "kl": last_quarter(run, "kl")}
         | {f"{s}_{key}": _cell(_plain(getattr(run, s).get(key))) for s, names in COLUMNS.items() for key in names}
         | {f"tasks_{name}": value for name, value in task_metrics(run).items()}
         for run in analysis.runs

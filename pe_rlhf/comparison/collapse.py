@@ -66,7 +66,7 @@ def _entropy(run: RunResult, share: float) -> Collapse | None:
 
 
 def _hacked(run: RunResult) -> Collapse | None:
-    judged = rows_with(run, "reward", "judge_win_rate", "judge_ci_low", "judge_ci_high")
+    judged = rows_with(run, "reward_shaped", "judge_win_rate", "judge_ci_low", "judge_ci_high")
     if judged and (turn := judge_turned_down(judged)):
         return Collapse(run.seed, "reward hacking", turn[0]["step"], over_optimisation(judged))
     if (change := _change(run)) is None or not known(high := run.evaluate.get("ci_high", math.nan)):
@@ -86,17 +86,17 @@ def _fallen(run: RunResult) -> Collapse | None:
     fall = max(noise, FALLEN * spread)
     if -rise <= fall:
         return None
-    rows = rows_with(run, "reward")
-    first = rows[0]["reward"]
-    step = next(row["step"] for row in rows if row["reward"] < first - fall)
+    rows = rows_with(run, "reward_shaped")
+    first = rows[0]["reward_shaped"]
+    step = next(row["step"] for row in rows if row["reward_shaped"] < first - fall)
     return Collapse(run.seed, "reward collapse", step, f"reward from {number(first)} to {number(first + rise)}")
 
 
 def _change(run: RunResult) -> tuple[float, float, float] | None:
     """Reward of the last quarter less the first step's; what of that may be noise; standard deviation of rewards."""
-    rows, last = rows_with(run, "reward", "reward_std", "episodes"), last_quarter(run, "reward")
+    rows, last = rows_with(run, "reward_shaped", "reward_std", "episodes"), last_quarter(run, "reward_shaped")
     if not rows or last is None:
         return None
     first = rows[0]
     responses = first["episodes"] / first["step"]
-    return last - first["reward"], CLEAR * first["reward_std"] / math.sqrt(responses), first["reward_std"]
+    return last - first["reward_shaped"], CLEAR * first["reward_std"] / math.sqrt(responses), first["reward_std"]

@@ -13,7 +13,7 @@ from pe_rlhf.comparison.run_result import Row, RunResult
 from pe_rlhf.comparison.runner import refuse_changed, state_of
 from pe_rlhf.comparison.trials import Choice
 from pe_rlhf.runs.layout import RunFiles
-from pe_rlhf.runs.metrics import read_summary
+from pe_rlhf.runs.metrics import read_metrics, read_summary
 from pe_rlhf.runs.task_table import TaskTable
 from pe_rlhf.system.files import read_jsonl
 
@@ -58,7 +58,7 @@ def _read(run: PlannedRun, arm: str, seed: int, settings: Row, shared: PlannedRu
         reward=reward,
         ppo=_summary(run, "ppo"),
         evaluate=_summary(run, "evaluate") if tasks is None else {"win_rate": average and average.value},
-        metrics=_metrics(files.stage("ppo").metrics, is_finished),
+        metrics=read_metrics(files.stage("ppo").metrics, may_be_cut=not is_finished),
         preferences=_preferences(files.stage("evaluate").samples) if is_finished and tasks is None else {},
         drift=drift_of_run(run.folder, run.recipe, rank) if files.role("policy").folder.is_dir() else {},
         tasks=tasks,
@@ -75,11 +75,6 @@ def _last_task(run: PlannedRun) -> PlannedRun:
 def _summary(run: PlannedRun, stage: str) -> Row:
     """A plain mapping, which `dataclasses.asdict` can copy; empty where the stage has not finished."""
     return dict(read_summary(RunFiles(run.folder).stage(stage)) or {})
-
-
-def _metrics(path: Path, is_finished: bool) -> list[Row]:
-    """The lines of a run. Unless it has finished, the last line may be cut."""
-    return read_jsonl(path, may_be_cut=not is_finished)
 
 
 def _preferences(path: Path) -> dict[str, list[float]]:

@@ -67,7 +67,8 @@ class Collapse:
 class ArmResult:
     """One arm over its finished `seeds`. None: not measured. Bounds are over seeds; of `win_rate` over prompts too.
 
-    reward, kl: of the last quarter of the PPO steps. gold: the judge's mean score of the policy on held-out prompts.
+    reward, kl: of the last quarter of the PPO steps; every reward here has the penalties included. gold: the judge's
+        mean score of the policy on held-out prompts.
     at_equal_kl: reward where the KL first reaches `Analysis.equal_kl`. judge_at_equal_kl: the judge's win-rate there.
     steps_to_target, seconds_to_target: until the reward reaches `Analysis.target_reward`; None where a run never did.
     win_rate_iqm: interquartile mean over the runs' win-rates.

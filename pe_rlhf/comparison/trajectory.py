@@ -57,7 +57,7 @@ def to_target(run: RunResult, target: float) -> tuple[int, float] | None:
     seconds = 0.0
     for row in run.metrics:
         seconds += sum(row[phase] if known(row.get(phase)) else math.nan for phase in PHASES)
-        if known(row.get("reward")) and row["reward"] >= target:
+        if known(row.get("reward_shaped")) and row["reward_shaped"] >= target:
             return row["step"], seconds
     return None
 

@@ -15,7 +15,7 @@ from pe_rlhf.comparison.run_result import Row, Status
 from pe_rlhf.comparison.runner import refuse_changed, state_of
 from pe_rlhf.config import KLConfig
 from pe_rlhf.runs.layout import RunFiles
-from pe_rlhf.system.files import read_jsonl
+from pe_rlhf.runs.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,12 @@ def choose(plan: Plan, arm: Arm) -> Choice:
 
 
 def objective(run: Path, kl: KLConfig) -> float:
-    """PPO's objective, penalties included, over the last quarter of the steps; NaN where it is unknown.
-
-    Runs of earlier versions have no `reward_shaped`, and count by the reward before penalties.
-    """
-    lines = read_jsonl(RunFiles(run).stage("ppo").metrics)
+    """PPO's objective, penalties included, over the last quarter of the steps; NaN where it is unknown."""
+    lines = read_metrics(RunFiles(run).stage("ppo").metrics)
     last = lines[-max(1, len(lines) // 4) :]
     values: list[float] = []
     for row in last:
-        reward, distance = row.get("reward_shaped", row["reward"]), row["kl"]
+        reward, distance = row["reward_shaped"], row["kl"]
         if reward is None or distance is None:
             return math.nan
         values.append(kl_objective(reward, distance, beta=kl.beta, form=kl.form))

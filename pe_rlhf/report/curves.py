@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curves:
-    """A plot of metrics over steps: its title, the unit of y, and the label of each metric."""
+    """A plot of metrics over steps: its title, the unit of y, and the label of each metric. band: the first one's."""
 
     title: str
     unit: str
@@ -32,7 +32,7 @@ PPO = (
     Curves(
         "Reward",
         "mean score",
-        {"reward": "reward"},
+        {"reward": "reward", "reward_shaped": "with penalties"},
         note="band: ± one standard deviation in a step",
         band=("reward_low", "reward_high"),
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -20,6 +20,7 @@ from pe_rlhf.report.members_table import members_table
 from pe_rlhf.report.page import Interval, Page, Plot, Sample, Section, Table, Text, Tile
 from pe_rlhf.runs.layout import STAGE_INFO, RunFiles, StageFiles
 from pe_rlhf.runs.learning_flags import ppo_flags, reward_flags
+from pe_rlhf.runs.metrics import read_metrics
 from pe_rlhf.runs.over_optimisation import Row, judge_turned_down
 from pe_rlhf.system.files import read_json, read_jsonl, write_whole
 from reward.errors import InputError
@@ -50,7 +51,7 @@ class Stage:
     def read(cls, files: StageFiles) -> Stage:
         """Raises `InputError` with the file, and the line, that is damaged."""
         summary = read_json(files.summary) if files.summary.exists() else {}
-        return cls(files.folder.name, summary, read_jsonl(files.metrics), read_jsonl(files.samples))
+        return cls(files.folder.name, summary, read_metrics(files.metrics), read_jsonl(files.samples))
 
 
 def write_report(run_dir: Path) -> Path:
@@ -155,8 +156,10 @@ def _plots(stage: Stage | None, curves: Sequence[Curves]) -> list[Plot]:
         return []
     plots = []
     for c in curves:
-        low, high = c.band or (None, None)
-        lines = [points(stage.metrics, key, label, low, high) for key, label in c.lines.items()]
+        lines = [points(stage.metrics, key, label) for key, label in c.lines.items()]
+        if c.band:  # the first line's
+            key, label = next(iter(c.lines.items()))
+            lines[0] = points(stage.metrics, key, label, *c.band)
         style = {"log": c.log, "shares": c.shares, "reference": c.reference}
         x_label = "PPO step" if stage.name == "ppo" else "optimizer step"
         plots.append(draw_lines(c.title, c.unit, lines, x_label=x_label, note=c.note, **style))
@@ -180,9 +183,11 @@ def _ppo(stage: Stage | None) -> Section:
         if row.get("reward") is not None:
             deviation = row.get("reward_std") or 0.0
             row |= {"reward_low": row["reward"] - deviation, "reward_high": row["reward"] + deviation}
-    curves = (PPO[0], *_sources(stage.metrics), *PPO[1:])
-    judged = [row for row in stage.metrics if None not in (row.get("judge_win_rate"), row.get("reward"))]
-    plots = [*_plots(stage, curves), *_gold(stage.metrics)]
+    judged = [row for row in stage.metrics if None not in (row.get("judge_win_rate"), row.get("reward_shaped"))]
+    reward = PPO[0]
+    if all(row.get("reward_shaped") == row.get("reward") for row in stage.metrics):  # there are no penalties
+        reward = replace(reward, lines={"reward": "reward"})
+    plots = [*_plots(stage, (reward, *_sources(stage.metrics), *PPO[1:])), *_gold(stage.metrics)]
     return Section("PPO", note=over_optimisation(judged) if judged else "", plots=plots)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pe_rlhf.config import TrackingConfig
 from pe_rlhf.runs.layout import StageFiles
-from pe_rlhf.system.files import append_jsonl, read_json, truncate_jsonl
+from pe_rlhf.system.files import append_jsonl, read_json, read_jsonl, truncate_jsonl
 from pe_rlhf.system.processes import is_main
 from reward.errors import InputError
 
@@ -52,6 +52,18 @@ def check_tracking(tracking: TrackingConfig) -> None:
             raise InputError(
                 f"{key}: {name} is not installed", kind="not_installed", key=key, fix=f"pip install 'pe-rlhf[{name}]'"
             )
+
+
+def read_metrics(path: Path, *, may_be_cut: bool = False) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics.
+
+    What PPO optimises is `reward_shaped`, penalties included. Earlier versions did not log it: theirs is the reward.
+    """
+    rows = read_jsonl(path, may_be_cut=may_be_cut)
+    for row in rows:
+        if "reward" in row:
+            row.setdefault("reward_shaped", row["reward"])
+    return rows
 
 
 def read_summary(files: StageFiles) -> dict[str, Any] | None:

@@ -17,4 +17,4 @@ def judge_turned_down(rows: list[Row]) -> tuple[Row, Row] | None:
     best, last = max(rows, key=lambda row: row["judge_win_rate"]), rows[-1]
     down = best["judge_win_rate"] - best["judge_ci_low"], last["judge_ci_high"] - last["judge_win_rate"]
     fell = best["judge_win_rate"] - last["judge_win_rate"] > math.hypot(*down)
-    return (best, last) if fell and last["reward"] > best["reward"] else None
+    return (best, last) if fell and last["reward_shaped"] > best["reward_shaped"] else None

@@ -33,7 +33,7 @@ from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptim
 from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.learning_flags import ppo_flags
-from pe_rlhf.runs.metrics import MetricsWriter
+from pe_rlhf.runs.metrics import MetricsWriter, read_metrics
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.weighted import Moments, WeightedScorer, make_scorer
 from pe_rlhf.stages.add_roles import add_critic, add_role, critic_start
@@ -47,7 +47,7 @@ from pe_rlhf.stages.previous_policy import PreviousPolicy, leave_fisher
 from pe_rlhf.stages.rollouts import Rollouts, pack
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import Stopped, TrainingError, at_step
-from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
+from pe_rlhf.system.files import append_jsonl, truncate_jsonl, write_json
 from pe_rlhf.system.memory import peak_memory
 from pe_rlhf.system.progress import progress, say
 from pe_rlhf.system.stop_signals import stop_requests
@@ -312,13 +312,13 @@ def _save(training: Training, step: int, moments: Moments, metrics: dict[str, fl
 
 
 def _summary(context: StageContext[PPOConfig], backbone: Backbone) -> dict[str, Any]:
-    lines = read_jsonl(context.files.metrics)
+    lines = read_metrics(context.files.metrics)
     seconds = sum(line[f"seconds_{phase}"] for line in lines for phase in ("rollout", "score", "update"))
     return {
         "steps": len(lines),
         "episodes": lines[-1]["episodes"],
-        "reward_first": lines[0]["reward"],
-        "reward_last": lines[-1]["reward"],
+        "reward_first": lines[0]["reward_shaped"],
+        "reward_last": lines[-1]["reward_shaped"],
         "kl_last": lines[-1]["kl"],
         "seconds_per_step": round(seconds / len(lines), 3),
         "tokens_per_second": round(sum(line["tokens"] for line in lines) / seconds, 2),

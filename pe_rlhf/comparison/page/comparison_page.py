@@ -94,7 +94,7 @@ def _tasks(analysis: Analysis) -> Section:
 
 def _training_plots(analysis: Analysis) -> list[Plot]:
     plots = (
-        draw_metric(analysis, "Reward", "reward", "mean score"),
+        draw_metric(analysis, "Reward", "reward_shaped", "mean score, penalties included"),
         draw_metric(analysis, "Win-rate by the judge", "judge_win_rate", "share of prompts", shares=True),
         draw_metric(analysis, "KL to the anchor", "kl", "nats per response"),
         draw_metric(analysis, "Entropy", "entropy", "nats per token"),

@@ -52,8 +52,8 @@ def draw_frontier(analysis: Analysis) -> Plot | None:
         ended = ended_runs(analysis, arm.arm)
         by_step: dict[int, list[tuple[float, float]]] = defaultdict(list)
         for run in [run for run in ended if run.status == "finished"] or ended:
-            for row in rows_with(run, "kl", "reward"):
-                by_step[row["step"]].append((row["kl"], row["reward"]))
+            for row in rows_with(run, "kl", "reward_shaped"):
+                by_step[row["step"]].append((row["kl"], row["reward_shaped"]))
         kl, reward = (smoothed([fmean(run[i] for run in by_step[step]) for step in sorted(by_step)]) for i in (0, 1))
         lines.append(Line(arm.arm, kl, reward, style=style))
     level = analysis.equal_kl

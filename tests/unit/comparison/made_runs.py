@@ -10,11 +10,21 @@ Row = dict[str, Any]
 
 
 def lines(rewards: list[Any], kls: list[Any] | None = None) -> list[Row]:
-    """A step per reward, of 2 + 1 + 4 seconds; the KL rises by 1 a step from 0 unless it is given."""
+    """A step per reward, penalties included, of 2 + 1 + 4 seconds; the KL rises by 1 a step from 0 unless it is given.
+
+    The reward before penalties falls, so that whatever takes it for the other finds something else.
+    """
     kls = list(range(len(rewards))) if kls is None else kls
     seconds = {"seconds_rollout": 2.0, "seconds_score": 1.0, "seconds_update": 4.0}
     return [
-        {"step": step, "episodes": 64 * step, "reward": r, "reward_std": 9.0, "kl": kl, "entropy": 2.0, **seconds}
+        {
+            "step": step,
+            "episodes": 64 * step,
+            "reward": None if r is None else 90.0 - step,
+            "reward_shaped": r,
+            "reward_std": 9.0,
+        }
+        | {"kl": kl, "entropy": 2.0, **seconds}
         for step, (r, kl) in enumerate(zip(rewards, kls, strict=True), 1)
     ]
 

@@ -15,9 +15,12 @@ Row = dict[str, Any]
 
 
 def line(step: int, **changes: Any) -> Row:
-    """A step of a run in which nothing happens: 64 responses, so the noise of the mean reward is 2·0.4/8 = 0.1."""
-    healthy = {"reward": 0.5, "reward_std": 0.4, "kl": 0.5 * step, "entropy": 2.0, "policy_loss": -0.01}
-    return {"step": step, "episodes": 64 * step, **healthy, **changes}
+    """A step of a run in which nothing happens: 64 responses, so the noise of the mean reward is 2·0.4/8 = 0.1.
+
+    Before penalties the rewards are far higher and fall, and say nothing.
+    """
+    healthy = {"reward": 90.0 - step, "reward_shaped": 0.5, "reward_std": 0.4, "kl": 0.5 * step, "entropy": 2.0}
+    return {"step": step, "episodes": 64 * step, "policy_loss": -0.01, **healthy, **changes}
 
 
 def run(metrics: list[Row], **changes: Any) -> RunResult:
@@ -25,7 +28,8 @@ def run(metrics: list[Row], **changes: Any) -> RunResult:
 
 
 def rewards(*values: float | None) -> list[Row]:
-    return [line(step, reward=value) for step, value in enumerate(values, 1)]
+    unknown = {"reward": None}
+    return [line(i, reward_shaped=value, **({} if value else unknown)) for i, value in enumerate(values, 1)]
 
 
 def kinds(result: RunResult, config: CollapseConfig = CONFIG) -> list[tuple[str, int]]:
@@ -38,7 +42,7 @@ def failed(kind: str | None, steps: int = 4) -> RunResult:
 
 
 def judged(step: int, rate: float, reward: float) -> Row:
-    return line(step, judge_win_rate=rate, judge_ci_low=rate - 0.1, judge_ci_high=rate + 0.1, reward=reward)
+    return line(step, judge_win_rate=rate, judge_ci_low=rate - 0.1, judge_ci_high=rate + 0.1, reward_shaped=reward)
 
 
 def test_a_healthy_run_has_not_collapsed() -> None:
@@ -184,10 +188,9 @@ def test_a_fall_must_exceed_the_noise_of_few_responses() -> None:
     """4 responses a step: two standard errors are 2·0.4/2 = 0.4."""
     few = [{**row, "episodes": 4 * row["step"]} for row in rewards(0.5, 0.2, 0.2, 0.11)]
     assert kinds(run(few)) == []
-    assert kinds(run([*few[:3], {**few[3], "reward": 0.09}])) == [("reward collapse", 4)]
-    assert kinds(run([{**few[0], "reward": None}, {**few[1], "reward": 0.5}, {**few[2], "reward": 0.15}])) == [
-        ("not finite", 1)
-    ]
+    assert kinds(run([*few[:3], {**few[3], "reward_shaped": 0.09}])) == [("reward collapse", 4)]
+    later = [{**few[1], "reward_shaped": 0.5}, {**few[2], "reward_shaped": 0.15}]
+    assert kinds(run([{**few[0], "reward": None, "reward_shaped": None}, *later])) == [("not finite", 1)]
 
 
 def test_unknown_rewards_are_left_out_of_the_comparison() -> None:
@@ -196,6 +199,6 @@ def test_unknown_rewards_are_left_out_of_the_comparison() -> None:
 
 
 def test_a_run_can_collapse_in_several_ways_in_the_order_of_its_steps() -> None:
-    metrics = [line(1), line(2, entropy=0.01), line(3, kl=99.0, entropy=0.01, reward=-1.0)]
+    metrics = [line(1), line(2, entropy=0.01), line(3, kl=99.0, entropy=0.01, reward_shaped=-1.0)]
     result = run(metrics, status="failed", failure="not_finite")
     assert kinds(result) == [("entropy collapse", 2), ("KL blow-up", 3), ("reward collapse", 3), ("not finite", 4)]

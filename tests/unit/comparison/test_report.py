@@ -152,7 +152,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_curves_are_means_over_runs_in_bands_from_the_lowest_to_the_highest(drawn: list[dict[str, Any]]) -> None:
-    draw_metric(analysis_of("lora"), "Reward", "reward", "mean score")
+    draw_metric(analysis_of("lora"), "Reward", "reward_shaped", "mean score")
     (line,) = drawn[0]["lines"]
     assert list(line.x) == list(range(1, 41))
     # At a step: 0.3 and a hundredth of it, and two hundredths of the seed, which is 1, 2 or 3.
@@ -166,10 +166,10 @@ def test_a_failed_run_counts_as_far_as_it_came_and_an_unfinished_one_does_not(dr
         run_result("lora", 0, 2, "failed", metrics=metrics(0, 6, range(1, 6))),
         run_result("lora", 0, 3, "unfinished", metrics=metrics(0, 1000)),
     ]
-    runs[0].metrics[6] |= {"reward": None}
-    runs[0].metrics[7] |= {"reward": math.inf}
+    runs[0].metrics[6] |= {"reward_shaped": None}
+    runs[0].metrics[7] |= {"reward_shaped": math.inf}
     analysis = analysis_of("lora", runs=runs)
-    draw_metric(analysis, "Reward", "reward", "mean score")
+    draw_metric(analysis, "Reward", "reward_shaped", "mean score")
     (line,) = drawn[0]["lines"]
     assert list(line.x) == [*range(1, 7), *range(9, 41)]
     assert (line.y[0], line.y[-1]) == pytest.approx((0.38, 0.72))  # seeds 1 and 6; seed 1

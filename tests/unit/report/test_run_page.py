@@ -118,6 +118,16 @@ def test_the_curves_of_each_stage(full: Path) -> None:
     assert list(plots(section(page, "Supervised fine-tuning"))) == ["Loss"]
 
 
+@pytest.mark.parametrize(("shaped", "labels"), [({}, []), ({"reward_shaped": 0.2}, ["reward", "with penalties"])])
+def test_the_reward_that_is_optimised_is_drawn_beside_the_reward(
+    tmp_path: Path, shaped: Row, labels: list[str]
+) -> None:
+    """One line where there are no penalties, or an earlier version did not log them; a legend is drawn for two."""
+    write_stage(tmp_path, "ppo", None, metrics=[{"step": step} | PPO_LINE | shaped for step in (1, 2)])
+    drawn = list(plots(section(parse(write_report(tmp_path)), "PPO"))["Reward"].iter("text"))
+    assert [text(element) for element in drawn if text(element) in ("reward", "with penalties")] == labels
+
+
 def test_samples_are_the_first_not_a_selection(full: Path) -> None:
     page = parse(full)
     shown = list((section(page, "Policy and anchor side by side") or page).iter("article"))
@@ -216,7 +226,7 @@ def test_a_directory_without_recipe_is_no_run(tmp_path: Path) -> None:
 
 def judged(step: int, reward: float, rate: float, low: float = 0.1, high: float = 0.1) -> Row:
     interval = {"judge_ci_low": rate - low, "judge_ci_high": rate + high}
-    return {"step": step, "reward": reward, "judge_win_rate": rate, **interval}
+    return {"step": step, "reward": 9.0 - step, "reward_shaped": reward, "judge_win_rate": rate, **interval}
 
 
 UP = [judged(5, 0.1, 0.5), judged(10, 0.5, 0.8)]
