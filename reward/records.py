@@ -45,6 +45,7 @@ class PreferenceRecord:
     """Two responses to one prompt, the better one first.
 
     margin: how much better, in reward units. *_truncated: the response was cut at a length limit, so it gets no EOS.
+    subset: what an evaluation splits its results by.
     """
 
     prompt: Prompt
@@ -53,6 +54,7 @@ class PreferenceRecord:
     margin: float | None = None
     chosen_truncated: bool = False
     rejected_truncated: bool = False
+    subset: str = "all"
 
 
 class Dropped(InputError):
@@ -129,7 +131,7 @@ def parse_rows(
 def parse_record(row: Mapping[str, object]) -> PreferenceRecord:
     """Read one row in any of the formats in this module's table.
 
-    Optional columns: `margin` (a number), `chosen_truncated` and `rejected_truncated` (true or false).
+    Optional columns: `margin` (a number), `chosen_truncated` and `rejected_truncated` (true or false), `subset`.
     Raises `InputError` with the reason and the column as its `key`; the caller knows the file and the row.
     """
     if not isinstance(row, Mapping):
@@ -148,6 +150,7 @@ def parse_record(row: Mapping[str, object]) -> PreferenceRecord:
         margin=_optional_number(row, "margin"),
         chosen_truncated=_optional_flag(row, "chosen_truncated"),
         rejected_truncated=_optional_flag(row, "rejected_truncated"),
+        subset=str(row.get("subset") or "all"),
     )
 
 

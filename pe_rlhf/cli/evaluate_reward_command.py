@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,14 @@ def evaluate_reward(
     pairs: Annotated[
         str, typer.Argument(help="Preference pairs: a file or hub id; a column `subset` splits the results.")
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings of the pairs, as of reward.data: pairs.format=hh_rlhf pairs.columns.chosen=good"
+            " pairs.split=test …, and max_bad_share.",
+        ),
+    ] = None,
     second: Annotated[str | None, typer.Option(help="Another reward run or model, to see where both agree.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for summary.json and report.html.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take that many pairs, the first ones.")] = None,
@@ -30,6 +38,13 @@ def evaluate_reward(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Accuracy with its interval, per subset too, calibration and length bias; one JSON line."""
+    from pe_rlhf.config.evaluate import RewardEvaluationSettings
+    from pe_rlhf.config.load import apply_overrides, validated
+
+    tree: dict[str, Any] = {"pairs": pairs}
+    apply_overrides(tree, overrides or [])
+    settings = validated(RewardEvaluationSettings, tree, "settings", overrides or [])
+
     from pe_rlhf.data.codec import dated
     from pe_rlhf.evaluation.reward_accuracy import evaluate_reward_model
     from pe_rlhf.report.format import slug
@@ -39,7 +54,7 @@ def evaluate_reward(
     claim_reward_evaluation(folder)
     with dated(None if date is None else date.date().isoformat()):
         summary = evaluate_reward_model(
-            model, pairs, folder, second=second, limit=limit, batch_size=batch_size, dtype=dtype, device=device
+            model, settings, folder, second=second, limit=limit, batch_size=batch_size, dtype=dtype, device=device
         )
     typer.echo(json.dumps(summary, ensure_ascii=False))
     typer.echo(f"report: {(folder / 'report.html').resolve()}", err=True)

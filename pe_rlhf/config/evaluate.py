@@ -30,6 +30,13 @@ class EvaluateConfig(JudgedConfig):
     table_rows: Positive = Field(default=20, description="rows of the side-by-side table samples.md")
 
 
+class RewardEvaluationSettings(Section):
+    """The settings of `pe-rlhf evaluate-reward`, as `pairs.format=hh_rlhf pairs.columns.chosen=good`."""
+
+    pairs: Data = Field(description="as PAIRS; its settings are those of reward.data")
+    max_bad_share: Share = Field(default=0.05, description="fail if more than this share of the pairs is unusable")
+
+
 class ResponseSampling(Section):
     """How a local candidate or baseline, or one behind a server, is sampled from."""
 

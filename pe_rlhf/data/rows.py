@@ -32,7 +32,7 @@ from reward.records import (
 
 Record = TypeVar("Record")
 T = TypeVar("T")
-PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected", "margin", "chosen_truncated", "rejected_truncated")
+PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected", "margin", "chosen_truncated", "rejected_truncated", "subset")
 EXAMPLE_COLUMNS = ("prompt", *COMPLETIONS, "messages", "text")
 SOURCE = "source"  # the column that names the part of a mixture
 MAX_BAD_SHARE = 0.05

@@ -9,28 +9,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pe_rlhf.config import DataSource
-from pe_rlhf.data.data_sources import load_rows
+from pe_rlhf.config.evaluate import RewardEvaluationSettings
+from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.rows import load_preferences, say_bad_rows
 from pe_rlhf.report.evaluation_page import write_reward_report
 from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.runs.own_output import content_hash, refuse_other_question
 from pe_rlhf.runs.saved_roles import weights_of
-from pe_rlhf.scoring.reward_judge import RewardScores, reward_scores
+from pe_rlhf.scoring.reward_judge import RewardScores, load_rewards
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.files import write_json, write_whole
-from pe_rlhf.system.progress import progress, say
+from pe_rlhf.system.progress import progress
 from reward.agreement import agreement
 from reward.errors import InputError
 from reward.judges import score_responses
 from reward.pair_metrics import ScoredPair, reward_metrics
-from reward.records import PreferenceRecord, parse_record, parse_rows
-
-MAX_BAD_SHARE = 0.05
+from reward.records import PreferenceRecord, parse_rows
 
 
 def evaluate_reward_model(
     model: str,
-    pairs: str,
+    settings: RewardEvaluationSettings,
     folder: Path,
     *,
     second: str | None = None,
@@ -40,7 +39,10 @@ def evaluate_reward_model(
     device: str = "auto",
 ) -> dict[str, Any]:
     """Write `summary.json` and `report.html` to `folder`; return the summary. Raises `InputError` for bad input."""
-    records, subsets = load_subset_records(pairs, limit)
+    pairs, share = settings.pairs.title, settings.max_bad_share
+    _, records, bad = load_preferences(settings.pairs, "PAIRS", share, lambda record: record)
+    say_bad_rows("PAIRS", bad)
+    records = records[:limit]
     models = [model] if second is None else [model, second]
     asked = {
         "model": model,
@@ -48,16 +50,20 @@ def evaluate_reward_model(
         "pairs": pairs,
         "dtype": dtype,
         "weights": [weights_of(name, "reward") for name in models],
-        "content": content_hash([[astuple(record) for record in records], subsets]),
+        "content": content_hash([astuple(record) for record in records]),
     }
     refuse_other_question(EvaluationFiles(folder).summary, asked)
+    kept, of_models = [*range(len(records))], list[dict[int, tuple[float, float]]]()
+    for name in models:
+        _, codec, function = load_rewards(name, dtype, device, as_trained=True)
+        kept = _readable(records, kept, codec, share)
+        scores = _scores(function, [records[i] for i in kept], name, batch_size)
+        of_models.append(dict(zip(kept, scores, strict=True)))
     margins: list[list[float]] = []
     summaries: list[dict[str, Any]] = []
-    for name in models:
-        scores = _scores(reward_scores(name, dtype, device, as_trained=True), records, name, batch_size)
+    for name, scores in zip(models, of_models, strict=True):
         scored = [
-            ScoredPair(chosen, rejected, len(record.chosen), len(record.rejected), subset)
-            for (chosen, rejected), record, subset in zip(scores, records, subsets, strict=True)
+            ScoredPair(*scores[i], len(records[i].chosen), len(records[i].rejected), records[i].subset) for i in kept
         ]
         summaries.append({"model": name, **reward_metrics(scored)})
         margins.append([pair.margin for pair in scored])
@@ -74,17 +80,21 @@ def evaluate_reward_model(
     return summary
 
 
-def load_subset_records(pairs: str, limit: int | None) -> tuple[list[PreferenceRecord], list[str]]:
-    """Pairs and the subset of each (`all` without such a column); unusable rows are left out, up to a share of 5 %."""
-    rows = load_rows(DataSource(path=pairs), "PAIRS")[:limit]
+def _readable(
+    records: Sequence[PreferenceRecord], numbers: Sequence[int], codec: TextCodec, max_bad_share: float
+) -> list[int]:
+    """Those of the pairs whose prompt the chat template takes. Raises `InputError` where it refuses too many."""
 
-    def parse(row: Mapping[str, Any]) -> tuple[PreferenceRecord, str]:
-        return parse_record(row), str(row.get("subset") or "all")
+    def read(row: Mapping[str, object]) -> int:
+        number = row["number"]
+        assert isinstance(number, int)
+        codec.render(records[number].prompt)
+        return number
 
-    found, bad = parse_rows(rows, parse, pairs, MAX_BAD_SHARE, "PAIRS")
-    if bad:
-        say(f"{pairs}: left out {len(bad)} unusable rows; the first is row {bad[0].row}: {bad[0].reason}")
-    return [record for record, _ in found], [subset for _, subset in found]
+    numbered = ({"number": number} for number in numbers)
+    kept, refused = parse_rows(numbered, read, "the pairs", max_bad_share, "PAIRS")
+    say_bad_rows("PAIRS", refused)
+    return kept
 
 
 def _scores(

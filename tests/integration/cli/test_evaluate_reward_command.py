@@ -53,6 +53,32 @@ def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> 
     assert reward.errors[0].endswith("run/reward holds no policy; it holds reward")
 
 
+def test_pairs_are_a_data_source_and_what_the_template_refuses_is_a_bad_row(
+    cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """Of ten rows in another's columns and hh-rlhf's transcripts, the model's template refuses one."""
+    template = "{% for m in messages %}{% if 'REFUSED' in m.content %}{{ raise_exception('no') }}{% endif %}"
+    template += "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    changes = {"chat_template": template, "reward__epochs": 1}
+    assert cli("run", write_recipe(tmp_path, recipe("reward", **changes)), "--run-dir", "run").code == 0
+    asked = ["REFUSED", *"bcdefghij"]
+    said = {side: [f"\n\nHuman: {what}\n\nAssistant: {side}" for what in asked] for side in ("yes", "no")}
+    rows = [{"good": yes, "bad": no, "kind": "k"} for yes, no in zip(said["yes"], said["no"], strict=True)]
+    write_jsonl(tmp_path / "theirs.jsonl", rows)
+    columns = ["pairs.columns.chosen=good", "pairs.columns.rejected=bad"]
+    command = ["evaluate-reward", "run", "theirs.jsonl", *columns]
+    refused = cli(*command, "--out", "refused")
+    assert isinstance(refused.error, Failure)
+    assert (refused.code, refused.error.kind, refused.error.key, refused.error.row) == (2, "invalid", "PAIRS", 1)
+    for settings, subset in ((["pairs.columns.subset=kind"], "k"), (["pairs.format=hh_rlhf"], "all")):
+        found = cli(*command, *settings, "max_bad_share=0.1", "--second", "run", "--out", subset)
+        assert found.code == 0, found
+        line = json.loads(found.out)
+        assert (line["n"], {name: of["n"] for name, of in line["subsets"].items()}) == (9, {subset: 9})
+    unknown = cli(*command, "pairs.colums.x=y", "--out", "unknown")
+    assert (unknown.code, getattr(unknown.error, "kind", None)) == (2, "unknown")
+
+
 def test_a_response_that_was_cut_is_scored_without_an_end(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     """As the reward stage trains on it; and no longer pair than there is seen."""
     path = write_recipe(tmp_path, recipe("reward", reward__max_length=16))
