@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,21 @@ from pe_rlhf.data.preference_pairs import encode_pair
 from pe_rlhf.data.rows import load_examples, load_preferences, load_prompt_rows
 from pe_rlhf.stages.sft import NO_LOSS, encode_row
 from tests.chat_templates import FAMILIES, Family
+from tests.hh_rlhf import PARTS, messages_of, pair_of
 from tests.runs import write_jsonl
 
 pytestmark = pytest.mark.shared
 ROWS = 60  # of each part
 LIMIT = 100_000
 Tokens = tuple[Any, Any, Any]  # of token ids
-ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-def messages_of(transcript: str) -> list[dict[str, str]]:
-    turns = re.findall(r"\n\n(Human|Assistant): ?(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)", transcript, re.DOTALL)
-    return [{"role": ROLES[speaker], "content": said} for speaker, said in turns]
 
 
 def expected_tokens(family: Family, row: dict[str, str]) -> Tokens | None:
     """Prompt, chosen and rejected; None for a row that the template refuses or that holds no pair."""
     tokenizer = family.tokenizer()
+    if pair_of(row) is None:
+        return None
     chosen, rejected = messages_of(row["chosen"]), messages_of(row["rejected"])
-    texts = [dialogue[-1]["content"].strip() for dialogue in (chosen, rejected)]
-    if chosen[:-1] != rejected[:-1] or texts[0] == texts[1] or not all(texts) or chosen[-1]["role"] != "assistant":
-        return None
-    if len(chosen) < 2 or chosen[-2]["role"] == "assistant":
-        return None
     arguments = {"return_dict": False, "enable_thinking": False}
     try:
         prompt = list(tokenizer.apply_chat_template(chosen[:-1], add_generation_prompt=True, **arguments))  # type: ignore[arg-type]
@@ -58,7 +49,7 @@ def expected_tokens(family: Family, row: dict[str, str]) -> Tokens | None:
 def files(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The rows as published, as examples to fine-tune on, and as pairs that the preferences stage wrote."""
     folder, rows = tmp_path_factory.mktemp("hh"), []
-    for part in ("helpful-base", "harmless-base"):
+    for part in PARTS:
         with gzip.open(shared_data / "hh_rlhf" / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
             rows += [json.loads(line) for line in itertools.islice(file, ROWS)]
     split = [(messages_of(row["chosen"]), messages_of(row["rejected"])) for row in rows]
