@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.names import check_model_name, model_at_hand, resolve_model
 from pe_rlhf.model.round_trip import check_round_trip
 from pe_rlhf.model.whole import check_vocabulary, load_whole, loading
 from pe_rlhf.system.progress import console
@@ -80,6 +80,15 @@ def load_causal_lm(
                 module.support_avx512bf16_for_cpu = False
         return model, tokenizer  # it is where it belongs, and some kinds cannot be moved
     return model.to(device), tokenizer  # type: ignore[arg-type]  # a decorator of transformers hides the overloads
+
+
+def check_known(name: str, key: str, trust_remote_code: bool) -> None:
+    """Raise `InputError` for the name of a model that can be seen to be wrong, or for one that is here and has a config
+    that cannot be read or code that is not trusted."""
+    check_model_name(name, key)
+    if (path := model_at_hand(name)) is not None:
+        with loading(name, key):
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def _bitsandbytes(quantization: str, dtype: str, device: torch.device) -> dict[str, Any]:

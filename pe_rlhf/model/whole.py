@@ -23,7 +23,7 @@ from reward.errors import Failure, InputError
 if TYPE_CHECKING:
     from peft import PeftModel
 
-NAMED = 3  # tensors that an error names
+NAMED, LONGEST_REASON = 3, 500  # tensors that an error names, and characters of what a library said
 
 
 def load_whole(kind: Any, path: str, *, name: str, key: str, **arguments: Any) -> PreTrainedModel:
@@ -155,6 +155,13 @@ def loading(name: str, key: str) -> Iterator[None]:
         raise
     except Exception as error:  # configs and weights are anybody's: there is no end of what they can break
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code=True" in reason:  # transformers has no class for it
+            setting = "backbone.trust_remote_code: true" if key == "model" else "trust_remote_code: true beside it"
+            message = f"{key}: {name!r} comes with Python code of its own, which is not run unasked"
+            fix = f"if you trust it, set {setting}"
+            raise InputError(message, kind="conflict", key=key, file=name, fix=fix) from error
+        if len(reason) > LONGEST_REASON:  # transformers lists all that it knows
+            reason = f"{reason[:LONGEST_REASON]} …"
         raise InputError(f"{key}: could not load {name!r}: {reason}", kind="unreadable", key=key, file=name) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

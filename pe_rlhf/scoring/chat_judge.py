@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from pe_rlhf.data.codec import template_clock
-from pe_rlhf.model.loading import find_device, load_causal_lm, longest_sequence, use_sound_attention
-from pe_rlhf.model.names import check_model_name
+from pe_rlhf.model.loading import check_known, find_device, load_causal_lm, longest_sequence, use_sound_attention
 from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.runs.saved_roles import files_of
 from reward.judges import Judge
@@ -42,7 +41,7 @@ class ChatKind:
     def check(self, settings: JudgeSettings, run_dir: Path | None) -> None:
         target = settings.needed_target(NAME_IT)
         if settings.base_url is None:
-            check_model_name(target, "judge: llm")
+            check_known(target, "judge.target", settings.trust_remote_code)
         else:
             api_key(settings.base_url, settings.api_key_env)
         self._prompt(settings.template)
@@ -62,7 +61,8 @@ def _backend(settings: JudgeSettings) -> ChatBackend:
     if settings.engine == "vllm":
         from pe_rlhf.scoring.vllm_chat import VLLMChat
 
-        return VLLMChat(target, settings.dtype, device, identity, 64, settings.gpu_memory_share, kwargs)
+        share, trust = settings.gpu_memory_share, settings.trust_remote_code
+        return VLLMChat(target, settings.dtype, device, identity, 64, share, kwargs, trust)
     from pe_rlhf.scoring.hf_chat import HFChat
 
     model, tokenizer = load_causal_lm(
@@ -70,7 +70,7 @@ def _backend(settings: JudgeSettings) -> ChatBackend:
         dtype=settings.dtype,
         device=torch.device("cpu"),  # it comes to its device when it is asked
         attention="sdpa",
-        trust_remote_code=False,
+        trust_remote_code=settings.trust_remote_code,
         key="judge.target",
     )
     if device.type == "cuda":

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.model.loading import find_device
-from pe_rlhf.model.names import check_model_name
+from pe_rlhf.model.loading import check_known, find_device
 from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.runs.saved_roles import role_behind, weights_of
 from pe_rlhf.scoring.classifier import Classifier, by_prompt
@@ -52,7 +51,7 @@ class RewardModelKind:
         # The reward model may be that of the run that asks, whose reward stage has not run yet.
         awaited = run_dir is not None and Path(target).expanduser().resolve().is_relative_to(run_dir.resolve())
         if not awaited and role_behind(target, "reward") is None:
-            check_model_name(target, "judge: reward_model")
+            check_known(target, "judge.target", settings.trust_remote_code)
 
 
 class RewardScores(Protocol):

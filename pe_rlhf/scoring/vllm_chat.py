@@ -51,11 +51,12 @@ class VLLMChat:
         batch_size: int = 64,
         memory_share: float = 0.5,
         template_kwargs: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         path = resolve_model(model)
         with loading(model, "judge.target"):
-            config = AutoConfig.from_pretrained(path)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             check_config(config, model, "judge.target")
         self.batch_size = batch_size
         text = config.get_text_config()
@@ -65,6 +66,7 @@ class VLLMChat:
         settings: dict[str, Any] = {
             "model": path,
             "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
             "skip_tokenizer_init": True,
             "generation_config": "auto",  # for the ids that end an answer; the requests set the sampling
             "max_model_len": longest,
@@ -81,7 +83,7 @@ class VLLMChat:
             torch.cuda.empty_cache()  # vLLM asks the card what is free, and torch keeps what it has freed
             card = torch.cuda.mem_get_info(device)
             settings |= {"enable_sleep_mode": True} | share_of_card(
-                _weights(config) * DTYPES[dtype].itemsize,
+                _weights(config, trust_remote_code) * DTYPES[dtype].itemsize,
                 wanted,
                 least,
                 card,
@@ -149,10 +151,10 @@ class VLLMChat:
         return [end] if isinstance(end, int) else []
 
 
-def _weights(config: PretrainedConfig) -> int:
+def _weights(config: PretrainedConfig, trust_remote_code: bool) -> int:
     """Parameters of a model of that config."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return sum(p.numel() for p in model.parameters())
 
 

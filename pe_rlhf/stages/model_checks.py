@@ -19,7 +19,7 @@ from pe_rlhf.adapters.targets import numbers_of_experts, plain_weight
 from pe_rlhf.config import Recipe, SamplerConfig
 from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.data.codec import TextCodec, read_template
-from pe_rlhf.model.loading import find_device
+from pe_rlhf.model.loading import check_known, find_device
 from pe_rlhf.model.names import check_model_name, model_at_hand
 from pe_rlhf.model.whole import check_config, loading
 from pe_rlhf.rollout.make import check_installed
@@ -63,7 +63,7 @@ def check_models_and_judges(
         find_previous(recipe, run_dir or Path())
         for source in recipe.ppo.reward:
             if source.model is not None:
-                check_model_name(source.model, "ppo.reward.model")
+                check_known(source.model, "ppo.reward.model", source.trust_remote_code)
             if source.adapter not in (None, "stage"):
                 find_reward(source.adapter, Path())
             if source.judge is not None:

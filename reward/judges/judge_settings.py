@@ -86,7 +86,7 @@ class JudgeSettings(ServerSettings):
     answer_attempts: Positive = Field(default=3, description="tries of an answer that cannot be parsed")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of a local model")
     device: str = Field(default="auto", description="device of a local model")
-    trust_remote_code: bool = Field(default=False, description="reward_model: run the code that comes with a model")
+    trust_remote_code: bool = Field(default=False, description="run the Python code that comes with a local model")
 
     @field_validator("base_url")
     @classmethod
@@ -99,6 +99,8 @@ class JudgeSettings(ServerSettings):
     def _one_place(self) -> JudgeSettings:
         if self.engine == "vllm" and self.base_url:
             raise refusal("engine", "vllm is for a local model, base_url for a server; give one of them")
+        if self.trust_remote_code and self.base_url:
+            raise refusal("trust_remote_code", "it is for a local model, base_url for a server; give one of them")
         return self
 
     @field_validator("members")

@@ -24,6 +24,7 @@ from reward.judges.rating import RATINGS
 from reward.judges.reward_model import reward_model_judge
 from reward.judges.templates import JudgePrompt, RatingPrompt
 from reward.records import Message
+from tests.failures import raises
 from tests.model_types import build
 from tests.stage_support import byte_model
 
@@ -182,6 +183,53 @@ def test_judges_and_rewards_print_the_day_of_the_run(model: Path, tmp_path: Path
     a, b = (logits_V[tokenizer.convert_tokens_to_ids(label)].item() for label in "AB")
     assert judge.compare(COMPARISONS[:1])[0].preference == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
     assert score(["Hi"], ["Yes"]) == pytest.approx([reward], abs=1e-4)
+
+
+CODE = """
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+
+AutoModel.register(OwnConfig, OwnModel)
+
+class OwnChat(LlamaForCausalLM):
+    config_class = OwnConfig
+
+class OwnRewards(LlamaForSequenceClassification):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("kind", ["llm", "reward_model"])
+def test_a_judges_own_code_runs_where_it_is_trusted(model: Path, tmp_path: Path, kind: str) -> None:
+    """Refused before a run starts elsewhere, without the question that transformers asks on a terminal."""
+    auto = AutoModelForCausalLM if kind == "llm" else AutoModelForSequenceClassification
+    plain, tokenizer = auto.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    plain.config.num_labels, plain.config.pad_token_id = 1, 0
+    (plain if kind == "llm" else auto.from_config(plain.config)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "own_llama"}
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnChat"}
+    config["auto_map"] = names | {"AutoModelForSequenceClassification": "own.OwnRewards"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(CODE)
+    settings = JudgeSettings(kind=kind, target=str(tmp_path), min_label_mass=0)
+    for refused in (lambda: check_judge(settings), lambda: make_judge(settings)):
+        with raises("conflict", file=tmp_path):
+            refused()
+    trusting = settings.model_copy(update={"trust_remote_code": True})
+    check_judge(trusting)
+    verdict = make_judge(trusting).compare(COMPARISONS[:1])[0].preference
+    if kind == "llm":
+        settings = settings.model_copy(update={"target": str(model)})
+        assert verdict == make_judge(settings).compare(COMPARISONS[:1])[0].preference
+    assert 0 < verdict < 1
+    with pytest.raises(ValueError, match="local model"):
+        JudgeSettings(kind="llm", target="m", base_url="http://localhost:1/v1", trust_remote_code=True)
 
 
 def test_rewards_are_bradley_terry_probabilities() -> None:
