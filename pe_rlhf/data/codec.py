@@ -82,6 +82,12 @@ class TextCodec:
         """
         return self._ids(self._rendered(prompt))
 
+    def check(self, prompt: Prompt) -> None:
+        """Raise `InputError` where the template fails on a prompt, or on the conversation that it starts."""
+        self._rendered(prompt)
+        if self.template is not None:
+            self._answered(prompt, "Yes.")
+
     # ---- responses ---------------------------------------------------------------------------------------------------
 
     def encode_pair(self, prompt: Prompt, response: str, truncated: bool = False) -> tuple[list[int], list[int]]:
@@ -134,12 +140,9 @@ class TextCodec:
         """
         ids, rows = self.encode_responses(prompt, responses)
         rows = [ids + row for row in rows]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         for i, (response, truncated) in enumerate(responses):
             if self.template is not None and not truncated:
-                rows[i] = self._ids(
-                    self._rendered([*messages, {"role": "assistant", "content": response}], answered=True)
-                )
+                rows[i] = self._ids(self._answered(prompt, response))
         over = max(map(len, rows)) - limit
         if over > 0:
             shared = min(_common_start(row, ids) for row in rows)
@@ -200,6 +203,11 @@ class TextCodec:
             raise InputError(message, kind="user_code", key="chat_template") from error
         assert isinstance(text, str)
         return text
+
+    def _answered(self, prompt: Prompt, response: str) -> str:
+        """The whole conversation, rendered by the template."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self._rendered([*messages, {"role": "assistant", "content": response}], answered=True)
 
     def _check_template(self) -> None:
         """Raise `InputError` for a template that writes the same for every prompt."""

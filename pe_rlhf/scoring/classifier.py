@@ -99,6 +99,13 @@ class Classifier:
         return self.model(**{n: t.to(self.model.device) for n, t in batch.items()}).logits[:, 0].float().cpu()
 
 
+def template_of(name: str, key: str, trust_remote_code: bool = False) -> TextCodec:
+    """How a reward model is prompted, without its weights."""
+    check_model_name(name, key)
+    with loading(name, key):
+        return TextCodec(AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code))
+
+
 def by_prompt(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     """The numbers of the rows of each prompt."""
     groups: dict[str, list[int]] = {}

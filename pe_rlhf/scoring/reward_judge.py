@@ -15,6 +15,7 @@ from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.runs.saved_roles import role_behind, weights_of
 from pe_rlhf.scoring.classifier import Classifier, by_prompt
 from pe_rlhf.types import Sequences
+from reward.errors import InputError
 from reward.judges import Judge
 from reward.judges.guest import Guest
 from reward.judges.judge_settings import JudgeSettings
@@ -44,7 +45,14 @@ class RewardModelKind:
                 guest.come()
             return score(prompts, responses)
 
-        return reward_model_judge(scores, identity, guest.rest)
+        def refusal(prompt: Prompt) -> str | None:
+            try:
+                codec.check(prompt)
+            except InputError as error:
+                return str(error)
+            return None
+
+        return reward_model_judge(scores, identity, guest.rest, refusal)
 
     def check(self, settings: JudgeSettings, run_dir: Path | None) -> None:
         target = settings.needed_target(NAME_IT)

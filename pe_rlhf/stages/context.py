@@ -27,6 +27,7 @@ from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import codec_of, load_base, starting_model
+from pe_rlhf.scoring.weighted import prompt_check
 from pe_rlhf.system.distributed import on_main, world_size
 from pe_rlhf.system.progress import Advance, say
 from pe_rlhf.types import Rollout
@@ -177,9 +178,13 @@ class StageContext(Generic[C]):
 
         shapes: dict[tuple[str, ...], tuple[str, ...]] = {}  # one object for all rows with the same columns
 
+        ppo = self.recipe.ppo
+        check = prompt_check(ppo.reward if ppo is not None and section in ("ppo", "evaluate") else ())
+
         def encode(row: PromptRow) -> Kept:
             if not (ids := codec.encode_prompt(row.prompt)):
                 raise InputError("the prompt is empty as tokens", kind="empty", key="prompt")
+            check(row.prompt, row.columns)
             names = tuple(row.columns)
             return row.again, array("i", ids), shapes.setdefault(names, names)
 

@@ -29,6 +29,7 @@ class FunctionJudge:
 
     probability: maps the difference of scores to the probability that A wins; default: its sign.
     version: see `load_judge`. rest: gives back what the function has on a GPU until it is called again.
+    refusal: why a prompt cannot be scored, whose verdict is invalid then; None where it can.
     """
 
     function: ScoreFunction
@@ -36,12 +37,18 @@ class FunctionJudge:
     probability: Callable[[float], float] = _sign_probability
     version: str = ""
     rest: Callable[[], None] = lambda: None
+    refusal: Callable[[Prompt], str | None] = lambda _: None
     sees_order = False
     batch_size = 64
     concurrency = 1
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Return one verdict per comparison, in order. Raises `InputError` as `score_responses`."""
+        refused = {i: why for i, each in enumerate(comparisons) if (why := self.refusal(each.prompt)) is not None}
+        scored = iter(self._compare([each for i, each in enumerate(comparisons) if i not in refused]))
+        return [Verdict.not_understood(refused[i]) if i in refused else next(scored) for i in range(len(comparisons))]
+
+    def _compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         prompts = [comparison.prompt for comparison in comparisons]
         responses_a = [comparison.response_a for comparison in comparisons]
         responses_b = [comparison.response_b for comparison in comparisons]

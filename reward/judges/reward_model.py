@@ -4,11 +4,18 @@ import math
 from collections.abc import Callable
 
 from reward.judges.functions import FunctionJudge, ScoreFunction
+from reward.records import Prompt
 
 
-def reward_model_judge(score: ScoreFunction, identity: str, rest: Callable[[], None] = lambda: None) -> FunctionJudge:
-    """A judge from rewards of (prompts, responses), in nats; `rest` as `FunctionJudge` has it."""
-    return FunctionJudge(score, identity=f"reward_model:{identity}", probability=_bradley_terry, rest=rest)
+def reward_model_judge(
+    score: ScoreFunction,
+    identity: str,
+    rest: Callable[[], None] = lambda: None,
+    refusal: Callable[[Prompt], str | None] = lambda _: None,
+) -> FunctionJudge:
+    """A judge from rewards of (prompts, responses), in nats; `rest` and `refusal` as `FunctionJudge` has them."""
+    identity = f"reward_model:{identity}"
+    return FunctionJudge(score, identity=identity, probability=_bradley_terry, rest=rest, refusal=refusal)
 
 
 def _bradley_terry(difference: float) -> float:

@@ -9,9 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pe_rlhf.config import Recipe
+from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.stages.pipeline import run_recipe
+from pe_rlhf.system.files import write_jsonl
+from reward.judges import Comparison
+from reward.judges.judge_settings import JudgeSettings
 from tests.failures import raises
 from tests.runs import Tree, read_jsonl
 from tests.stage_support import byte_model, run, write_prompts
@@ -94,6 +99,39 @@ def test_the_evaluation_normalises_by_the_statistics_that_ppo_ended_with(tmp_pat
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Reward of length" in page
     assert "Reward of plain" in page
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}"
+    "{% endfor %}"
+)
+
+
+def test_a_prompt_that_a_reward_models_own_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
+    """Of those that the model scores: the policy's template takes it, and training had begun when it was read."""
+    tree = recipe(tmp_path, {**LENGTH, "weight": 0.1}, steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(tree["model"])
+    AutoModelForSequenceClassification.from_pretrained(tree["model"], num_labels=1, pad_token_id=0).save_pretrained(
+        tmp_path / "rm"
+    )
+    tokenizer.chat_template = NO_SYSTEM
+    tokenizer.save_pretrained(tmp_path / "rm")
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    rows = [{"prompt": prompt, "to": "model"} for prompt in (*PROMPTS, system)] + [{"prompt": system, "to": "length"}]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    source = {"model": str(tmp_path / "rm"), "where": {"to": "model"}}
+    tree["ppo"] |= {"reward": [source, {**LENGTH, "weight": 0.1}], "max_bad_share": 0.1}
+    run(tree, tmp_path / "run")
+    (left_out,) = read_jsonl(tmp_path / "run" / "ppo" / "left_out_prompts.jsonl")
+    assert left_out["row"] == 11
+    assert str(tmp_path / "rm") in left_out["reason"]
+    tree["ppo"]["max_bad_share"] = 0.05
+    with raises("user_code"):
+        run(tree, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "ppo" / "metrics.jsonl").exists()
+    judge = make_judge(JudgeSettings(kind="reward_model", target=str(tmp_path / "rm")))
+    refused, scored = judge.compare([Comparison(prompt, "a", "b") for prompt in (system, "Hi")])
+    assert (refused.invalid is None, scored.invalid) == (False, None)
 
 
 def test_arguments_of_a_function(tmp_path: Path) -> None:
