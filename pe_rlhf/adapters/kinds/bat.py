@@ -33,7 +33,13 @@ class BatLayer(AdapterLayer):
     miss_block: nn.Parameter
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        return add_dense(x, base, lambda D_KRR: _change(D_KRR, weight_out_in(base)), self.miss_block)
+        return add_dense(
+            x,
+            base,
+            lambda D_KRR: _change(D_KRR, weight_out_in(base)),
+            lambda grad_OI, D_KRR: (_gradient(grad_OI, D_KRR, weight_out_in(base)),),
+            self.miss_block,
+        )
 
     def delta_weight(self, weight_OI: Tensor) -> Tensor | None:
         with torch.no_grad():
@@ -46,6 +52,14 @@ def _change(D_KRR: Tensor, weight_OI: Tensor) -> Tensor:
     own_KPR = D_KRR[:, :, None].expand(-1, -1, across, -1).flatten(1, 2)
     add = Tensor.baddbmm_ if across > 1 else torch.baddbmm  # a single block across is D itself, not a copy
     return add(own_KPR, weight_OI.reshape(own_KPR.shape), D_KRR).view(weight_OI.shape)
+
+
+def _gradient(grad_OI: Tensor, D_KRR: Tensor, weight_OI: Tensor) -> Tensor:
+    """Of D: Σ over the blocks across, of W0 blockᵀ·grad block + grad block."""
+    blocks = len(D_KRR), -1, D_KRR.shape[-1]
+    grad_KPR = grad_OI.to(weight_OI.dtype).reshape(blocks)
+    own_KRR = grad_KPR.view(*D_KRR.shape[:2], -1, D_KRR.shape[-1]).sum(2)
+    return torch.baddbmm(own_KRR, weight_OI.reshape(blocks).mT, grad_KPR)
 
 
 class Bat(AdapterKind[BatConfig]):

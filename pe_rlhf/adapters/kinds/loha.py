@@ -41,7 +41,7 @@ class LoHaLayer(AdapterLayer):
         B1_OR, A1_RI, B2_OR, A2_RI = (getattr(self, name) for name in self.trained)
         rank, out, into = len(A1_RI), len(B1_OR), A1_RI.shape[1]
         if 2 * rank**2 * (out + into) >= out * into:
-            return add_dense(x, base, self._change, B1_OR, A1_RI, B2_OR, A2_RI)
+            return add_dense(x, base, self._change, self._gradients, B1_OR, A1_RI, B2_OR, A2_RI)
         # Row by row of A1 and A2, column by column of B1 and B2: a LoRA of rank r², without a matrix.
         up_QI = (A1_RI[:, None] * A2_RI).flatten(0, 1)
         down_OQ = ((self._scale * B1_OR)[:, :, None] * B2_OR[:, None]).flatten(1)
@@ -57,6 +57,13 @@ class LoHaLayer(AdapterLayer):
 
     def _change(self, B1_OR: Tensor, A1_RI: Tensor, B2_OR: Tensor, A2_RI: Tensor) -> Tensor:
         return ((self._scale * B1_OR) @ A1_RI) * (B2_OR @ A2_RI)
+
+    def _gradients(
+        self, grad_OI: Tensor, B1_OR: Tensor, A1_RI: Tensor, B2_OR: Tensor, A2_RI: Tensor
+    ) -> tuple[Tensor, ...]:
+        grad_OI = self._scale * grad_OI.to(B1_OR.dtype)
+        first_OI, second_OI = grad_OI * (B2_OR @ A2_RI), grad_OI * (B1_OR @ A1_RI)  # of B1·A1, of B2·A2
+        return first_OI @ A1_RI.T, B1_OR.T @ first_OI, second_OI @ A2_RI.T, B2_OR.T @ second_OI
 
 
 class LoHa(AdapterKind[LoHaConfig]):
