@@ -23,6 +23,12 @@ def vader(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     return [analyzer.polarity_scores(response)["compound"] for response in responses]
 
 
+def varied_cheer(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """VADER's sentiment less the share of words that were said before: cheer that a word said again does not raise."""
+    repeated = repetition_penalty(prompts, responses, n=1)
+    return [cheer + penalty for cheer, penalty in zip(vader(prompts, responses), repeated, strict=True)]
+
+
 def length(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     """Number of characters of each response: the control that shows how much of a win rate is length."""
     return [float(len(response)) for response in responses]

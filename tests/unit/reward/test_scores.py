@@ -23,6 +23,12 @@ def test_vader_gives_the_compound_scores_of_its_readme() -> None:
     assert scores.vader(prompts, responses) == [0.8316, -0.7424, 0.431, 0.3832, 0.0]
 
 
+def test_varied_cheer_takes_off_words_that_were_said_before() -> None:
+    # "like" has VADER's valence 1.5: 1.5 / √(1.5² + 15) = 0.3612; said four times 6 / √(6² + 15) = 0.8402.
+    found = scores.varied_cheer([""] * 3, ["like", "like like like like", ""])
+    assert found == pytest.approx([0.3612, 0.8402 - 3 / 4, 0.0], abs=1e-4)
+
+
 def test_vader_makes_its_analyzer_once() -> None:
     scores._vader_analyzer.cache_clear()
     scores.vader(["p"], ["good"])
