@@ -37,6 +37,7 @@ TRANSCRIPT_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:|\n\nHuman:", re.DOTAL
 WHOLE_DIALOGUES = "dialogues that are the same up to the last turn"
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
 
 
@@ -63,10 +64,11 @@ class Dropped(InputError):
 
 @dataclass
 class BadRecord:
-    """A row that cannot be used: its number, counted from 1, and why."""
+    """A row that cannot be used: its number, counted from 1, and why, also as the kind of an `InputError`."""
 
     row: int
     reason: str
+    kind: Kind = "invalid"
 
 
 def load_records(
@@ -105,7 +107,7 @@ def parse_rows(
                 raise row
             records.append(parse(row))
         except InputError as error:
-            left_out.append(BadRecord(number, str(error)))
+            left_out.append(BadRecord(number, str(error), error.kind))
             if not isinstance(error, Dropped):
                 bad.append((number, error))
 
@@ -293,7 +295,7 @@ def parse_messages(value: list[object], column: str) -> list[Message]:
         role = ROLES.get(role.lower(), role) if isinstance(role, str) else role
         if role == "system" and content is None:  # a column of structs has it in every row
             continue
-        if item.get("tool_calls") or item.get("function_call"):
+        if role in TOOL_ROLES or item.get("tool_calls") or item.get("function_call"):
             raise InputError(f"column {column!r} holds tool calls", kind="invalid", key=column)
         if not isinstance(role, str) or not isinstance(content, str):
             message = f"column {column!r} holds a message without a text 'role' and a text 'content'"

@@ -6,8 +6,9 @@
 | messages                           | the last message, which is the assistant's; those before are the prompt |
 | text                               | all of it                                                              |
 
-These are TRL's types for its SFTTrainer. A prompt is text or a list of messages. Where a row has columns of several
-formats, the first of the table that it fills counts.
+These are TRL's types for its SFTTrainer, and the good rows of its KTOTrainer: where the column `label` is false, the
+completion is one to avoid, and the row is dropped. A prompt is text or a list of messages. Where a row has columns of
+several formats, the first of the table that it fills counts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from reward.errors import InputError
-from reward.records import Prompt, assistant_text, parse_messages, parse_prompt
+from reward.records import Dropped, Prompt, assistant_text, parse_messages, parse_prompt
 
 COMPLETIONS = ("completion", "response")
 
@@ -38,10 +39,13 @@ def has_format(columns: Collection[str]) -> bool:
 def parse_example(row: Mapping[str, object]) -> Example:
     """Read one row in any of the formats in this module's table.
 
-    Raises `InputError` with the reason and the column as its `key`; the caller knows the file and the row.
+    Raises `InputError` with the reason and the column as its `key`, `Dropped` for a completion to avoid; the caller
+    knows the file and the row.
     """
     completion = next((name for name in COMPLETIONS if row.get(name) is not None), None)
     if completion is not None and row.get("prompt") is not None:
+        if str(row.get("label")).lower() == "false":
+            raise Dropped("the label is false: the completion is one to avoid", kind="conflict", key="label")
         example = Example(parse_prompt(row["prompt"]), _completion(row[completion], completion))
     elif isinstance(messages := row.get("messages"), list):
         example = _dialogue(messages)

@@ -32,7 +32,7 @@ from typing import Any
 
 from pe_rlhf.data.row_table import Row, Rows
 from reward.errors import InputError, look_up
-from reward.records import ROLES, TRANSCRIPT_START, Dropped
+from reward.records import ROLES, TOOL_ROLES, TRANSCRIPT_START, Dropped
 
 Converter = Callable[[Row], dict[str, Any]]
 FORMATS: dict[str, Converter] = {}
@@ -245,7 +245,7 @@ def _index(row: Mapping[str, Any], column: str) -> int:
 def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     role = turn.get("from") or turn.get("role")
     if role not in ROLES:
-        what = "tool calls" if role in ("function_call", "observation", "tool", "function") else f"the role {role!r}"
+        what = "tool calls" if role in TOOL_ROLES else f"the role {role!r}"
         raise InputError(f"a turn of the dialogue holds {what}", kind="invalid", key="conversations")
     return {"role": ROLES[role], "content": turn["value"] if "value" in turn else turn.get("content")}
 

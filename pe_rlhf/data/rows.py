@@ -33,7 +33,7 @@ from reward.records import (
 Record = TypeVar("Record")
 T = TypeVar("T")
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected", "margin", "chosen_truncated", "rejected_truncated", "subset")
-EXAMPLE_COLUMNS = ("prompt", *COMPLETIONS, "messages", "text")
+EXAMPLE_COLUMNS = ("prompt", *COMPLETIONS, "messages", "text", "label")
 SOURCE = "source"  # the column that names the part of a mixture
 MAX_BAD_SHARE = 0.05
 SHOWN = 300  # letters of the first row

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("data_cache")
 
 ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
 SAID = {"role": "assistant", "content": "a"}
+TOOLS = ("tool", "function", "observation")
 
 
 @pytest.mark.parametrize(
@@ -34,10 +35,27 @@ SAID = {"role": "assistant", "content": "a"}
         # A loader fills in what other rows of the file have.
         ({"prompt": None, "completion": None, "messages": None, "text": "t"}, Example(None, "t")),
         ({"prompt": "p", "completion": None, "response": "r", "text": "p r"}, Example("p", "r")),
+        # KTO's label, and labels that say nothing of the completion.
+        ({"prompt": "p", "completion": "c", "label": True}, Example("p", "c")),
+        ({"prompt": "p", "completion": "c", "label": 0}, Example("p", "c")),
+        ({"text": "t", "label": False}, Example(None, "t")),
     ],
 )
 def test_formats(row: dict[str, Any], expected: Example) -> None:
     assert parse_example(row) == expected
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "completion": "c", "label": False},
+        {"prompt": ASKED, "completion": [SAID], "label": "False"},  # of a table of text
+    ],
+)
+def test_a_completion_to_avoid_is_dropped_and_does_not_count_as_unusable(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = write_jsonl(tmp_path / "kto.jsonl", [row, row | {"label": type(row["label"])(True)}])
+    examples, left_out = load_examples(DataSource(path=str(path)), "sft.data", 0, lambda example: example)
+    assert (len(examples), [(bad.row, bad.kind) for bad in left_out]) == (1, [(1, "conflict")])
 
 
 @pytest.mark.parametrize(
@@ -57,6 +75,8 @@ def test_formats(row: dict[str, Any], expected: Example) -> None:
         ({"messages": [SAID]}, "missing", "messages"),
         ({"messages": []}, "empty", "messages"),
         ({"messages": [{"role": "user"}, SAID]}, "invalid", "messages"),
+        *(({"messages": [*ASKED, {"role": r, "content": "{}"}, SAID]}, "invalid", "messages") for r in TOOLS),
+        ({"prompt": [*ASKED, {"role": "tool", "content": "{}"}], "completion": "c"}, "invalid", "prompt"),
     ],
 )
 def test_rows_that_cannot_be_used(row: dict[str, Any], kind: Kind, key: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from pe_rlhf.data.rows import load_examples, load_preferences, load_prompts
 from reward.errors import Kind
 from reward.records import PreferenceRecord
 from tests.failures import raises
-from tests.runs import Tree, write_jsonl
+from tests.runs import PAIRS as RUN_PAIRS
+from tests.runs import Tree, read_jsonl, recipe, write_jsonl
+from tests.unit.stages.sft_runs import PAIRS as PAIRS_TO_COPY
+from tests.unit.stages.sft_runs import sft, train
 
 
 def user(text: str) -> dict[str, str]:
@@ -156,6 +160,36 @@ def test_pairs_of_every_format_and_what_is_left_out(tmp_path: Path, name: str) -
     assert load_prompts(data, "ppo.prompts", 0.5)[0] == expected[0]
 
 
+REFUSED: dict[str, Kind] = {  # why the rows above are left out
+    **dict.fromkeys(PAIRS, "invalid"),
+    **dict.fromkeys(("helpsteer2", "helpsteer3", "ultrafeedback", "arena"), "conflict"),  # ties
+    "ultrafeedback_binarized": "conflict",  # two prompts
+    "implicit": "missing",  # no prompt that both start with
+}
+
+
+def test_what_is_made_of_pairs_trains_and_what_is_left_out_is_listed(tmp_path: Path) -> None:
+    """The reward model takes one step on a row of each format."""
+    parts = []
+    for name, (row, _, refused) in PAIRS.items():
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [row, refused])
+        parts.append({"path": str(path), "format": name})
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", RUN_PAIRS)
+    data = {"data": {"mix": parts}, "eval_data": str(held_out), "batch_size": len(parts), "max_bad_share": 0.5}
+    train(recipe("reward", reward=data | {"epochs": 1}), tmp_path / "run")
+    (step,) = read_jsonl(tmp_path / "run/reward/metrics.jsonl")
+    assert math.isfinite(step["loss"])
+    assert json.loads((tmp_path / "run/reward/summary.json").read_text())["train_pairs"] == len(parts)
+    assert left_out(tmp_path / "run/reward/left_out_data.jsonl") == {name: (2, kind) for name, kind in REFUSED.items()}
+
+
+def left_out(path: Path) -> dict[str, tuple[int, Kind]]:
+    """By file of the mixture: the row, and the kind of the reason."""
+    rows = read_jsonl(path)
+    assert all(row["reason"].partition(": ")[2] for row in rows)
+    return {Path(row["reason"].partition(": ")[0]).stem: (row["row"], row["kind"]) for row in rows}
+
+
 @pytest.mark.parametrize(("name", "row", "expected"), OTHERS)
 def test_pairs_of_other_makes(tmp_path: Path, name: str, row: Tree, expected: tuple[Any, ...]) -> None:
     _, records, left_out = load_preferences(source(tmp_path, name, [row]), "reward.data", 0, lambda record: record)
@@ -209,6 +243,28 @@ def test_examples_and_their_prompts(tmp_path: Path, name: str, row: Tree, expect
     examples, _ = load_examples(data, "sft.data", 0, lambda example: example)
     assert [(example.prompt, example.response) for example in examples] == [expected]
     assert load_prompts(data, "ppo.prompts") == [expected[0]]
+
+
+NO_EXAMPLES: dict[str, tuple[Tree, Kind]] = {
+    "sharegpt": ({"conversations": [{"from": "human", "value": "q"}, {"from": "tool", "value": "a"}]}, "invalid"),
+    "alpaca": ({"instruction": "q", "input": "", "output": " "}, "empty"),
+    "tldr": ({"prompt": "q"}, "invalid"),
+    "helpsteer2": ({"prompt": "r", "helpfulness": 3}, "invalid"),
+    "kto": ({"prompt": "q", "completion": "b", "label": False}, "conflict"),
+}
+
+
+def test_what_is_made_of_examples_trains_and_what_is_left_out_is_listed(tmp_path: Path) -> None:
+    """The sft stage takes one step on the rows above, and on those of TRL's KTOTrainer."""
+    good = {name: row for name, row, _ in EXAMPLES} | {"kto": {"prompt": "q", "completion": "a", "label": True}}
+    parts = []
+    for name, (refused, _) in NO_EXAMPLES.items():
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [good[name], refused])
+        parts.append({"path": str(path)} | ({} if name == "kto" else {"format": name}))
+    tree = sft("random:tiny-llama", tmp_path, PAIRS_TO_COPY, data={"mix": parts}, max_bad_share=0.5, batch_size=6)
+    assert train(tree, tmp_path / "run")["steps"] == 1
+    expected = {name: (2, kind) for name, (_, kind) in NO_EXAMPLES.items()}
+    assert left_out(tmp_path / "run/sft/left_out_data.jsonl") == expected
 
 
 def test_a_system_column_that_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

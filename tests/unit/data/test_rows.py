@@ -138,7 +138,9 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureF
     listed = tmp_path / "left_out_eval_data.jsonl"
     bad = [BadRecord(row, f"reason {row}") for row in (2, 3, 5, 7, 11, 13)]
     assert note_bad_rows(listed, "reward.eval_data", bad) == 6
-    assert read_jsonl(listed) == [{"row": row, "reason": f"reason {row}"} for row in (2, 3, 5, 7, 11, 13)]
+    assert read_jsonl(listed) == [
+        {"row": row, "reason": f"reason {row}", "kind": "invalid"} for row in (2, 3, 5, 7, 11, 13)
+    ]
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "reward.eval_data: left out row 2: reason 2"
     assert said[5:] == [f"reward.eval_data: left out 6 unusable rows in all, see {listed}"]

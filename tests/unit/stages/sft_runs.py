@@ -40,7 +40,7 @@ def sft(model: Path | str, folder: Path, rows: list[Tree], **changes: Any) -> Tr
 
 
 def train(tree: Tree, run_dir: Path) -> Tree:
-    """Run the stages of a recipe without a report, which takes longer than they do. Returns the summary of sft."""
+    """Run the stages of a recipe without a report, which takes longer than they do. Returns the summary of the last."""
     loaded = Recipe.model_validate(tree)
     for name in loaded.stages:
         context = StageContext(loaded, run_dir, name)
@@ -49,7 +49,8 @@ def train(tree: Tree, run_dir: Path) -> Tree:
             save_recipe(loaded, folder / "recipe.yaml")
         with context.resources:
             RUN[name](context)
-    return json.loads((run_dir / "sft" / "summary.json").read_text())
+    last = run_dir / loaded.stages[-1]
+    return json.loads((last / "summary.json").read_text())
 
 
 def metrics(run_dir: Path) -> list[Tree]:
