@@ -50,7 +50,7 @@ def load_causal_lm(
         enable_progress_bars()  # of downloads, which the line above has switched off besides those of loading
     path = resolve_model(name)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    quantised = {} if quantization == "none" else _bitsandbytes(quantization, dtype, device)
+    quantised = {} if quantization == "none" else _bitsandbytes(quantization, dtype)
     with loading(name, key):
         config = AutoConfig.from_pretrained(path, **common)
         for setting, value in config.to_dict().items():
@@ -66,6 +66,7 @@ def load_causal_lm(
         dtype=DTYPES[dtype],
         # Unasked, transformers takes sdpa where the model has it, else eager (GPT-Neo); asked for, it refuses.
         attn_implementation=None if attention == "sdpa" else attention,
+        device=device,
         **common,
         **quantised,
     )
@@ -78,8 +79,7 @@ def load_causal_lm(
             # gradient, into a layout that has no backward pass and that cannot be read back.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        return model, tokenizer  # it is where it belongs, and some kinds cannot be moved
-    return model.to(device), tokenizer  # type: ignore[arg-type]  # a decorator of transformers hides the overloads
+    return model, tokenizer
 
 
 def check_known(name: str, key: str, trust_remote_code: bool) -> None:
@@ -91,7 +91,7 @@ def check_known(name: str, key: str, trust_remote_code: bool) -> None:
             AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _bitsandbytes(quantization: str, dtype: str, device: torch.device) -> dict[str, Any]:
+def _bitsandbytes(quantization: str, dtype: str) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a quantised base. Raises `InputError` where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
@@ -103,7 +103,7 @@ def _bitsandbytes(quantization: str, dtype: str, device: torch.device) -> dict[s
     four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[dtype]}
     eight: dict[str, Any] = {"load_in_8bit": True}
     config = BitsAndBytesConfig(**(four if quantization == "4bit" else eight))
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config}
 
 
 def find_device(name: str) -> torch.device:

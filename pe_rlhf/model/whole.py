@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 NAMED, LONGEST_REASON = 3, 500  # tensors that an error names, and characters of what a library said
 
 
-def load_whole(kind: Any, path: str, *, name: str, key: str, **arguments: Any) -> PreTrainedModel:
+def load_whole(
+    kind: Any, path: str, *, name: str, key: str, device: torch.device | None = None, **arguments: Any
+) -> PreTrainedModel:
     """A model by `kind.from_pretrained`, from safetensors unless it is a GGUF file.
 
     Args:
         name, key: what the user calls the model, and the recipe key that names it, for messages.
+        device: where its weights go straight from the file, without a copy in the host's memory; default: the CPU.
 
     Raises `InputError` for what cannot be loaded, and for tensors that are missing, left over, of another shape, or not
     finite.
@@ -40,6 +43,10 @@ def load_whole(kind: Any, path: str, *, name: str, key: str, **arguments: Any) -
     with loading(name, key):
         if (config := arguments.get("config")) is not None:
             check_config(config, name, key)
+        # To the CPU weights come without a map, which `save_pretrained` would take for offloading; a quantiser takes
+        # a GPU by default.
+        if device is not None and (device.type != "cpu" or "quantization_config" in arguments):
+            arguments["device_map"] = {"": device}
         model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
     shapes = (f"{tensor} of {tuple(there)} for {tuple(here)}" for tensor, there, here in found["mismatched_keys"])
     _refuse(name, key, found["missing_keys"], found["unexpected_keys"], shapes)

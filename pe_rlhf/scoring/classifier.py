@@ -43,8 +43,8 @@ class Classifier:
         key: str = "reward model",
         trust_remote_code: bool = False,
     ) -> None:
-        model, self._tokenizer = _load(name, dtype, key, trust_remote_code)
-        self.model = model.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]  # hidden by a decorator
+        model, self._tokenizer = _load(name, dtype, device, key, trust_remote_code)
+        self.model = model.requires_grad_(False).eval()
         self.codec, self._batch_size = TextCodec(self._tokenizer), batch_size
         self._limit = _longest_row(self.model, self._tokenizer)
         separates = self._tokenizer.cls_token_id is not None and self._tokenizer.sep_token_id is not None
@@ -115,7 +115,7 @@ def by_prompt(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
 
 
 def _load(
-    name: str, dtype: torch.dtype | str, key: str, trust_remote_code: bool
+    name: str, dtype: torch.dtype | str, device: torch.device, key: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     check_model_name(name, key)
     path = resolve_model(name)
@@ -128,7 +128,7 @@ def _load(
         message = f"{key}: {name!r} has {labels} labels, a reward model has one"
         raise InputError(message, kind="conflict", key=key, file=name)
     # A config may leave out that there is one label, and transformers' default is two: the weights decide.
-    arguments = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    arguments = {"config": config, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     model = load_whole(AutoModelForSequenceClassification, path, name=name, key=key, **arguments)
     check_vocabulary(model, tokenizer, name, key)
     return model, tokenizer

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from pe_rlhf.evaluation.sources import load_merged
 from pe_rlhf.model.backbone import load_backbone
-from pe_rlhf.model.loading import find_device
+from pe_rlhf.model.loading import find_device, load_causal_lm
 from pe_rlhf.runs.layout import RoleFiles
 from pe_rlhf.runs.saved_roles import check_peft_files, load_role, read_role, save_role
 from pe_rlhf.scoring.classifier import Classifier
@@ -330,3 +330,13 @@ def test_peft_files_that_changed_or_are_gone_are_not_exported(role: RoleFiles, t
     other.adapter_tensors.unlink()
     with raises("missing", file=other.adapter_tensors):
         check_peft_files(read_role(other.folder))
+
+
+def test_weights_go_straight_to_their_device(saved_model: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(*_: object, **__: object) -> None:
+        raise AssertionError("a model was made on the CPU and moved")
+
+    folder, meta = saved_model(tiny_model("llama")), torch.device("meta")  # a device that any machine has
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    model, _ = load_causal_lm(str(folder), dtype="float32", device=meta, attention="sdpa", trust_remote_code=False)
+    assert {parameter.device for parameter in model.parameters()} == {meta}
