@@ -64,6 +64,9 @@ class DataFile(Section):
         " columns",
     )
     name: str | None = Field(default=None, description="configuration of a hub data set")
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit of a hub data set; default: the newest"
+    )
     split: str = Field(default="train", description="the split, or a slice of it: `train[:200]`, `train[10%:]`")
     streaming: bool = Field(
         default=False,

@@ -69,9 +69,10 @@ def names_of(rows: Iterable[Row | InputError], enough: Callable[[set[str]], bool
 
 
 def _local_rows(source: DataFile, key: str) -> Rows:
-    if source.streaming:
-        message = f"{key}: {source.path} is local, and its rows are never all in memory"
-        raise InputError(message, kind="conflict", key=f"{key}.streaming", file=source.path, fix="leave streaming out")
+    for setting, why in (("streaming", "its rows are never all in memory"), ("revision", "has no revisions")):
+        if getattr(source, setting):
+            message, fix = f"{key}: {source.path} is local, and {why}", f"leave {setting} out"
+            raise InputError(message, kind="conflict", key=f"{key}.{setting}", file=source.path, fix=fix)
     path = Path(source.path).expanduser()
     path = path / source.data_dir if source.data_dir else path
     if path.is_dir():
@@ -177,7 +178,7 @@ def _hub_rows(source: DataFile, key: str) -> Rows:
     try:
         if source.streaming:
             return streamed(source, key)
-        return _Arrow(datasets.load_dataset(source.path, source.name, data_dir=source.data_dir, split=source.split))
+        return _Arrow(datasets.load_dataset(**_hub_arguments(source), split=source.split))
     except InputError:
         raise
     except Exception as error:  # the library raises a dozen classes, its own and pyarrow's
@@ -185,6 +186,11 @@ def _hub_rows(source: DataFile, key: str) -> Rows:
         kind = "unknown" if "Unknown split" in reason else "missing"
         message = f"{key}: could not load {source.path} (split {source.split!r}): {reason}"
         raise InputError(message, kind=kind, key=key, file=source.path) from error
+
+
+def _hub_arguments(source: DataFile) -> dict[str, Any]:
+    """What says which data set of the hub it is."""
+    return {"path": source.path, "name": source.name, "data_dir": source.data_dir, "revision": source.revision}
 
 
 def streamed(source: DataFile, key: str) -> Rows:
@@ -198,7 +204,7 @@ def streamed(source: DataFile, key: str) -> Rows:
     if (found := SLICE.fullmatch(source.split)) is None:
         message = f"{key}: of a stream a split can be sliced as train[100:2000], not as {source.split!r}"
         raise InputError(message, kind="invalid", key=f"{key}.split", file=source.path)
-    stream = datasets.load_dataset(source.path, source.name, data_dir=source.data_dir, split=found[1], streaming=True)
+    stream = datasets.load_dataset(**_hub_arguments(source), split=found[1], streaming=True)
     if source.shuffle_buffer:
         stream = stream.shuffle(seed=SHUFFLE_SEED, buffer_size=source.shuffle_buffer)
     first, last = (int(given) if given else None for given in found.groups()[1:])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pytest
 
@@ -150,10 +151,27 @@ def test_a_stream_is_read_as_far_as_its_slice(buffer: int | None, tmp_path: Path
         streamed(source.model_copy(update={"split": "train[:10%]"}), "key")
 
 
-def test_local_rows_are_no_stream(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", [{"streaming": True}, {"revision": "main"}])
+def test_local_rows_are_no_stream_and_have_no_revision(setting: dict[str, Any], tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    with raises("conflict", key="key.streaming", file=path):
-        load_rows(DataSource(path=str(path), streaming=True), "key")
+    with raises("conflict", key=f"key.{next(iter(setting))}", file=path):
+        load_rows(DataSource.model_validate({"path": str(path), **setting}), "key")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_revision_reaches_the_hub(streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no hub here: its client is given a folder for the name, and the revision is noted."""
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}])
+    load: Any = datasets.load_dataset
+    asked: list[tuple[str, str]] = []
+
+    def of_folder(path: str, **settings: Any) -> Any:
+        asked.append((path, settings["revision"]))
+        return load(str(tmp_path), **settings | {"revision": None})
+
+    monkeypatch.setattr(datasets, "load_dataset", of_folder)
+    rows = load_rows(DataSource(path="some/set", revision="v1", streaming=streaming), "key")
+    assert (asked, [*rows]) == ([("some/set", "v1")], [{"prompt": "a"}])
 
 
 def test_tables_of_tables() -> None:

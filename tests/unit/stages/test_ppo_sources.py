@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -61,8 +63,14 @@ def test_a_normalised_reward_follows_from_the_logged_figures_of_its_source(tmp_p
     assert summary["moments"]["length"][:2] == pytest.approx([24, means.mean()])
 
 
-def test_a_run_that_is_stopped_goes_on_with_its_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The source fails in the third step, whose rollout is scored again by the run that goes on."""
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_run_that_is_stopped_goes_on_with_its_statistics(
+    streams: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source fails in the third step, whose rollout is scored again by the run that goes on.
+
+    The prompts of one that streams are drawn from a buffer; a folder stands for the hub, which is not there.
+    """
     (tmp_path / "failing.py").write_text(
         "calls = [0]\n"
         "def score(prompts, responses):\n"
@@ -70,15 +78,28 @@ def test_a_run_that_is_stopped_goes_on_with_its_statistics(tmp_path: Path, monke
         "    return [float(len(r)) for r in responses] if calls[0] != 3 else None\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "failing", raising=False)  # it counts its calls
     source = {**LENGTH, "name": "it", "normalise": "running", "clip": 2.0}
     # The first source has taken in the step before the second one fails.
     whole = recipe(tmp_path, source, {**LENGTH, "name": "other", "weight": 0.1})
     failing = recipe(tmp_path, source, {"function": "failing:score", "name": "other", "weight": 0.1})
+    if streams:
+        (tmp_path / "hub").mkdir()
+        write_prompts(tmp_path / "hub" / "train.jsonl", [f"Prompt {i}:" for i in range(200)])
+        load = datasets.load_dataset
+        monkeypatch.setattr(datasets, "load_dataset", lambda path, **of: load(str(tmp_path / "hub"), **of))
+        data = {"path": "some/set", "split": "train[:40]", "streaming": True, "shuffle_buffer": 50}
+        whole["ppo"]["prompts"] = failing["ppo"]["prompts"] = data
+    whole["ppo"]["samples_every"] = failing["ppo"]["samples_every"] = 1
     run(whole, tmp_path / "whole")
     with raises("user_code", step=3):
         run(failing, tmp_path / "stopped")
     run_recipe(Recipe.model_validate(failing), tmp_path / "stopped", ["ppo"], "resume")
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    sampled = [read_jsonl(tmp_path / name / "ppo" / "samples.jsonl") for name in ("whole", "stopped")]
+    assert sampled[0] == sampled[1]
+    numbers = [int(row["prompt"][7:-1]) for row in sampled[0]]
+    assert (max(numbers) >= 40) is streams
     states = [load_file(tmp_path / name / "ppo" / "adapter" / "role.safetensors") for name in ("whole", "stopped")]
     assert all((states[0][name] == states[1][name]).all() for name in states[0])
 

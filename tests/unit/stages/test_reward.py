@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,24 @@ def test_prompts_are_cut_on_the_left_and_responses_on_the_right(tmp_path: Path) 
     # under different prompts.
     assert [pair.prompt for pair in train.pairs] == [ids(prompts[0]), ids(prompts[1])[-4:], ids(prompts[2])[-1:]]
     assert [pair.rejected for pair in train.pairs] == [[*ids(" no"), end]] * 3
+
+
+def test_held_out_dialogues_that_begin_as_those_of_training_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of three: one with the same prompt, one that goes on otherwise after the same first turn."""
+
+    def pair(*turns: str) -> Tree:
+        said = "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns))
+        return {side: f"{said}\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+
+    held_out = [pair("one"), pair("two", "a", "b"), pair("three")]
+    write_jsonl(tmp_path / "held_out.jsonl", held_out)
+    rows = [pair("one"), pair("two", "c", "d"), pair("four")]
+    tree = recipe(tmp_path, rows, eval_data=str(tmp_path / "held_out.jsonl"))
+    pairs_of(tree, tmp_path)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "same turn" in line]
+    assert (said.split(":")[0], re.findall(r"\d+", said)) == ("reward.eval_data", ["2", "3"])
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
