@@ -1,13 +1,15 @@
-"""Starting real ranks with gloo on this machine's CPU: by DeepSpeed's launcher, or forked, which takes no time."""
+"""Starting real ranks with gloo on this machine's CPU: by `pe-rlhf launch`, or forked, which takes no time."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,7 @@ from pe_rlhf.algo import logprobs
 from pe_rlhf.cli.main import app
 from tests.forked import Forked
 from tests.paths import ROOT
+from tests.runs import Tree
 
 SECONDS = 300
 
@@ -64,12 +67,6 @@ def kill(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def deepspeed(ranks: int, *script: str) -> list[str]:
-    """DeepSpeed's own launcher on a script."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return [*launcher, f"--master_port={free_port()}", "--no_local_rank", *script]
-
-
 def few_chunks() -> None:
     """So few tokens in a chunk that the ranks' response tokens are of different numbers of chunks."""
     logprobs.CHUNK = 3
@@ -107,22 +104,22 @@ def run_on_ranks(arguments: list[str], folder: Path, cache: Path) -> str:
     return said[0]
 
 
-def script_on_ranks(script: str, folder: Path, *arguments: str, ranks: int = 2) -> list[str]:
-    """What each rank of a Python text says; one rank is a process without a group."""
-    (folder / "script.py").write_text(script)
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = []
-    for rank in map(str, range(ranks)):
-        own = environment(folder) | ({} if ranks == 1 else world | {"RANK": rank, "LOCAL_RANK": rank})
-        command = [sys.executable, "script.py", *arguments]
-        started.append(subprocess.Popen(command, cwd=folder, env=own, stdout=subprocess.PIPE, text=True))
+def script_on_ranks(script: str, folder: Path, *arguments: str, ranks: int = 2) -> list[Tree]:
+    """The object that a Python text prints last on each rank; one rank is a process without a group."""
+    run = partial(_run_script, script, arguments)
+    started = [Forked([], folder, folder, before=run)] if ranks == 1 else start_ranks([], folder, folder, ranks, run)
     try:
-        said = [process.communicate(timeout=SECONDS)[0] for process in started]
+        said = [process.finish() for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * ranks
-    return said
+    return [json.loads([line for line in text.splitlines() if line.startswith("{")][-1]) for text in said]
+
+
+def _run_script(script: str, arguments: tuple[str, ...]) -> None:
+    sys.argv = ["script.py", *arguments]
+    exec(compile(script, "script.py", "exec"), {"__name__": "__main__"})
+    raise SystemExit(0)  # it is all that the process does
 
 
 def launch(recipe: Path, *arguments: str, ranks: int = 2, port: int | None = None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -34,14 +33,9 @@ save_file(state, f"{sys.argv[1]}-{rank()}.safetensors")
 """
 
 
-def make(folder: Path, name: str, ranks: int) -> list[dict[str, int]]:
-    """How many decompositions each rank has made; its tensors are in the folder."""
-    return [json.loads(said.splitlines()[-1]) for said in script_on_ranks(MAKES, folder, name, ranks=ranks)]
-
-
 def test_two_ranks_share_the_layers_and_have_the_bits_of_one(tmp_path: Path) -> None:
-    (alone,) = make(tmp_path, "alone", 1)
-    shares = make(tmp_path, "shared", 2)
+    (alone,) = script_on_ranks(MAKES, tmp_path, "alone", ranks=1)  # how many decompositions it has made
+    shares = script_on_ranks(MAKES, tmp_path, "shared")
     assert alone["calls"] == 2 * alone["layers"]
     assert sum(share["calls"] for share in shares) == alone["calls"]
     assert abs(shares[0]["calls"] - shares[1]["calls"]) <= 2

@@ -192,10 +192,8 @@ def test_a_layer_that_rank_1_cannot_make_is_rank_0s_failure(tmp_path: Path, mode
 def test_what_rank_0_finds_wrong_is_told_once(tmp_path: Path, model_cache: Path) -> None:
     path = write_recipe(tmp_path, small("ppo"))
     (tmp_path / "out" / "ppo").mkdir(parents=True)
-    process = start(launch(path, "--", "--run-dir=out"), tmp_path, model_cache)
-    said, _ = process.communicate(timeout=120)
-    kill(process)
-    assert process.returncode != 0
+    first, second = start_ranks(["run", str(path), "--run-dir=out"], tmp_path, model_cache)
+    said = first.finish(code=2) + second.finish(code=3)
     errors = [line for line in said.splitlines() if line.startswith("error")]
     assert len(errors) == 1
     assert errors[0].startswith("error: out/ppo is there already")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -116,8 +115,7 @@ leave_group()
 @pytest.mark.parametrize(("dtype", "form"), [("bfloat16", "own"), ("float32", "tied"), ("bfloat16", "experts")])
 def test_a_split_base_keeps_its_dtype_and_numbers_and_is_fetched_ahead(tmp_path: Path, dtype: str, form: str) -> None:
     """The head has weights of its own or the embeddings'; or the adapters are on fused experts, too."""
-    for said in script_on_ranks(PASSES, tmp_path, dtype, form):
-        found = json.loads(said.splitlines()[-1])
+    for found in script_on_ranks(PASSES, tmp_path, dtype, form):
         # As with the whole base, to the bit: log-probs, values, gradients, logits; factors and masks from statistics.
         assert found["same"]
         assert (found["base"], found["trained"]) == ([f"torch.{dtype}"], ["torch.float32"])

@@ -38,6 +38,7 @@ class Proxy(ThreadingHTTPServer):
         self.missing: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
+        self.client = httpx.Client(timeout=120)  # one for all requests: making it takes longer than asking
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -56,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.refuses:
             self.close_connection = True
         else:
-            self._answer(httpx.get(self.server.upstream + self.path, timeout=120))
+            self._answer(self.server.client.get(self.server.upstream + self.path))
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -67,9 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path in self.server.missing:
             self._answer(httpx.Response(404, json={"detail": "Not Found"}))
             return
-        answer = httpx.post(
-            self.server.upstream + self.path, content=body, headers={"Content-Type": "application/json"}, timeout=120
-        )
+        headers = {"Content-Type": "application/json"}
+        answer = self.server.client.post(self.server.upstream + self.path, content=body, headers=headers)
         samples = self.path == "/v1/completions" and not json.loads(body)["cache_salt"].startswith("probe-")
         if samples and answer.status_code == 200:
             self.server.completions += 1
@@ -103,6 +103,7 @@ def proxy(upstream: str) -> Iterator[Proxy]:
         server.gate.set()
         server.shutdown()
         server.server_close()
+        server.client.close()
 
 
 def comes_back(server: Proxy, seconds: float) -> None:

@@ -39,18 +39,19 @@ def serve(model: str, folder: Path, *options: str, by_hand: bool = False) -> Ite
     try:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + 600
-        while not _answers(url):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.3)
+        with httpx.Client(timeout=2) as client:  # making one takes longer than asking
+            while not _answers(client, url):
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.3)
         yield url
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _answers(url: str) -> bool:
+def _answers(client: httpx.Client, url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=2).status_code == 200
+        return client.get(f"{url}/health").status_code == 200
     except httpx.HTTPError:
         return False

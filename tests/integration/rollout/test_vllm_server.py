@@ -19,7 +19,7 @@ from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.vllm.server import ServerVLLM
 from pe_rlhf.system.failures import TrainingError
 from reward.errors import InputError
-from tests.integration.distributed.launching import finish, launch, start
+from tests.integration.distributed.launching import run_on_ranks
 from tests.integration.rollout.proxy import comes_back, proxy
 from tests.integration.rollout.vllm_support import (
     LONGEST,
@@ -61,7 +61,7 @@ def test_two_ranks_share_a_server(
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(5, 13)])
     path = write_recipe(tmp_path, recipe("ppo", model=str(vllm_model), **changes))
     before = adapters(vllm_server)  # of runs that were killed
-    said = finish(start(launch(path, "--", "--run-dir=out"), tmp_path, model_cache))
+    said = run_on_ranks(["run", str(path), "--run-dir=out"], tmp_path, model_cache)
     assert "left out" not in said
     lines = read_jsonl(tmp_path / "out" / "ppo" / "metrics.jsonl")
     assert all(line["logprob_mismatch_max"] < 1e-3 for line in lines)
