@@ -52,22 +52,22 @@ class LengthControl:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RegressionRows:
     """Rows of a weighted logistic regression: features _NK, targets _N in [0, 1], weights _N."""
 
     x_NK: np.ndarray
     y_N: np.ndarray
     weight_N: np.ndarray
 
-    def take(self, keep_N: np.ndarray) -> Rows:
-        return Rows(self.x_NK[keep_N], self.y_N[keep_N], self.weight_N[keep_N])
+    def take(self, keep_N: np.ndarray) -> RegressionRows:
+        return RegressionRows(self.x_NK[keep_N], self.y_N[keep_N], self.weight_N[keep_N])
 
-    def scaled(self, factor: float) -> Rows:
-        return Rows(self.x_NK, self.y_N, factor * self.weight_N)
+    def scaled(self, factor: float) -> RegressionRows:
+        return RegressionRows(self.x_NK, self.y_N, factor * self.weight_N)
 
-    def joined(self, other: Rows) -> Rows:
+    def joined(self, other: RegressionRows) -> RegressionRows:
         pairs = ((self.x_NK, other.x_NK), (self.y_N, other.y_N), (self.weight_N, other.weight_N))
-        return Rows(*(np.concatenate(pair) for pair in pairs))
+        return RegressionRows(*(np.concatenate(pair) for pair in pairs))
 
     def loss(self, coefficient_K: np.ndarray) -> float:
         """Weighted negative log-likelihood."""
@@ -108,7 +108,7 @@ def length_controlled_win_rate(
         plain = win_rate(y_N, names, level)
         return LengthControl(plain.win_rate, plain.ci_low, plain.ci_high, plain.standard_error, 0.0, None, math.nan)
 
-    own = Rows(x_NK[judged_N], y_N, np.ones(len(y_N)))
+    own = RegressionRows(x_NK[judged_N], y_N, np.ones(len(y_N)))
     uses_prior = difficulty is not None if prior is None else prior
     extra = _prior_rows(x_NK.shape[1]) if uses_prior else own.take(np.zeros(len(y_N), dtype=bool))
     both = own.joined(extra)
@@ -133,7 +133,7 @@ def length_controlled_win_rate(
     )
 
 
-def fit_l1(rows: Rows, penalty: float, start_K: np.ndarray | None = None) -> np.ndarray:
+def fit_l1(rows: RegressionRows, penalty: float, start_K: np.ndarray | None = None) -> np.ndarray:
     """Minimise penalty · loss + |b|₁ by proximal Newton steps: coordinate descent on the quadratic model each time."""
     b_K = np.zeros(rows.x_NK.shape[1]) if start_K is None else start_K
     value = penalty * rows.loss(b_K) + np.abs(b_K).sum()
@@ -172,7 +172,7 @@ def _l1_quadratic(gradient_K: np.ndarray, hessian_KK: np.ndarray, b_K: np.ndarra
     return np.array(c)
 
 
-def _cross_validated(own: Rows, prior: Rows) -> float:
+def _cross_validated(own: RegressionRows, prior: RegressionRows) -> float:
     """The penalty with the best held-out log-likelihood; the prior is in every fold, a share of its weight held out.
 
     AlpacaEval spreads its anchor rows over the folds, which is the same on average.
@@ -194,7 +194,7 @@ def _cross_validated(own: Rows, prior: Rows) -> float:
 
 
 def _standard_error(
-    own: Rows, both: Rows, b_K: np.ndarray, slope_K: np.ndarray, clusters: Sequence[Hashable] | None
+    own: RegressionRows, both: RegressionRows, b_K: np.ndarray, slope_K: np.ndarray, clusters: Sequence[Hashable] | None
 ) -> float:
     """Delta method: the clusters' scores are the spread, the curvature of own rows and prior says what it moves."""
     code_N = cluster_codes(clusters, len(own.y_N))
@@ -226,7 +226,7 @@ def _features(len_candidate: Numbers, len_baseline: Numbers, difficulty: Numbers
     return np.stack([length_N, *middle, np.ones(n)], axis=1)
 
 
-def _prior_rows(features: int) -> Rows:
+def _prior_rows(features: int) -> RegressionRows:
     """Rows whose likelihood has the prior's mode and curvature: one along each axis of the curvature.
 
     A model without difficulty has the prior of φ at ψ = 0, and the intercept has none.
@@ -235,7 +235,7 @@ def _prior_rows(features: int) -> Rows:
     x_22 = axis_22.T
     p_2 = sigmoid(x_22 @ PRIOR_MODE)
     columns = [x_22[:, 0], *([x_22[:, 1]] if features == 3 else []), np.zeros(2)]
-    return Rows(np.stack(columns, axis=1), p_2, weight_2 / (p_2 * (1 - p_2)))
+    return RegressionRows(np.stack(columns, axis=1), p_2, weight_2 / (p_2 * (1 - p_2)))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

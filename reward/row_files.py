@@ -72,7 +72,7 @@ def in_line(path: Path, line: int, error: InputError) -> InputError:
     return placed
 
 
-def number(row: Row, column: str) -> float | None:
+def finite_number(row: Row, column: str) -> float | None:
     """A finite number, or None where the column is missing or empty."""
     value = row.get(column)
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan", "null", "none")):
@@ -90,7 +90,7 @@ def number(row: Row, column: str) -> float | None:
 
 def probability(row: Row, column: str) -> float | None:
     """As `number`, in [0, 1]."""
-    value = number(row, column)
+    value = finite_number(row, column)
     if value is not None and not 0 <= value <= 1:
         raise InputError(f"{column} is {value:g}, not a probability in [0, 1]", kind="invalid", key=column)
     return value
@@ -98,7 +98,7 @@ def probability(row: Row, column: str) -> float | None:
 
 def whole(row: Row, column: str) -> int | None:
     """As `number`, a whole one from 0."""
-    value = number(row, column)
+    value = finite_number(row, column)
     if value is not None and (value < 0 or value != int(value)):
         raise InputError(f"{column} is {value:g}, not a whole number from 0", kind="invalid", key=column)
     return None if value is None else int(value)

@@ -32,7 +32,7 @@ from typing import Any
 
 from reward.errors import InputError
 from reward.records import Prompt
-from reward.row_files import Row, in_line, number, probability, read_rows, whole
+from reward.row_files import Row, finite_number, in_line, probability, read_rows, whole
 
 FIRST, SECOND = "candidate_first", "baseline_first"
 ALPACA_COLUMNS = {"generator_2", "output_2", "len_output_2"}
@@ -109,8 +109,8 @@ class Verdict:
         numbers = ("len_candidate", "len_baseline", "difficulty", "label_mass")
         return cls(
             math.nan if preference is None else preference,
-            score_a=number(row, "score_candidate"),
-            score_b=number(row, "score_baseline"),
+            score_a=finite_number(row, "score_candidate"),
+            score_b=finite_number(row, "score_baseline"),
             candidate=str(row.get("candidate") or row.get("model") or "candidate"),
             baseline=str(row.get("baseline") or "baseline"),
             position=whole(row, "position"),
@@ -120,7 +120,7 @@ class Verdict:
             prompt=row.get("prompt"),
             votes=votes if isinstance(votes := row.get("votes"), dict) else None,
             key=key if key is None or isinstance(key, str) else json.dumps(key),
-            **{name: number(row, name) for name in numbers},
+            **{name: finite_number(row, name) for name in numbers},
             **{name: row[name] for name in texts if isinstance(row.get(name), str)},
         )
 
@@ -165,7 +165,7 @@ def read_difficulty(path: Path) -> list[float]:
     found: dict[int, float] = {}
     for line, row in read_rows(path):
         try:
-            index, value = whole(row, "index"), number(row, "instruction_difficulty")
+            index, value = whole(row, "index"), finite_number(row, "instruction_difficulty")
         except InputError as error:
             raise in_line(path, line, error) from error
         if value is None:
@@ -184,7 +184,7 @@ def read_difficulty(path: Path) -> list[float]:
 
 def _alpaca_verdict(row: Row, seen: Counter[str]) -> Verdict:
     candidate = str(row.get("generator_2") or row.get("model") or "candidate")
-    preference = number(row, "preference")
+    preference = finite_number(row, "preference")
     if preference == 0:  # a draw in early files
         preference = 1.5
     if preference is not None and not 1 <= preference <= 2:
@@ -199,11 +199,11 @@ def _alpaca_verdict(row: Row, seen: Counter[str]) -> Verdict:
         position=seen[candidate] if position is None else position,
         len_candidate=_length(row, "2"),
         len_baseline=_length(row, "1"),
-        difficulty=number(row, "difficulty"),
+        difficulty=finite_number(row, "difficulty"),
     )
 
 
 def _length(row: Row, which: str) -> float | None:
-    length = number(row, f"len_output_{which}")
+    length = finite_number(row, f"len_output_{which}")
     output = row.get(f"output_{which}")
     return float(len(output)) if length is None and isinstance(output, str) else length

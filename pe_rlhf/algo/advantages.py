@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pe_rlhf.algo.gae import gae as generalised_advantages
+from pe_rlhf.algo.gae import generalised_advantages
 from pe_rlhf.algo.masked import masked_mean
 
 STD_EPS = 1e-4  # added to a group's standard deviation, as in TRL: a group that scores alike has advantages of zero

@@ -29,7 +29,9 @@ def elastic(parameters: Named, fisher: Named, centre: Named) -> Tensor:
     return 0.5 * torch.stack(terms).sum()
 
 
-def joined(fisher: Named, centre: Named, own_fisher: Named, own: Named, *, per_task: bool) -> tuple[Named, Named]:
+def joined_quadratics(
+    fisher: Named, centre: Named, own_fisher: Named, own: Named, *, per_task: bool
+) -> tuple[Named, Named]:
     """Fisher and centre of the earlier tasks and of one more, as one pair.
 
     Per task the quadratics around several centres are one around their mean, weighted by F, and a constant; so the

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def gae(rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def generalised_advantages(
+    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Advantages and returns of each response token (arXiv 1506.02438, equations 11 and 16).
 
     δ_t = r_t + γ·V_{t+1} − V_t and A_t = δ_t + γλ·A_{t+1}, with V = 0 after the last token: a response is an episode

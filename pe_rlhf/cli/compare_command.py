@@ -13,7 +13,7 @@ from reward.errors import InputError
 
 if TYPE_CHECKING:
     from pe_rlhf.comparison.plan import Plan
-    from pe_rlhf.comparison.runner import Share
+    from pe_rlhf.comparison.runner import Slice
 
 PARTS = ("shared", "trials", "runs", "report")
 
@@ -23,7 +23,7 @@ class Only:
     """The parts of a comparison to do, and the share of the trials and of the runs."""
 
     parts: tuple[str, ...]
-    share: Share
+    share: Slice
 
 
 def compare(
@@ -82,10 +82,10 @@ def compare(
 
 def _parse_only(text: str | None) -> Only:
     """Raises `InputError` for a text that is neither a part nor a share."""
-    from pe_rlhf.comparison.runner import Share
+    from pe_rlhf.comparison.runner import Slice
 
     if text is None:
-        return Only(PARTS, Share())
+        return Only(PARTS, Slice())
     match = re.fullmatch(r"(?:(shared|trials|runs|report)|(?:(trials|runs):)?(\d+)/(\d+))", text)
     if match is None:
         raise InputError(
@@ -96,10 +96,10 @@ def _parse_only(text: str | None) -> Only:
         )
     part, of_part, number, count = match.groups()
     if part:
-        return Only((part,), Share())
+        return Only((part,), Slice())
     if not 1 <= int(number) <= int(count):
         raise InputError(f"--only {text}: K must be between 1 and N", kind="invalid", key="--only")
-    return Only((of_part,) if of_part else ("trials", "runs"), Share(int(number), int(count)))
+    return Only((of_part,) if of_part else ("trials", "runs"), Slice(int(number), int(count)))
 
 
 def _check(plan: Plan) -> None:

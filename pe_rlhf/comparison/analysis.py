@@ -15,7 +15,7 @@ import numpy as np
 
 from pe_rlhf.comparison.collapse import find_collapses
 from pe_rlhf.comparison.paired_runs import Measure, compare_pairs
-from pe_rlhf.comparison.run_result import Analysis, ArmResult, Estimate, Row, RunResult
+from pe_rlhf.comparison.run_result import Analysis, ArmResult, IntervalEstimate, Row, RunResult
 from pe_rlhf.comparison.run_statistics import (
     SHARE,
     UNBOUNDED,
@@ -113,7 +113,7 @@ def _arm(
     )
 
 
-def _tasks(runs: list[RunResult]) -> dict[str, Estimate]:
+def _tasks(runs: list[RunResult]) -> dict[str, IntervalEstimate]:
     """What the arm's runs have in common of what is known of their tasks; see `ArmResult.tasks`."""
     metrics = [task_metrics(run) for run in runs]
     names = [name for name in (metrics[0] if metrics else {}) if all(name in each for each in metrics)]
@@ -130,7 +130,7 @@ def task_metrics(run: RunResult) -> dict[str, float]:
     return metrics | {f"{cell.after} → {cell.on}": cell.win_rate for cell in run.tasks.cells}
 
 
-def _win_rate(runs: list[RunResult]) -> Estimate | None:
+def _win_rate(runs: list[RunResult]) -> IntervalEstimate | None:
     """Over prompts and seeds where each run's preferences are known, else over seeds.
 
     Over prompts, each prompt counts once, however many of its samples have a valid verdict.
@@ -158,7 +158,7 @@ def _equal_kl(arms: list[list[RunResult]]) -> float | None:
     return float(Context(prec=2, rounding=ROUND_DOWN).create_decimal(repr(float(lowest))))
 
 
-def _all_at_kl(runs: list[RunResult], key: str, kl: float | None, within: Range) -> Estimate | None:
+def _all_at_kl(runs: list[RunResult], key: str, kl: float | None, within: Range) -> IntervalEstimate | None:
     values = [None if kl is None else at_kl(run, key, kl) for run in runs]
     present = _known(values)
     return seeds_estimate(present, within) if present and len(present) == len(values) else None
@@ -174,7 +174,7 @@ def _known(values: Values) -> list[float]:
     return [value for value in values if value is not None and known(value)]
 
 
-def _over_seeds(values: Values, within: Range = UNBOUNDED) -> Estimate | None:
+def _over_seeds(values: Values, within: Range = UNBOUNDED) -> IntervalEstimate | None:
     present = _known(values)
     return seeds_estimate(present, within) if present else None
 

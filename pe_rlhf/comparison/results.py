@@ -17,14 +17,14 @@ from pe_rlhf.comparison.collect import collect
 from pe_rlhf.comparison.page.comparison_page import write_comparison_report
 from pe_rlhf.comparison.page.comparison_plots import draw_gold, draw_win_rates
 from pe_rlhf.comparison.plan import Plan
-from pe_rlhf.comparison.run_result import Analysis, Estimate
+from pe_rlhf.comparison.run_result import Analysis, IntervalEstimate
 from pe_rlhf.comparison.trials import Choice, choose
 from pe_rlhf.runs.layout import ComparisonFiles
 from pe_rlhf.system.files import csv_text, write_json, write_whole
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComparisonOutcome:
     """The table for the terminal, and the names of the runs that failed or have not finished."""
 
     table: Table
@@ -32,7 +32,7 @@ class Outcome:
     unfinished: list[str]
 
 
-def write_results(plan: Plan) -> Outcome:
+def write_results(plan: Plan) -> ComparisonOutcome:
     """Collect the runs, analyse them, and write `report.html`, `summary.json`, `results.csv` and `win_rates.svg`."""
     files = ComparisonFiles(plan.root)
     choices = [choose(plan, arm) for arm in plan.arms]
@@ -47,7 +47,7 @@ def write_results(plan: Plan) -> Outcome:
         if plot is not None:
             write_whole(path, plot.svg)
     named = {s: [f"{r.arm}, seed {r.seed}" for r in analysis.runs if r.status == s] for s in ("failed", "unfinished")}
-    return Outcome(outcome_table(analysis), named["failed"], named["unfinished"])
+    return ComparisonOutcome(arms_table(analysis), named["failed"], named["unfinished"])
 
 
 def facts(plan: Plan) -> dict[str, str]:
@@ -61,7 +61,7 @@ def facts(plan: Plan) -> dict[str, str]:
     }
 
 
-def outcome_table(analysis: Analysis) -> Table:
+def arms_table(analysis: Analysis) -> Table:
     """A line per arm: win-rate, reward, KL, cost, and collapses."""
     table = Table(title=f"pe-rlhf compare: {analysis.name}", title_justify="left")
     for heading in ("arm", "finished", "win-rate", "reward", "KL", "s/step", "peak MiB", "collapsed"):
@@ -75,7 +75,7 @@ def outcome_table(analysis: Analysis) -> Table:
     return table
 
 
-def _estimate(estimate: Estimate | None) -> str:
+def _estimate(estimate: IntervalEstimate | None) -> str:
     if estimate is None:
         return "–"
     if math.isnan(estimate.low):

@@ -45,7 +45,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A number with its 95 % interval; NaN bounds where there is too little to tell."""
 
     value: float
@@ -81,13 +81,13 @@ class ArmResult:
     seeds: list[int]
     failed: list[int]
     reward_accuracy: float | None
-    win_rate: Estimate | None
-    win_rate_iqm: Estimate | None
-    gold: Estimate | None
-    reward: Estimate | None
-    kl: Estimate | None
-    at_equal_kl: Estimate | None
-    judge_at_equal_kl: Estimate | None
+    win_rate: IntervalEstimate | None
+    win_rate_iqm: IntervalEstimate | None
+    gold: IntervalEstimate | None
+    reward: IntervalEstimate | None
+    kl: IntervalEstimate | None
+    at_equal_kl: IntervalEstimate | None
+    judge_at_equal_kl: IntervalEstimate | None
     peak_mib: float | None
     seconds_per_step: float | None
     trainable_parameters: int | None
@@ -96,7 +96,7 @@ class ArmResult:
     reward_peak_mib: float | None = None
     reward_seconds_per_step: float | None = None
     collapses: list[Collapse] = field(default_factory=list)
-    tasks: dict[str, Estimate] = field(default_factory=dict)
+    tasks: dict[str, IntervalEstimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class PairResult:
 
     a: str
     b: str
-    difference: Estimate
+    difference: IntervalEstimate
     p_value: float
     p_holm: float
-    improvement: Estimate
+    improvement: IntervalEstimate
     sentence: str
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 from scipy.special import nctdtrinc
 
-from pe_rlhf.comparison.run_result import Estimate
+from pe_rlhf.comparison.run_result import IntervalEstimate
 
 Values = Sequence[float] | np.ndarray
 Range = tuple[float, float]
@@ -34,7 +34,7 @@ def interquartile_mean(values: Values) -> float:
     return float(stats.trim_mean(np.asarray(values, dtype=np.float64), 0.25))
 
 
-def seeds_estimate(values: Values, within: Range = UNBOUNDED) -> Estimate:
+def seeds_estimate(values: Values, within: Range = UNBOUNDED) -> IntervalEstimate:
     """Mean over runs with Student's interval, mean ± t·s/√n with n − 1 degrees of freedom, cut to `within`.
 
     NaN bounds for one run. Raises `ValueError` where there are no values.
@@ -42,12 +42,12 @@ def seeds_estimate(values: Values, within: Range = UNBOUNDED) -> Estimate:
     value_N = _checked(values)
     mean, n = float(value_N.mean()), len(value_N)
     if n == 1:
-        return Estimate(mean, math.nan, math.nan)
+        return IntervalEstimate(mean, math.nan, math.nan)
     half_width = float(stats.t.ppf(TAILS[1], n - 1) * value_N.std(ddof=1)) / math.sqrt(n)
-    return Estimate(mean, max(within[0], mean - half_width), min(within[1], mean + half_width))
+    return IntervalEstimate(mean, max(within[0], mean - half_width), min(within[1], mean + half_width))
 
 
-def interquartile_estimate(values: Values, within: Range = UNBOUNDED) -> Estimate:
+def interquartile_estimate(values: Values, within: Range = UNBOUNDED) -> IntervalEstimate:
     """Interquartile mean over runs with a percentile bootstrap interval, as rliable has it.
 
     Below 4 runs it is the mean, and has the mean's interval: a bootstrap of so few would be far too narrow.
@@ -57,7 +57,7 @@ def interquartile_estimate(values: Values, within: Range = UNBOUNDED) -> Estimat
         return seeds_estimate(value_N, within)
     index_RN = np.random.default_rng(SEED).integers(0, len(value_N), size=(RESAMPLES, len(value_N)))
     low, high = np.quantile(stats.trim_mean(value_N[index_RN], 0.25, axis=1), TAILS)
-    return Estimate(interquartile_mean(value_N), float(low), float(high))
+    return IntervalEstimate(interquartile_mean(value_N), float(low), float(high))
 
 
 def preference_table(runs: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarray:
@@ -71,7 +71,7 @@ def preference_table(runs: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarra
     return table_PS
 
 
-def two_way_estimate(table: np.ndarray) -> Estimate:
+def two_way_estimate(table: np.ndarray) -> IntervalEstimate:
     """Mean win-rate over runs, each the mean over its prompts, with an interval over prompts and runs.
 
     table: prompts × runs, NaN where a run has no verdict; an array, or rows of equal length. All runs meet the same
@@ -90,7 +90,7 @@ def two_way_estimate(table: np.ndarray) -> Estimate:
     filled_PS = np.where(known_PS, table_PS, 0.0)
     mean = float((filled_PS.sum(axis=0) / known_PS.sum(axis=0)).mean())
     if table_PS.size == 1:
-        return Estimate(mean, math.nan, math.nan)
+        return IntervalEstimate(mean, math.nan, math.nan)
     prompts, runs = table_PS.shape
     rng = np.random.default_rng(SEED)
     even_P, both_PS = np.full(prompts, 1 / prompts), np.hstack([filled_PS, known_PS])
@@ -105,10 +105,10 @@ def two_way_estimate(table: np.ndarray) -> Estimate:
         some_R = ~np.isnan(drawn_RS).all(axis=1)
         means.append(np.nanmean(drawn_RS[some_R], axis=1))
     low, high = np.quantile(np.concatenate(means), TAILS)
-    return Estimate(mean, float(low), float(high))
+    return IntervalEstimate(mean, float(low), float(high))
 
 
-def probability_of_improvement(a: Values, b: Values) -> Estimate:
+def probability_of_improvement(a: Values, b: Values) -> IntervalEstimate:
     """P(X > Y) + ½ P(X = Y) for a run X of a and a run Y of b, as rliable has it (arXiv 2108.13264 §4.3).
 
     The interval is a percentile bootstrap that draws the runs of a and of b each among themselves; with few runs it is
@@ -119,14 +119,14 @@ def probability_of_improvement(a: Values, b: Values) -> Estimate:
     better_NM = (a_N[:, None] > b_M) + 0.5 * (a_N[:, None] == b_M)
     value, pairs = float(better_NM.mean()), min(better_NM.shape)
     if pairs == 1:
-        return Estimate(value, math.nan, math.nan)
+        return IntervalEstimate(value, math.nan, math.nan)
     if value in SHARE:
         reach = TAILS[0] ** (1 / pairs)
-        return Estimate(value, *((reach, 1.0) if value else (0.0, 1 - reach)))
+        return IntervalEstimate(value, *((reach, 1.0) if value else (0.0, 1 - reach)))
     rng = np.random.default_rng(SEED)
     a_RN, b_RM = (rng.integers(0, size, size=(RESAMPLES, size)) for size in better_NM.shape)
     low, high = np.quantile(better_NM[a_RN[:, :, None], b_RM[:, None, :]].mean(axis=(1, 2)), TAILS)
-    return Estimate(value, float(low), float(high))
+    return IntervalEstimate(value, float(low), float(high))
 
 
 def welch(a: Values, b: Values) -> float:
@@ -144,7 +144,7 @@ def welch(a: Values, b: Values) -> float:
     return float(2 * stats.t.sf(abs(a_N.mean() - b_M.mean()) / standard_error, freedom))
 
 
-def difference_estimate(a: Values, b: Values) -> Estimate:
+def difference_estimate(a: Values, b: Values) -> IntervalEstimate:
     """Mean of a less mean of b with Welch's interval, which holds 0 where `welch` gives more than 0.05.
 
     NaN bounds where there is no test.
@@ -152,9 +152,9 @@ def difference_estimate(a: Values, b: Values) -> Estimate:
     a_N, b_M = _checked(a), _checked(b)
     difference = float(a_N.mean() - b_M.mean())
     if (parts := _welch(a_N, b_M)) is None:
-        return Estimate(difference, math.nan, math.nan)
+        return IntervalEstimate(difference, math.nan, math.nan)
     half_width = parts[0] * float(stats.t.ppf(TAILS[1], parts[1]))
-    return Estimate(difference, difference - half_width, difference + half_width)
+    return IntervalEstimate(difference, difference - half_width, difference + half_width)
 
 
 def detectable_difference(a: Values, b: Values, alpha: float = 0.05, power: float = 0.8) -> float:

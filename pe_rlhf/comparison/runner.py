@@ -29,7 +29,7 @@ MAY_DIFFER = tuple(f"compare.{key}" for key in ("arms", "grid", "seeds", "target
 
 
 @dataclass(frozen=True)
-class Share:
+class Slice:
     """The k-th of n shares of a list."""
 
     number: int = 1

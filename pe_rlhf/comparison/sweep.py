@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pe_rlhf.comparison.plan import Plan, PlannedRun
-from pe_rlhf.comparison.runner import Share, refuse_changed, run_all, run_to_end, state_of
+from pe_rlhf.comparison.runner import Slice, refuse_changed, run_all, run_to_end, state_of
 from pe_rlhf.comparison.trials import choose
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
@@ -31,7 +31,7 @@ def need_shared(plan: Plan) -> None:
         )
 
 
-def run_trials(plan: Plan, share: Share, *, retry: bool) -> None:
+def run_trials(plan: Plan, share: Slice, *, retry: bool) -> None:
     """This share of the trials. If an arm has a reward model of its own, it is trained before the arm's trials.
 
     Two shares may need the same reward model: the second one waits for it.
@@ -50,7 +50,7 @@ def run_trials(plan: Plan, share: Share, *, retry: bool) -> None:
             run_all(mine, retry=retry, ending=_ending)
 
 
-def run_arms(plan: Plan, share: Share, *, retry: bool) -> None:
+def run_arms(plan: Plan, share: Slice, *, retry: bool) -> None:
     """This share of the runs, at the learning rates that the trials have chosen; an arm without one is left out."""
     choices = [choose(plan, arm) for arm in plan.arms]
     for choice in choices:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.data.row_table import Ragged, Table
+from pe_rlhf.data.row_table import Ragged, RowTable
 from pe_rlhf.model.micro_batches import pair_cost
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
@@ -44,9 +44,9 @@ class PairTable:
         prompt, chosen, rejected = self._tokens[3 * number : 3 * number + 3]
         return PairTokens(prompt, chosen, rejected, self._margins[number])
 
-    def take(self, numbers: Sequence[int]) -> Table[PairTokens]:
+    def take(self, numbers: Sequence[int]) -> RowTable[PairTokens]:
         """The pairs of those numbers."""
-        return Table(len(numbers), lambda i: self[numbers[i]])
+        return RowTable(len(numbers), lambda i: self[numbers[i]])
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Responses:
         return len(self.rows)
 
     def __add__(self, other: Responses) -> Responses:
-        return Responses(Table.joined([self.rows, other.rows]), self.pad_id)
+        return Responses(RowTable.joined([self.rows, other.rows]), self.pad_id)
 
     @property
     def lengths_B(self) -> Tensor:
@@ -91,13 +91,13 @@ class Pairs:
 
     def responses(self) -> Responses:
         """The chosen responses with their prompts, then the rejected ones with theirs."""
-        pairs = Table(len(self.pairs), self.pairs.__getitem__, lambda: self.pairs)
+        pairs = RowTable(len(self.pairs), self.pairs.__getitem__, lambda: self.pairs)
         chosen = pairs.map(lambda pair: (pair.prompt, pair.chosen))
-        return Responses(Table.joined([chosen, pairs.map(lambda pair: (pair.prompt, pair.rejected))]), self.pad_id)
+        return Responses(RowTable.joined([chosen, pairs.map(lambda pair: (pair.prompt, pair.rejected))]), self.pad_id)
 
     def subset(self, rows: Sequence[int]) -> Pairs:
         """The pairs of those rows."""
-        return Pairs(Table(len(rows), lambda i: self.pairs[rows[i]]), self.pad_id)
+        return Pairs(RowTable(len(rows), lambda i: self.pairs[rows[i]]), self.pad_id)
 
     def margins(self, index: Tensor) -> Tensor:
         """The margins _B of the pairs of that index."""

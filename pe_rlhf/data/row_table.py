@@ -23,7 +23,7 @@ T = TypeVar("T", covariant=True)
 S = TypeVar("S")
 
 
-class Table(Sequence[T]):
+class RowTable(Sequence[T]):
     """Items that are made when they are asked for: `read` gives the item of a number below `size`.
 
     `each`, where there is one, gives all of them in their order for less.
@@ -38,26 +38,26 @@ class Table(Sequence[T]):
     @overload
     def __getitem__(self, place: int) -> T: ...
     @overload
-    def __getitem__(self, place: slice) -> Table[T]: ...
-    def __getitem__(self, place: int | slice) -> T | Table[T]:
+    def __getitem__(self, place: slice) -> RowTable[T]: ...
+    def __getitem__(self, place: int | slice) -> T | RowTable[T]:
         numbers = range(self._size)[place]
         return self._read(numbers) if isinstance(numbers, int) else self.take(numbers)
 
     def __iter__(self) -> Iterator[T]:
         return iter(self._each()) if self._each is not None else map(self._read, range(self._size))
 
-    def take(self, numbers: Sequence[int]) -> Table[T]:
+    def take(self, numbers: Sequence[int]) -> RowTable[T]:
         """The items of those numbers, which may come in any order and more than once."""
-        return Table(len(numbers), lambda i: self._read(numbers[i]))
+        return RowTable(len(numbers), lambda i: self._read(numbers[i]))
 
-    def map(self, change: Callable[[T], S]) -> Table[S]:
+    def map(self, change: Callable[[T], S]) -> RowTable[S]:
         """Each item changed when it is asked for."""
-        return Table(self._size, lambda i: change(self._read(i)), lambda: map(change, self))
+        return RowTable(self._size, lambda i: change(self._read(i)), lambda: map(change, self))
 
     @classmethod
-    def joined(cls, tables: Sequence[Sequence[T]]) -> Table[T]:
+    def joined(cls, tables: Sequence[Sequence[T]]) -> RowTable[T]:
         """The items of several, one after the other."""
-        if len(tables) == 1 and isinstance(tables[0], Table):
+        if len(tables) == 1 and isinstance(tables[0], RowTable):
             return tables[0]
         starts = [0, *accumulate(len(table) for table in tables)]
 
@@ -68,7 +68,7 @@ class Table(Sequence[T]):
         return cls(starts[-1], read, lambda: (item for table in tables for item in table))
 
 
-Rows = Table[Row | InputError]
+Rows = RowTable[Row | InputError]
 
 
 class Ragged(Sequence[list[int]]):
@@ -152,6 +152,6 @@ class Bytes:
             start += len(line)
         self._changed()
 
-    def rows(self, starts: array[int], ends: array[int], parse: Callable[[bytes], S]) -> Table[S]:
+    def rows(self, starts: array[int], ends: array[int], parse: Callable[[bytes], S]) -> RowTable[S]:
         """What lies between places, parsed when it is asked for."""
-        return Table(len(starts), lambda i: parse(self.read(starts[i], ends[i])))
+        return RowTable(len(starts), lambda i: parse(self.read(starts[i], ends[i])))

@@ -21,7 +21,7 @@ from pe_rlhf.types import Sequences
 LARGER_WITHOUT_GRADIENTS = 4
 
 
-class Rows(Protocol):
+class RowBatch(Protocol):
     """A batch that can be cut: `Sequences`, or preference pairs, where a row is two sequences."""
 
     def __len__(self) -> int: ...
@@ -35,7 +35,7 @@ class Rows(Protocol):
 def for_each_row(
     backbone: Backbone,
     role: str,
-    rows: Rows,
+    rows: RowBatch,
     token_budget: int,
     compute: Callable[[Sequences], Tensor],
     *,

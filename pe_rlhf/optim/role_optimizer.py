@@ -33,7 +33,7 @@ from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import derive_seed
 from reward.errors import InputError
 
-Rows = TypeVar("Rows", list[int], Tensor)
+SomeRows = TypeVar("SomeRows", list[int], Tensor)
 
 CHECKPOINT_PREFIX = "engine/"  # of the optimizer's tensors in checkpoints, those of earlier versions too
 
@@ -173,7 +173,7 @@ class RoleOptimizer:
             raise TrainingError(f"the loss is {loss.item()} before optimizer step {self.steps + 1}", kind="not_finite")
         loss.backward()
 
-    def batches(self, rows: Rows) -> tuple[Rows, Rows]:
+    def batches(self, rows: SomeRows) -> tuple[SomeRows, SomeRows]:
         """The rows of a batch that the first and the second gradient of a step are of: all of them, or a half each.
 
         Without `sharpness` the second one is not asked for. A half counts as a batch: its loss is a mean over it.

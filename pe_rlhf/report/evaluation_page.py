@@ -10,7 +10,7 @@ from typing import Any
 
 from pe_rlhf.report.charts import draw_reliability
 from pe_rlhf.report.format import conversation, number, percent
-from pe_rlhf.report.page import Cell, Interval, Page, Sample, Section, Table, Text, Tile
+from pe_rlhf.report.page import Cell, Interval, Page, PageSection, Sample, Table, Text, Tile
 from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.system.files import read_json, read_jsonl, write_whole
 from reward.asking import Pair
@@ -40,7 +40,7 @@ def write_evaluation_report(folder: Path, pairs: Sequence[Pair]) -> Path:
         subtitle=f"Judge: {summary['judge']}",
         tiles=_tiles(summary),
         sections=[
-            Section(
+            PageSection(
                 "Side by side",
                 note=note,
                 filters={"all": len(samples)} | {kind: counts[kind] for kind in KINDS if counts[kind]},
@@ -71,8 +71,8 @@ def write_reward_report(summary: Row) -> str:
         subtitle=f"Reward model on {summary['pairs']}",
         tiles=_reward_tiles(summary),
         sections=[
-            Section("Calibration", plots=[plot] if plot else []),
-            Section("Subsets", tables=[Table(columns, subsets)]),
+            PageSection("Calibration", plots=[plot] if plot else []),
+            PageSection("Subsets", tables=[Table(columns, subsets)]),
         ],
     ).html()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pe_rlhf.report.charts import Line, draw_lines, draw_matrix
 from pe_rlhf.report.format import number
-from pe_rlhf.report.page import Page, Plot, Section, Table
+from pe_rlhf.report.page import Page, PageSection, Plot, Table
 
 Row = dict[str, Any]
 
@@ -38,14 +38,14 @@ def inspect_page(metrics: Row, name: str, subtitle: str) -> str:
         kind="inspect",
         subtitle=subtitle,
         sections=[
-            Section("All layers", tables=[_table("init", inits, COLUMNS, NOTE)]),
-            Section("The first step, layer by layer", plots=[p for p in map(_cosines, inits) if p]),
-            Section(
+            PageSection("All layers", tables=[_table("init", inits, COLUMNS, NOTE)]),
+            PageSection("The first step, layer by layer", plots=[p for p in map(_cosines, inits) if p]),
+            PageSection(
                 "Neural tangent kernels",
                 plots=kernels + [draw_matrix(f"Kernel: {i['init']}", i["kernel"], "sample") for i in inits],
             ),
             *(
-                Section(f"Layers: {init['init']}", tables=[_table("layer", init["layers"], COLUMNS)], folded=True)
+                PageSection(f"Layers: {init['init']}", tables=[_table("layer", init["layers"], COLUMNS)], folded=True)
                 for init in inits
             ),
         ],

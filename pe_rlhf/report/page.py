@@ -90,7 +90,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of a page; its content comes in the order of the fields. `filters`: how many samples of each kind."""
 
     title: str
@@ -119,7 +119,7 @@ class Page:
     alert: str = ""
     facts: dict[str, str] | None = None
     tiles: Sequence[Tile] = ()
-    sections: Sequence[Section] = ()
+    sections: Sequence[PageSection] = ()
 
     def html(self) -> str:
         """One file that fetches nothing; every text is escaped."""

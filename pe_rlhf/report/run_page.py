@@ -17,7 +17,7 @@ from pe_rlhf.report.charts import Line, draw_lines, draw_reliability, points
 from pe_rlhf.report.curves import PPO, REWARD, SFT, Curves
 from pe_rlhf.report.format import conversation, duration, gibibytes, number, percent, preferred
 from pe_rlhf.report.members_table import members_table
-from pe_rlhf.report.page import Interval, Page, Plot, Sample, Section, Table, Text, Tile
+from pe_rlhf.report.page import Interval, Page, PageSection, Plot, Sample, Table, Text, Tile
 from pe_rlhf.runs.layout import STAGE_INFO, RunFiles, StageFiles
 from pe_rlhf.runs.learning_flags import ppo_flags, reward_flags
 from pe_rlhf.runs.metrics import read_metrics
@@ -72,15 +72,15 @@ def write_report(run_dir: Path) -> Path:
         alert=f"Failed: {failure.get('message', '')}" if failure and unfinished else "",
         tiles=_tiles(stages),
         sections=[
-            Section("Warnings", items=_warnings(stages)),
+            PageSection("Warnings", items=_warnings(stages)),
             _ppo(stages.get("ppo")),
             _reward(stages.get("reward")),
-            Section("Supervised fine-tuning", plots=_plots(stages.get("sft"), SFT)),
+            PageSection("Supervised fine-tuning", plots=_plots(stages.get("sft"), SFT)),
             _side_by_side(stages.get("evaluate")),
             _ppo_samples(stages.get("ppo")),
             _stages(stages, unfinished[-1] if failure and unfinished else ""),
             _changes(read_jsonl(files.changes, may_be_cut=True)),
-            Section("Recipe, as resolved", code=text, folded=True),
+            PageSection("Recipe, as resolved", code=text, folded=True),
         ],
     )
     write_whole(files.report, page.html())
@@ -166,9 +166,9 @@ def _plots(stage: Stage | None, curves: Sequence[Curves]) -> list[Plot]:
     return [plot for plot in plots if plot]
 
 
-def _reward(stage: Stage | None) -> Section:
+def _reward(stage: Stage | None) -> PageSection:
     tables = members_table(stage.summary) if stage else []
-    return Section("Reward model", tables=tables, plots=_plots(stage, REWARD) + _reliability(stage))
+    return PageSection("Reward model", tables=tables, plots=_plots(stage, REWARD) + _reliability(stage))
 
 
 def _reliability(stage: Stage | None) -> list[Plot]:
@@ -176,9 +176,9 @@ def _reliability(stage: Stage | None) -> list[Plot]:
     return [plot] if plot else []
 
 
-def _ppo(stage: Stage | None) -> Section:
+def _ppo(stage: Stage | None) -> PageSection:
     if stage is None:
-        return Section("PPO")
+        return PageSection("PPO")
     for row in stage.metrics:
         if row.get("reward") is not None:
             deviation = row.get("reward_std") or 0.0
@@ -188,7 +188,7 @@ def _ppo(stage: Stage | None) -> Section:
     if all(row.get("reward_shaped") == row.get("reward") for row in stage.metrics):  # there are no penalties
         reward = replace(reward, lines={"reward": "reward"})
     plots = [*_plots(stage, (reward, *_sources(stage.metrics), *PPO[1:])), *_gold(stage.metrics)]
-    return Section("PPO", note=over_optimisation(judged) if judged else "", plots=plots)
+    return PageSection("PPO", note=over_optimisation(judged) if judged else "", plots=plots)
 
 
 def _gold(metrics: list[Row]) -> list[Plot]:
@@ -232,7 +232,7 @@ def over_optimisation(rows: Sequence[Row]) -> str:
     return f"over-optimised: the judge fell from {rates} while the reward rose"
 
 
-def _side_by_side(stage: Stage | None) -> Section:
+def _side_by_side(stage: Stage | None) -> PageSection:
     """The first samples of the evaluation, not a selection."""
     samples = stage.samples if stage else []
     shown = [
@@ -247,10 +247,10 @@ def _side_by_side(stage: Stage | None) -> Section:
         for row in samples[:SAMPLES_SHOWN]
     ]
     note = f"The first {len(shown)} of {len(samples)} samples, not selected." if shown else ""
-    return Section("Policy and anchor side by side", note=note, samples=shown)
+    return PageSection("Policy and anchor side by side", note=note, samples=shown)
 
 
-def _ppo_samples(stage: Stage | None) -> Section:
+def _ppo_samples(stage: Stage | None) -> PageSection:
     """The first samples of some steps, evenly spaced from the first step to the last."""
     by_step: dict[int, list[Row]] = defaultdict(list)
     for row in stage.samples if stage else []:
@@ -267,13 +267,13 @@ def _ppo_samples(stage: Stage | None) -> Section:
         for row in by_step[step][:PPO_SAMPLES_PER_STEP]
     ]
     note = "The first samples of evenly spaced steps, not selected. KL in nats per response." if shown else ""
-    return Section("Samples during PPO", note=note, samples=shown)
+    return PageSection("Samples during PPO", note=note, samples=shown)
 
 
-def _stages(stages: dict[str, Stage], failed: str) -> Section:
+def _stages(stages: dict[str, Stage], failed: str) -> PageSection:
     """What each stage did, how long it took and what it held in memory; `failed` is the one that the run ended in."""
     if not stages:
-        return Section("Stages", note="No stage has started yet.")
+        return PageSection("Stages", note="No stage has started yet.")
     columns = ("Stage", "What it did", "Time", "Peak memory", "Trained parameters")
     rows = []
     for name, stage in stages.items():
@@ -282,10 +282,10 @@ def _stages(stages: dict[str, Stage], failed: str) -> Section:
         memory = s.get("peak_cuda_mib", s.get("peak_rss_mib"))
         used = "–" if memory is None else gibibytes(memory)
         rows.append((name, state, duration(s.get("seconds")), used, number(s.get("trainable_parameters"))))
-    return Section("Stages", tables=[Table(columns, rows, words=["What it did"])])
+    return PageSection("Stages", tables=[Table(columns, rows, words=["What it did"])])
 
 
-def _changes(rows: list[Row]) -> Section:
+def _changes(rows: list[Row]) -> PageSection:
     """The settings that changed when the run was resumed; the recipe below has the last value of each."""
     shown = [
         (
@@ -297,7 +297,7 @@ def _changes(rows: list[Row]) -> Section:
         for row in rows
     ]
     columns = ("Setting", "Before", "After", "In effect from")
-    return Section("Changed on the way", tables=[Table(columns, shown, words=columns[1:])] if shown else [])
+    return PageSection("Changed on the way", tables=[Table(columns, shown, words=columns[1:])] if shown else [])
 
 
 def _sentence(stage: str, summary: Row) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pe_rlhf.report.charts import Line, draw_lines
 from pe_rlhf.report.format import number, percent
-from pe_rlhf.report.page import Cell, Interval, Page, Plot, Section, Table, Tile
+from pe_rlhf.report.page import Cell, Interval, Page, PageSection, Plot, Table, Tile
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.task_table import Bounded, Measured, TaskTable
@@ -29,15 +29,15 @@ def write_tasks_report(run_dir: Path, table: TaskTable) -> Path:
         subtitle=f"{len(table.tasks)} tasks: {' → '.join(table.tasks)}",
         tiles=tiles(table),
         sections=[
-            Section(
+            PageSection(
                 "Every task after every task",
                 note=f"Win-rate over the base by each task's own judge. {INTERVALS}",
                 tables=[matrix(table)] if table.cells else [],
                 plots=[plot] if (plot := curves(table)) else [],
             ),
-            Section("What the tasks changed", tables=_tasks(files, table)),
+            PageSection("What the tasks changed", tables=_tasks(files, table)),
             *_routes(files, table),
-            Section("Recipe, as resolved", code=files.recipe.read_text(encoding="utf-8"), folded=True),
+            PageSection("Recipe, as resolved", code=files.recipe.read_text(encoding="utf-8"), folded=True),
         ],
     )
     write_whole(files.report, page.html())
@@ -108,7 +108,7 @@ def _tasks(files: RunFiles, table: TaskTable) -> list[Table]:
     return [Table(columns, rows, note=note, words=("Page",))] if rows else []
 
 
-def _routes(files: RunFiles, table: TaskTable) -> list[Section]:
+def _routes(files: RunFiles, table: TaskTable) -> list[PageSection]:
     """What each task's policy is made of, where one policy is routed by task."""
     summaries = [read_summary(files.task(task).stage("ppo")) or {} for task in table.policies]
     if not (weights := next((found["task_weights"] for found in summaries if "task_weights" in found), None)):
@@ -116,4 +116,4 @@ def _routes(files: RunFiles, table: TaskTable) -> list[Section]:
     note = "The weight of each task's part of the adapter: the mean over layers and over the part's ranks."
     rows = [[task, *(f"{own[part]:.2f}" for part in weights)] for task, own in weights.items()]
     made = Table(["For", *(f"{task}’s part" for task in weights)], rows)
-    return [Section("What each task is made of", note=note, tables=[made])]
+    return [PageSection("What each task is made of", note=note, tables=[made])]

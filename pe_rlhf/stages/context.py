@@ -14,7 +14,7 @@ from pe_rlhf.config.load import load_deepspeed_config
 from pe_rlhf.config.section import Section
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.prompt_order import PromptTable
-from pe_rlhf.data.row_table import Ragged, Table
+from pe_rlhf.data.row_table import Ragged, RowTable
 from pe_rlhf.data.rows import MAX_BAD_SHARE, PromptRow, load_prompt_rows, note_bad_rows
 from pe_rlhf.model.backbone import Backbone, FastPath
 from pe_rlhf.model.device_plan import reserved_bytes
@@ -201,7 +201,7 @@ class StageContext(Generic[C]):
         share = getattr(getattr(self.recipe, section), "max_bad_share", MAX_BAD_SHARE)
         kept, bad = load_prompt_rows(source, key, encode, share, fitting)
         note_bad_rows(self.files.left_out(key), key, bad)
-        rows = Table(len(kept), lambda i: kept[i][0]())  # read again when a step takes them
+        rows = RowTable(len(kept), lambda i: kept[i][0]())  # read again when a step takes them
         names = dict.fromkeys(name for _, _, names in kept for name in names)
         columns = {name: rows.map(lambda row, name=name: row.columns.get(name)) for name in names}
         return PromptTable(rows.map(lambda row: row.prompt), Ragged(ids for _, ids, _ in kept), columns)

@@ -43,7 +43,7 @@ from reward.losses import pairwise_loss
 
 
 @dataclass(frozen=True)
-class Part:
+class InitPass:
     """One forward pass: its rows of the batch, their tokens, and the batch (0 or 1) and sample of each sequence."""
 
     index: Tensor
@@ -51,7 +51,7 @@ class Part:
     batch_B: Tensor
     sample_B: Tensor
 
-    def probe(self, loss: Callable[[Part], Tensor]) -> Probe:
+    def probe(self, loss: Callable[[InitPass], Tensor]) -> Probe:
         """The pass with a loss."""
         mask_BT = torch.arange(self.sequences.ids_BT.shape[1])[None, :] < self.sequences.lengths_B[:, None]
         return Probe(partial(loss, self), mask_BT, self.batch_B, self.sample_B)
@@ -70,9 +70,9 @@ def reward_statistics(
         batch, batch_B = pairs.subset(rows), torch.tensor(batches)
         cut = micro_batches(batch.costs(packed=False), config.micro_batch_tokens, padded=True)
         # Chosen and rejected response of a pair are one sample.
-        parts = [Part(index, batch.take(index), batch_B[index].repeat(2), index.repeat(2)) for index in cut]
+        parts = [InitPass(index, batch.take(index), batch_B[index].repeat(2), index.repeat(2)) for index in cut]
 
-        def loss(scores_B: Tensor, part: Part) -> Tensor:
+        def loss(scores_B: Tensor, part: InitPass) -> Tensor:
             chosen_B, rejected_B = scores_B.chunk(2)
             losses = pairwise_loss(
                 chosen_B,
@@ -133,7 +133,7 @@ class AnchorRollouts:
         lengths_B, config = batch.sequences.response_lengths_B, self._config
         mean = Mean(config.loss_aggregation, int(lengths_B.sum()), len(lengths_B), config.rollout.max_new_tokens)
 
-        def loss(part: Part) -> Tensor:
+        def loss(part: InitPass) -> Tensor:
             hidden_NH = _response_hidden(_hidden(self._backbone, part.sequences), part.sequences)
             targets_N = part.sequences.targets_N.to(hidden_NH.device)
             temperature = config.rollout.temperature
@@ -158,7 +158,7 @@ class AnchorRollouts:
         assert returns_BR is not None  # asked for by a critic
         tokens = int(batch.sequences.response_lengths_B.sum())
 
-        def loss(values_N: Tensor, part: Part) -> Tensor:
+        def loss(values_N: Tensor, part: InitPass) -> Tensor:
             mask_BR = batch.sequences.mask_BR[part.index]
             returns_N = returns_BR[part.index][mask_BR].to(values_N)
             clip_range = self._config.value_clip_range
@@ -166,9 +166,9 @@ class AnchorRollouts:
 
         return _head_probes(self._backbone, self._parts(batch), _response_hidden, loss)
 
-    def _parts(self, batch: AnchorBatch) -> list[Part]:
+    def _parts(self, batch: AnchorBatch) -> list[InitPass]:
         cut = micro_batches(batch.sequences.lengths_B, self._config.micro_batch_tokens, padded=True)
-        return [Part(index, batch.sequences.take(index), batch.batches_B[index], index) for index in cut]
+        return [InitPass(index, batch.sequences.take(index), batch.batches_B[index], index) for index in cut]
 
     @torch.no_grad()
     def _sampled(self, need: Need) -> AnchorBatch:
@@ -238,14 +238,14 @@ def _response_hidden(hidden_BTH: Tensor, sequences: Sequences) -> Tensor:
 
 def _head_probes(
     backbone: Backbone,
-    parts: list[Part],
+    parts: list[InitPass],
     features: Callable[[Tensor, Sequences], Tensor],
-    loss: Callable[[Tensor, Part], Tensor],
+    loss: Callable[[Tensor, InitPass], Tensor],
 ) -> list[Probe]:
     """Probes of a loss on the numbers that a fresh head makes of some hidden states, one step on from zero."""
     weight_H = _first_head_step(backbone, parts, features, loss)
 
-    def probe(part: Part) -> Tensor:
+    def probe(part: InitPass) -> Tensor:
         return loss(features(_hidden(backbone, part.sequences), part.sequences).float() @ weight_H, part)
 
     return [part.probe(probe) for part in parts]
@@ -253,9 +253,9 @@ def _head_probes(
 
 def _first_head_step(
     backbone: Backbone,
-    parts: list[Part],
+    parts: list[InitPass],
     features: Callable[[Tensor, Sequences], Tensor],
-    loss: Callable[[Tensor, Part], Tensor],
+    loss: Callable[[Tensor, InitPass], Tensor],
 ) -> Tensor:
     """The weight of a head after a gradient step from zero, of length 1/√H: a number of ordinary size per state."""
     size: int = backbone.model.get_input_embeddings().embedding_dim  # type: ignore[assignment]

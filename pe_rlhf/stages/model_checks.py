@@ -85,7 +85,7 @@ def check_servers(recipe: Recipe, stages: list[str]) -> None:
         check_server(judge)
 
 
-def check_model(recipe: Recipe, stages: list[str], prompts: dict[str, Prompt]) -> None:
+def check_recipe_model(recipe: Recipe, stages: list[str], prompts: dict[str, Prompt]) -> None:
     """Raise `InputError` for what the model, its tokenizer or this machine cannot do; say how prompts look.
 
     `prompts` has the first one of each stage that has some. A model that would have to be fetched is not looked at.

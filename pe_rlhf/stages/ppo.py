@@ -59,7 +59,7 @@ ROLLOUT_PREFIX = "rollout/"  # of tensors in a checkpoint
 
 
 @dataclass
-class Training:
+class PPOTraining:
     """What the steps work with; `beta` changes from one to the next."""
 
     context: StageContext[PPOConfig]
@@ -103,7 +103,7 @@ def run(context: StageContext[PPOConfig]) -> dict[str, Any]:
     return _finish(training)
 
 
-def _step(training: Training, writer: MetricsWriter, step: int, *, keep: bool) -> dict[str, float]:
+def _step(training: PPOTraining, writer: MetricsWriter, step: int, *, keep: bool) -> dict[str, float]:
     """One PPO step, numbered from 0. keep: leave a checkpoint of the weights that it starts from."""
     t, config, seed = training, training.context.config, training.context.recipe.seed
     start = time.monotonic()
@@ -139,7 +139,7 @@ def _step(training: Training, writer: MetricsWriter, step: int, *, keep: bool) -
     return metrics
 
 
-def _prepare(context: StageContext[PPOConfig]) -> Training:
+def _prepare(context: StageContext[PPOConfig]) -> PPOTraining:
     """Model, roles, prompts, rewards, sampler and judge, as a run without a checkpoint starts."""
     config, seed = context.config, context.recipe.seed
     backbone = context.backbone()
@@ -159,7 +159,7 @@ def _prepare(context: StageContext[PPOConfig]) -> Training:
     anchor.engine = None if config.rollout.ahead else sampler  # which is busy when the anchor is asked
     rollouts = Rollouts(sampler, POLICY, prompts, config, seed)
     judge = JudgeEvaluation(context, backbone, codec, POLICY) if config.eval_every is not None else None
-    return Training(
+    return PPOTraining(
         context=context,
         backbone=backbone,
         codec=codec,
@@ -175,7 +175,7 @@ def _prepare(context: StageContext[PPOConfig]) -> Training:
     )
 
 
-def _finish(training: Training) -> dict[str, Any]:
+def _finish(training: PPOTraining) -> dict[str, Any]:
     """Write the adapters, what the next task needs, and the summary."""
     context, backbone, previous = training.context, training.backbone, training.previous
     for role in _trained(context.config):
@@ -262,7 +262,7 @@ def _line(step: int, total: int, f: dict[str, float]) -> str:
 
 
 def _write_samples(
-    training: Training, step: int, prompts: list[Prompt], rollout: Rollout, experience: Experience
+    training: PPOTraining, step: int, prompts: list[Prompt], rollout: Rollout, experience: Experience
 ) -> None:
     """A few responses with their scores, so that a person can see what the reward is doing to the text."""
     context = training.context
@@ -276,7 +276,7 @@ def _write_samples(
         append_jsonl(context.files.samples, row | {"score": round(score, 4), "kl": round(kl, 4)})
 
 
-def _resume(training: Training) -> int:
+def _resume(training: PPOTraining) -> int:
     """Go on from the newest checkpoint, if any. Returns the next step; β is the recipe's where that is fixed."""
     context, kl = training.context, training.context.config.kl
     loaded = load_checkpoint(context.folder)
@@ -294,7 +294,9 @@ def _resume(training: Training) -> int:
     return step
 
 
-def _save(training: Training, step: int, moments: Moments, metrics: dict[str, float], rollout: Rollout | None) -> None:
+def _save(
+    training: PPOTraining, step: int, moments: Moments, metrics: dict[str, float], rollout: Rollout | None
+) -> None:
     """Leave a checkpoint after that many steps.
 
     metrics: those of the newest rollout: sampled from these weights, or before the update that made them.

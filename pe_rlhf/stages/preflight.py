@@ -52,11 +52,11 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
     check_inits(recipe)
     prompts, columns = _check_data(recipe, stages)
 
-    from pe_rlhf.stages.model_checks import check_model, check_models_and_judges, check_servers
+    from pe_rlhf.stages.model_checks import check_models_and_judges, check_recipe_model, check_servers
 
     check_models_and_judges(recipe, stages, run_dir, columns)
     open_stages = [stage for stage in stages if stage not in finished]
-    check_model(recipe, open_stages, prompts)
+    check_recipe_model(recipe, open_stages, prompts)
     check_servers(recipe, open_stages)
 
 

@@ -13,7 +13,7 @@ from pe_rlhf.adapters.kind import LayerContext, kind_of
 from pe_rlhf.adapters.kinds.stacked import StackedLoRA, refuse_other_kind, stacked
 from pe_rlhf.adapters.layer import AdapterLayer
 from pe_rlhf.adapters.specs import AdapterSpec
-from pe_rlhf.algo.forgetting import collision_rate, elastic, joined, orthogonality, sparsity
+from pe_rlhf.algo.forgetting import collision_rate, elastic, joined_quadratics, orthogonality, sparsity
 from pe_rlhf.config import AdapterConfig, ContinualConfig, PPOConfig, Recipe
 from pe_rlhf.config.continual import NEW
 from pe_rlhf.model.backbone import Backbone
@@ -267,7 +267,7 @@ def save_fisher(
     """Write the Fisher information of this task and the earlier ones, and what it is around."""
     before = ({}, {}) if previous is None else load_fisher(previous.saved.files.stage, backbone.device)
     weights = {name: p.detach() for name, p in backbone.role_parameters(POLICY).items()}
-    fisher, centre = joined(*before, own, weights, per_task=config.fisher == "per_task")
+    fisher, centre = joined_quadratics(*before, own, weights, per_task=config.fisher == "per_task")
     tensors = with_prefix(FISHER, dict(fisher)) | with_prefix(CENTRE, dict(centre))
     on_main(lambda: save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}, path))
 

@@ -24,7 +24,7 @@ from pe_rlhf.runs.learning_flags import reward_flags
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages.add_roles import REWARD
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.reward_evaluation import RewardEvaluation, evaluate_pairs
+from pe_rlhf.stages.reward_evaluation import RewardEvaluation, score_pairs
 from pe_rlhf.stages.reward_members import (
     Member,
     add_members,
@@ -47,7 +47,7 @@ from reward.losses import pairwise_loss
 
 
 @dataclass
-class Training:
+class RewardTraining:
     """What the steps work with.
 
     Attributes:
@@ -98,7 +98,7 @@ def run(context: StageContext[RewardConfig]) -> dict[str, Any]:
     return _finish(training)
 
 
-def _prepare(context: StageContext[RewardConfig]) -> Training:
+def _prepare(context: StageContext[RewardConfig]) -> RewardTraining:
     """Model, pairs, members and their optimizer, as a run without a checkpoint starts."""
     config, started = context.config, time.monotonic()
     backbone = context.backbone()
@@ -109,10 +109,10 @@ def _prepare(context: StageContext[RewardConfig]) -> Training:
     groups = groups_of(backbone, members, config)
     total_steps = config.epochs * steps_per_epoch
     optimizer = RoleOptimizer(groups, config.optimizer, total_steps, context.deepspeed, context.recipe.seed)
-    return Training(context, backbone, train, held_out, members, optimizer, steps_per_epoch, started)
+    return RewardTraining(context, backbone, train, held_out, members, optimizer, steps_per_epoch, started)
 
 
-def _step(training: Training, step: int, *, keep: bool) -> dict[str, float]:
+def _step(training: RewardTraining, step: int, *, keep: bool) -> dict[str, float]:
     """One step of the optimizer, numbered from 0. keep: leave a checkpoint of the weights that it starts from."""
     t, config = training, training.context.config
     epoch, batch = divmod(step, t.steps_per_epoch)
@@ -129,7 +129,7 @@ def _step(training: Training, step: int, *, keep: bool) -> dict[str, float]:
     return line | {"lr": rates[REWARD], "grad_norm": norms[REWARD], "seconds_step": time.monotonic() - start}
 
 
-def _evaluate(training: Training, steps: int) -> dict[str, float]:
+def _evaluate(training: RewardTraining, steps: int) -> dict[str, float]:
     """The metrics on held-out pairs after that many steps."""
     t, config = training, training.context.config
     t.results = _evaluate_members(t.backbone, t.members, t.held_out, config)
@@ -139,7 +139,7 @@ def _evaluate(training: Training, steps: int) -> dict[str, float]:
     return first.metrics() | together | diversity_metrics(t.backbone, t.members, config)
 
 
-def _finish(training: Training) -> dict[str, Any]:
+def _finish(training: RewardTraining) -> dict[str, Any]:
     """Centre the scores; write the adapters and the summary."""
     t, context, config = training, training.context, training.context.config
     results = t.results or _evaluate_members(t.backbone, t.members, t.held_out, config)
@@ -166,7 +166,7 @@ def _finish(training: Training) -> dict[str, Any]:
 def _evaluate_members(
     backbone: Backbone, members: Sequence[Member], held_out: Pairs, config: RewardConfig
 ) -> list[RewardEvaluation]:
-    return [evaluate_pairs(backbone, held_out, config, role=member.role) for member in members]
+    return [score_pairs(backbone, held_out, config, role=member.role) for member in members]
 
 
 def _centre(backbone: Backbone, members: Sequence[Member], train: Pairs, config: RewardConfig) -> None:
@@ -176,7 +176,7 @@ def _centre(backbone: Backbone, members: Sequence[Member], train: Pairs, config:
     """
     with progress("reward: centring", len(train) * len(members), "pairs") as advance:
         for member in members:
-            mean_score = evaluate_pairs(backbone, train, config, advance, role=member.role).mean_score
+            mean_score = score_pairs(backbone, train, config, advance, role=member.role).mean_score
             backbone.head(member.role).shift(-mean_score)
 
 
@@ -242,7 +242,7 @@ def dropout(backbone: Backbone) -> Iterator[None]:
         backbone.eval()
 
 
-def _resume(training: Training) -> int:
+def _resume(training: RewardTraining) -> int:
     """Go on from the newest checkpoint, if any. Returns the next step."""
     loaded = load_checkpoint(training.context.folder)
     if loaded is None:
@@ -256,7 +256,7 @@ def _resume(training: Training) -> int:
     return step
 
 
-def _save(training: Training, steps: int, now: float) -> None:
+def _save(training: RewardTraining, steps: int, now: float) -> None:
     """Leave a checkpoint after that many steps; now: when the last of them ended."""
     context, loss = training.context, training.held_out_loss
     score = None if loss is None else -loss

@@ -39,7 +39,7 @@ class RewardEvaluation:
         }
 
 
-def evaluate_pairs(
+def score_pairs(
     backbone: Backbone, pairs: Pairs, config: RewardConfig, advance: Advance = no_progress, *, role: str = REWARD
 ) -> RewardEvaluation:
     """Score all pairs; the plain loss, without margin, smoothing or centering. `advance` gets how many were scored.

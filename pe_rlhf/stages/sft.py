@@ -41,7 +41,7 @@ def run(context: StageContext[SFTConfig]) -> dict[str, Any]:
     recipe, config, start = context.recipe, context.config, time.monotonic()
     backbone = load_base(recipe, recipe.model)
     codec = context.codec(backbone)
-    rows = load_rows(context, codec, min(config.max_length, backbone.max_positions or config.max_length))
+    rows = tokenised_rows(context, codec, min(config.max_length, backbone.max_positions or config.max_length))
     spec = AdapterSpec.on(backbone.model, recipe.adapter_for("sft"))
     metrics = _train(context, backbone, rows, spec)
     _write_model(context, backbone, codec.template)
@@ -60,7 +60,7 @@ def _train(
     context: StageContext[SFTConfig], backbone: Backbone, rows: tuple[Dataset, Dataset], spec: AdapterSpec
 ) -> dict[str, Any]:
     """Leave the trained LoRA on the backbone as the role `sft`; returns the metrics for the summary."""
-    from pe_rlhf.stages.sft_trainer import Record, make_trainer, newest_checkpoint, peft_factors
+    from pe_rlhf.stages.sft_trainer import MetricsCallback, make_trainer, newest_checkpoint, peft_factors
 
     config = context.config
     experts = numbers_of_experts(backbone.model, spec.modules)  # PEFT's wrappers hide them later on
@@ -77,7 +77,7 @@ def _train(
             say(f"sft: continuing after step {first_step}")
         metrics = context.metrics(first_step)
         with progress("sft: training", total_steps - first_step, "steps") as advance:
-            record = Record(metrics, stop, advance)
+            record = MetricsCallback(metrics, stop, advance)
             trainer.add_callback(record)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics.close()
@@ -109,7 +109,7 @@ def _write_model(context: StageContext[SFTConfig], backbone: Backbone, template:
         write_merged(backbone, ROLE, context.recipe.backbone, folder, template)
 
 
-def load_rows(context: StageContext[SFTConfig], codec: TextCodec, limit: int) -> tuple[Dataset, Dataset]:
+def tokenised_rows(context: StageContext[SFTConfig], codec: TextCodec, limit: int) -> tuple[Dataset, Dataset]:
     """Tokenised rows to train on and held-out ones. Raises `InputError` where either has no rows."""
     config, ids, labels = context.config, Ragged(), Ragged()
 

@@ -124,7 +124,7 @@ def make_trainer(
     return trainer
 
 
-class Record(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Writes what TRL logs to metrics.jsonl, and ends training on a signal or on a loss that is not finite."""
 
     def __init__(self, metrics: MetricsWriter, stop: StopRequest, advance: Advance) -> None:

@@ -104,6 +104,17 @@ def test_one_name_is_one_file() -> None:
     assert {name: n for name, n in counted.items() if n > (2 if name in stages else 1)} == {}
 
 
+def test_one_name_is_one_class_or_function() -> None:
+    # Each stage has its `run`, each suite its `score`, each program its `main`.
+    counted = Counter(
+        node.name
+        for path in files("pe_rlhf", "reward")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+    )
+    assert {name for name, n in counted.items() if n > 1} == {"run", "score", "main"}
+
+
 def test_reward_knows_nothing_of_pe_rlhf() -> None:
     assert {name for name in importing("pe_rlhf") if name.startswith("reward/")} == set()
 

@@ -18,7 +18,7 @@ from pe_rlhf.comparison.paired_runs import SIGNIFICANT
 from pe_rlhf.comparison.run_result import Analysis, PairResult
 from pe_rlhf.report.charts import legend
 from pe_rlhf.report.format import gibibytes
-from pe_rlhf.report.page import Page, Plot, Section, Table
+from pe_rlhf.report.page import Page, PageSection, Plot, Table
 from pe_rlhf.system.files import write_whole
 
 PAIRS_OPEN = 15  # of more pairs, those in which no difference was found are folded away
@@ -44,15 +44,15 @@ def write_comparison_report(analysis: Analysis, path: Path, *, recipe: str, fact
         kind="comparison",
         facts=facts,
         sections=[
-            Section("Arms", note=overview(analysis), tables=arm_tables(analysis)),
+            PageSection("Arms", note=overview(analysis), tables=arm_tables(analysis)),
             *_findings(analysis),
             _tasks(analysis),
-            Section("Training", legend=keys, plots=_training_plots(analysis)),
-            Section("Win-rate and cost", plots=_outcome_plots(analysis)),
-            Section("What training did to the weights", legend=keys, plots=_weight_plots(analysis)),
-            Section("Failed and unfinished runs", tables=_missing(analysis)),
-            Section("Settings of the arms", tables=[settings] if settings else []),
-            Section("Recipe", code=recipe, folded=True),
+            PageSection("Training", legend=keys, plots=_training_plots(analysis)),
+            PageSection("Win-rate and cost", plots=_outcome_plots(analysis)),
+            PageSection("What training did to the weights", legend=keys, plots=_weight_plots(analysis)),
+            PageSection("Failed and unfinished runs", tables=_missing(analysis)),
+            PageSection("Settings of the arms", tables=[settings] if settings else []),
+            PageSection("Recipe", code=recipe, folded=True),
         ],
     )
     write_whole(path, page.html())
@@ -67,7 +67,7 @@ def overview(analysis: Analysis) -> str:
     return f"{len(analysis.arms)} arms, {len({run.seed for run in analysis.runs})} seeds: {ended} {compared}"
 
 
-def _findings(analysis: Analysis) -> list[Section]:
+def _findings(analysis: Analysis) -> list[PageSection]:
     """The pairs in sentences and numbers; of many, those without a difference are folded away."""
     found = [pair for pair in analysis.pairs if pair.p_holm < SIGNIFICANT]
     others = [pair for pair in analysis.pairs if pair not in found]
@@ -80,16 +80,16 @@ def _findings(analysis: Analysis) -> list[Section]:
     ]
 
 
-def _pairs(title: str, pairs: list[PairResult], measure: str, *, note: str = "", folded: bool = False) -> Section:
+def _pairs(title: str, pairs: list[PairResult], measure: str, *, note: str = "", folded: bool = False) -> PageSection:
     tables = [pair_table(pairs, measure)] if pairs else []
-    return Section(title, note, [pair.sentence for pair in pairs], tables, folded=folded)
+    return PageSection(title, note, [pair.sentence for pair in pairs], tables, folded=folded)
 
 
-def _tasks(analysis: Analysis) -> Section:
+def _tasks(analysis: Analysis) -> PageSection:
     """Every task after every task; empty for a recipe without tasks."""
     note = "Mean over seeds with its 95 % interval. The win-rate of an arm is its average; curves are the last task's."
     tables = task_tables(analysis)
-    return Section("Tasks", note=note if tables else "", tables=tables)
+    return PageSection("Tasks", note=note if tables else "", tables=tables)
 
 
 def _training_plots(analysis: Analysis) -> list[Plot]:

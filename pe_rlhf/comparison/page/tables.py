@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pe_rlhf.comparison.run_result import Analysis, ArmResult, Estimate, PairResult
+from pe_rlhf.comparison.run_result import Analysis, ArmResult, IntervalEstimate, PairResult
 from pe_rlhf.comparison.trajectory import known
 from pe_rlhf.report.format import duration, gibibytes, number, percent
 from pe_rlhf.report.page import Cell, Table
@@ -129,7 +129,7 @@ def setting(chosen: Any) -> str:
     return f"{chosen:g}" if isinstance(chosen, float) else json.dumps(chosen, ensure_ascii=False)
 
 
-def estimate(found: Estimate | None, written: Callable[[float], str]) -> str | Cell:
+def estimate(found: IntervalEstimate | None, written: Callable[[float], str]) -> str | Cell:
     """A number with its interval, as far as they are known."""
     if found is None or not known(found.value):
         return MISSING

@@ -26,7 +26,7 @@ PROMPT_TOKENS, NEW_TOKENS = 24, 8
 TOLERANCE_FP32, TOLERANCE_NARROW = 1e-3, 0.1
 
 
-class Probe:
+class ServerProbe:
     """A prompt of random tokens and the highest id of the vocabulary, which a smaller model does not have."""
 
     def __init__(self, backbone: Backbone, longest_prompt: int, new_tokens: int, temperature: float) -> None:

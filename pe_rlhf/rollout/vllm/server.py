@@ -21,7 +21,7 @@ from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.rollout.interface import checked_rollout
 from pe_rlhf.rollout.vllm.exchange import WeightExchange
 from pe_rlhf.rollout.vllm.http import Response, Server, ServerFault, server_error, together
-from pe_rlhf.rollout.vllm.probe import Probe
+from pe_rlhf.rollout.vllm.probe import ServerProbe
 from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.system.failures import ElsewhereError
@@ -61,7 +61,7 @@ class ServerVLLM:
         self._version, self._tag, self._path = 0, "", Path()
         self._servers = [Server(url, config.timeout) for url in config.urls]
         self._known: Response | None = None  # what a server with the role as it is now answers to the probe
-        self._probe = Probe(backbone, longest_prompt, config.max_new_tokens, config.temperature)
+        self._probe = ServerProbe(backbone, longest_prompt, config.max_new_tokens, config.temperature)
         for server in self._servers:
             self._wait_for(server)
             server.check_length(longest_prompt + config.max_new_tokens)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pe_rlhf.algo.forgetting import collision_rate, elastic, joined, orthogonality, sparsity
+from pe_rlhf.algo.forgetting import collision_rate, elastic, joined_quadratics, orthogonality, sparsity
 
 
 def test_orthogonality_by_hand() -> None:
@@ -50,7 +50,7 @@ def test_several_tasks_are_one_quadratic() -> None:
     for per_task in (True, False):
         fisher, centre = {}, {}
         for f, c in zip(fishers, centres, strict=True):
-            fisher, centre = joined(fisher, centre, {"a": f}, {"a": c}, per_task=per_task)
+            fisher, centre = joined_quadratics(fisher, centre, {"a": f}, {"a": c}, per_task=per_task)
         (found,) = torch.autograd.grad(elastic({"a": theta}, fisher, centre), theta)
         around = centres if per_task else [centres[-1]] * 3
         wanted = sum(f * (theta.detach() - c) for f, c in zip(fishers, around, strict=True))
@@ -58,7 +58,7 @@ def test_several_tasks_are_one_quadratic() -> None:
 
 
 def test_a_weight_that_no_task_cared_about_is_free() -> None:
-    fisher, centre = joined({}, {}, {"a": torch.zeros(2)}, {"a": torch.ones(2)}, per_task=True)
+    fisher, centre = joined_quadratics({}, {}, {"a": torch.zeros(2)}, {"a": torch.ones(2)}, per_task=True)
     assert elastic({"a": torch.tensor([9.0, 9.0])}, fisher, centre).item() == 0
     assert torch.isfinite(centre["a"]).all()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe_rlhf.algo.gae import gae
+from pe_rlhf.algo.gae import generalised_advantages
 
 
 def naive_gae(
@@ -30,7 +30,7 @@ def test_hand_worked_rows_of_two_lengths() -> None:
     rewards_BR = torch.tensor([[1.0, 0.0, 2.0], [2.0, -1.0, nan]])
     values_BR = torch.tensor([[0.5, 1.0, 0.5], [1.0, 0.5, nan]])
     mask_BR = torch.tensor([[True, True, True], [True, True, False]])
-    advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, gamma=0.5, lam=0.5)
+    advantages_BR, returns_BR = generalised_advantages(rewards_BR, values_BR, mask_BR, gamma=0.5, lam=0.5)
     assert advantages_BR.tolist() == [[0.90625, -0.375, 1.5], [0.875, -1.5, 0.0]]
     assert returns_BR.tolist() == [[1.40625, 0.625, 2.0], [1.875, -1.0, 0.0]]
 
@@ -42,7 +42,7 @@ def test_ragged_rows_equal_the_naive_double_loop(gamma: float, lam: float) -> No
     rewards_BR = torch.randn(5, 9, generator=generator)
     values_BR = torch.randn(5, 9, generator=generator)
     mask_BR = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
-    advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, gamma=gamma, lam=lam)
+    advantages_BR, returns_BR = generalised_advantages(rewards_BR, values_BR, mask_BR, gamma=gamma, lam=lam)
     expected_advantages, expected_returns = naive_gae(rewards_BR, values_BR, lengths, gamma, lam)
     for row, length in enumerate(lengths):
         assert advantages_BR[row, :length].tolist() == pytest.approx(expected_advantages[row], abs=1e-5)
@@ -54,12 +54,14 @@ def test_ragged_rows_equal_the_naive_double_loop(gamma: float, lam: float) -> No
 def test_undiscounted_with_lambda_one_returns_are_the_rewards_to_go() -> None:
     rewards_BR = torch.tensor([[0.0, -0.5, 3.0]])
     values_BR = torch.tensor([[7.0, -2.0, 11.0]])
-    _, returns_BR = gae(rewards_BR, values_BR, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=1.0)
+    _, returns_BR = generalised_advantages(
+        rewards_BR, values_BR, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=1.0
+    )
     assert returns_BR.tolist() == [[2.5, 2.5, 3.0]]
 
 
 def test_leaves_its_arguments_alone() -> None:
     rewards_BR, values_BR = torch.ones(1, 2), torch.ones(1, 2)
-    gae(rewards_BR, values_BR, torch.tensor([[True, False]]), gamma=1.0, lam=0.95)
+    generalised_advantages(rewards_BR, values_BR, torch.tensor([[True, False]]), gamma=1.0, lam=0.95)
     assert rewards_BR.tolist() == [[1.0, 1.0]]
     assert values_BR.tolist() == [[1.0, 1.0]]

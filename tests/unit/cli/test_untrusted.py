@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pe_rlhf.report.format import slug
-from pe_rlhf.report.page import Page, Sample, Section, Table, Text, Tile
+from pe_rlhf.report.page import Page, PageSection, Sample, Table, Text, Tile
 from pe_rlhf.rollout.vllm.exchange import WeightExchange
 from pe_rlhf.runs.export import export_role
 from pe_rlhf.runs.layout import RoleFiles
@@ -76,7 +76,7 @@ def test_every_text_of_a_page_is_escaped() -> None:
         facts={SCRIPT: SCRIPT},
         tiles=[Tile(SCRIPT, SCRIPT, SCRIPT)],
         sections=[
-            Section(
+            PageSection(
                 SCRIPT,
                 note=SCRIPT,
                 items=[SCRIPT],

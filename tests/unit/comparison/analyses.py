@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from pe_rlhf.comparison.run_result import Analysis, ArmResult, Estimate, PairResult, Row, RunResult, Status
+from pe_rlhf.comparison.run_result import Analysis, ArmResult, IntervalEstimate, PairResult, Row, RunResult, Status
 
 NAN = math.nan
 STEPS = range(1, 41)
@@ -63,13 +63,13 @@ def arm_result(name: str, position: int = 0, seeds: tuple[int, ...] = (1, 2, 3),
         seeds=list(seeds),
         failed=[],
         reward_accuracy=0.6875,
-        win_rate=Estimate(share, share - 0.1, share + 0.08),
-        win_rate_iqm=Estimate(share - 0.01, share - 0.05, share + 0.05),
-        gold=Estimate(0.551, 0.502, 0.598),
-        reward=Estimate(0.714, 0.655, 0.773),
-        kl=Estimate(4.25, 3.9, 4.6),
-        at_equal_kl=Estimate(0.611, 0.578, 0.644),
-        judge_at_equal_kl=Estimate(0.583, 0.541, 0.625),
+        win_rate=IntervalEstimate(share, share - 0.1, share + 0.08),
+        win_rate_iqm=IntervalEstimate(share - 0.01, share - 0.05, share + 0.05),
+        gold=IntervalEstimate(0.551, 0.502, 0.598),
+        reward=IntervalEstimate(0.714, 0.655, 0.773),
+        kl=IntervalEstimate(4.25, 3.9, 4.6),
+        at_equal_kl=IntervalEstimate(0.611, 0.578, 0.644),
+        judge_at_equal_kl=IntervalEstimate(0.583, 0.541, 0.625),
         peak_mib=6144.0 if name == "full" else 2048.0 + 64 * position,
         seconds_per_step=20.0 if name == "full" else 12.5 + position,
         trainable_parameters=134515008 if name == "full" else 1843201,
@@ -84,7 +84,13 @@ def arm_result(name: str, position: int = 0, seeds: tuple[int, ...] = (1, 2, 3),
 def pair_result(a: str, b: str, p: float = 0.2) -> PairResult:
     verdict = "wins more often than" if p < 0.05 else "cannot be told from"
     return PairResult(
-        a, b, Estimate(-0.042, -0.113, 0.029), p, min(1.0, 2 * p), Estimate(0.333, 0.111, 0.667), f"{a} {verdict} {b}."
+        a,
+        b,
+        IntervalEstimate(-0.042, -0.113, 0.029),
+        p,
+        min(1.0, 2 * p),
+        IntervalEstimate(0.333, 0.111, 0.667),
+        f"{a} {verdict} {b}.",
     )
 
 

@@ -15,7 +15,7 @@ from pe_rlhf.comparison.page import comparison_plots
 from pe_rlhf.comparison.page.comparison_page import overview, write_comparison_report
 from pe_rlhf.comparison.page.comparison_plots import draw_frontier, draw_gold, draw_metric, draw_spectra
 from pe_rlhf.comparison.page.tables import seconds, signed, signed_share
-from pe_rlhf.comparison.run_result import Analysis, ArmResult, Collapse, Estimate, PairResult, Row
+from pe_rlhf.comparison.run_result import Analysis, ArmResult, Collapse, IntervalEstimate, PairResult, Row
 from pe_rlhf.report.charts import Bar, Line
 from pe_rlhf.report.format import gibibytes
 from tests.unit.comparison.analyses import NAN, TWELVE, analysis_of, arm_result, metrics, pair_result, run_result
@@ -211,7 +211,7 @@ def test_costs_are_shares_of_full_tuning_or_of_the_dearest_arm(
 
 
 def test_win_rates_have_their_intervals(drawn: list[dict[str, Any]]) -> None:
-    alone = Estimate(0.54, NAN, NAN)
+    alone = IntervalEstimate(0.54, NAN, NAN)
     arms = [arm_result("a", 5), arm_result("b", 0, win_rate=None), arm_result("c", 2, win_rate=alone)]
     comparison_plots.draw_win_rates(analysis_of("a", "b", "c", arms=arms))
     assert [(bar.text, bar.values, bar.interval) for bar in drawn[0]["bars"]] == [
@@ -245,7 +245,7 @@ def test_an_update_that_is_nothing_or_unknown_has_no_plot(drift: Row) -> None:
 
 # --- what may be missing ---------------------------------------------------------------------------------------------
 
-VOID = Estimate(0.5, NAN, NAN)
+VOID = IntervalEstimate(0.5, NAN, NAN)
 NOTHING: Row = {
     field.name: None
     for field in fields(ArmResult)

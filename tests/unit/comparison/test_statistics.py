@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pe_rlhf.comparison.run_result import Estimate
+from pe_rlhf.comparison.run_result import IntervalEstimate
 from pe_rlhf.comparison.run_statistics import (
     detectable_difference,
     difference_estimate,
@@ -27,15 +27,15 @@ from reward.winrate import bootstrap_interval
 NAN = math.nan
 
 
-def bounds(estimate: Estimate) -> tuple[float, float]:
+def bounds(estimate: IntervalEstimate) -> tuple[float, float]:
     return estimate.low, estimate.high
 
 
-def has_no_bounds(estimate: Estimate) -> bool:
+def has_no_bounds(estimate: IntervalEstimate) -> bool:
     return math.isnan(estimate.low) and math.isnan(estimate.high)
 
 
-def assert_quantiles_of(estimate: Estimate, outcomes: list[float]) -> None:
+def assert_quantiles_of(estimate: IntervalEstimate, outcomes: list[float]) -> None:
     """The bounds are 2.5 % and 97.5 % quantiles of equally likely outcomes, but for the noise of 10 000 draws."""
     for bound, tail in zip(bounds(estimate), (0.025, 0.975), strict=True):
         low, high = np.quantile(outcomes, [tail - 0.006, tail + 0.006], method="inverted_cdf")
@@ -79,7 +79,7 @@ def test_shares_stay_shares() -> None:
 
 
 @pytest.mark.parametrize("function", [seeds_estimate, interquartile_estimate])
-def test_one_run_has_no_interval(function: Callable[[list[float]], Estimate]) -> None:
+def test_one_run_has_no_interval(function: Callable[[list[float]], IntervalEstimate]) -> None:
     assert function([0.7]).value == 0.7
     assert has_no_bounds(function([0.7]))
 

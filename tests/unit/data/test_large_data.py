@@ -17,7 +17,7 @@ from pe_rlhf.config import DataSource
 from pe_rlhf.data import local_files
 from pe_rlhf.data.data_sources import load_rows, streamed
 from pe_rlhf.data.preference_pairs import Pairs, PairTable, PairTokens
-from pe_rlhf.data.row_table import Ragged, Table
+from pe_rlhf.data.row_table import Ragged, RowTable
 from pe_rlhf.data.rows import load_prompt_rows
 from tests.failures import raises
 from tests.runs import write_jsonl
@@ -175,7 +175,7 @@ def test_a_revision_reaches_the_hub(streaming: bool, tmp_path: Path, monkeypatch
 
 
 def test_tables_of_tables() -> None:
-    table = Table.joined([Table(0, int), Table(3, int), [10, 11]])
+    table = RowTable.joined([RowTable(0, int), RowTable(3, int), [10, 11]])
     assert [*table] == [0, 1, 2, 10, 11] == [table[i] for i in range(5)]
     assert [*table[1:4].map(str)] == ["1", "2", "10"]
     assert [*table.take([4, 0, 4])] == [11, 0, 11]

@@ -12,7 +12,7 @@ import pytest
 from scipy.optimize import minimize
 
 from reward.errors import InputError
-from reward.length_control import Rows, fit_l1, length_controlled_win_rate, sigmoid
+from reward.length_control import RegressionRows, fit_l1, length_controlled_win_rate, sigmoid
 from reward.winrate import win_rate
 
 
@@ -50,7 +50,7 @@ def test_the_l1_fit_is_the_optimum_that_scipy_finds(penalty: float) -> None:
         return penalty * float(weight_N @ (np.log1p(np.exp(logit_N)) - y_N * logit_N)) + float(parts.sum())
 
     best = minimize(objective, np.zeros(6), bounds=[(0, None)] * 6, method="L-BFGS-B", options={"ftol": 1e-15})
-    found_K = fit_l1(Rows(x_NK, y_N, weight_N), penalty)
+    found_K = fit_l1(RegressionRows(x_NK, y_N, weight_N), penalty)
     assert found_K == pytest.approx(best.x[:3] - best.x[3:], abs=2e-4)
     assert found_K.any() == (penalty > 0.1)
 

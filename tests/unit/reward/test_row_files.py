@@ -7,27 +7,27 @@ from typing import Any
 
 import pytest
 
-from reward.row_files import number, parse_json, probability, whole
+from reward.row_files import finite_number, parse_json, probability, whole
 from tests.failures import raises
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "nan", " NaN ", "NULL", "None", math.nan])
 def test_an_empty_cell_has_no_number(value: Any) -> None:
-    assert number({"x": value}, "x") is None
-    assert number({"y": 1}, "x") is None
+    assert finite_number({"x": value}, "x") is None
+    assert finite_number({"y": 1}, "x") is None
     assert probability({"x": value}, "x") is None
     assert whole({"x": value}, "x") is None
 
 
 @pytest.mark.parametrize(("value", "found"), [(2, 2.0), (-0.5, -0.5), (" 3e2 ", 300.0), ("7", 7.0), (0, 0.0)])
 def test_a_number_is_one_as_text_too(value: Any, found: float) -> None:
-    assert number({"x": value}, "x") == found
+    assert finite_number({"x": value}, "x") == found
 
 
 @pytest.mark.parametrize("value", [True, False, "x", "1,5", [1], {}, b"1x", 10**400, math.inf, "-inf", "1e999", "nane"])
 def test_what_is_no_finite_number_is_refused(value: Any) -> None:
     with raises("invalid", key="x"):
-        number({"x": value}, "x")
+        finite_number({"x": value}, "x")
 
 
 @pytest.mark.parametrize("value", [-1e-9, 1.0001, "2"])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone, load_backbone
-from pe_rlhf.rollout.hf import HFRollout, sample
+from pe_rlhf.rollout.hf import HFRollout, sample_tokens
 from pe_rlhf.types import Rollout, Sequences
 from tests.tiny import (
     EOS,
@@ -138,7 +138,7 @@ def test_sample_has_the_distribution(vocabulary: int) -> None:
     probabilities_V[torch.rand(vocabulary, generator=generator) < 0.3] = 0
     probabilities_V[: vocabulary // 5] = 0
     uniform_B1 = torch.rand(50_000, 1, generator=generator, dtype=torch.float64)
-    tokens_B1 = torch.cat([sample(probabilities_V.expand(len(u), -1), u) for u in uniform_B1.split(2_000)])
+    tokens_B1 = torch.cat([sample_tokens(probabilities_V.expand(len(u), -1), u) for u in uniform_B1.split(2_000)])
     assert_sampled_from(probabilities_V.double().numpy(), tokens_B1[:, 0].numpy())
 
 
@@ -148,7 +148,7 @@ def test_sample_is_the_inverse_cdf() -> None:
     counts_BV = np.stack([random.multinomial(2**16, random.dirichlet(np.full(700, 0.2))) for _ in range(40)])
     uniform_B = random.integers(0, 2**16, 40) / 2**16
     expected = [int(np.flatnonzero(c.cumsum() > u * 2**16)[0]) for c, u in zip(counts_BV, uniform_B, strict=True)]
-    found_B1 = sample(torch.tensor(counts_BV / 2**16, dtype=torch.float32), torch.tensor(uniform_B)[:, None])
+    found_B1 = sample_tokens(torch.tensor(counts_BV / 2**16, dtype=torch.float32), torch.tensor(uniform_B)[:, None])
     assert found_B1[:, 0].tolist() == expected
 
 
@@ -158,7 +158,7 @@ def test_sample_at_the_edges_stays_inside_the_support(first: int, last: int) -> 
     probabilities_V = torch.zeros(600)
     probabilities_V[[first, last]] = 1 / 3  # a total that is not 1, nor exact
     edges_B1 = torch.tensor([[0.0], [2.0**-60], [1 - 2.0**-53]], dtype=torch.float64)
-    assert sample(probabilities_V.expand(3, -1), edges_B1)[:, 0].tolist() == [first, first, last]
+    assert sample_tokens(probabilities_V.expand(3, -1), edges_B1)[:, 0].tolist() == [first, first, last]
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])

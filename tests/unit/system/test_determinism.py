@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pe_rlhf.rollout.hf import sample
+from pe_rlhf.rollout.hf import sample_tokens
 from pe_rlhf.stages import pipeline
 from pe_rlhf.system.determinism import cumulative, deterministic
 from pe_rlhf.system.failures import TrainingError
@@ -72,7 +72,7 @@ def test_sampling_needs_no_scan_of_floats(monkeypatch: pytest.MonkeyPatch) -> No
     """torch has no deterministic one on CUDA."""
     probabilities_BV = torch.softmax(3 * torch.randn(64, 1000), dim=-1)
     uniform_B1 = torch.rand(64, 1, dtype=torch.float64)
-    expected = sample(probabilities_BV, uniform_B1)
+    expected = sample_tokens(probabilities_BV, uniform_B1)
     values_BN = torch.rand(5, 300, dtype=torch.float64)
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -80,5 +80,5 @@ def test_sampling_needs_no_scan_of_floats(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.Tensor, "cumsum", refuse)
     with deterministic(True):
-        assert torch.equal(sample(probabilities_BV, uniform_B1), expected)
+        assert torch.equal(sample_tokens(probabilities_BV, uniform_B1), expected)
         np.testing.assert_allclose(cumulative(values_BN).numpy(), np.cumsum(values_BN.numpy(), axis=1), rtol=1e-13)
