@@ -102,6 +102,11 @@ class PPOConfig(Section):
         description="settings that differ from the recipe's adapter, for the policy, and for the critic with"
         " value_init: fresh",
     )
+    start: str | None = Field(
+        default=None,
+        description="start the policy as that of a run, or as a PEFT LoRA (a folder or hub id), on a base that stays"
+        " bare and is what the KL is measured to; its rank, alpha and targets hold; default: a fresh adapter",
+    )
     value_adapter: Adapter | None = Field(
         default=None, description="settings of a fresh critic's adapter; default: the policy's"
     )

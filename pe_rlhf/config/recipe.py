@@ -219,6 +219,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _goes_on(self) -> Recipe:
+        for key, section in (("reward", self.reward), ("ppo", self.ppo)):
+            if section is not None and section.start is not None and self.tuning == "full":
+                raise refusal(f"{key}.start", "an adapter is no start for weights of its own; use tuning: adapter")
+        if self.continual is not None and self.continual.previous and self.ppo is not None and self.ppo.start:
+            raise refusal("ppo.start", "continual.previous says what the policy goes on from; leave one out")
         if self.continual is not None and self.tuning == "full":
             raise refusal("continual", "it is about adapters; use tuning: adapter")
         if self.tasks is None and self.continual is not None:

@@ -56,6 +56,11 @@ class RewardConfig(Section):
         default=1024, ge=2, description="longest prompt and response together, tokens; prompts are cut on the left"
     )
     adapter: Adapter | None = Field(default=None, description="settings that differ from the recipe's adapter")
+    start: str | None = Field(
+        default=None,
+        description="go on from the reward adapter of a run, or from a PEFT LoRA (a folder or hub id), also one for"
+        " sequence classification with its score head; its rank, alpha and targets hold; default: a fresh adapter",
+    )
     optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
     learning_rate: float = Field(default=2e-4, gt=0, description="learning rate of adapter and head")
     epochs: Positive = Field(default=1, description="passes over the pairs")
@@ -76,3 +81,9 @@ class RewardConfig(Section):
     keep_checkpoints: Positive = Field(
         default=2, description="newest checkpoints to keep, besides the one with the lowest held-out loss"
     )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> RewardConfig:
+        if self.start is not None and self.ensemble is not None and self.ensemble.members > 1:
+            raise refusal("start", "all members of the ensemble would start the same; leave one out", "conflict")
+        return self

@@ -17,6 +17,7 @@ from pe_rlhf.system.files import read_json
 from reward.errors import InputError
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"  # what PEFT calls a policy and a reward model
 MERGEABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "HRA", "RANDLORA", "MISS", "SHIRA")
 
 
@@ -25,10 +26,10 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file()
 
 
-def base_of(folder: Path, key: str) -> str:
-    """The base that an adapter names. Raises `InputError` for an adapter that is no part of a language model."""
+def base_of(folder: Path, key: str, task: str = CAUSAL_LM) -> str:
+    """The base that an adapter names. Raises `InputError` for an adapter that is no part of a model for that task."""
     said = read_json(folder / ADAPTER_CONFIG)
-    base, kind, task = (said.get(name) for name in ("base_model_name_or_path", "peft_type", "task_type"))
+    base, kind, own = (said.get(name) for name in ("base_model_name_or_path", "peft_type", "task_type"))
     if not isinstance(base, str) or not base or Path(base).expanduser().resolve() == folder.resolve():
         raise InputError(
             f"{key}: {folder / ADAPTER_CONFIG} does not say which model the adapter is of",
@@ -37,9 +38,10 @@ def base_of(folder: Path, key: str) -> str:
             file=folder / ADAPTER_CONFIG,
             fix="write the model's name there as base_model_name_or_path",
         )
-    if str(kind).upper() not in MERGEABLE or task not in (None, "CAUSAL_LM"):
+    if str(kind).upper() not in MERGEABLE or own not in ((None, task) if task == CAUSAL_LM else (task,)):
+        what = "a language model" if task == CAUSAL_LM else "a reward model, which is SEQ_CLS with one label"
         raise InputError(
-            f"{key}: the adapter in {folder} ({kind}, {task}) cannot be merged into a language model",
+            f"{key}: the adapter in {folder} ({kind}, {own}) cannot be merged into {what}",
             kind="conflict",
             key=key,
             file=folder,

@@ -26,7 +26,6 @@ from transformers.utils.generic import ModelOutput
 
 from pe_rlhf.adapters.targets import note_layers_without_effect
 from pe_rlhf.algo.logprobs import pieces_of, token_logprobs
-from pe_rlhf.model.adapter_models import is_adapter
 from pe_rlhf.model.fast.block_checkpointing import BlockCheckpointing
 from pe_rlhf.model.fast.gated_mlp import lighten_mlps
 from pe_rlhf.model.fast.packed_attention import enable_packing, is_packing_enabled, packed_hidden
@@ -45,7 +44,7 @@ from pe_rlhf.model.loading import (
     position_arguments,
     use_sound_attention,
 )
-from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.names import find_adapter, resolve_model
 from pe_rlhf.model.noise import noisy_weights
 from pe_rlhf.model.probes import (
     check_model,
@@ -121,7 +120,7 @@ def load_backbone(
     loaded, own_tokenizer = load(device=find_device(str(device)), quantization=quantization)
     # An adapter's folder is merged into a model, which is what exports have to name as their base.
     source = resolve_model(str(model))
-    name = source if is_adapter(Path(str(model)).expanduser()) else str(model)
+    name = source if find_adapter(str(model)) else str(model)
     backbone = Backbone(loaded, tokenizer or own_tokenizer, name, fast)
     backbone.source = source
     if quantization != "none":

@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pe_rlhf.model.names import check_model_name, model_at_hand, resolve_model
+from pe_rlhf.model.adapter_models import CAUSAL_LM
+from pe_rlhf.model.names import check_model_name, find_adapter, model_at_hand, resolve_model
 from pe_rlhf.model.round_trip import check_round_trip
 from pe_rlhf.model.whole import check_vocabulary, load_whole, loading
 from pe_rlhf.system.progress import console
@@ -82,11 +83,11 @@ def load_causal_lm(
     return model, tokenizer
 
 
-def check_known(name: str, key: str, trust_remote_code: bool) -> None:
+def check_known(name: str, key: str, trust_remote_code: bool, task: str = CAUSAL_LM) -> None:
     """Raise `InputError` for the name of a model that can be seen to be wrong, or for one that is here and has a config
     that cannot be read or code that is not trusted."""
-    check_model_name(name, key)
-    if (path := model_at_hand(name)) is not None:
+    check_model_name(name, key, task)
+    if find_adapter(name) is None and (path := model_at_hand(name)) is not None:
         with loading(name, key):
             AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 

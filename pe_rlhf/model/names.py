@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -29,7 +29,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pe_rlhf.model.adapter_models import ADAPTER_CONFIG, MODEL_CONFIG, base_of, digest_of, is_adapter, merge
+from pe_rlhf.model.adapter_models import (
+    ADAPTER_CONFIG,
+    CAUSAL_LM,
+    MODEL_CONFIG,
+    base_of,
+    digest_of,
+    is_adapter,
+    merge,
+)
 from pe_rlhf.model.whole import load_whole
 from pe_rlhf.system.cache import cache_dir
 from pe_rlhf.system.files import locked, new_folder
@@ -67,7 +75,7 @@ def resolve_model(name: str) -> str:
         return str(_pip_model_dir(name.removeprefix("pip:")))
     if name == TINY_RANDOM_MODEL:
         return str(_cached(TINY_RANDOM_FOLDER, _make_tiny_random))
-    if _looks_local(name) and is_adapter(folder := Path(name).expanduser()):
+    if folder := find_adapter(name, fetch=True):
         base = resolve_model(base_of(folder, "model"))
         return str(_cached(_merged_folder(folder), lambda target: _merge(folder, base, target)))
     return str(Path(name).expanduser().resolve()) if _looks_local(name) else name
@@ -95,7 +103,7 @@ def model_at_hand(name: str) -> str | None:
         folder = TINY_RANDOM_FOLDER if package == name else f"{package}-{PIP_MODELS[package].version}"
         made = cache_dir() / "models" / folder
         return str(made) if (made / MODEL_CONFIG).is_file() else None
-    if _looks_local(name) and is_adapter(folder := Path(name).expanduser()):
+    if folder := find_adapter(name):
         made = cache_dir() / "models" / _merged_folder(folder)
         return str(made) if (made / MODEL_CONFIG).is_file() else None
     return resolve_model(name) if _looks_local(name) else _in_hub_cache(name)
@@ -106,8 +114,31 @@ def _in_hub_cache(name: str) -> str | None:
     return name if isinstance(found, str) else None
 
 
-def check_model_name(name: str, key: str = "model") -> None:
-    """Raise `InputError` for a name that can be seen to be wrong without fetching anything; `key` says where it is."""
+def find_adapter(name: str, *, fetch: bool = False) -> Path | None:
+    """The folder of a PEFT adapter: a directory, or where the hub's files are in the cache; None for all else.
+
+    fetch: ask the hub for an adapter that is not in the cache.
+    """
+    if _looks_local(name):
+        folder = Path(name).expanduser()
+        return folder if is_adapter(folder) else None
+    if not HUB_ID.fullmatch(name) or isinstance(try_to_load_from_cache(name, MODEL_CONFIG), str):
+        return None
+    said = try_to_load_from_cache(name, ADAPTER_CONFIG)
+    if fetch:
+        try:
+            said = hf_hub_download(name, ADAPTER_CONFIG)
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+        except (OSError, ValueError):  # no such file or no such hub: as a model it will be asked for again
+            pass
+    return Path(said).parent if isinstance(said, str) else None
+
+
+def check_model_name(name: str, key: str = "model", task: str = CAUSAL_LM) -> None:
+    """Raise `InputError` for a name that can be seen to be wrong without fetching anything.
+
+    key: where it is named. task: what an adapter has to be for, in PEFT's words.
+    """
     package = name.removeprefix("pip:")
     if package != name and package not in PIP_MODELS:
         known = ", ".join(PIP_MODELS)
@@ -131,8 +162,8 @@ def check_model_name(name: str, key: str = "model") -> None:
         raise InputError(
             f"{key}: there is no directory {name!r}", kind="missing", key=key, file=name, fix=f"did you mean {near!r}?"
         )
-    if _looks_local(name) and is_adapter(folder := Path(name).expanduser()):
-        base = base_of(folder, key)
+    if folder := find_adapter(name):
+        base = base_of(folder, key, task)
         try:
             check_model_name(base, key)
         except InputError as error:

@@ -27,13 +27,21 @@ NAMED, LONGEST_REASON = 3, 500  # tensors that an error names, and characters of
 
 
 def load_whole(
-    kind: Any, path: str, *, name: str, key: str, device: torch.device | None = None, **arguments: Any
+    kind: Any,
+    path: str,
+    *,
+    name: str,
+    key: str,
+    device: torch.device | None = None,
+    new_head: bool = False,
+    **arguments: Any,
 ) -> PreTrainedModel:
     """A model by `kind.from_pretrained`, from safetensors unless it is a GGUF file.
 
     Args:
         name, key: what the user calls the model, and the recipe key that names it, for messages.
         device: where its weights go straight from the file, without a copy in the host's memory; default: the CPU.
+        new_head: whether only the tensors below the head have to be the file's.
 
     Raises `InputError` for what cannot be loaded, and for tensors that are missing, left over, of another shape, or not
     finite.
@@ -49,7 +57,9 @@ def load_whole(
             arguments["device_map"] = {"": device}
         model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
     shapes = (f"{tensor} of {tuple(there)} for {tuple(here)}" for tensor, there, here in found["mismatched_keys"])
-    _refuse(name, key, found["missing_keys"], found["unexpected_keys"], shapes)
+    own = f"{model.base_model_prefix}." if new_head else ""
+    missing, extra = ([n for n in found[keys] if n.startswith(own)] for keys in ("missing_keys", "unexpected_keys"))
+    _refuse(name, key, missing, extra, shapes)
     refuse_not_finite(model.named_parameters(), name, key)
     use_published_attention(model)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from transformers import (
 )
 
 from pe_rlhf.data.codec import TextCodec
-from pe_rlhf.model.loading import longest_sequence
-from pe_rlhf.model.names import check_model_name, resolve_model
-from pe_rlhf.model.whole import check_vocabulary, load_whole, loading
+from pe_rlhf.model.adapter_models import SEQ_CLS, base_of
+from pe_rlhf.model.loading import DTYPES, longest_sequence
+from pe_rlhf.model.names import check_model_name, find_adapter, resolve_model
+from pe_rlhf.model.whole import check_vocabulary, load_adapter_whole, load_whole, loading
 from reward.errors import InputError
 from reward.records import Prompt
 
@@ -101,9 +103,8 @@ class Classifier:
 
 def template_of(name: str, key: str, trust_remote_code: bool = False) -> TextCodec:
     """How a reward model is prompted, without its weights."""
-    check_model_name(name, key)
-    with loading(name, key):
-        return TextCodec(AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code))
+    check_model_name(name, key, SEQ_CLS)
+    return TextCodec(_tokenizer(name, key, trust_remote_code))
 
 
 def by_prompt(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
@@ -117,21 +118,39 @@ def by_prompt(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
 def _load(
     name: str, dtype: torch.dtype | str, device: torch.device, key: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    check_model_name(name, key)
-    path = resolve_model(name)
+    check_model_name(name, key, SEQ_CLS)
+    adapter = find_adapter(name, fetch=True)
+    path = resolve_model(name if adapter is None else base_of(adapter, key, SEQ_CLS))
     with loading(name, key):
         said, _ = PreTrainedConfig.get_config_dict(path)
         labels = said.get("num_labels") or len(said.get("id2label") or ()) or None
         config = AutoConfig.from_pretrained(path, num_labels=1, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(name, key, trust_remote_code)
+    arguments = {"config": config, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    if adapter is not None:
+        arguments |= {"dtype": torch.float32, "new_head": True}  # the adapter has it; summed in fp32
+        plain = load_whole(AutoModelForSequenceClassification, path, name=path, key=key, **arguments)
+        merged: Any = load_adapter_whole(plain, str(adapter), key).merge_and_unload()  # type: ignore[operator]
+        check_vocabulary(merged, tokenizer, name, key)
+        return merged.to(device, DTYPES[dtype] if isinstance(dtype, str) else dtype), tokenizer
     if labels not in (None, 1):
         message = f"{key}: {name!r} has {labels} labels, a reward model has one"
         raise InputError(message, kind="conflict", key=key, file=name)
     # A config may leave out that there is one label, and transformers' default is two: the weights decide.
-    arguments = {"config": config, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     model = load_whole(AutoModelForSequenceClassification, path, name=name, key=key, **arguments)
     check_vocabulary(model, tokenizer, name, key)
     return model, tokenizer
+
+
+def _tokenizer(name: str, key: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or of an adapter's folder; where that has none, its base's."""
+    adapter = find_adapter(name, fetch=True)
+    if adapter is None or (adapter / "tokenizer_config.json").is_file():
+        path = resolve_model(name) if adapter is None else str(adapter)
+    else:
+        path = resolve_model(base_of(adapter, key, SEQ_CLS))
+    with loading(name, key):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def _longest_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

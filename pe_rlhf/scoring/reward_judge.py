@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.model.adapter_models import SEQ_CLS
 from pe_rlhf.model.loading import check_known, find_device
 from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.runs.saved_roles import role_behind, weights_of
@@ -59,7 +60,7 @@ class RewardModelKind:
         # The reward model may be that of the run that asks, whose reward stage has not run yet.
         awaited = run_dir is not None and Path(target).expanduser().resolve().is_relative_to(run_dir.resolve())
         if not awaited and role_behind(target, "reward") is None:
-            check_known(target, "judge.target", settings.trust_remote_code)
+            check_known(target, "judge.target", settings.trust_remote_code, SEQ_CLS)
 
 
 class RewardScores(Protocol):

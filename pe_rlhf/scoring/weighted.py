@@ -15,6 +15,7 @@ from pe_rlhf.algo.running_moments import RunningMoments
 from pe_rlhf.config.reward_source import RewardSource, source_names
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.layout import StageFiles
+from pe_rlhf.runs.peft_roles import load_start
 from pe_rlhf.runs.saved_roles import load_role, role_behind
 from pe_rlhf.scoring.classifier import Classifier, template_of
 from pe_rlhf.scoring.ensemble import EnsembleScorer, find_ensemble, load_average
@@ -220,7 +221,10 @@ def make_scorer(
             kept = files or StageFiles(Path(tempfile.mkdtemp(prefix="pe-rlhf-judged-")))
             scorer = JudgeScorer(source, kept, anchor)
         else:
-            load_role(backbone, new_role(), find_reward(source.adapter, run_dir).folder)
+            if source.adapter in (None, "stage"):
+                load_role(backbone, new_role(), find_reward(source.adapter, run_dir).folder)
+            else:
+                load_start(backbone, new_role(), source.adapter, "ppo.reward.adapter")
             scorer = AdapterScorer(backbone, roles[-1], micro_batch_tokens)
         parts.append(Part(name, scorer, source))
     return WeightedScorer(parts), roles

@@ -19,15 +19,16 @@ from pe_rlhf.adapters.targets import numbers_of_experts, plain_weight
 from pe_rlhf.config import Recipe, SamplerConfig
 from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.data.codec import TextCodec, read_template
+from pe_rlhf.model.adapter_models import SEQ_CLS
 from pe_rlhf.model.loading import check_known, find_device
 from pe_rlhf.model.names import check_model_name, model_at_hand
 from pe_rlhf.model.whole import check_config, loading
 from pe_rlhf.rollout.make import check_installed
+from pe_rlhf.runs.peft_roles import check_start
 from pe_rlhf.scoring.ensemble import find_ensemble
 from pe_rlhf.scoring.judge_scorer import asked_judge, check_against
 from pe_rlhf.scoring.model_judges import check_judge, check_server
 from pe_rlhf.scoring.remote import RemoteScorer, check_columns
-from pe_rlhf.scoring.scorers import find_reward
 from pe_rlhf.scoring.weighted import check_where
 from pe_rlhf.stages.previous_policy import check_adapter, find_previous
 from pe_rlhf.system.progress import say
@@ -58,14 +59,17 @@ def check_models_and_judges(
                 check_against(source, columns[stage])
         if (judge := getattr(section, "judge", None)) is not None:
             check_judge(judge, run_dir)
+    for stage, role in (("reward", "reward"), ("ppo", "policy")):
+        if stage in stages and (start := getattr(recipe, stage).start) is not None:
+            check_start(start, role, f"{stage}.start", recipe.adapter_for(stage))
     if recipe.ppo is not None and "ppo" in stages:
         check_adapter(recipe)
         find_previous(recipe, run_dir or Path())
         for source in recipe.ppo.reward:
             if source.model is not None:
-                check_known(source.model, "ppo.reward.model", source.trust_remote_code)
+                check_known(source.model, "ppo.reward.model", source.trust_remote_code, SEQ_CLS)
             if source.adapter not in (None, "stage"):
-                find_reward(source.adapter, Path())
+                check_start(source.adapter, "reward", "ppo.reward.adapter")
             if source.judge is not None:
                 check_judge(asked_judge(source), run_dir)
             if source.ensemble is not None and source.ensemble not in OWN_STAGE:

@@ -34,6 +34,7 @@ from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
 from pe_rlhf.runs.learning_flags import ppo_flags
 from pe_rlhf.runs.metrics import MetricsWriter, read_metrics
+from pe_rlhf.runs.peft_roles import load_start
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.weighted import Moments, WeightedScorer, make_scorer
 from pe_rlhf.stages.add_roles import add_critic, add_role, critic_start
@@ -200,16 +201,18 @@ def _add_roles(
     start_from: str | None,
     previous: PreviousPolicy | None,
 ) -> RoleOptimizer:
-    """The policy, fresh or from `previous`; the critic from `start_from`, or fresh; the optimizer of both."""
+    """The policy, fresh or from `previous` or `ppo.start`; the critic from `start_from`, or fresh; their optimizer."""
     config = context.config
     # Dropout would make the ratio of new to old policy differ from 1 before the first update.
     adapter = context.recipe.adapter_for("ppo").without_dropout()
     anchor = AnchorRollouts(context, backbone, scorer, codec, prompts, adapter, start_from)
     add_fresh = partial(add_role, context, backbone, POLICY, adapter, anchor.policy_statistics())
-    if previous is None:
-        add_fresh()
-    else:
+    if previous is not None:
         previous.add_policy(adapter, add_fresh)
+    elif config.start is not None:
+        load_start(backbone, POLICY, config.start, "ppo.start", adapter)
+    else:
+        add_fresh()
     if config.has_critic:
         own = context.recipe.adapters_of("ppo")[-1].without_dropout()
         if own != adapter:  # it may need other statistics

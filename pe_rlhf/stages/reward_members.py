@@ -22,6 +22,7 @@ from pe_rlhf.config.adapter import LowRankConfig
 from pe_rlhf.data.preference_pairs import Pairs
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.optim.role_optimizer import RoleGroup
+from pe_rlhf.runs.peft_roles import load_start
 from pe_rlhf.stages.add_roles import REWARD, add_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.init_batches import reward_statistics
@@ -77,8 +78,11 @@ def add_members(
     context: StageContext[RewardConfig], backbone: Backbone, members: Sequence[Member], train: Pairs
 ) -> None:
     """Put the members on the backbone at their initialisation; one that has only other pairs starts as the first."""
-    first = members[0]
+    first, start = members[0], context.config.start
     for member in members:
+        if start is not None:
+            load_start(backbone, member.role, start, "reward.start", member.adapter)
+            continue
         if member is not first and (member.seed, member.adapter) == (first.seed, first.adapter):
             backbone.copy_role(first.role, member.role)
             continue
