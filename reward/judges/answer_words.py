@@ -41,6 +41,7 @@ UNSURE = words(r"""either|whichever|whether|initially|at first|first glance|expe
     |some (?:people|users|may|might|would)|(?:one|you) (?:may|might|could)|others|so (?:is|was|does)
     |(?:could|can|needs? to|has to|have to|should|must) (?:be|do|have been) (?:much |even )?better
     |to (?:decide|determine|choose|see|say)""")
+SCHOOL_GRADE = re.compile(r"(?<![A-Za-z0-9_])[AB][-+−±](?![\w<>=+−-])", re.IGNORECASE)
 GRADE = words(r"(?:grade|score|rating|mark|point|level|part|section|step|type|class)s?")
 # What looks like a negation or a condition, and is none.
 EMPHASIS = words(r"""no doubt|without (?:a |any )?(?:doubt|question|hesitation)|no question|not only|not even close

@@ -8,7 +8,7 @@ An answer is read in three ways, the surest first; within each the last statemen
    is said of one side of quality ("A is more helpful").
 
 What is not a verdict: the article in "A good answer …", a negation, the worse response, a condition, a concession, a
-question. A tie is a statement, too, so that it takes back an earlier verdict.
+question, a school grade such as B- or A+. A tie is a statement, too, so that it takes back an earlier verdict.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from reward.judges.answer_words import (
     RANK,
     REASON,
     SAID,
+    SCHOOL_GRADE,
     STATEMENTS,
     SUBORDINATE,
     THOUGHTS_END,
@@ -71,6 +72,7 @@ def parse_label(text: str) -> str | None:
 def parse_verdict(text: str) -> str | None:
     """A, B or `tie`, as the answer states it; None if it states nothing that could be understood."""
     said = unicodedata.normalize("NFKC", without_thoughts(text)).replace("’", "'").replace("\\_", "_")
+    said = SCHOOL_GRADE.sub("Q", said)
     for read in (_marked, _json, _ranked, _stated, _hinted, _in_chinese):
         if (found := read(said)) is not None:
             return found
@@ -80,7 +82,7 @@ def parse_verdict(text: str) -> str | None:
 def label_alone(line: str) -> str | None:
     """The label of a line that has nothing else: "A", "(b).", "Response A"."""
     found = re.fullmatch(rf"\W*(?:(?:the\W+)?(?:{NOUN})[\W_]*)?([AB])\W*", line, re.IGNORECASE)
-    return found[1].upper() if found and not re.search(r"[?+]|\w-$", line) else None
+    return found[1].upper() if found and not re.search(r"[?+]", line) and not SCHOOL_GRADE.search(line) else None
 
 
 def five_way(text: str) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pe_rlhf.system.progress import say
 from reward.errors import InputError
 from reward.judges.published import Conversation
 from reward.records import Message, Prompt
@@ -15,6 +17,7 @@ from reward.row_files import read_rows
 from reward.summary import Outcome
 
 IDS = ("question_id", "uid", "prompt_id", "instruction")
+ASKED = ("llm", "rating")  # kinds of judges that a template is for
 TURNS = ("turns", "prompt", "instruction")
 
 
@@ -74,15 +77,24 @@ class Suite:
     def set_defaults(self, settings: dict[str, Any], folder: Path | None = None) -> None:
         """Set what the suite says of judge and sampling in settings of `pe-rlhf evaluate` that say nothing of it.
 
-        The judge's template is the published one where the folder has its file.
+        The judge's template is the published one where the folder has its file or, without a folder, the hub.
         """
-        usual = self.judge | ({"template": str(text)} if (text := self._beside(folder, self.judge_texts)) else {})
         settings.setdefault("sampling", {}).setdefault("max_new_tokens", self.max_new_tokens)
         judge: dict[str, Any] = _section(settings["judge"])
         settings["judge"] = judge
         judge["members"] = [_section(member) for member in judge.get("members", ())]
-        for one in (judge, *judge["members"]):
-            one |= {key: value for key, value in usual.items() if key not in one}
+        judges = [judge, *judge["members"]]
+        asking = [one for one in judges if str(one.get("kind")).startswith(ASKED) and "template" not in one]
+        if asking and (text := self._judge_text(folder)) is not None:
+            for one in asking:
+                one["template"] = str(text)
+        elif asking:
+            say(
+                f"warning: --suite {self.name}: the judge is asked in words of this project, so that the score is not"
+                f" the published one's; put {self.judge_texts[0]} into --suite-data (docs/judging.md)"
+            )
+        for one in judges:
+            one |= {key: value for key, value in self.judge.items() if key not in one}
 
     def load(self, folder: Path | None, *, with_answers: bool) -> list[Item]:
         """The questions in their order. Raises `InputError` for a file that is missing or of another form."""
@@ -119,6 +131,15 @@ class Suite:
     def difficulties(self, folder: Path | None) -> Path | None:
         """The file with the instructions' difficulties, if the folder has one."""
         return self._beside(folder, self.difficulty)
+
+    def _judge_text(self, folder: Path | None) -> Path | None:
+        """The file with the judge's published text; None where it is neither in the folder nor on the hub."""
+        if folder is not None:
+            return self._beside(folder, self.judge_texts)
+        for file in (name for name in self.judge_texts if "*" not in name):
+            with suppress(InputError):
+                return self._from_hub(file)
+        return None
 
     @staticmethod
     def _beside(folder: Path | None, patterns: Sequence[str]) -> Path | None:

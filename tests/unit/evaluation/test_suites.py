@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from pe_rlhf.evaluation.suites import SUITES, Item, find_suite
 from reward.judges import Comparison
@@ -207,6 +208,29 @@ def test_settings_of_the_user_go_before_those_of_the_suite() -> None:
     SUITES["arena_hard"].set_defaults(settings)
     assert settings["judge"] == {"kind": "llm:m", "template": "mine.jinja2", "verdict": "text", "members": []}
     assert settings["sampling"] == {"max_new_tokens": 9}
+
+
+def test_the_published_text_comes_from_folder_or_hub_and_its_lack_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def template_of(judge: str, folder: Path | None = None) -> tuple[str, bool]:
+        settings: dict[str, Any] = {"judge": judge}
+        SUITES["mt_bench"].set_defaults(settings, folder)
+        return settings["judge"]["template"], "warning" in capsys.readouterr().err
+
+    (tmp_path / "empty").mkdir()
+    assert template_of("llm:m") == template_of("rating:m", tmp_path / "empty") == ("mt_bench", True)
+    assert template_of("length") == ("mt_bench", False)  # which nobody is asked by
+    repository = tmp_path / "hub" / "spaces--lmsys--mt-bench"
+    text = repository / "snapshots" / ("a" * 40) / "data" / "judge_prompts.jsonl"
+    for folder in (text.parent, repository / "refs"):
+        folder.mkdir(parents=True)
+    text.write_text("{}")
+    (repository / "refs" / "main").write_text("a" * 40)
+    assert template_of("llm:m") == (str(text), False)
 
 
 def test_what_a_suite_lacks_is_named(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ SAID = {
     "A>B": "A", "B < A": "A", "Ranking: [B, A]": "B", "Verdict: Response B > Response A": "B",
     "Ranking:\n1. A\n2. B": "A", "1. Response A\nIt is good.\n2. Response B\nIt is long.\nVerdict: B": "B",
     "Style: A > B\nVerdict: B": "B",
+    "A - it is clearer": "A", "A is better (A- against B+).": "A", "-A": "A", "Verdict: A->B\nB": "B",
     # other languages
     "答案：A": "A", "Antwort: B": "B", "Réponse : A": "A", "Ответ: B": "B", "正解：**B**": "B",
     "La mejor respuesta: A.": "A",
@@ -76,6 +77,8 @@ SAID = {
     "Weaker response: B": None, "A would be better if it were shorter.": None, "If B is better, then say so.": None,
     "Which one is better, A or B?": None, "Some people might say A is better.": None,
     "Response A could be better.": None, "Grade: B": None, "A+": None,
+    "B-": None, "B−.": None, "**A-**": None, "[[B-]]": None, '{"winner": "B-"}': None, "Verdict: B- because": None,
+    "Option A+": None, "A±": None, "A-\nGood work": None, "Response A: A-\nResponse B: B+": None, "not A": None,
     "Response A:\nIt is good.\nResponse B:\nIt is long.": None, "Accuracy: A\nStyle: B": None, "Answer A or B.": None,
     "Response A is less helpful.": None, "Neither A nor B is better.": None, "A is inferior to B": None,
     "Either A is better or B is better.": None, '{"winner": "none"}': None, "A and B are equal": None,
