@@ -129,16 +129,25 @@ def install_trl_ppo() -> Path:
     return target
 
 
-def trl_ppo_command(model: Path, prompts: Path, steps: int) -> list[str]:
+def trl_ppo_command(model: Path, prompts: Path, steps: int, *options: str) -> list[str]:
     """The command that times PPO in TRL 1.12 on the first 16 · `steps` prompts."""
     script = [sys.executable, str(PEERS / "trl_ppo.py"), "--model", str(model)]
-    return ["env", f"PYTHONPATH={install_trl_ppo()}", *script, "--prompts", str(prompts), "--steps", str(steps)]
+    return [
+        "env",
+        f"PYTHONPATH={install_trl_ppo()}",
+        *script,
+        "--prompts",
+        str(prompts),
+        "--steps",
+        str(steps),
+        *options,
+    ]
 
 
-def trl_reward_command(model: Path, pairs: Path, tuning: str, steps: int, micro_batch: int = 4) -> list[str]:
+def trl_reward_command(model: Path, pairs: Path, tuning: str, steps: int, *options: str) -> list[str]:
     """The command that times reward training in the installed TRL; `tuning` is `lora` or `full`."""
     script = [sys.executable, str(PEERS / "trl_reward.py"), "--model", str(model), "--pairs", str(pairs)]
-    return [*script, "--tuning", tuning, "--steps", str(steps), "--micro-batch", str(micro_batch)]
+    return [*script, "--tuning", tuning, "--steps", str(steps), *options]
 
 
 def first_turns(pairs: Path) -> Iterator[str]:

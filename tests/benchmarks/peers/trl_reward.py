@@ -1,4 +1,4 @@
-"""Time the optimizer step of TRL's RewardTrainer: 16 preference pairs, LoRA r 16 or full tuning, fp32 on the CPU.
+"""Time the optimizer step of TRL's RewardTrainer: 16 preference pairs, LoRA r 16 or full tuning, on the CPU.
 
 Pairs longer than 512 tokens are dropped (TRL's own rule for `max_length`) and the rest is read in the order of the
 file, 16 a step. Gradient checkpointing is off: TRL switches it on by default to save memory at the cost of time.
@@ -42,7 +42,7 @@ def build_trainer(args: argparse.Namespace, clock: StepClock, output_dir: str) -
         train_sampling_strategy="sequential",
         max_length=MAX_TOKENS,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=args.dtype == "bfloat16",
         use_cpu=True,
         logging_steps=1,
         save_strategy="no",
@@ -50,7 +50,9 @@ def build_trainer(args: argparse.Namespace, clock: StepClock, output_dir: str) -
         disable_tqdm=True,
     )
     trainer = RewardTrainer(
-        model=AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype=torch.float32),
+        model=AutoModelForSequenceClassification.from_pretrained(
+            args.model, num_labels=1, dtype=getattr(torch, args.dtype)
+        ),
         args=config,
         train_dataset=load_pairs(args.pairs),
         processing_class=AutoTokenizer.from_pretrained(args.model),
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, choices=[1, 2, 4, 8, 16], default=4)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
