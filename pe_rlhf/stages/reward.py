@@ -38,7 +38,7 @@ from pe_rlhf.stages.reward_pairs import load_pairs
 from pe_rlhf.system.distributed import on_main, rank, sum_metrics
 from pe_rlhf.system.failures import Stopped
 from pe_rlhf.system.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
-from pe_rlhf.system.memory import peak_memory
+from pe_rlhf.system.memory import give_memory_back, peak_memory
 from pe_rlhf.system.progress import progress, say
 from pe_rlhf.system.seeding import seeded
 from pe_rlhf.system.stop_signals import stop_requests
@@ -199,6 +199,8 @@ def _gradients(
         rows = optimizer.batches(member.batch(*batch, config.batch_size))[which]
         with seeded(member.seed, "reward dropout", step, rank()):
             line |= accumulate(backbone, optimizer, train, rows, config, member.role)  # the first one's stay
+        if len(members) > 1:  # batches of other lengths would not fit into the pieces that this one leaves
+            give_memory_back()
     return line
 
 

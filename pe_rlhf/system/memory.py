@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,14 +14,18 @@ import torch
 def reset_peak_memory() -> None:
     """Start measuring a stage: give back what the one before freed, and forget its peak where the system can."""
     gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_memory_back()
+    with suppress(OSError):  # not Linux, or not allowed: the peak is then that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # not Linux, or not allowed: the peak is then that of the whole process
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what torch keeps for itself is missing to a vLLM engine on the same card
         torch.cuda.reset_peak_memory_stats()
+
+
+def give_memory_back() -> None:
+    """Return what was freed to the system, where glibc holds it in pieces that are too small for the next pass."""
+    with suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_memory() -> dict[str, float]:
