@@ -146,6 +146,16 @@ MODELS: dict[str, Settings] = {
         "num_kv_shared_layers": 0,
         "global_head_dim": 8,
     },
+    # The last two layers take the keys and values of earlier ones, of their type.
+    "gemma4_text:shared_kv": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 4,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 64,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 8,
+    },
     "glm": {},
     "glm4": {},
     "glm4_moe": EXPERTS | {"first_k_dense_replace": 1},
