@@ -14,19 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from pe_rlhf.comparison.analysis import analyse
+from pe_rlhf.comparison.collect import collect
+from pe_rlhf.comparison.plan import load_plan
+from pe_rlhf.comparison.trials import choose
+from pe_rlhf.config.load import find_recipe
 from tests.paths import ROOT
 
-# Results that are more than one comparison: NAME → module and its options.
-SCRIPTS = {"hh_small": ["tests.benchmarks.hh_small"]} | {
-    name: ["tests.benchmarks.estimators", "--recipe", name]
-    for name in ("compare_estimators", "compare_estimators_small")
-}
+# Results that are more than one comparison: NAME → module.
+SCRIPTS = {"hh_small": "tests.benchmarks.hh_small"}
 BEGIN, END = "<!-- numbers: `make results` writes these -->", "<!-- end of the numbers -->"
 Row = dict[str, Any]
 
@@ -49,13 +52,31 @@ def main() -> None:
 def make(name: str, overrides: list[str], runs: Path, *, only_page: bool) -> int:
     """Run what is missing, and note the commit. Returns the exit code: failed runs are a result too."""
     own = name in SCRIPTS
-    command = SCRIPTS[name] if own else ["pe_rlhf", "compare", name]
+    command = [SCRIPTS[name]] if own else ["pe_rlhf", "compare", name]
     command = [sys.executable, "-m", *command, "--dir", str(runs), *overrides]
     if only_page:
         command += ["--only-page"] if own else ["--only", "report"]
     else:
         note_commit(commits_of(runs))
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    add_second_table(name, overrides, runs)
+    return code
+
+
+def add_second_table(name: str, overrides: list[str], runs: Path) -> None:
+    """Put the result's tables into its summary, where it has a second one."""
+    from tests.benchmarks.second_tables import SECOND_TABLES  # here, since it makes them of this module's parts
+
+    path = runs / "summary.json"
+    if name not in SECOND_TABLES or not path.exists():
+        return
+    plan = load_plan(find_recipe(name), runs, overrides)
+    found = collect(plan, [choose(plan, arm) for arm in plan.arms])
+    second = SECOND_TABLES[name](analyse(plan.base.name, plan.config, found))
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    command = shlex.join(["make", "results", f"NAME={name}", *([f"WITH={shlex.join(overrides)}"] if overrides else [])])
+    told = {"tables": [table(summary), second], "command": command}
+    path.write_text(json.dumps(summary | told), encoding="utf-8")
 
 
 def commits_of(runs: Path) -> Path:
