@@ -9,6 +9,7 @@ import hmac
 import json
 import math
 import queue
+import socket
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -114,10 +115,19 @@ class Handler(BaseHTTPRequestHandler):
 
     server: RewardServer  # type: ignore[assignment]  # a narrower type than the base class has
     protocol_version = "HTTP/1.1"
-    timeout = 600  # seconds for a client that sends nothing
+    timeout = 600  # seconds for a request to arrive whole, however its bytes drip in, and for an answer to be taken
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """No line for each request."""
+
+    def handle_one_request(self) -> None:
+        self._clock = threading.Timer(self.timeout, self.connection.shutdown, [socket.SHUT_RD])
+        self._clock.daemon = True
+        self._clock.start()
+        try:
+            super().handle_one_request()
+        finally:
+            self._clock.cancel()
 
     def do_GET(self) -> None:
         if self.path.rstrip("/") in ("", "/health"):
@@ -130,6 +140,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # what it sends is not read
             return self._send(411 if not length.isdecimal() else 413, _error("a request needs a length, up to 256 MiB"))
         content = self.rfile.read(int(length))
+        self._clock.cancel()
+        if len(content) < int(length):
+            self.close_connection = True
+            return self._send(408, _error(f"the request did not arrive whole within {self.timeout} s"))
         if self.path.rstrip("/") != "/score":
             return self._send(404, _error(f"there is no {self.path}; there are POST /score and GET /health"))
         sent, expected = self.headers.get("Authorization", "").encode(), self.server.expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import tempfile
 import threading
 import time
@@ -21,7 +22,7 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.remote import RemoteScorer
 from pe_rlhf.scoring.reward_judge import reward_scores
-from pe_rlhf.scoring.reward_server import RewardServer
+from pe_rlhf.scoring.reward_server import Handler, RewardServer
 from pe_rlhf.scoring.scorers import AdapterScorer
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.types import Sequences
@@ -360,6 +361,27 @@ def test_a_request_that_is_wrong_is_refused_and_the_server_goes_on(body: bytes, 
         assert httpx.get(f"{server.url}/elsewhere").status_code == 404
         good = httpx.post(f"{server.url}/score", content=json.dumps({"prompts": ["a"], "responses": ["b"]}).encode())
         assert good.json() == {"scores": [0.5]}
+
+
+@pytest.mark.parametrize("start", [b"POST /score HT", b"POST /score HTTP/1.1\r\nContent-Length: 1000\r\n\r\n"])
+def test_a_request_that_drips_in_is_bounded_as_a_whole(start: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte each tenth of the time that a request has: no single wait is too long."""
+    monkeypatch.setattr(Handler, "timeout", 1.0)
+    with serving(lambda prompts, responses, cut: [0.0] * len(prompts)) as server:
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=0.1) as client:
+            client.sendall(start)
+            began, answer = time.monotonic(), b""
+            while time.monotonic() - began < 5:
+                try:
+                    if not (part := client.recv(1000)):
+                        break
+                    answer += part
+                except TimeoutError:
+                    client.sendall(b"x")
+            waited = time.monotonic() - began
+        assert 0.5 < waited < 4
+        assert answer.startswith(b"HTTP/1.1 408") or b"Content" not in start
+        assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_a_score_that_is_not_finite_is_an_error_of_the_server() -> None:
