@@ -121,6 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         """No line for each request."""
 
     def handle_one_request(self) -> None:
+        assert self.timeout is not None  # the base class has it so
         self._clock = threading.Timer(self.timeout, self.connection.shutdown, [socket.SHUT_RD])
         self._clock.daemon = True
         self._clock.start()
