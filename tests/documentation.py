@@ -14,6 +14,7 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"# ([\w/.-]+\.(?:py|yaml))\n")
 NAME_BEFORE = re.compile(r"`([\w.-]+\.jsonl|hosts)`:\n\n\Z")  # JSON has no comments
+OF_A_CHANGED_PACKAGE = ("my_batch_mean.yaml", "my_lengths.yaml")  # recipes of what a page adds to the package
 COMMANDS = ("pe-rlhf ", "python ", "make ", "sbatch ", "pip ")
 
 

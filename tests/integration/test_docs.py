@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.documentation import Block, Command, apply_changes, blocks, commands, words_of
+from tests.documentation import OF_A_CHANGED_PACKAGE, Block, Command, apply_changes, blocks, commands, words_of
 from tests.integration.rollout.serving import serve
 from tests.paths import ROOT
 from tests.runs import Outcome, write_jsonl
@@ -124,6 +124,10 @@ def test_the_files_of_a_run_are_described(readers_folder: Path) -> None:
 # ---- docs/extending.md ----------------------------------------------------------------------------------------------
 
 
+EXTENDS = [c for c in commands() if c.page.name == EXTENDING and c.words[0] == "pe-rlhf"]
+OF_A_CHANGE = [c for c in EXTENDS if c.words[-1] in OF_A_CHANGED_PACKAGE]
+
+
 def examples(folder: Path, *, of_the_package: bool) -> list[Path]:
     """Write the files of the page's examples: those that a user has, or those that go into the package."""
     written = []
@@ -139,7 +143,7 @@ def examples(folder: Path, *, of_the_package: bool) -> list[Path]:
 
 @pytest.mark.parametrize(
     "command",
-    [c for c in commands() if c.page.name == EXTENDING and c.words[0] == "pe-rlhf" and "lengths" not in str(c)],
+    [c for c in EXTENDS if c not in OF_A_CHANGE],
     ids=str,
 )
 def test_the_examples_to_extend_run(command: Command, tmp_path: Path, cli: Cli) -> None:
@@ -148,7 +152,7 @@ def test_the_examples_to_extend_run(command: Command, tmp_path: Path, cli: Cli) 
     assert (ended.code, bool(ended.out)) == (0, True), ended.err
 
 
-def test_the_example_of_a_stage_runs(tmp_path: Path) -> None:
+def test_the_examples_that_change_the_package_run(tmp_path: Path) -> None:
     copy = tmp_path / "checkout"
     for name in ("pe_rlhf", "reward", "recipes", "launch"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -156,10 +160,14 @@ def test_the_example_of_a_stage_runs(tmp_path: Path) -> None:
     examples(tmp_path, of_the_package=False)
     for block in blocks("diff"):
         apply_changes(block, copy)
-    (command,) = [c for c in commands() if c.page.name == EXTENDING and "my_lengths.yaml" in c.words]
-    run(tmp_path, *command.words[1:], root=copy)
-    summary = json.loads((tmp_path / "runs" / "my_lengths" / "lengths" / "summary.json").read_text(encoding="utf-8"))
+    for command in OF_A_CHANGE:
+        run(tmp_path, *command.words[1:], root=copy)
+    runs = tmp_path / "runs"
+    summary = json.loads((runs / "my_lengths" / "lengths" / "summary.json").read_text(encoding="utf-8"))
     assert summary["prompts"] == 4
+    recipe = yaml.safe_load((runs / "my_batch_mean" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["ppo"]["advantage"] == "batch_mean"
+    assert not (runs / "my_batch_mean" / "ppo" / "value").exists()
 
 
 # ---- docs/tutorials -------------------------------------------------------------------------------------------------
