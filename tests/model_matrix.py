@@ -77,17 +77,23 @@ def check(name: str) -> Outcome:
     for role in ("value", "reward"):
         randomise_head(backbone, role)
     expected = {role: oracle(backbone, name, role, sequences) for role in ("policy", "value", "reward")}
-    ways = [{"packing": True}, {"packing": False}, {"packing": False, "gradient_checkpointing": True}]
-    for way in ways if backbone.can_pack else ways[1:]:
-        set_fast(backbone, **{"packing": True, "gradient_checkpointing": False} | way)
-        for role, wanted in expected.items():
-            compare(f"{role} {way}", numbers(backbone, role, sequences), wanted)
-    set_fast(backbone, packing=True, gradient_checkpointing=False)
+    compare_every_way(backbone, sequences, expected)
     reading = check_sampling(backbone, name)
     check_merged(backbone, name, sequences)
     peft = check_peft(backbone, name, sequences)
     trunk = check_trunk(name, sequences)
+    check_own_weights(name, sequences)
     return Outcome("", backbone.can_pack, trunk, reading, peft, *without_adapter(backbone))
+
+
+def compare_every_way(backbone: Backbone, sequences: Sequences, expected: dict[str, dict[str, Tensor]]) -> None:
+    """What roles compute packed and padded, each with and without computing blocks again in the backward pass."""
+    for packing in (True, False) if backbone.can_pack else (False,):
+        for again in (False, True):
+            set_fast(backbone, packing=packing, gradient_checkpointing=again)
+            for role, wanted in expected.items():
+                compare(f"{role}, packed {packing}, again {again}", numbers(backbone, role, sequences), wanted)
+    set_fast(backbone, packing=True, gradient_checkpointing=False)
 
 
 def without_adapter(backbone: Backbone) -> tuple[str, str]:
@@ -152,6 +158,20 @@ def oracle(backbone: Backbone, name: str, role: str, sequences: Sequences) -> di
     model, weights = with_delta(backbone, name, role)
     for weight in weights.values():
         weight.requires_grad_()
+    result = row_by_row(model, decoder_of(model), backbone, role, sequences)
+    state, scale = backbone.role_state(role), scale_of(backbone.adapter_spec(role).settings)  # type: ignore[arg-type]
+    for module_name, weight in weights.items():
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        G_OI = gradient.mT if is_in_out(place(model, module_name)[0]) else gradient
+        result[f"{module_name}.lora_A"] = scale * state[f"{module_name}.lora_B"].mT @ G_OI
+        result[f"{module_name}.lora_B"] = scale * G_OI @ state[f"{module_name}.lora_A"].mT
+    return result
+
+
+def row_by_row(
+    model: torch.nn.Module, decoder: torch.nn.Module, backbone: Backbone, role: str, sequences: Sequences
+) -> dict[str, Tensor]:
+    """What a plain model says of each row, with a role's head; the gradients of its weights are left in them."""
     found, entropies = [], []
     for prompt, response in rows_of(sequences):
         ids_1T = torch.tensor([prompt + response])
@@ -160,20 +180,13 @@ def oracle(backbone: Backbone, name: str, role: str, sequences: Sequences) -> di
             found.append(logprobs_TV[torch.arange(len(response)), torch.tensor(response)])
             entropies.append(-(logprobs_TV.exp() * logprobs_TV).sum(-1)[: len(response)].detach())
             continue
-        hidden_TH = decoder_of(model)(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+        hidden_TH = decoder(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
         head = backbone.head(role)
         numbers_T = hidden_TH @ head.weight.detach() + head.bias.detach()
         found.append(numbers_T[len(prompt) - 1 : -1] if role == "value" else numbers_T[-1:])
     numbers_N = torch.cat(found)
     numbers_N.sum().backward()
-    state, scale = backbone.role_state(role), scale_of(backbone.adapter_spec(role).settings)  # type: ignore[arg-type]
-    result = {"numbers": numbers_N.detach()} | ({"entropies": torch.cat(entropies)} if entropies else {})
-    for module_name, weight in weights.items():
-        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        G_OI = gradient.mT if is_in_out(place(model, module_name)[0]) else gradient
-        result[f"{module_name}.lora_A"] = scale * state[f"{module_name}.lora_B"].mT @ G_OI
-        result[f"{module_name}.lora_B"] = scale * G_OI @ state[f"{module_name}.lora_A"].mT
-    return result
+    return {"numbers": numbers_N.detach()} | ({"entropies": torch.cat(entropies)} if entropies else {})
 
 
 def numbers(backbone: Backbone, role: str, sequences: Sequences) -> dict[str, Tensor]:
@@ -196,9 +209,10 @@ def numbers(backbone: Backbone, role: str, sequences: Sequences) -> dict[str, Te
 
 def compare(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys(), what
-    largest = max(float(t.abs().max()) for key, t in expected.items() if ".lora_" in key)
+    gradients = expected.keys() - {"numbers", "entropies"}
+    largest = max(float(expected[key].abs().max()) for key in gradients)
     for key, wanted in expected.items():
-        size = largest if ".lora_" in key else max(1.0, float(wanted.abs().max()))
+        size = largest if key in gradients else max(1.0, float(wanted.abs().max()))
         error = float((found[key] - wanted).abs().max())
         assert error <= 5 * TOLERANCE * size, f"{what}: {key} differs by {error:.2g}, where the largest is {size:.2g}"
 
@@ -261,13 +275,32 @@ def check_trunk(name: str, sequences: Sequences) -> bool:
     set_fast(backbone, trunk_cache_mib=64)
     backbone = load_backbone(backbone.model, fast=backbone.fast)
     add_roles(backbone, last_layers=1)
-    for role in ("policy", "value"):
+    for role in ("policy", "value", "reward"):
         perturb(backbone, role, 0.1)
-    randomise_head(backbone, "value")
+    for role in ("value", "reward"):
+        randomise_head(backbone, role)
     backbone.compute_once(sequences, token_budget=40)
-    for role in ("policy", "value"):
+    for role in ("policy", "value", "reward"):
         compare(f"{role} on a trunk", numbers(backbone, role, sequences), oracle(backbone, name, role, sequences))
     return len(backbone._trunk) > 0
+
+
+def check_own_weights(name: str, sequences: Sequences) -> None:
+    """A policy and a critic that are tuned whole, against plain models with the same weights."""
+    backbone = load_backbone(build(name))
+    expected = {}
+    for role in ("policy", "value"):
+        backbone.add_own_weights(role)
+        perturb(backbone, role, 0.02)
+    randomise_head(backbone, "value")
+    for role in ("policy", "value"):
+        model = plain(name).requires_grad_(True)
+        tuned = model if role == "policy" else decoder_of(model)
+        tuned.load_state_dict(backbone.own_models[role].state_dict())
+        expected[role] = row_by_row(model, decoder_of(model), backbone, role, sequences)
+        for key, parameter in tuned.named_parameters():
+            expected[role][f"model.{key}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    compare_every_way(backbone, sequences, expected)
 
 
 def same(what: str, found: Tensor, expected: Tensor) -> None:
@@ -279,8 +312,9 @@ def same(what: str, found: Tensor, expected: Tensor) -> None:
 
 HEAD = """# Models
 
-Each row is a tiny random model of that type. Log-probs, entropies, values, scores, their gradients, sampling, the
-merged checkpoint and the export to PEFT are compared with plain transformers, row by row, in every run of the tests.
+Each row is a tiny random model of that type. Log-probs, entropies, values, scores, their gradients (of adapters and of
+roles that are tuned whole), sampling, the merged checkpoint and the export to PEFT are compared with plain
+transformers, row by row, in every run of the tests.
 `tests/model_matrix.py` writes this page.
 
 - **Packed**: no padding is computed, and a start that rows share is computed once. Other models compute padded rows,
