@@ -102,7 +102,7 @@ def _evaluate_prompts(
         "baseline": side_of("baseline", baseline, asked, settings, anchor_of=trained),
     }
     refuse_different_prompting(sides["candidate"].prompting, sides["baseline"].prompting, settings)
-    asked, sides = without_too_long(asked, sides, settings)
+    asked, sides = without_too_long(asked, sides, settings, [] if run is None else run.ppo.reward)
     folder = out or Path("evaluations") / "-".join(map(slug, (candidate, "vs", baseline, settings.judge.kind)))
     claim_evaluation(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,8 @@ from torch import Tensor
 from pe_rlhf.config import PPOConfig
 from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.data.prompt_order import PromptSet
-from pe_rlhf.data.rows import load_prompt_rows
 from pe_rlhf.evaluation.best_of import BestOf, best_of
-from pe_rlhf.evaluation.prompting import Prompting
+from pe_rlhf.evaluation.prompting import Prompting, columns_of
 from pe_rlhf.evaluation.responses import rows_of
 from pe_rlhf.evaluation.sources import find_policy, prompted_codec
 from pe_rlhf.model.backbone import Backbone
@@ -81,7 +80,7 @@ def best_of_run(
 
     Both go on from a file in `folder` after an interruption.
     """
-    columns = _columns(prompts, settings)
+    columns = columns_of(prompts, settings)
     identity = [n, run.identity, settings.sampler.model_dump(), settings.seed, prompting.template, prompting.arguments]
     rows = rows_of(
         EvaluationFiles(folder).responses("best_of"),
@@ -142,13 +141,3 @@ def _kl(backbone: Backbone, sequences: Sequences, temperature: float, budget: in
 
     policy_BR, anchor_BR = (for_each_token(backbone, role, sequences, budget, compute) for role in (POLICY, ANCHOR))
     return (policy_BR - anchor_BR).sum(dim=1).tolist()
-
-
-def _columns(prompts: Sequence[Prompt], settings: EvaluationSettings) -> Columns:
-    """The other columns of the prompts' rows, of which some may have been left out."""
-    if settings.prompts is None:
-        return {}
-    rows, _ = load_prompt_rows(settings.prompts, "--prompts", lambda row: row, settings.max_bad_share)
-    following = iter(rows)
-    mine = [next(row.columns for row in following if row.prompt == prompt) for prompt in prompts]
-    return {name: [row.get(name) for row in mine] for name in dict.fromkeys(name for row in mine for name in row)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.rows import load_prompt_rows
 from pe_rlhf.model.loading import longest_sequence
 from pe_rlhf.model.names import resolve_model
 from pe_rlhf.model.whole import loading
 from pe_rlhf.runs.layout import RoleFiles
 from pe_rlhf.runs.saved_roles import SavedRole
 from reward.errors import InputError
-from reward.records import Prompt
+from reward.records import Columns, Prompt
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,13 @@ def refuse_different_prompting(
             fix="give candidate_template=…, baseline_template=…, chat_template_kwargs=… and date=…, or allow it by"
             " different_templates=true",
         )
+
+
+def columns_of(prompts: Sequence[Prompt], settings: EvaluationSettings) -> Columns:
+    """The other columns of the prompts' rows, of which some may have been left out."""
+    if settings.prompts is None:
+        return {}
+    rows, _ = load_prompt_rows(settings.prompts, "--prompts", lambda row: row, settings.max_bad_share)
+    following = iter(rows)
+    mine = [next(row.columns for row in following if row.prompt == prompt) for prompt in prompts]
+    return {name: [row.get(name) for row in mine] for name in dict.fromkeys(name for row in mine for name in row)}

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config.evaluate import EvaluationSettings
+from pe_rlhf.config.reward_source import RewardSource
 from pe_rlhf.data.rows import say_bad_rows
-from pe_rlhf.evaluation.prompting import Prompting, own_tokenizer, prompting_of
+from pe_rlhf.evaluation.prompting import Prompting, columns_of, own_tokenizer, prompting_of
 from pe_rlhf.evaluation.sources import (
     ResponseSource,
     base_of_adapter,
@@ -31,12 +32,13 @@ from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.runs.own_output import content_hash, refuse_other_question
 from pe_rlhf.runs.saved_roles import SavedRole, is_endpoint, weights_of
 from pe_rlhf.scoring.model_judges import ask_judge
+from pe_rlhf.scoring.reward_templates import prompt_check
 from pe_rlhf.system.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from pe_rlhf.system.progress import progress, say
 from reward.asking import Pair
 from reward.errors import InputError
 from reward.judges import Judge
-from reward.records import Prompt, parse_rows
+from reward.records import NO_COLUMNS, Prompt, parse_rows
 from reward.summary import summarise
 
 Summary = dict[str, Any]
@@ -86,18 +88,24 @@ def side_of(
 
 
 def without_too_long(
-    prompts: list[Prompt], sides: dict[str, Side], settings: EvaluationSettings
+    prompts: list[Prompt],
+    sides: dict[str, Side],
+    settings: EvaluationSettings,
+    rewards: Sequence[RewardSource] = (),
 ) -> tuple[list[Prompt], dict[str, Side]]:
     """The prompts that every local side takes, as a run's evaluate stage does it, and the sides with outputs for them.
 
-    Raises `InputError` where none is left, and where templates refuse more than `max_bad_share` of them.
+    The templates of the `rewards`' models and of the judge's take them, too. Raises `InputError` where none is left,
+    and where templates refuse more than `max_bad_share` of them.
     """
+    check, columns = prompt_check(rewards, settings.judge), columns_of(prompts, settings) if rewards else NO_COLUMNS
     local = [side.prompting for side in sides.values() if side.prompting is not None]
     new_tokens = settings.sampling.max_new_tokens
 
     def looked_at(row: Mapping[str, object]) -> tuple[int, bool]:
         number = row["number"]
         assert isinstance(number, int)
+        check(prompts[number], {name: values[number] for name, values in columns.items()})
         return number, all(prompting.takes(prompts[number], new_tokens) for prompting in local)
 
     numbered = ({"number": number} for number in range(len(prompts)))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pe_rlhf.config.evaluate import RewardEvaluationSettings
-from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.rows import load_preferences, say_bad_rows
 from pe_rlhf.report.evaluation_page import write_reward_report
 from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.runs.own_output import content_hash, refuse_other_question
 from pe_rlhf.runs.saved_roles import weights_of
 from pe_rlhf.scoring.reward_judge import RewardScores, load_rewards
+from pe_rlhf.scoring.reward_templates import template_check
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.files import write_json, write_whole
 from pe_rlhf.system.progress import progress
@@ -24,7 +24,7 @@ from reward.agreement import agreement
 from reward.errors import InputError
 from reward.judges import score_responses
 from reward.pair_metrics import ScoredPair, reward_metrics
-from reward.records import PreferenceRecord, parse_rows
+from reward.records import PreferenceRecord, Prompt, parse_rows
 
 
 def evaluate_reward_model(
@@ -54,9 +54,10 @@ def evaluate_reward_model(
     }
     refuse_other_question(EvaluationFiles(folder).summary, asked)
     kept, of_models = [*range(len(records))], list[dict[int, tuple[float, float]]]()
+    for name in models:  # all of them before the first one scores, which may take hours
+        kept = _readable(records, kept, template_check(name, "MODEL"), share)
     for name in models:
-        _, codec, function = load_rewards(name, dtype, device, as_trained=True)
-        kept = _readable(records, kept, codec, share)
+        _, _, function = load_rewards(name, dtype, device, as_trained=True)
         scores = _scores(function, [records[i] for i in kept], name, batch_size)
         of_models.append(dict(zip(kept, scores, strict=True)))
     margins: list[list[float]] = []
@@ -81,14 +82,14 @@ def evaluate_reward_model(
 
 
 def _readable(
-    records: Sequence[PreferenceRecord], numbers: Sequence[int], codec: TextCodec, max_bad_share: float
+    records: Sequence[PreferenceRecord], numbers: Sequence[int], check: Callable[[Prompt], None], max_bad_share: float
 ) -> list[int]:
-    """Those of the pairs whose prompt the chat template takes. Raises `InputError` where it refuses too many."""
+    """Those of the pairs whose prompt a chat template takes. Raises `InputError` where it refuses too many."""
 
     def read(row: Mapping[str, object]) -> int:
         number = row["number"]
         assert isinstance(number, int)
-        codec.render(records[number].prompt)
+        check(records[number].prompt)
         return number
 
     numbered = ({"number": number} for number in numbers)

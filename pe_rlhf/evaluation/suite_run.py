@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.evaluation.prompting import refuse_different_prompting
@@ -12,8 +12,10 @@ from pe_rlhf.evaluation.responses import Side, responses_of, side_of
 from pe_rlhf.evaluation.suites import Item
 from pe_rlhf.evaluation.suites.suite import answers_in
 from pe_rlhf.runs.layout import EvaluationFiles
+from pe_rlhf.scoring.reward_templates import prompt_check
 from reward.asking import Pair
 from reward.errors import InputError
+from reward.records import Prompt, parse_rows
 
 
 def suite_pairs(
@@ -25,8 +27,12 @@ def suite_pairs(
 ) -> list[Pair]:
     """A pair for each turn of each item; `baseline` is None for the answers that the suite has.
 
-    Turns of one item share a position: they are not independent.
+    Turns of one item share a position: they are not independent. Raises `InputError` where the template of the judge's
+    reward model refuses more than `max_invalid_share` of the first turns, and of `side_of`.
     """
+    check = prompt_check(judge=settings.judge)
+    rows, share = ({"prompt": item.question(0)} for item in items), settings.max_invalid_share
+    parse_rows(rows, lambda row: check(cast(Prompt, row["prompt"]), {}), "the suite", share, "--suite")
     said = {"candidate": [[] for _ in items], "baseline": [[] for _ in items]}
     known = {"candidate": _finished(candidate, items), "baseline": _finished(baseline, items)}
     pairs: list[Pair] = []

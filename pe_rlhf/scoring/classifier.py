@@ -101,12 +101,6 @@ class Classifier:
         return self.model(**{n: t.to(self.model.device) for n, t in batch.items()}).logits[:, 0].float().cpu()
 
 
-def template_of(name: str, key: str, trust_remote_code: bool = False) -> TextCodec:
-    """How a reward model is prompted, without its weights."""
-    check_model_name(name, key, SEQ_CLS)
-    return TextCodec(_tokenizer(name, key, trust_remote_code))
-
-
 def by_prompt(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     """The numbers of the rows of each prompt."""
     groups: dict[str, list[int]] = {}
@@ -125,7 +119,7 @@ def _load(
         said, _ = PreTrainedConfig.get_config_dict(path)
         labels = said.get("num_labels") or len(said.get("id2label") or ()) or None
         config = AutoConfig.from_pretrained(path, num_labels=1, trust_remote_code=trust_remote_code)
-    tokenizer = _tokenizer(name, key, trust_remote_code)
+    tokenizer = tokenizer_of(name, key, trust_remote_code)
     arguments = {"config": config, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if adapter is not None:
         arguments |= {"dtype": torch.float32, "new_head": True}  # the adapter has it; summed in fp32
@@ -142,7 +136,7 @@ def _load(
     return model, tokenizer
 
 
-def _tokenizer(name: str, key: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def tokenizer_of(name: str, key: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or of an adapter's folder; where that has none, its base's."""
     adapter = find_adapter(name, fetch=True)
     if adapter is None or (adapter / "tokenizer_config.json").is_file():

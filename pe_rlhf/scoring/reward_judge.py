@@ -15,6 +15,7 @@ from pe_rlhf.model.loading import check_known, find_device
 from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.runs.saved_roles import role_behind, weights_of
 from pe_rlhf.scoring.classifier import Classifier, by_prompt
+from pe_rlhf.scoring.reward_templates import NAME_IT, template_check
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from reward.judges import Judge
@@ -24,7 +25,6 @@ from reward.judges.reward_model import reward_model_judge
 from reward.records import Prompt
 
 MICRO_BATCH_TOKENS = 1024
-NAME_IT = "name a run's directory or a model: reward_model:RUN"
 
 
 class RewardModelKind:
@@ -40,6 +40,7 @@ class RewardModelKind:
         fixed = getattr(getattr(model, "model", model), "is_quantized", False)
         guest = Guest(model, torch.device("cpu") if fixed else find_device(settings.device))
         guest.rest()
+        check = template_check(target, "judge.target", trust)
 
         def scores(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
             if not fixed:
@@ -48,7 +49,7 @@ class RewardModelKind:
 
         def refusal(prompt: Prompt) -> str | None:
             try:
-                codec.check(prompt)
+                check(prompt)
             except InputError as error:
                 return str(error)
             return None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from pe_rlhf.config.reward_source import RewardSource, source_names
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.peft_roles import load_start
-from pe_rlhf.runs.saved_roles import load_role, role_behind
-from pe_rlhf.scoring.classifier import Classifier, template_of
+from pe_rlhf.runs.saved_roles import load_role
+from pe_rlhf.scoring.classifier import Classifier
 from pe_rlhf.scoring.ensemble import EnsembleScorer, find_ensemble, load_average
 from pe_rlhf.scoring.judge_scorer import AnchorResponses, JudgeScorer, check_against
 from pe_rlhf.scoring.remote import RemoteScorer, check_columns
@@ -25,7 +24,6 @@ from pe_rlhf.scoring.scorers import AdapterScorer, FunctionScorer, ModelScorer, 
 from pe_rlhf.system.distributed import on_main
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
-from reward.judges.judge_registry import judge_settings
 from reward.records import NO_COLUMNS, Columns, Prompt
 
 Moments = dict[str, list[float]]  # by the name of the source: count, mean, sum of squares
@@ -143,27 +141,6 @@ def check_where(sources: Sequence[RewardSource], columns: Collection[str]) -> No
                 key=f"ppo.reward.{number}.where",
                 fix="the column `source` is that of prompts: {mix: …}" if missing[0] == "source" else None,
             )
-
-
-def prompt_check(sources: Sequence[RewardSource]) -> Callable[[Prompt, Mapping[str, Any]], None]:
-    """What raises `InputError` for a prompt, with its columns, that the template of a source's model refuses."""
-    key = "ppo.reward.model"
-    named = [(source, source.model, source.trust_remote_code) for source in sources if source.model is not None]
-    for source in sources:
-        judge = None if source.judge is None else judge_settings(source.judge)
-        if judge is not None and judge.kind == "reward_model" and role_behind(judge.target or "", "reward") is None:
-            named.append((source, judge.needed_target("name it"), judge.trust_remote_code))
-    readers = [(source.where, name, template_of(name, key, trust)) for source, name, trust in named]
-
-    def check(prompt: Prompt, columns: Mapping[str, Any]) -> None:
-        for where, name, codec in readers:
-            if all(columns.get(column) == value for column, value in where.items()):
-                try:
-                    codec.check(prompt)
-                except InputError as error:
-                    raise error.at(f"the reward model {name}") from error
-
-    return check
 
 
 def make_scorer(

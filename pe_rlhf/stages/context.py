@@ -27,7 +27,7 @@ from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import codec_of, load_base, starting_model
-from pe_rlhf.scoring.weighted import prompt_check
+from pe_rlhf.scoring.reward_templates import prompt_check
 from pe_rlhf.system.distributed import on_main, world_size
 from pe_rlhf.system.progress import Advance, say
 from pe_rlhf.types import Rollout
@@ -178,8 +178,9 @@ class StageContext(Generic[C]):
 
         shapes: dict[tuple[str, ...], tuple[str, ...]] = {}  # one object for all rows with the same columns
 
-        ppo = self.recipe.ppo
-        check = prompt_check(ppo.reward if ppo is not None and section in ("ppo", "evaluate") else ())
+        ppo, settings = self.recipe.ppo, getattr(self.recipe, section)
+        rewards = ppo.reward if ppo is not None and section in ("ppo", "evaluate") else ()
+        check = prompt_check(rewards, getattr(settings, "judge", None))
 
         def encode(row: PromptRow) -> Kept:
             if not (ids := codec.encode_prompt(row.prompt)):
@@ -198,7 +199,7 @@ class StageContext(Generic[C]):
                 say(f"{where}: left out {len(pairs) - len(kept)} of {len(pairs)} prompts, longer than {limit} tokens")
             return kept
 
-        share = getattr(getattr(self.recipe, section), "max_bad_share", MAX_BAD_SHARE)
+        share = getattr(settings, "max_bad_share", MAX_BAD_SHARE)
         kept, bad = load_prompt_rows(source, key, encode, share, fitting)
         note_bad_rows(self.files.left_out(key), key, bad)
         rows = RowTable(len(kept), lambda i: kept[i][0]())  # read again when a step takes them

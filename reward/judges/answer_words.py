@@ -130,6 +130,17 @@ LOSER = re.compile(
     re.IGNORECASE,
 )
 
+_SCORE = "(?:score|rating|points|grade|mark)s?"
+# Keys of JSON that hold a response's score, a path of words: `score a`, `response b score`, `scores a`.
+SCORE_OF = re.compile(
+    rf"\b{_SCORE}(?: (?:of|for))?(?: {NOUN})? ?([AB])$|\b(?:{NOUN} )?([AB]) {_SCORE}$", re.IGNORECASE
+)
+# "<A>: 7/10" or "Score of <A>: 7".
+SCORE_IN_PROSE = re.compile(
+    rf"{LABEL}(?: {_SCORE})?\W{{0,3}}(\d+(?:\.\d+)?) ?/ ?\d+|\b{_SCORE}(?: (?:of|for))? {LABEL} ?[:=] ?(\d+(?:\.\d+)?)",
+    re.IGNORECASE,
+)
+
 CHINESE_NOUN = "回答|答案|回复|答复|响应|助手|选项|模型"
 CHINESE_BETTER = re.compile(
     rf"<([AB])>的?(?:{CHINESE_NOUN})?(?:明显|显然|总体上|整体上|稍微|略)?(?:更好|更优|更佳|较好|较优|胜出|获胜|略胜|优于|好于|胜过)"

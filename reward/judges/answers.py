@@ -5,7 +5,8 @@ An answer is read in three ways, the surest first; within each the last statemen
 1. Marks that only a verdict has: `[[A]]`, `[[A>>B]]` and the other labels of Arena-Hard, `\boxed{A}`, a JSON object.
 2. Statements: a label by itself on the first or last line, "the better one is A", "B wins", "I prefer A", "Verdict: A".
 3. Lines that end in a colon and a label, in any language, where all of them agree; in an answer of one sentence, what
-   is said of one side of quality ("A is more helpful").
+   is said of one side of quality ("A is more helpful"); a sentence of another language that is nothing but a verdict.
+4. One score for each: "A: 7/10", "Score B: 4", a JSON object with `score_a` and `score_b`. Equal ones are a tie.
 
 What is not a verdict: the article in "A good answer …", a negation, the worse response, a condition, a concession, a
 question, a school grade such as B- or A+. A tie is a statement, too, so that it takes back an earlier verdict.
@@ -45,6 +46,8 @@ from reward.judges.answer_words import (
     REASON,
     SAID,
     SCHOOL_GRADE,
+    SCORE_IN_PROSE,
+    SCORE_OF,
     STATEMENTS,
     SUBORDINATE,
     THOUGHTS_END,
@@ -52,6 +55,7 @@ from reward.judges.answer_words import (
     TIED,
     UNSURE,
 )
+from reward.judges.other_languages import better_of
 
 TIE = "tie"
 
@@ -73,7 +77,7 @@ def parse_verdict(text: str) -> str | None:
     """A, B or `tie`, as the answer states it; None if it states nothing that could be understood."""
     said = unicodedata.normalize("NFKC", without_thoughts(text)).replace("’", "'").replace("\\_", "_")
     said = SCHOOL_GRADE.sub("Q", said)
-    for read in (_marked, _json, _ranked, _stated, _hinted, _in_chinese):
+    for read in (_marked, _json, _ranked, _stated, _hinted, _in_chinese, _abroad, _scored):
         if (found := read(said)) is not None:
             return found
     return None
@@ -202,6 +206,54 @@ def _in_chinese(text: str) -> str | None:
             one = {left or right for left, right in labels}
             found = one.pop() if len(one) == 1 else TIE
     return found
+
+
+def _abroad(text: str) -> str | None:
+    return better_of(map(_plain, text.splitlines()))
+
+
+def _scored(text: str) -> str | None:
+    """By the one score that each response gets, in a JSON object or in prose; with several there is no verdict."""
+    scores: dict[str, list[float]] = {"A": [], "B": []}
+    for label, score in _scores_of_objects(text) or _scores_in_prose(text):
+        scores[label.upper()].append(score)
+    if [len(found) for found in scores.values()] != [1, 1]:
+        return None
+    a, b = scores["A"][0], scores["B"][0]
+    return TIE if a == b else "A" if a > b else "B"
+
+
+def _scores_of_objects(text: str) -> list[tuple[str, float]]:
+    decoder, found, start = json.JSONDecoder(), list[tuple[str, float]](), text.find("{")
+    while start != -1:
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            start = text.find("{", start + 1)
+            continue
+        found += _numbers_of(value, "")
+        start = text.find("{", end)
+    return found
+
+
+def _numbers_of(value: Any, path: str) -> Iterator[tuple[str, float]]:
+    """The scores in an object: under `score_a`, or under `a` in `scores`."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        name = f"{path} {key}".replace("_", " ")
+        if isinstance(item, dict):
+            yield from _numbers_of(item, name)
+        elif isinstance(item, int | float) and not isinstance(item, bool) and (label := SCORE_OF.search(name)):
+            yield (label[1] or label[2], float(item))
+
+
+def _scores_in_prose(text: str) -> list[tuple[str, float]]:
+    lines = [_labelled(_plain(line)) for line in text.splitlines()]
+    return [
+        (found[1] or found[3], float(found[2] or found[4]))
+        for line in lines
+        if not NEGATIVE.search(line)
+        for found in SCORE_IN_PROSE.finditer(line)
+    ]
 
 
 def _plain(line: str) -> str:
