@@ -132,9 +132,7 @@ LOSER = re.compile(
 
 _SCORE = "(?:score|rating|points|grade|mark)s?"
 # Keys of JSON that hold a response's score, a path of words: `score a`, `response b score`, `scores a`.
-SCORE_OF = re.compile(
-    rf"\b{_SCORE}(?: (?:of|for))?(?: {NOUN})? ?([AB])$|\b(?:{NOUN} )?([AB]) {_SCORE}$", re.IGNORECASE
-)
+SCORE_OF = re.compile(rf"\b{_SCORE}(?: (?:of|for))?(?: {NOUN})? ?([AB])$|\b(?:{NOUN} )?([AB]) {_SCORE}$", re.IGNORECASE)
 # "<A>: 7/10" or "Score of <A>: 7".
 SCORE_IN_PROSE = re.compile(
     rf"{LABEL}(?: {_SCORE})?\W{{0,3}}(\d+(?:\.\d+)?) ?/ ?\d+|\b{_SCORE}(?: (?:of|for))? {LABEL} ?[:=] ?(\d+(?:\.\d+)?)",

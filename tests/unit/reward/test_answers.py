@@ -170,3 +170,50 @@ def test_thoughts_that_do_not_end_leave_nothing() -> None:
 def test_a_long_answer_is_read_in_no_time() -> None:
     """Nothing in the patterns grows faster than the text: a model that repeats itself must not stop the evaluation."""
     assert parse_label("A is good and " * 5000 + ". " + "Response A has words " * 5000 + ".\nB") == "B"
+
+
+OTHERS = {
+    # sentences of other languages; with anything else in them they are no verdict
+    "Die bessere Antwort ist B.": "B",
+    "Antwort B ist deutlich besser.": "B",
+    "Antwort B ist nicht besser.": None,
+    "Wenn es kurz sein soll, ist A besser.": None,
+    "La mejor respuesta es A.": "A",
+    "La respuesta B es mejor.": "B",
+    "La respuesta A no es mejor.": None,
+    "La meilleure réponse est la réponse A.": "A",
+    "La réponse B est meilleure que la réponse A.": "B",
+    "La réponse B n'est pas meilleure.": None,
+    "A resposta B é melhor.": "B",
+    "A é melhor.": "A",
+    "La risposta migliore è la B.": "B",
+    "Antwoord B is beter.": "B",
+    "Ответ B лучше, чем ответ A.": "B",
+    "Лучше ответ A.": "A",
+    "Ответ A не лучше.": None,
+    "回答Aの方が優れています。": "A",
+    "回答Bがより良いです。": "B",
+    "回答Aは良くないです。": None,
+    "답변 B가 더 좋습니다.": "B",
+    "답변 B가 더 좋지 않습니다.": None,
+    "Beide sind lang. Antwort A ist besser.": "A",
+    # a score for each
+    "Response A: 7/10\nResponse B: 9/10": "B",
+    "A: 7/10, B: 7/10": "tie",
+    "Score A: 4\nScore B: 2.5": "A",
+    "A: 7/10 for tone\nB: 9/10 for tone\nA: 3/10 for facts": None,
+    "A: 7/10": None,
+    "A fails: 7/10. B: 6/10": None,
+    "A: 7/10, B: 9/10, but A is better.": "A",
+    '{"score_a": 7, "score_b": 9}': "B",
+    '{"A": 1, "B": 2}': None,
+    '{"scores": {"A": 8, "response_b": 6.5}, "why": "x"}': "A",
+    '{"score_a": 7, "score_b": 9, "winner": "A"}': "A",
+    '{"response_a_rating": 3, "response_b_rating": 3}': "tie",
+    '{"score_a": null, "score_b": 9}': None,
+}
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_verdicts_of_other_languages_and_scores(said: str) -> None:
+    assert parse_verdict(said) == OTHERS[said]
