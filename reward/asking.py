@@ -69,7 +69,11 @@ class VerdictFile:
             raise InputError(
                 f"{path} is being written by another process, which asks the same questions", kind="in_use", file=path
             ) from None
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self._file.close()  # and with it the lock
+            raise
 
     def append(self, key: str, answer: Verdict) -> None:
         """Write one answer; it is in the system's hands when this returns."""
