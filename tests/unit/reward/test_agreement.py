@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from reward.agreement import agreement
-from reward.errors import InputError
 from reward.winrate import bootstrap_interval, sign_test
+from tests.failures import raises
 
 
 def test_agreement_worked_by_hand() -> None:
@@ -20,8 +20,18 @@ def test_agreement_worked_by_hand() -> None:
     expected = binomtest(3, 4).proportion_ci(method="wilson")
     assert (result.ci_low, result.ci_high) == pytest.approx((expected.low, expected.high))
     assert agreement([0.5, 1.0], [1.0, 1.0]).accuracy == 0.75  # a tie counts half
-    with pytest.raises(InputError):
-        agreement([1.0, 0.0], [1.0])
+    assert math.isnan(agreement([1.0, 0.9], [1.0, 1.0]).kappa)  # by chance, too, they always agree
+    for judge, gold, kind in (([1.0, 0.0], [1.0], "invalid"), ([], [], "empty"), ([], [1.0], "empty")):
+        with raises(kind, key="preference"):  # type: ignore[arg-type]
+            agreement(judge, gold)
+
+
+def test_agreement_with_ties_worked_by_hand() -> None:
+    """Judge T A B T A, gold T A B B T: 3 of 5 equal, a tie beside a loss half right, a win beside a tie not right."""
+    result = agreement([0.5, 0.8, 0.1, 0.5, 1.0], [0.5, 1.0, 0.2, 0.0, 0.5])
+    assert (result.accuracy, result.equal, result.n) == (3.5 / 5, 3 / 5, 5)
+    chance = (2 * 2 + 2 * 1 + 1 * 2) / 25  # ties, A, B
+    assert result.kappa == pytest.approx((3 / 5 - chance) / (1 - chance))
 
 
 def test_sign_test_is_the_binomial_tail() -> None:
