@@ -8,17 +8,17 @@ import torch
 
 from pe_rlhf.algo.ensembles import COMBINE, disagreement, diversity
 
-SCORES = torch.tensor([[1.0, 4.0], [2.0, 4.0], [6.0, 1.0]])
-# Means 3 and 3; variances (4 + 1 + 9)/3 = 14/3 and (1 + 1 + 4)/3 = 2.
+SCORES = torch.tensor([[1.0, 4.0], [2.0, 4.0], [6.0, 7.0]])
+# Means 3 and 5; variances (4 + 1 + 9)/3 = 14/3 and (1 + 1 + 4)/3 = 2.
 
 
 @pytest.mark.parametrize(
     ("combine", "expected"),
     [
-        ("mean", [3.0, 3.0]),
-        ("mean_minus_std", [3 - 0.5 * (14 / 3) ** 0.5, 3 - 0.5 * 2**0.5]),
-        ("worst", [1.0, 1.0]),
-        ("uwo", [3 - 0.5 * 14 / 3, 3 - 0.5 * 2]),
+        ("mean", [3.0, 5.0]),
+        ("mean_minus_std", [3 - 0.5 * (14 / 3) ** 0.5, 5 - 0.5 * 2**0.5]),
+        ("worst", [1.0, 4.0]),
+        ("uwo", [3 - 0.5 * 14 / 3, 5 - 0.5 * 2]),
     ],
 )
 def test_by_hand(combine: str, expected: list[float]) -> None:

@@ -60,6 +60,12 @@ def test_undiscounted_with_lambda_one_returns_are_the_rewards_to_go() -> None:
     assert returns_BR.tolist() == [[2.5, 2.5, 3.0]]
 
 
+def test_responses_of_one_token() -> None:
+    rewards_BR, values_BR = torch.tensor([[2.0], [-1.0]]), torch.tensor([[0.5], [0.25]])
+    found = generalised_advantages(rewards_BR, values_BR, torch.ones(2, 1, dtype=torch.bool), gamma=0.9, lam=0.5)
+    assert [each.tolist() for each in found] == [[[1.5], [-1.25]], [[2.0], [-1.0]]]
+
+
 def test_leaves_its_arguments_alone() -> None:
     rewards_BR, values_BR = torch.ones(1, 2), torch.ones(1, 2)
     generalised_advantages(rewards_BR, values_BR, torch.tensor([[True, False]]), gamma=1.0, lam=0.95)

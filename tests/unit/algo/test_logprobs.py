@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pe_rlhf.algo.logprobs import CHUNK, pieces_of, token_logprobs
+from pe_rlhf.algo.logprobs import CHUNK, GPU_LOGITS, pieces_of, token_logprobs
 from tests.pairwise import every_pair
 
 N, H, V = 37, 16, 101
@@ -103,6 +103,11 @@ def test_the_head_is_called_once_for_each_piece(pieces: int) -> None:
 
 def test_pieces_are_of_a_chunk_at_most() -> None:
     assert [pieces_of(n) for n in (0, 1, CHUNK, CHUNK + 1, 3 * CHUNK)] == [1, 1, 1, 2, 3]
+    # On a GPU as many tokens as have logits of half a GiB: 2^29 / (4·2^17) = 1,024; of any vocabulary a chunk at least.
+    assert GPU_LOGITS == 2**29
+    assert [pieces_of(n, 2**17, "cuda") for n in (1, 1024, 1025, 3072)] == [1, 1, 2, 3]
+    assert [pieces_of(n, 2**25, "cuda:1") for n in (CHUNK, CHUNK + 1)] == [1, 2]
+    assert [pieces_of(1024, *where) for where in ((2**17, "cpu"), (0, "cuda"))] == [1024 // CHUNK] * 2
 
 
 def test_no_tokens_at_all() -> None:

@@ -22,6 +22,12 @@ def test_mean_and_variance_equal_numpy_on_ragged_rows(padding: float) -> None:
     assert float(masked_var(x_BR, MASK)) == pytest.approx(valid.var(), rel=1e-5)
 
 
+def test_of_one_entry_the_mean_is_the_entry() -> None:
+    x, mask = torch.tensor([7.0, 3.0]), torch.tensor([False, True])
+    assert float(masked_mean(x, mask)) == 3.0
+    assert float(masked_var(x, mask)) == 0.0
+
+
 def test_mean_of_nothing_is_zero() -> None:
     assert float(masked_mean(torch.tensor([1.0, 2.0]), torch.tensor([False, False]))) == 0.0
 

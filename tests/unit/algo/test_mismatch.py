@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pe_rlhf.algo.mismatch import anchor_test, mismatch
+from pe_rlhf.algo.mismatch import ROUNDING, anchor_test, mismatch
 
 
 def test_by_hand() -> None:
@@ -61,3 +61,26 @@ def test_the_relative_mismatch_by_hand() -> None:
     # Policy and anchor are 0.4 and 0.2 apart; the sampler misses the policy by 0.1 and 0.2.
     found = anchor_test(torch.tensor([0.1, -0.2]), torch.tensor([-0.3, -0.4]))
     assert found.relative == pytest.approx(0.5)
+
+
+def shares(apart: float, *shares: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens at which policy and anchor are `apart` nats apart, and the sampler that share of the way to the anchor."""
+    share_N = torch.tensor(shares, dtype=torch.float64)
+    return apart * share_N, apart * (share_N - 1)
+
+
+def test_noise_and_a_small_lean_to_the_anchor_are_not_taken_for_it() -> None:
+    """A token leans by (2·share − 1) of the distance: here 0.4 ± 0.2 of it, which of n tokens is 2·√n errors."""
+    both = (0.8, 0.6)
+    assert not anchor_test(*shares(0.01, *both * 3)).is_anchor  # 4.9 errors
+    assert anchor_test(*shares(0.01, *both * 4)).is_anchor  # 5.7
+    # Without any noise a lean of a fifth of the distance is what kernels of other shapes may do; of 0.3 it is not.
+    assert not anchor_test(*shares(0.01, *[0.6] * 50)).is_anchor
+    assert anchor_test(*shares(0.01, *[0.65] * 50)).is_anchor
+    assert not anchor_test(*shares(0.01, *[0.35] * 50)).is_anchor
+
+
+def test_a_policy_no_further_from_the_anchor_than_rounding_is_the_anchor() -> None:
+    assert anchor_test(*shares(0.9 * ROUNDING, *[1.0] * 9)).relative is None
+    assert anchor_test(*shares(1.1 * ROUNDING, *[1.0] * 9)).relative == pytest.approx(1.0)
+    assert anchor_test(torch.tensor([math.nan]), torch.tensor([0.0])).relative is None

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pe_rlhf.algo.rewards import adjust_scores, shape_rewards
+from pe_rlhf.algo.rewards import adjust_scores, kl_objective, shape_rewards
 
 # Two responses, of three tokens and of one; at padding the KL holds rubbish.
 SCORES_B = torch.tensor([2.0, -1.0])
@@ -25,6 +25,12 @@ def test_penalty_form_by_hand() -> None:
 def test_without_the_kl_the_score_stands_alone_on_the_last_token(form: str, weight: float) -> None:
     rewards_BR = shape_rewards(SCORES_B, KL_BR, MASK_BR, beta=0.25, form=form, kl_in_reward=False)  # type: ignore[arg-type]
     assert rewards_BR.tolist() == [[0.0, 0.0, 2.0 * weight], [-1.0 * weight, 0.0, 0.0]]
+
+
+def test_the_objective_by_hand() -> None:
+    # (1 − .25)·2 − .25·4 = .5; 2 − .25·4 = 1
+    assert kl_objective(2.0, 4.0, beta=0.25, form="convex") == 0.5
+    assert kl_objective(2.0, 4.0, beta=0.25, form="penalty") == 1.0
 
 
 def test_scores_pass_where_no_rule_is_set() -> None:

@@ -239,6 +239,7 @@ def test_from_its_state_it_goes_on_to_the_last_bit(stop: int) -> None:
     optimizer = optimizer_on(parameters)
     train(optimizer, parameters, range(stop))
     state = optimizer.state()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
     weights = as_numpy(parameters)
     norms = train(optimizer, parameters, range(stop, TOTAL))
 
@@ -253,6 +254,7 @@ def test_from_its_state_it_goes_on_to_the_last_bit(stop: int) -> None:
     for role, named in parameters.items():
         assert all(torch.equal(parameter, resumed_parameters[role][name]) for name, parameter in named.items())
     # The state that was handed out is a copy: training on changed neither it nor what is loaded from it.
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in state.items())
     again = optimizer_on(fresh())
     again.load_state(state)
     assert all(torch.equal(tensor, again.state()[name]) for name, tensor in state.items())

@@ -120,6 +120,49 @@ def test_rwp_mixes_the_gradients_at_the_weights_and_beside_them() -> None:
     assert norm == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in mixed)), rel=1e-5)
 
 
+def noise_of(roles: dict[str, dict[str, nn.Parameter]], steps: int, seed: int) -> list[dict[str, Tensor]]:
+    """What RWP adds to the parameters of roles in each step, by role and name."""
+    settings = OptimizerConfig(sharpness="rwp", noise=0.1)
+    groups = [RoleGroup(role, named, 1e-9) for role, named in roles.items()]
+    optimizer = RoleOptimizer(groups, settings, steps, seed=seed)
+    found: list[dict[str, Tensor]] = []
+    for _ in range(steps):
+        there = {f"{role}/{name}": p for role, named in roles.items() for name, p in named.items()}
+        before = {name: p.detach().clone() for name, p in there.items()}
+        optimizer.step(
+            lambda there=there, before=before: found.append({n: p.detach() - before[n] for n, p in there.items()})
+        )
+    return found
+
+
+def test_the_noise_of_rwp_is_another_one_in_each_step_role_parameter_and_seed() -> None:
+    def roles() -> dict[str, dict[str, nn.Parameter]]:
+        return {role: {name: nn.Parameter(torch.ones(4, 3)) for name in ("a", "b")} for role in ("policy", "value")}
+
+    first, second = noise_of(roles(), 2, seed=7)
+    other, _ = noise_of(roles(), 2, seed=8)
+    drawn = [*first.values(), *second.values(), *other.values()]
+    assert all(move.abs().max() > 1e-3 for move in drawn)
+    for i, move in enumerate(drawn):
+        assert all(not torch.allclose(move, again, rtol=1e-3) for again in drawn[:i])
+    assert all(torch.equal(move, noise_of(roles(), 1, seed=7)[0][name]) for name, move in first.items())
+
+
+def test_halves_of_a_batch_and_a_step_that_cannot_ask_again() -> None:
+    def optimizer(**settings: Any) -> RoleOptimizer:
+        group = RoleGroup("policy", {"w": nn.Parameter(torch.ones(2))}, 0.1)
+        return RoleOptimizer([group], OptimizerConfig(**settings), STEPS)
+
+    two = optimizer(sharpness="sam", sharpness_batches="two")
+    assert two.batches([4, 5, 6]) == ([4], [5, 6])
+    assert two.batches([4]) == ([4], [4])  # a batch of one row has no halves
+    for of_one in (optimizer(), optimizer(sharpness="sam")):
+        assert of_one.batches([4, 5, 6]) == ([4, 5, 6], [4, 5, 6])
+    with pytest.raises(ValueError, match="sam"):
+        two.step()
+    optimizer().step()
+
+
 @pytest.mark.parametrize(
     "nothing",
     [
