@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pe_rlhf.adapters.gradients import ProbedStatistics
-from pe_rlhf.adapters.layer_statistics import LayerStatistics
+from pe_rlhf.adapters.layer_statistics import LayerStatistics, Need
 from pe_rlhf.config import LoRAConfig, PPOConfig, Recipe, RewardConfig
 from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.data.preference_pairs import Pairs, PairTokens
@@ -24,9 +24,10 @@ from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics
+from pe_rlhf.stages.init_batches import AnchorRollouts, _batch_rows, reward_statistics
 from pe_rlhf.system.seeding import derive_seed, permutation
 from pe_rlhf.types import Sequences
+from tests.failures import raises
 from tests.runs import PPO
 from tests.tiny import PAD, add_role, rows_of, tiny_model
 from tests.unit.adapters.first_steps import assert_none_is_closer_than_lora_ga
@@ -166,3 +167,26 @@ def test_no_init_takes_a_first_step_closer_to_that_gradient_than_lora_ga(stage: 
         return backbone
 
     assert_none_is_closer_than_lora_ga(gradients(model, loss(model)), RANK, with_policy)
+
+
+@pytest.mark.parametrize(
+    ("count", "need", "batches"),
+    [
+        (9, "gradient", [0, 0, 0]),
+        (2, "gradient", [0, 0]),
+        (9, "two gradients", [0, 0, 0, 1, 1, 1]),
+        (5, "two gradients", [0, 0, 0, 1, 1]),
+        (2, "two gradients", [0, 1]),
+    ],
+)
+def test_the_rows_of_one_batch_or_two(count: int, need: Need, batches: list[int]) -> None:
+    """Three rows a batch, the same ones for both needs; with little data smaller batches, but none that is empty."""
+    rows, found = _batch_rows(count, need, ADAPTER, SEED, "reward")
+    assert found == batches
+    assert rows == permutation(count, SEED, "reward", "init")[: len(batches)]
+
+
+def test_two_batches_of_one_row_are_refused() -> None:
+    for stage, key in (("reward", "reward.data"), ("ppo", "ppo.prompts")):
+        with raises("empty", key=key):
+            _batch_rows(1, "two gradients", ADAPTER, SEED, stage)

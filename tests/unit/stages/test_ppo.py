@@ -24,7 +24,7 @@ from pe_rlhf.stages.init_batches import AnchorRollouts
 from pe_rlhf.stages.pipeline import run_recipe
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import derive_seed
-from tests.runs import Tree, read_jsonl
+from tests.runs import Tree, read_jsonl, without_time
 from tests.stage_support import byte_model, run, write_prompts
 from tests.tiny import perturb
 
@@ -91,9 +91,9 @@ def test_an_fp32_base_needs_no_second_pass(tmp_path: Path) -> None:
     assert [0 < line["logprob_mismatch"] < 1e-5 for line in metrics(tmp_path)] == [True] * 3
 
 
-def saved_reward(tree: Tree, folder: Path) -> str:
+def saved_reward(tree: Tree, folder: Path, dropout: float = 0.0) -> str:
     backbone = load_backbone(tree["model"])
-    backbone.add_adapter("reward", rank=3)
+    backbone.add_adapter("reward", rank=3, dropout=dropout)
     perturb(backbone, "reward", 0.2)
     backbone.head("reward").shift(0.7)
     save_role(backbone, "reward", folder / "trained")
@@ -160,6 +160,22 @@ def test_a_critic_from_a_reward_adapter_that_is_not_there(tmp_path: Path) -> Non
         run(recipe(tmp_path, value_init="reward"), tmp_path / "run")
     (mistake,) = raised.value.errors()
     assert (mistake["type"], mistake.get("ctx", {}).get("key")) == ("refusal", "ppo.value_init")
+
+
+def test_dropout_is_off_in_policy_critic_and_reward(tmp_path: Path) -> None:
+    """Also where the adapters that the recipe describes and that the critic starts from were made with it."""
+    found = []
+    for dropout in (0.0, 0.5):
+        folder = tmp_path / str(dropout)
+        folder.mkdir()
+        tree = recipe(folder)
+        tree["adapter"]["dropout"] = dropout
+        tree["ppo"]["reward"] = [{"adapter": saved_reward(tree, folder, dropout)}]
+        run(tree, folder / "run")
+        found.append([*map(without_time, metrics(folder))])
+        policy = json.loads((folder / "run" / "ppo" / "adapter" / "role.json").read_text())
+        assert policy["spec"]["dropout"] == 0
+    assert found[0] == found[1]
 
 
 def test_an_adaptive_beta_follows_the_kl(tmp_path: Path) -> None:
@@ -229,6 +245,45 @@ def test_samples_of_a_step_that_is_repeated_are_there_once(tmp_path: Path) -> No
     run_recipe(parsed, tmp_path / "run", ["ppo"], "resume")
     assert read_jsonl(folder / "samples.jsonl") == before
     assert [row["step"] for row in before] == [1] * 4 + [2] * 4 + [3] * 4
+
+
+@pytest.mark.parametrize("controller", ["fixed", "adaptive"])
+def test_a_repeated_step_has_the_beta_of_its_place_or_a_new_one_of_the_recipe(tmp_path: Path, controller: str) -> None:
+    """An adaptive β is what it was at that step; a fixed one is the recipe's, also where that has changed."""
+    kl = {"beta": 0.1, "controller": controller, "target": 0.5, "horizon": 20}
+    tree = recipe(tmp_path, checkpoint_every=1, kl=kl)
+    run(tree, tmp_path / "run")
+    before, folder = [*map(without_time, metrics(tmp_path))], tmp_path / "run" / "ppo"
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-000003")
+    changed = ["ppo.kl.beta"] if controller == "fixed" else []
+    tree["ppo"]["kl"]["beta"] = 0.3 if changed else 0.1
+    run_recipe(Recipe.model_validate(tree), tmp_path / "run", ["ppo"], "resume", changed)
+    again = [*map(without_time, metrics(tmp_path))]
+    if controller == "adaptive":
+        assert again == before
+    assert again[:2] == before[:2]
+    assert [line["step"] for line in again] == [1, 2, 3]
+    assert (again[2]["beta"] == 0.3) is (controller == "fixed")
+
+
+def test_the_summary_and_the_rates_are_those_of_the_lines(tmp_path: Path) -> None:
+    summary = run(recipe(tmp_path, length_penalty=0.2, epochs=3, minibatches=1), tmp_path / "run")["ppo"]
+    lines = metrics(tmp_path)
+    assert (summary["steps"], summary["episodes"]) == (3, 18)
+    assert (summary["reward_first"], summary["reward_last"]) == tuple(lines[i]["reward_shaped"] for i in (0, -1))
+    assert summary["kl_last"] == lines[-1]["kl"]
+    for line in lines:
+        assert line["tokens"] == pytest.approx(6 * line["response_length"])
+        for phase, passes in (("rollout", 1), ("score", 1), ("update", 3)):
+            product = line[f"tokens_per_second_{phase}"] * line[f"seconds_{phase}"]
+            assert product == pytest.approx(passes * line["tokens"], rel=1e-5)
+    seconds = sum(line[f"seconds_{phase}"] for line in lines for phase in ("rollout", "score", "update"))
+    assert summary["seconds"] == pytest.approx(seconds, abs=0.01)
+    assert summary["seconds_per_step"] == pytest.approx(seconds / 3, abs=1e-3)
+    assert summary["tokens_per_second"] == pytest.approx(sum(line["tokens"] for line in lines) / seconds, rel=1e-3)
+    roles = [load_file(tmp_path / "run" / "ppo" / role / "role.safetensors") for role in ("adapter", "value")]
+    assert summary["trainable_parameters"] == sum(tensor.numel() for state in roles for tensor in state.values())
 
 
 def test_a_failure_in_a_step_names_the_step(tmp_path: Path) -> None:

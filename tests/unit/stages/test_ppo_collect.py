@@ -18,7 +18,7 @@ from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.scorers import AdapterScorer
-from pe_rlhf.stages.ppo_collect import collect_experience
+from pe_rlhf.stages.ppo_collect import collect_experience, recomputes_old_logprobs
 from pe_rlhf.types import Experience, Rollout
 from tests.stage_support import plain_role
 from tests.tiny import PAD, perturb, tiny_model
@@ -258,3 +258,23 @@ def test_old_logprobs_are_computed_again_where_the_sampler_s_are_not_those_of_th
     experience, metrics = collected(backbone, tiny_tokenizer, rollout, config)
     assert_same(experience.old_logprobs_BR, naive(backbone, rollout, config).policy, rollout)
     assert metrics["logprob_mismatch"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("rollout", "fp32", "bf16"),
+    [
+        ({}, False, True),
+        ({"old_logprobs": "sampler"}, False, False),
+        ({"old_logprobs": "trainer"}, True, True),
+        ({"old_logprobs": "sampler", "correction": "truncated_is"}, True, True),
+        ({"old_logprobs": "sampler", "top_p": 0.9, "allow_truncated_sampling": True}, True, True),
+        ({"old_logprobs": "sampler", "top_k": 5, "allow_truncated_sampling": True}, True, True),
+        ({"old_logprobs": "sampler", "engine": "vllm", "ahead": 1}, True, True),
+    ],
+)
+def test_when_old_logprobs_are_computed_again(
+    backbone: Backbone, rollout: dict[str, Any], fp32: bool, bf16: bool
+) -> None:
+    config = config_of(rollout=rollout)
+    assert recomputes_old_logprobs(backbone, config) is fp32
+    assert recomputes_old_logprobs(load_backbone(tiny_model("llama", torch.bfloat16)), config) is bf16

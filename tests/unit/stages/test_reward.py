@@ -6,11 +6,13 @@ import gzip
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from pe_rlhf.config import Recipe, RewardConfig
@@ -21,9 +23,10 @@ from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages import reward_members
 from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.pipeline import run_recipe
 from pe_rlhf.stages.reward_pairs import load_pairs
 from reward.errors import InputError
-from tests.runs import Tree, read_jsonl, write_jsonl
+from tests.runs import Tree, read_jsonl, without_time, write_jsonl
 from tests.stage_support import byte_model, run
 from tests.tiny import perturb
 
@@ -287,6 +290,39 @@ def test_checkpoints_are_ranked_by_the_held_out_loss(tmp_path: Path) -> None:
     scores = [None if loss is None else -loss for loss in lines.values()]
     assert scores.count(None) == 2
     assert [state.get("score") for state in states] == pytest.approx(scores)
+
+
+def test_the_schedule_ends_with_the_last_batch_which_may_be_short(tmp_path: Path) -> None:
+    """30 pairs in batches of 8 are 4 steps, so two epochs 8: the rate falls by an eighth with each."""
+    settings = {"max_pairs": 30, "batch_size": 8, "epochs": 2, "learning_rate": 8e-3}
+    optimizer = {"schedule": "linear", "warmup_ratio": 0.0}
+    summary = run(recipe(tmp_path, learnable()[:48], optimizer=optimizer, **settings), tmp_path / "run")["reward"]
+    lines = metrics(tmp_path)
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * (8 - k) for k in range(8)])
+    assert [line["epoch"] for line in lines] == [0] * 4 + [1] * 4
+    assert summary["steps"] == 8
+    mean = sum(line["seconds_step"] for line in lines) / 8
+    assert summary["seconds_per_step"] == pytest.approx(mean, abs=1e-3)
+
+
+def test_a_step_that_is_repeated_has_the_same_numbers_which_are_there_once(tmp_path: Path) -> None:
+    settings = {"checkpoint_every": 1, "eval_every": 1, "keep_checkpoints": 9, "learning_rate": 1e-2, "batch_size": 8}
+    tree = recipe(tmp_path, learnable()[:32], **settings)
+    tree["adapter"]["dropout"] = 0.2
+    run(tree, tmp_path / "run")
+    folder = tmp_path / "run" / "reward"
+    names = ("metrics.jsonl", "reliability.jsonl")
+    before = [[*map(without_time, read_jsonl(folder / name))] for name in names]
+    weights = load_file(folder / "adapter" / "role.safetensors")
+    steps = [line["step"] for line in before[0]]
+    assert len(steps) > 2
+    (folder / "summary.json").unlink()  # as if it had been killed in the last step, after its lines
+    shutil.rmtree(folder / "checkpoints" / f"step-{steps[-1]:06}")
+    run_recipe(Recipe.model_validate(tree), tmp_path / "run", ["reward"], "resume")
+    assert [[*map(without_time, read_jsonl(folder / name))] for name in names] == before
+    assert [line["step"] for line in before[1]] == steps
+    again = load_file(folder / "adapter" / "role.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
 @pytest.mark.shared

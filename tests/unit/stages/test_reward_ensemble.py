@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from pe_rlhf.config import Recipe
 from pe_rlhf.config.load import make_recipe
@@ -15,7 +16,8 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.optim.role_optimizer import RoleOptimizer
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.stages.pipeline import run_recipe
-from pe_rlhf.stages.reward_members import members_of
+from pe_rlhf.stages.reward_members import ensemble_metrics, member_rows, members_of
+from reward.calibration import expected_calibration_error
 from reward.errors import Kind
 from tests.failures import raises
 from tests.runs import Tree, read_jsonl
@@ -77,6 +79,31 @@ def test_the_first_member_is_the_model_without_an_ensemble_and_the_others_are_re
     assert "mean of all" in (tmp_path / "three" / "report.html").read_text()
 
 
+def test_what_members_say_apart_and_together_by_hand(tmp_path: Path) -> None:
+    """Margins of three pairs; of the mean they are 2, −1 and 0, of which the last is a tie."""
+    margins = [[1.0, -1.0, 0.0], [3.0, -1.0, 0.0]]
+    assert ensemble_metrics(margins[:1]) == {}
+    found = ensemble_metrics(margins)
+    losses = [np.log1p(np.exp(-m)) for m in (2.0, -1.0, 0.0)]
+    assert found["ensemble_eval_loss"] == pytest.approx(np.mean(losses))
+    assert found["ensemble_eval_accuracy"] == pytest.approx(1.5 / 3)
+    assert found["ensemble_disagreement"] == pytest.approx(1 / 3)  # a deviation of 1, 0 and 0
+    assert found["eval_accuracy_2"] == pytest.approx(1.5 / 3)
+    assert "eval_accuracy_1" not in found
+    assert found["ensemble_eval_calibration_error"] == pytest.approx(expected_calibration_error([2.0, -1.0, 0.0]))
+
+    loaded = Recipe.model_validate(recipe(tmp_path, {"members": 2, "vary": ["seed", "bootstrap"]}))
+    assert loaded.reward is not None
+    first, second = member_rows(members_of(loaded, loaded.reward, 5), [[1.0, -2.0, 0.0, 0.5], [1.0, 1.0, 1.0, 1.0]])
+    wilson = binomtest(4, 4).proportion_ci(method="wilson")
+    assert (first["eval_accuracy"], second["eval_accuracy"]) == (2.5 / 4, 1.0)
+    assert (second["eval_accuracy_low"], second["eval_accuracy_high"]) == pytest.approx((wilson.low, wilson.high))
+    assert first["eval_loss"] == pytest.approx(np.mean([np.log1p(np.exp(-m)) for m in (1.0, -2.0, 0.0, 0.5)]))
+    assert first["calibration_error"] == pytest.approx(expected_calibration_error([1.0, -2.0, 0.0, 0.5]))
+    assert (first["seed"], first["bootstrap"], second["bootstrap"]) == (0, False, True)
+    assert second["seed"] != 0
+
+
 def test_what_members_differ_in(tmp_path: Path) -> None:
     def members(**ensemble: Any) -> list[Any]:
         loaded = Recipe.model_validate(recipe(tmp_path, ensemble))
@@ -92,6 +119,9 @@ def test_what_members_differ_in(tmp_path: Path) -> None:
     assert sorted(others[0].batch(0, 0, 50)) == sorted(others[0].batch(1, 0, 50))
     assert others[0].batch(0, 0, 50) != others[0].batch(1, 0, 50)
     assert {member.seed for member in (plain, *others)} == {0}
+
+    inits = [member.adapter.init for member in members(members=5, vary=["init"], inits=["pissa", "milora"])]
+    assert inits == ["lora", "pissa", "milora", "pissa", "milora"]
 
     plain, *others = members(members=3, vary=["seed"])
     assert len({member.seed for member in (plain, *others)}) == 3
