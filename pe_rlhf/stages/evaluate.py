@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.config import EvaluateConfig, PPOConfig, SamplingConfig
+from pe_rlhf.data.prompt_order import PromptSet
 from pe_rlhf.evaluation.best_of import best_of
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.passes import for_each_token
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.report.format import conversation
 from pe_rlhf.rollout.by_task import sample
+from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.runs.layout import RunFiles
 from pe_rlhf.runs.metrics import read_summary
 from pe_rlhf.runs.saved_roles import load_role
 from pe_rlhf.scoring.model_judges import ask_judge, make_judge
-from pe_rlhf.scoring.weighted import make_scorer
+from pe_rlhf.scoring.weighted import WeightedScorer, make_scorer
 from pe_rlhf.stages.anchor_texts import AnchorTexts
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.system.distributed import on_main
@@ -69,23 +72,14 @@ def evaluate_policy(
     asked = asked.routed(backbone.tasks_of("policy"), "evaluate.prompts", task)
     repeated = asked.take([i for i in range(len(asked)) for _ in range(config.samples_per_prompt)])
 
-    rollouts: dict[str, Rollout] = {}
-    n, several = (config.policy.best_of or 0) if with_reward else 0, None
-    with progress("evaluate: sampling", (2 + n) * len(repeated), "responses") as advance:
-        sampler = context.sampler(backbone, "policy", config.sampling, asked.ids, advance)
-        for version, role in enumerate(("policy", "anchor")):
-            sampler.sync(version, role)
-            seed = derive_seed(context.recipe.seed, "evaluate", role)
-            rollouts[role] = sample(sampler, repeated.ids, seed, repeated.tasks)
-        if n:  # the anchor is what the sampler plays last
-            ids = [ids for ids in repeated.ids for _ in range(n)]
-            several = sampler.generate(ids, derive_seed(context.recipe.seed, "evaluate", "best of"))
+    n = (config.policy.best_of or 0) if with_reward else 0
+    sampler, rollouts, several = _sample(context, backbone, asked.ids, repeated, n)
     texts = {role: codec.texts(rollout) for role, rollout in rollouts.items()}
 
     def ask(responses: list[str], name: str, title: str, verdicts: Path) -> list[Outcome]:
+        names, max_invalid = (name, "anchor"), config.max_invalid_share
         pairs = make_pairs(repeated.prompts, responses, texts["anchor"])
-        options: Any = {"title": title, "names": (name, "anchor"), "max_invalid": config.max_invalid_share}
-        return on_main(lambda: ask_judge(judge, pairs, verdicts, **options))
+        return on_main(lambda: ask_judge(judge, pairs, verdicts, title=title, names=names, max_invalid=max_invalid))
 
     outcomes = ask(texts["policy"], "policy", "evaluate: judging", context.files.verdicts)
     result = summarise("policy", outcomes)
@@ -95,9 +89,7 @@ def evaluate_policy(
         # What the reward that was optimised thinks of both, beside what the judge does: they part where it was hacked.
         anchor = AnchorTexts(context, backbone, codec, config.sampling, asked.ids)
         anchor.engine = sampler
-        sources: Any = {"files": context.files, "anchor": anchor}
-        scorer, _ = make_scorer(ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens, asked.columns, **sources)
-        scorer.set_moments((read_summary(RunFiles(context.run_dir).stage("ppo")) or {}).get("moments", {}))
+        scorer = _scorer_of_ppo(context, backbone, ppo, asked.columns, anchor)
         for role in rollouts:
             scores_B = scorer.score(repeated.prompts, texts[role], sequences[role], repeated.columns)
             rewards[f"reward_{role}"] = scores_B.mean().item()
@@ -122,6 +114,40 @@ def evaluate_policy(
     on_main(lambda: _write_samples(context, pairs, outcomes, config.table_rows))
     write_json(context.files.summary, summary)
     return summary
+
+
+def _sample(
+    context: StageContext[EvaluateConfig], backbone: Backbone, prompts: Sequence[list[int]], asked: PromptSet, n: int
+) -> tuple[RolloutEngine, dict[str, Rollout], Rollout | None]:
+    """Responses of the policy and of the anchor, and the anchor's `n` further ones to each prompt; the engine is left
+    playing the anchor.
+
+    prompts: all that the engine will be asked, as tokens. asked: one row for each response of the policy.
+    """
+    sampling, seed = context.config.sampling, partial(derive_seed, context.recipe.seed, "evaluate")
+    rollouts: dict[str, Rollout] = {}
+    with progress("evaluate: sampling", (2 + n) * len(asked), "responses") as advance:
+        sampler = context.sampler(backbone, "policy", sampling, prompts, advance)
+        for version, role in enumerate(("policy", ANCHOR)):
+            sampler.sync(version, role)
+            rollouts[role] = sample(sampler, asked.ids, seed(role), asked.tasks)
+        several = [ids for ids in asked.ids for _ in range(n)]
+        return sampler, rollouts, sampler.generate(several, seed("best of")) if n else None
+
+
+def _scorer_of_ppo(
+    context: StageContext[EvaluateConfig],
+    backbone: Backbone,
+    ppo: PPOConfig,
+    columns: Collection[str],
+    anchor: AnchorTexts,
+) -> WeightedScorer:
+    """What PPO optimised, as it stood at its end."""
+    scorer, _ = make_scorer(
+        ppo.reward, backbone, context.run_dir, ppo.micro_batch_tokens, columns, files=context.files, anchor=anchor
+    )
+    scorer.set_moments((read_summary(RunFiles(context.run_dir).stage("ppo")) or {}).get("moments", {}))
+    return scorer
 
 
 def _policy_metrics(
