@@ -158,8 +158,9 @@ def first_turns(pairs: Path) -> Iterator[str]:
 
 
 def write_prompts(texts: Iterable[str], model: Path, output: Path, count: int, max_tokens: int = 64) -> None:
-    """Write the first `count` different texts that, whole, take at most `max_tokens` tokens in the chat template.
+    """Write the first `count` different texts that, whole, take at most `max_tokens` tokens.
 
+    With the chat template, if the model has one.
     No text is cut, so every prompt is a real question and lengths vary as they do in the source. The file has one
     JSON object a line, with the user's text under `prompt`; whoever reads it applies the chat template.
     """
@@ -168,6 +169,8 @@ def write_prompts(texts: Iterable[str], model: Path, output: Path, count: int, m
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def tokens(text: str) -> int:
+        if tokenizer.chat_template is None:
+            return len(tokenizer(text)["input_ids"])
         turn = [{"role": "user", "content": text}]
         return len(tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"])
 
