@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
@@ -56,6 +56,7 @@ class TextCodec:
         self._find_special = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
         line_break: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
         self._line_break = line_break if tokenizer.decode(line_break) == "\n" else []
+        self._as_parts = False  # content as a list, which the templates of some models with pictures go over
         self._lead, written = "", None
         if self.template is not None:
             call_users_code("chat_template", self._check_template)
@@ -201,8 +202,7 @@ class TextCodec:
             start, said = repr(messages[0]["content"])[:60], str(error) or type(error).__name__
             message = f"chat_template: it fails on the prompt that starts with {start}: {said}"
             raise InputError(message, kind="user_code", key="chat_template") from error
-        assert isinstance(text, str)
-        return text
+        return str(text)
 
     def _answered(self, prompt: Prompt, response: str) -> str:
         """The whole conversation, rendered by the template."""
@@ -210,12 +210,15 @@ class TextCodec:
         return self._rendered([*messages, {"role": "assistant", "content": response}], answered=True)
 
     def _check_template(self) -> None:
-        """Raise `InputError` for a template that writes the same for every prompt."""
-        try:
-            written = {self._rendered(f"question {word}") for word in ("one", "two")}
-        except InputError:  # it may want more than one message: real prompts will tell
-            return
-        if len(written) == 1:
+        """Raise `InputError` for a template that writes the same for every prompt, as text and in parts."""
+        written = set[str]()
+        for self._as_parts in (False, True):
+            with suppress(InputError):  # it may want more than one message: real prompts will tell
+                written = {self._rendered(f"question {word}") for word in ("one", "two")}
+            if len(written) > 1:
+                return
+        self._as_parts = False
+        if written:
             message = f"chat_template: it shows nothing of a prompt, it always writes {written.pop()[:60]!r}"
             raise InputError(message, kind="invalid", key="chat_template")
 
@@ -248,9 +251,10 @@ class TextCodec:
                 break
         return ("" if lead.strip() else lead), written
 
-    def _marked_message(self, message: Message) -> Message:
+    def _marked_message(self, message: Message) -> dict[str, Any]:
         said = message["content"]
-        return {**message, "content": self._marked(self._without_end(said) if message["role"] == "assistant" else said)}
+        text = self._marked(self._without_end(said) if message["role"] == "assistant" else said)
+        return {**message, "content": [{"type": "text", "text": text}] if self._as_parts else text}
 
     def _marked(self, content: str) -> str:
         """The content with marks in place of what the tokenizer would take for special tokens."""
@@ -285,9 +289,7 @@ class TextCodec:
         return self._ids(response, add_special_tokens=False)
 
     def _decoded(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @contextmanager

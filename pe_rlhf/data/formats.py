@@ -17,8 +17,10 @@ of the format, and `Dropped` for a tie. Pairs of scores become the best response
 | tldr                   | openai/summarize_from_feedback (comparisons), CarperAI's and trl-lib's                      |
 | nectar                 | berkeley-nest/Nectar: seven ranked answers                                                  |
 | arena                  | lmsys/chatbot_arena_conversations, lmsys/lmsys-arena-human-preference-55k, lmarena-ai's     |
+| pairwise               | two responses and which one won: response_a, response_b and winner; answer_0, … and scores  |
+| openai                 | OpenAI's preference fine-tuning: input, preferred_output, non_preferred_output              |
 | sharegpt               | `conversations` of `from` and `value`, also with chosen and rejected                        |
-| alpaca                 | instruction, input and output, also with chosen and rejected                                |
+| alpaca                 | instruction, input and output, also with chosen and rejected, or with both as output        |
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pe_rlhf.data.row_table import Row, Rows
@@ -36,18 +38,26 @@ from reward.records import ROLES, TOOL_ROLES, TRANSCRIPT_START, Dropped
 
 Converter = Callable[[Row], dict[str, Any]]
 FORMATS: dict[str, Converter] = {}
+SIGNATURES: dict[str, set[str]] = {}
 
 
-def register_format(name: str) -> Callable[[Converter], Converter]:
-    """Make a converter known as `format: NAME`. Raises `InputError` for a name that is taken."""
+def register_format(name: str, *columns: str) -> Callable[[Converter], Converter]:
+    """Make a converter known as `format: NAME`, and known by its `columns`. Raises `InputError` for a taken name."""
 
     def register(converter: Converter) -> Converter:
         if name in FORMATS:
             raise InputError(f"there is a format {name!r} already", kind="exists", key="format")
         FORMATS[name] = converter
+        if columns:
+            SIGNATURES[name] = set(columns)
         return converter
 
     return register
+
+
+def format_like(names: Collection[str]) -> str | None:
+    """The format that a data set with these columns may be of; None where they look like no other than ours."""
+    return next((name for name, columns in SIGNATURES.items() if columns.issubset(names)), None)
 
 
 def converted(rows: Rows, name: str, key: str, file: str) -> Rows:
@@ -84,7 +94,7 @@ def _hh_rlhf(row: Row) -> dict[str, Any]:
     return {"chosen": row["chosen"], "rejected": row["rejected"]}
 
 
-@register_format("helpsteer2")
+@register_format("helpsteer2", "response_1", "response_2", "preference_strength")
 def _helpsteer2(row: Row) -> dict[str, Any]:
     if "preference_strength" in row:  # below 0: the first is better
         first, second, strength = row["response_1"], row["response_2"], -_number(row, "preference_strength")
@@ -96,13 +106,13 @@ def _helpsteer2(row: Row) -> dict[str, Any]:
     return {"prompt": _helpsteer_prompt(row["prompt"]), **_ordered(first, second, strength)}
 
 
-@register_format("helpsteer3")
+@register_format("helpsteer3", "response1", "response2", "overall_preference")
 def _helpsteer3(row: Row) -> dict[str, Any]:
     strength = -_number(row, "overall_preference")  # −3: the first is much better
     return {"prompt": row["context"], **_ordered(row["response1"], row["response2"], strength)}
 
 
-@register_format("ultrafeedback")
+@register_format("ultrafeedback", "instruction", "completions")
 def _ultrafeedback(row: Row) -> dict[str, Any]:
     scored = [(_number(answer, "overall_score"), answer["response"]) for answer in row["completions"]]
     return {"prompt": row["instruction"], **_extremes(scored)}
@@ -129,7 +139,7 @@ def _ultrafeedback_binarized(row: Row) -> dict[str, Any]:
     return found
 
 
-@register_format("shp")
+@register_format("shp", "human_ref_A", "human_ref_B")
 def _shp(row: Row) -> dict[str, Any]:
     """`score_ratio`: how many times the votes of the other; its logarithm is a difference of rewards."""
     sign = 1 if _number(row, "labels") == 1 else -1
@@ -139,13 +149,13 @@ def _shp(row: Row) -> dict[str, Any]:
     return {"prompt": row["history"], **pair, "margin": margin}
 
 
-@register_format("pku_saferlhf")
+@register_format("pku_saferlhf", "response_0", "response_1", "better_response_id")
 def _pku_saferlhf(row: Row) -> dict[str, Any]:
     better = _index(row, "better_response_id")
     return {"prompt": row["prompt"], "chosen": row[f"response_{better}"], "rejected": row[f"response_{1 - better}"]}
 
 
-@register_format("tldr")
+@register_format("tldr", "summaries", "choice")
 def _tldr(row: Row) -> dict[str, Any]:
     if "summaries" in row:
         info, choice = row["info"], _index(row, "choice")
@@ -160,14 +170,14 @@ def _tldr(row: Row) -> dict[str, Any]:
     return {"prompt": row["prompt"], "completion": row["completion"] if "completion" in row else row["label"]}
 
 
-@register_format("nectar")
+@register_format("nectar", "prompt", "answers")
 def _nectar(row: Row) -> dict[str, Any]:
     """The first in rank against the last; ranks are no strengths, so there is no margin."""
     scored = [(-_number(answer, "rank"), answer["answer"]) for answer in row["answers"]]
     return {"prompt": row["prompt"], **_extremes(scored), "margin": None}
 
 
-@register_format("arena")
+@register_format("arena", "conversation_a", "conversation_b")
 def _arena(row: Row) -> dict[str, Any]:
     if "winner" in row:
         sides = {"model_a": 1, "model_b": -1}
@@ -181,12 +191,44 @@ def _arena(row: Row) -> dict[str, Any]:
     return _ordered(first, second, said) | {"margin": None}
 
 
+# What the columns are called that hold the two responses, and the one that says which won.
+STEMS = ("response", "answer", "completion", "output", "reply", "summary")
+SIDES = (("a", "b"), ("A", "B"), ("1", "2"), ("0", "1"))
+WINNERS = ("winner", "preference", "preferred", "choice", "label", "better")
+NO_WINNER = ("tie", "draw", "both", "neither", "equal", "none")
+
+
+@register_format("pairwise", "winner")
+def _pairwise(row: Row) -> dict[str, Any]:
+    """The winner is what its column's name ends in, as `b`, `1` or `response_b`; without one, scores say it."""
+    pairs = ((f"{stem}{join}", sides) for sides in SIDES for stem in STEMS for join in ("_", ""))
+    stem, sides = next((stem, sides) for stem, sides in pairs if all(f"{stem}{side}" in row for side in sides))
+    first, second = (row[f"{stem}{side}"] for side in sides)
+    prompt = next(row[name] for name in ("prompt", "question", "instruction") if name in row)
+    if (column := next((name for name in WINNERS if name in row), None)) is None:
+        strength = _number(row, f"score_{sides[0]}") - _number(row, f"score_{sides[1]}")
+        return {"prompt": prompt, **_ordered(first, second, strength)}
+    said, names = re.sub(r".*[_ ]", "", str(row[column]).strip().lower()), [side.lower() for side in sides]
+    if said not in (*names, *NO_WINNER):
+        what = f"column {column!r} is {row[column]!r}, neither {names[0]}, {names[1]} nor a tie"
+        raise InputError(what, kind="invalid", key=column)
+    won = 0.0 if said in NO_WINNER else 1.0 if said == names[0] else -1.0
+    return {"prompt": prompt, **_ordered(first, second, won), "margin": None}
+
+
+@register_format("openai", "preferred_output", "non_preferred_output")
+def _openai(row: Row) -> dict[str, Any]:
+    said = row["input"]
+    prompt = said["messages"] if isinstance(said, Mapping) else said
+    return {"prompt": prompt, "chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+
+
 # ---- dialogues -------------------------------------------------------------------------------------------------------
 
 
-@register_format("sharegpt")
+@register_format("sharegpt", "conversations")
 def _sharegpt(row: Row) -> dict[str, Any]:
-    said = row.get("conversations") or row["conversation"]
+    said = row.get("conversations") or row.get("messages") or row["conversation"]
     if system := row.get("system"):
         said = [{"from": "system", "value": system}, *said]
     messages = [_turn(turn) for turn in said]
@@ -195,7 +237,7 @@ def _sharegpt(row: Row) -> dict[str, Any]:
     return {"prompt": messages, "chosen": [_turn(row["chosen"])], "rejected": [_turn(row["rejected"])]}
 
 
-@register_format("alpaca")
+@register_format("alpaca", "instruction", "output")
 def _alpaca(row: Row) -> dict[str, Any]:
     """And its kind: Dolly (context, response), Orca's pairs (system, question), distilabel's (system, input)."""
     main = row.get("instruction") or row.get("question") or row["input" if "system" in row else "instruction"]
@@ -206,7 +248,11 @@ def _alpaca(row: Row) -> dict[str, Any]:
         prompt.insert(0, {"role": "system", "content": system})
     if "chosen" in row:
         return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
-    return {"prompt": prompt, "completion": row["output"] if "output" in row else row["response"]}
+    answer = row["output"] if "output" in row else row["response"]
+    if isinstance(answer, list):  # LLaMA-Factory's older pairs, the better one first
+        chosen, rejected = answer
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, "completion": answer}
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

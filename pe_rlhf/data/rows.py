@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pe_rlhf.config import DataFile, DataPart, DataSource
 from pe_rlhf.data.data_sources import load_rows, names_of
 from pe_rlhf.data.examples import COMPLETIONS, Example, has_format, parse_example
+from pe_rlhf.data.formats import format_like
 from pe_rlhf.data.local_files import ending
 from pe_rlhf.data.mixture import mixed
 from pe_rlhf.data.row_table import Row, Rows
@@ -172,6 +173,8 @@ def load_preferences(
     for column in ("chosen", "rejected"):
         if names and column not in names:
             raise _no_column(column, names, source, key)
+    if source.format is None and "prompt" not in names and format_like(names) == "sharegpt":
+        raise _no_column("prompt", names, source, key)  # which is in the dialogue beside them
     _refuse_guess(rows, source, key)
     _say_unused_system(rows, source, key)
     records, bad = parse_rows(rows, lambda row: then(parse_record(row)), source.path, max_bad_share, key)
@@ -312,5 +315,6 @@ def _say_unused_system(rows: Rows, source: DataFile, key: str) -> None:
 
 def _no_column(column: str, names: set[str], source: DataFile, key: str) -> InputError:
     message = f"{key}: {source.path} has no column {column!r}; it has {', '.join(sorted(names))}"
-    fix = f"map it with columns: {{{column}: …}}, or name its format"
+    like = None if source.format is not None else format_like(names)
+    fix = f"map it with columns: {{{column}: …}}, or name its format" if like is None else f"say format: {like}"
     return InputError(message, kind="missing", key=key, file=source.path, fix=fix)

@@ -10,6 +10,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from reward.errors import Failure, InputError
 if TYPE_CHECKING:
     from peft import PeftModel
 
+SAFETENSORS = "model.safetensors"
 NAMED, LONGEST_REASON = 3, 500  # tensors that an error names, and characters of what a library said
 
 
@@ -48,6 +50,7 @@ def load_whole(
     """
     if "gguf_file" not in arguments:
         arguments["use_safetensors"] = True
+        refuse_without_safetensors(Path(path), name, key)
     with loading(name, key):
         if (config := arguments.get("config")) is not None:
             check_config(config, name, key)
@@ -63,6 +66,27 @@ def load_whole(
     refuse_not_finite(model.named_parameters(), name, key)
     use_published_attention(model)
     return model
+
+
+def refuse_without_safetensors(folder: Path, name: str, key: str) -> None:
+    """Raise `InputError` for a folder whose weights are not under the names that are looked for, and say what is there.
+
+    Pickles (`.bin`, `.pt`) can run code when they are read, and are not.
+    """
+    files = {file.name for file in folder.iterdir()} if folder.is_dir() else set[str]()
+    if not files or files & {SAFETENSORS, f"{SAFETENSORS}.index.json"}:
+        return
+    others = sorted(file for file in files if file.endswith(".safetensors"))
+    pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth")) and "training_args" not in file)
+    fix = "save the model again with save_pretrained"
+    if len(others) == 1:
+        fix = f"rename {others[0]} to {SAFETENSORS} if its tensors have transformers' names"
+    elif others:
+        fix = f"add the index that belongs to {others[0]} and the others, {SAFETENSORS}.index.json"
+    elif pickles:
+        fix = f"{pickles[0]} is a pickle; load it once with transformers and save it with save_pretrained"
+    message = f"{key}: {name!r} has no {SAFETENSORS}"
+    raise InputError(message, kind="missing", key=key, file=folder / SAFETENSORS, fix=fix)
 
 
 def use_published_attention(model: PreTrainedModel) -> None:
@@ -172,6 +196,8 @@ def loading(name: str, key: str) -> Iterator[None]:
         raise
     except Exception as error:  # configs and weights are anybody's: there is no end of what they can break
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, LookupError | AttributeError):  # its text is a name, and says not of what
+            reason = f"{type(error).__name__}: {reason}"
         if "trust_remote_code=True" in reason:  # transformers has no class for it
             setting = "backbone.trust_remote_code: true" if key == "model" else "trust_remote_code: true beside it"
             message = f"{key}: {name!r} comes with Python code of its own, which is not run unasked"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import torch
+
 from pe_rlhf.config import BackboneConfig, SamplerConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.rollout.interface import RolloutEngine
 from pe_rlhf.rollout.vllm.embedded import EmbeddedVLLM
-from pe_rlhf.rollout.vllm.requests import sync_mode
+from pe_rlhf.rollout.vllm.requests import sync_mode, why_merged
 from pe_rlhf.system.distributed import is_sharded
-from pe_rlhf.system.progress import Advance
+from pe_rlhf.system.progress import Advance, say
 from reward.errors import InputError
 
 # What configs call the number of experts.
@@ -58,7 +60,11 @@ def make_rollout(
         )
     if config.engine == "hf":
         return HFRollout(backbone, role, config, on_progress)
-    if is_sharded(backbone.model) and sync_mode(config, backbone) == "merged":
+    mode = sync_mode(config, backbone)
+    if (why := why_merged(backbone)) is not None:
+        rounded = "" if backbone.model.dtype == torch.float32 else ", which round an early update away"
+        say(f"{role}: vLLM samples from merged weights{rounded}: {why}")
+    if is_sharded(backbone.model) and mode == "merged":
         raise InputError(
             "rollout: with zero3, vLLM needs sync: adapter; no rank has the whole base to merge into",
             kind="conflict",

@@ -206,7 +206,7 @@ class LLMJudge(ChatJudge):
     """Asks a chat model which of two responses is better."""
 
     sees_order = True
-    version = "5"  # of the rules by which answers are read; verdicts by other rules are not reused
+    version = "6"  # of the rules by which answers are read; verdicts by other rules are not reused
     kind = "llm"
     labels = LABELS
     mass_of = "p(A) + p(B)"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pe_rlhf.adapters.targets import numbers_of_experts
 from pe_rlhf.config import RolloutConfig, SamplingConfig
 from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.system.distributed import is_sharded
@@ -46,10 +47,7 @@ def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
     if not all(map(backbone.is_lora, policies)):
         if config.sync == "adapter":
             raise InputError(
-                "rollout.sync: vLLM knows no adapter of this kind",
-                kind="conflict",
-                key="rollout.sync",
-                fix="use merged or auto",
+                f"rollout.sync: {why_merged(backbone)}", kind="conflict", key="rollout.sync", fix="use merged or auto"
             )
         return "merged"
     if config.sync != "auto":
@@ -57,6 +55,18 @@ def sync_mode(config: SamplingConfig, backbone: Backbone) -> str:
     # In a narrow dtype merged weights lose most of an early update, so that a LoRA's slowness is the lesser evil.
     on_cpu = config.mode == "embedded" and backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
     return "merged" if on_cpu and not is_sharded(backbone.model) else "adapter"
+
+
+def why_merged(backbone: Backbone) -> str | None:
+    """Why vLLM gets merged weights of an adapter whatever the recipe says; None where it takes the adapter."""
+    policies = [role for role in backbone.specs if role not in backbone.heads and role not in backbone.own_models]
+    if all(map(backbone.is_lora, policies)):
+        return None
+    fused = numbers_of_experts(backbone.model, [n for p in policies for n in backbone.adapter_spec(p).modules])
+    # vLLM 0.32 has a form of its own for a LoRA of each expert. PEFT's it takes only of models that it says
+    # `is_3d_moe_weight` of, or started with --enable-mixed-moe-lora-format, of requests with `is_3d_lora_weight`.
+    what = "a LoRA on fused experts as PEFT has it" if fused else "an adapter of this kind"
+    return f"vLLM does not load {what}"
 
 
 def vllm_rank(backbone: Backbone) -> int:

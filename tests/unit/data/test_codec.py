@@ -172,3 +172,19 @@ def test_a_template_prints_the_day_that_it_is_given(tokenizer: PreTrainedTokeniz
         assert TextCodec(tokenizer, DATED, date="2024-02-03").render("a") == "03 Feb 2024:a"
     assert pinned.render("a") == "31 Dec 2020:a"  # also in another thread, or later
     assert (pinned.day, TextCodec(tokenizer, TEMPLATE).day) == ("2020-12-31", None)
+
+
+def test_a_template_that_goes_over_the_parts_of_a_content(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As those of models that also read pictures: what they write of a text is what their part of it is."""
+    head, tail = (
+        "{% for m in messages %}<{{ m.role }}>",
+        "<end>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
+    )
+    plain = TextCodec(tokenizer, head + "{{ m.content }}" + tail)
+    parts = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
+    listing = TextCodec(tokenizer, head + parts + tail)
+    for prompt in ("Hello <end>", CHAT):
+        assert listing.render(prompt) == plain.render(prompt)
+        assert listing.encode_pair(prompt, "Yes<end>") == plain.encode_pair(prompt, "Yes<end>")
+    with raises("invalid", key="chat_template"):
+        TextCodec(tokenizer, "{% for m in messages %}{{ m.role }}{% endfor %}")

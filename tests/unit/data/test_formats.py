@@ -11,8 +11,9 @@ import datasets
 import pytest
 
 from pe_rlhf.config import DataSource
+from pe_rlhf.data.formats import SIGNATURES
 from pe_rlhf.data.rows import load_examples, load_preferences, load_prompts
-from reward.errors import Kind
+from reward.errors import InputError, Kind
 from reward.records import PreferenceRecord
 from tests.failures import raises
 from tests.runs import PAIRS as RUN_PAIRS
@@ -116,6 +117,16 @@ PAIRS: dict[str, tuple[Tree, tuple[Any, str, str, float | None], Tree]] = {
         ([user("q\n\ni")], "a", "b", None),
         {"input": "i", "chosen": "a", "rejected": "b"},
     ),
+    "pairwise": (
+        {"prompt": "q", "response_a": "b", "response_b": "a", "winner": "model_b"},
+        ("q", "a", "b", None),
+        {"prompt": "q", "response_a": "b", "response_b": "a", "winner": "2"},
+    ),
+    "openai": (
+        {"input": {"messages": [user("q")]}, "preferred_output": [said("a")], "non_preferred_output": [said("b")]},
+        ([user("q")], "a", "b", None),
+        {"input": {"messages": []}, "preferred_output": [said("a")]},
+    ),
     "implicit": (
         {"chosen": "q: a", "rejected": "q: b", "input": "x"},
         ("q:", " a", " b", None),
@@ -136,6 +147,20 @@ OTHERS: list[tuple[str, Tree, tuple[Any, str, str, float | None]]] = [
     ("alpaca", {"system": "s", "question": "q"} | CHOSEN, ([SYSTEM, user("q")], "a", "b", None)),  # Orca's
     ("alpaca", {"system": "s", "input": "q"} | CHOSEN, ([SYSTEM, user("q")], "a", "b", None)),  # distilabel's
     ("alpaca", {"system": "", "question": "q"} | CHOSEN, ([user("q")], "a", "b", None)),
+    ("alpaca", {"instruction": "q", "output": ["a", "b"]}, ([user("q")], "a", "b", None)),  # LLaMA-Factory's
+    (
+        "sharegpt",
+        {"messages": [user("q")], "chosen": said("a"), "rejected": said("b")},
+        ([user("q")], "a", "b", None),
+    ),
+    ("pairwise", {"question": "q", "answer_0": "b", "answer_1": "a", "winner": 1}, ("q", "a", "b", None)),
+    ("pairwise", {"prompt": "q", "response_1": "a", "response_2": "b", "preference": "1"}, ("q", "a", "b", None)),
+    ("pairwise", {"prompt": "q", "output_A": "b", "output_B": "a", "label": "output_B"}, ("q", "a", "b", None)),
+    (
+        "pairwise",  # WebGPT's, flat
+        {"question": "q", "answer_0": "b", "answer_1": "a", "score_0": -0.5, "score_1": 0.75},
+        ("q", "a", "b", 1.25),
+    ),
     (
         "helpsteer2",
         {"prompt": "q<extra_id_1>Assistant\na\n<extra_id_1>User\nr\n", "response_1": "a", "response_2": "b"}
@@ -274,6 +299,17 @@ def test_a_system_column_that_is_left_out_is_named(tmp_path: Path, capsys: pytes
     assert "'system' is left out" in capsys.readouterr().err
     load_prompts(source(tmp_path, "alpaca", [{"system": "s", "question": "q", **CHOSEN}]), "ppo.prompts")
     assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_data_set_without_its_format_is_told_which_it_may_be(tmp_path: Path, name: str) -> None:
+    """By its columns; it is not read as something else."""
+    rows = [PAIRS[name][0] if name in PAIRS else {}, *(row for other, row, _ in OTHERS if other == name)]
+    row = next((row for row in rows if SIGNATURES[name] <= row.keys()), dict.fromkeys(SIGNATURES[name], "x"))
+    with pytest.raises(InputError) as raised:
+        load_preferences(source(tmp_path, None, [row] * 4), "reward.data", 0.05, lambda record: record)
+    assert (raised.value.kind, raised.value.key) == ("missing", "reward.data")
+    assert str(raised.value.fix).endswith(f": {name}")
 
 
 def test_a_format_that_there_is_not(tmp_path: Path) -> None:

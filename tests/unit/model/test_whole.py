@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from pe_rlhf.evaluation.sources import load_merged
 from pe_rlhf.model.backbone import load_backbone
@@ -340,3 +340,28 @@ def test_weights_go_straight_to_their_device(saved_model: Save, monkeypatch: pyt
     monkeypatch.setattr(torch.nn.Module, "to", moved)
     model, _ = load_causal_lm(str(folder), dtype="float32", device=meta, attention="sdpa", trust_remote_code=False)
     assert {parameter.device for parameter in model.parameters()} == {meta}
+
+
+@pytest.mark.parametrize(
+    ("there", "fix"),
+    [
+        ({"consolidated.safetensors": WEIGHTS}, "rename consolidated.safetensors"),
+        (
+            dict.fromkeys(("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), WEIGHTS),
+            "index.json",
+        ),
+        ({"pytorch_model.bin": WEIGHTS, "training_args.bin": WEIGHTS}, "pytorch_model.bin is a pickle"),
+        ({}, "save_pretrained"),
+    ],
+)
+def test_weights_under_other_names_are_named(
+    saved_model: Callable[[PreTrainedModel], Path], there: dict[str, str], fix: str
+) -> None:
+    folder = saved_model(tiny_model("llama"))
+    for name in there:
+        shutil.copy(folder / WEIGHTS, folder / name)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(InputError) as raised:
+        load_backbone(folder)
+    assert (raised.value.kind, raised.value.key) == ("missing", "model")
+    assert fix in str(raised.value.fix)

@@ -12,6 +12,7 @@ from pe_rlhf.config import BackboneConfig, RolloutConfig
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.rollout.vllm import exchange
+from pe_rlhf.rollout.vllm.requests import sync_mode, why_merged
 from tests.failures import raises
 from tests.model_matrix import with_delta
 from tests.model_types import build
@@ -49,3 +50,15 @@ def test_an_embedded_vllm_on_a_cpu_takes_no_mixture(tmp_path: Path, sync: str) -
         make_rollout(
             backbone, "policy", config, BackboneConfig(), folder=tmp_path, log=tmp_path / "l", longest_prompt=8
         )
+
+
+def test_a_lora_on_experts_is_handed_over_merged() -> None:
+    """And the run says so; without experts, a mixture's LoRA is one that vLLM loads."""
+    config = RolloutConfig(engine="vllm", mode="server", urls=["http://x"], max_new_tokens=4)
+    for targets, why, mode in (("attention", False, "adapter"), ("all-linear", True, "merged")):
+        backbone = load_backbone(build("olmoe"))
+        backbone.add_adapter("policy", rank=1, targets=targets)
+        assert (why_merged(backbone) is not None) == why
+        assert sync_mode(config, backbone) == mode
+    with raises("conflict", key="rollout.sync"):
+        sync_mode(config.model_copy(update={"sync": "adapter"}), backbone)
