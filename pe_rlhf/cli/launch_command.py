@@ -71,7 +71,7 @@ def launch(
         raise InputError(message, kind="not_installed", key="launch", fix="pip install 'pe-rlhf[deepspeed]'")
     if hostfile is not None and node_rank is None:
         _check_words(passed)
-    parts = _check_run(passed)
+    parts = _check_run(passed, wait=not dry_run)
     hosts = read_hostfile(hostfile) if hostfile else {f"node-{i}": ranks_here(num_procs) for i in range(num_nodes)}
     _check_nodes(len(hosts), num_nodes, hostfile, node_rank, master_addr)
     command = launcher_command(Placement(hosts, hostfile, node_rank, master_addr, master_port, num_procs))
@@ -98,7 +98,7 @@ def _check_words(arguments: list[str]) -> None:
             )
 
 
-def _check_run(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
+def _check_run(arguments: list[str], *, wait: bool) -> list[tuple[Recipe, list[str]]]:
     """Refuse what `pe-rlhf run` would refuse: once, and before any process is started. Returns what would run."""
     app = typer.Typer(add_completion=False)
     app.command()(run)
@@ -106,7 +106,7 @@ def _check_run(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
     run_dir = None if given["run_dir"] is None else Path(given["run_dir"])
     between = given["first"], given["last"]
     loaded, target, stages = plan(given["recipe"], list(given["overrides"] or ()), run_dir, *between)
-    return checked(loaded, target, stages, between)
+    return checked(loaded, target, stages, between, wait=wait)
 
 
 def _check_nodes(

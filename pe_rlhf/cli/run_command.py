@@ -80,22 +80,30 @@ def _show(recipe: Recipe, target: Path, stages: list[str]) -> None:
 
 
 def checked(
-    recipe: Recipe, target: Path, stages: list[str], between: tuple[str | None, str | None] = (None, None)
+    recipe: Recipe,
+    target: Path,
+    stages: list[str],
+    between: tuple[str | None, str | None] = (None, None),
+    *,
+    wait: bool = False,
 ) -> list[tuple[Recipe, list[str]]]:
-    """The recipe and its stages, or those of each of its tasks, after a look at all that can be wrong with them."""
+    """The recipe and its stages, or those of each of its tasks, after a look at all that can be wrong with them.
+
+    wait: whether a vLLM server that is not there may still come up, within its `start_timeout`.
+    """
     from reward.judges.user_code import time_limit
 
     with time_limit(recipe.function_timeout):
         if recipe.tasks is None:
             from pe_rlhf.stages.preflight import check_inputs
 
-            check_inputs(recipe, stages, run_dir=target)
+            check_inputs(recipe, stages, run_dir=target, wait=wait)
             return [(recipe, stages)]
         from pe_rlhf.stages.tasks import check_tasks, select_tasks, task_recipes
 
         every = list(task_recipes(recipe, target))
         recipes = [every[number] for number in select_tasks(recipe, *between)]
-        check_tasks(recipe, recipes, target)
+        check_tasks(recipe, recipes, target, wait=wait)
         return [(own, own.stages) for own in recipes]
 
 

@@ -7,7 +7,7 @@ Everything is in one folder and written as it comes, so the same command goes on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -20,6 +20,7 @@ from pe_rlhf.data.rows import say_bad_rows
 from pe_rlhf.evaluation.prompting import Prompting, columns_of, own_tokenizer, prompting_of
 from pe_rlhf.evaluation.sources import (
     ResponseSource,
+    ServerSource,
     base_of_adapter,
     find_policy,
     load_anchor,
@@ -145,6 +146,18 @@ def _outputs_for(prompts: Sequence[Prompt], path: Path) -> list[str]:
     return outputs
 
 
+def check_servers(sides: Iterable[tuple[Side, Sequence[Prompt], Path]], settings: EvaluationSettings) -> None:
+    """Raise where a server does not answer of which responses are still to come, before any side is sampled.
+
+    With each side come its prompts and the file of its responses, which may be whole already.
+    """
+    for side, prompts, path in sides:
+        if side.outputs is None and is_endpoint(side.name):
+            head = _head(side.identity, prompts)
+            if len(_finished(path, head, prompts)) < len(prompts):
+                ServerSource(side.name, settings).check_server()
+
+
 def responses_of(side: Side, prompts: Sequence[Prompt], path: Path) -> list[str]:
     """One response per prompt; those that are in the file already are not sampled again.
 
@@ -173,7 +186,7 @@ def rows_of(
     sample: gives what belongs to prompts[start:], one after the other. Raises `InputError` where the file's first line
     is of another identity, or of other prompts.
     """
-    head = {"identity": identity, "prompts": content_hash(list(prompts))}
+    head = _head(identity, prompts)
     done = _finished(path, head, prompts)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(path, (head, *done))
@@ -226,6 +239,10 @@ def evaluate_pairs(
     summary |= beside() | {"asked": asked}
     write_json(files.summary, summary)
     return summary
+
+
+def _head(identity: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    return {"identity": identity, "prompts": content_hash(list(prompts))}
 
 
 def _finished(path: Path, head: dict[str, Any], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:

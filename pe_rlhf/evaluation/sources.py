@@ -94,6 +94,10 @@ class ServerSource:
         self._endpoint = Endpoint(model, base_url, settings.server, keep=frozenset({"temperature", "max_tokens"}))
         self._sampling, self._seed = settings.sampling, settings.seed
 
+    def check_server(self) -> None:
+        """Raise `InputError` where the server refuses the key, `JudgeError` where nothing answers after all tries."""
+        self._endpoint.check_server()
+
     def responses(self, prompts: Sequence[Prompt], start: int) -> Iterator[str]:
         def ask(number: int) -> str:
             seed = derive_seed(self._seed, number) % 2**31

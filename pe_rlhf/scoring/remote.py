@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from pe_rlhf.types import Sequences
 from reward.errors import InputError, Kind
 from reward.judges.bounded import TooLongError, ended
 from reward.judges.functions import as_number
+from reward.judges.judge_settings import key_in
 from reward.judges.server_errors import Passing, retry_after, without_key
 from reward.records import NO_COLUMNS, Columns, Prompt
 
@@ -164,10 +164,10 @@ def _api_key(settings: ScoreServer) -> str:
     """The key that is sent, "" for none."""
     if settings.api_key_env is None:
         return ""
-    key = os.environ.get(settings.api_key_env, "").strip()
-    if not (key and key.isascii() and key.isprintable()):
+    key = key_in(settings.api_key_env, "ppo.reward.server.api_key_env")
+    if not key:
         raise InputError(
-            f"the environment variable {settings.api_key_env} holds no key that can be sent",
+            f"the environment variable {settings.api_key_env} holds no key",
             kind="missing",
             key="ppo.reward.server.api_key_env",
             fix="set it, or leave out api_key_env",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pe_rlhf.adapters.kind import kind_of
 from pe_rlhf.adapters.specs import AdapterSpec
@@ -25,6 +25,7 @@ from pe_rlhf.model.names import check_model_name, model_at_hand
 from pe_rlhf.model.whole import check_config, loading
 from pe_rlhf.rollout.make import check_installed
 from pe_rlhf.runs.peft_roles import check_start
+from pe_rlhf.runs.saved_roles import starting_model
 from pe_rlhf.scoring.ensemble import find_ensemble
 from pe_rlhf.scoring.judge_scorer import asked_judge, check_against
 from pe_rlhf.scoring.model_judges import check_judge, check_server
@@ -36,6 +37,7 @@ from reward.errors import InputError
 from reward.records import Prompt
 
 SHOWN = 300  # characters of a rendered prompt
+KnownModel = tuple[PreTrainedConfig, PreTrainedTokenizerBase]
 
 
 def check_models_and_judges(
@@ -76,23 +78,42 @@ def check_models_and_judges(
                 find_ensemble(source.ensemble, Path())
 
 
-def check_servers(recipe: Recipe, stages: list[str]) -> None:
-    """Raise where a judge's or scorer's server does not answer: what it is for may be hours away."""
-    judges = [getattr(getattr(recipe, stage), "judge", None) for stage in stages]
-    for source in recipe.ppo.reward if recipe.ppo is not None and "ppo" in stages else ():
-        judges.append(None if source.judge is None else asked_judge(source))
-        if source.url is not None:
-            RemoteScorer(source.url, source.server, []).check_server()
-    if recipe.ppo is not None and recipe.ppo.eval_every is not None and "ppo" in stages and recipe.evaluate is not None:
-        judges.append(recipe.evaluate.judge)
-    for judge in filter(None, judges):
-        check_server(judge)
+def check_servers(
+    recipe: Recipe, stages: list[str], run_dir: Path | None, known: KnownModel | None, *, wait: bool = True
+) -> None:
+    """Raise where a judge's, scorer's or vLLM server cannot work: what it is for may be hours away.
+
+    wait: whether a vLLM server that is not there may still come up.
+    """
+    sections = {stage: getattr(recipe, stage) for stage in stages}
+    if recipe.ppo is not None and "ppo" in stages:
+        if recipe.ppo.eval_every is not None and recipe.evaluate is not None:
+            sections["evaluate"] = recipe.evaluate  # judges the policy while it is trained, on samples of its engine
+        for source in recipe.ppo.reward:
+            if source.judge is not None:
+                check_server(asked_judge(source))
+            if source.url is not None:
+                RemoteScorer(source.url, source.server, []).check_server()
+    for judge in (getattr(section, "judge", None) for section in sections.values()):
+        if judge is not None:
+            check_server(judge)
+    for stage, section in sections.items():
+        sampling = getattr(section, "rollout", None) or getattr(section, "sampling", None)
+        if sampling is None or not sampling.urls:
+            continue
+        if "sft" in stages:
+            say(f"{stage}: its vLLM servers are asked after sft, whose model they serve")
+            continue
+        from pe_rlhf.rollout.vllm.first_look import look_at_servers  # other runs need no client of servers
+
+        look_at_servers(sampling, starting_model(recipe, run_dir or Path()), known, wait=wait)
 
 
-def check_recipe_model(recipe: Recipe, stages: list[str], prompts: dict[str, Prompt]) -> None:
+def check_recipe_model(recipe: Recipe, stages: list[str], prompts: dict[str, Prompt]) -> KnownModel | None:
     """Raise `InputError` for what the model, its tokenizer or this machine cannot do; say how prompts look.
 
     `prompts` has the first one of each stage that has some. A model that would have to be fetched is not looked at.
+    Returns its config and tokenizer.
     """
     find_device(recipe.backbone.device)
     if recipe.backbone.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
@@ -103,7 +124,7 @@ def check_recipe_model(recipe: Recipe, stages: list[str], prompts: dict[str, Pro
             fix="pip install 'pe-rlhf[quantized]'",
         )
     if (path := model_at_hand(recipe.model)) is None:
-        return
+        return None
     common: dict[str, Any] = {
         "trust_remote_code": recipe.backbone.trust_remote_code,
         "revision": recipe.backbone.revision,
@@ -119,9 +140,10 @@ def check_recipe_model(recipe: Recipe, stages: list[str], prompts: dict[str, Pro
             say(f"{stage}: the first prompt, as the model reads it: {_shortened(_rendered(codec, prompts[stage]))}")
     if recipe.tuning == "adapter":
         _check_adapters(recipe, stages, config)
+    return config, tokenizer
 
 
-def _check_tokens(recipe: Recipe, stage: str, config: PretrainedConfig) -> None:
+def _check_tokens(recipe: Recipe, stage: str, config: PreTrainedConfig) -> None:
     """Raise `InputError` where a response leaves no room for a prompt."""
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     for name in ("rollout", "sampling"):
@@ -135,7 +157,7 @@ def _check_tokens(recipe: Recipe, stage: str, config: PretrainedConfig) -> None:
             )
 
 
-def _check_adapters(recipe: Recipe, stages: list[str], config: PretrainedConfig) -> None:
+def _check_adapters(recipe: Recipe, stages: list[str], config: PreTrainedConfig) -> None:
     """Raise `InputError` for targets that the model has not, and for a rank that no layer of it has."""
     trained = [stage for stage in stages if stage in ("sft", "reward", "ppo")]
     if not trained:

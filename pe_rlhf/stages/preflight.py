@@ -34,10 +34,17 @@ from reward.records import Prompt
 T = TypeVar("T")
 
 
-def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = (), run_dir: Path | None = None) -> None:
-    """Look at everything that can be wrong with names, data and functions before a model is loaded.
+def check_inputs(
+    recipe: Recipe,
+    stages: list[str],
+    finished: Sequence[str] = (),
+    run_dir: Path | None = None,
+    *,
+    wait: bool = True,
+) -> None:
+    """Look at everything that can be wrong with names, data, functions and servers before a model is loaded.
 
-    Of the `finished` stages the data is still looked at, but they do not run again.
+    Of the `finished` stages the data is still looked at, but they do not run again. `wait` as in `check_servers`.
     """
     if recipe.deepspeed is not None:
         load_deepspeed_config(recipe.deepspeed)
@@ -56,8 +63,8 @@ def check_inputs(recipe: Recipe, stages: list[str], finished: Sequence[str] = ()
 
     check_models_and_judges(recipe, stages, run_dir, columns)
     open_stages = [stage for stage in stages if stage not in finished]
-    check_recipe_model(recipe, open_stages, prompts)
-    check_servers(recipe, open_stages)
+    known = check_recipe_model(recipe, open_stages, prompts)
+    check_servers(recipe, open_stages, run_dir, known, wait=wait)
 
 
 def check_inits(recipe: Recipe) -> None:

@@ -92,11 +92,12 @@ def task_recipes(recipe: Recipe, run_dir: Path) -> Iterator[Recipe]:
         yield own
 
 
-def check_tasks(whole: Recipe, recipes: Sequence[Recipe], run_dir: Path) -> None:
+def check_tasks(whole: Recipe, recipes: Sequence[Recipe], run_dir: Path, *, wait: bool = True) -> None:
     """Look at everything that `check_inputs` does in each of these tasks of a recipe, before the first one runs."""
     for number, own in enumerate(recipes):
         later = {"continual": None} if number else {}  # the run before it is not there yet
-        check_inputs(own.model_copy(update=later), own.stages, run_dir=RunFiles(run_dir).tasks / own.name)
+        folder = RunFiles(run_dir).tasks / own.name
+        check_inputs(own.model_copy(update=later), own.stages, run_dir=folder, wait=wait)
         check_adapter(own)
     if whole.is_joint:
         check_joint(whole, run_dir)

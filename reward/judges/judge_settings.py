@@ -142,11 +142,7 @@ def api_key(base_url: str, variable: str) -> str:
     """
     if wrong := wrong_address(base_url):
         raise InputError(f"{base_url!r} {wrong}", kind="invalid", key="base_url")
-    key = os.environ.get(variable, "").strip()  # a file that a secret comes from often ends in a newline
-    if not (key.isascii() and key.isprintable()):
-        raise InputError(
-            f"the key in {variable} has characters that no HTTP header can have", kind="invalid", key="api_key_env"
-        )
+    key = key_in(variable)
     if not key and (urlsplit(base_url).hostname or "") not in ("localhost", "127.0.0.1", "::1"):
         raise InputError(
             f"the environment variable {variable} with the key for {base_url} is not set",
@@ -155,6 +151,18 @@ def api_key(base_url: str, variable: str) -> str:
             fix="set it, or name another one by api_key_env; for a server without keys any text will do",
         )
     return key or "none"  # a server on this machine needs no key, but the client library insists on one
+
+
+def key_in(variable: str, setting: str = "api_key_env") -> str:
+    """The key in an environment variable, "" for none. Raises `InputError` for one that can't be sent.
+
+    A client library that was given such a key would quote it in its error.
+    """
+    key = os.environ.get(variable, "").strip()  # a file that a secret comes from often ends in a newline
+    if not (key.isascii() and key.isprintable()):
+        message = f"the key in {variable} has characters that no HTTP header can have"
+        raise InputError(message, kind="invalid", key=setting)
+    return key
 
 
 def _string_is_kind(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from itertools import takewhile
+from typing import Any
 
 import torch
 
@@ -26,6 +27,24 @@ PROMPT_TOKENS, NEW_TOKENS = 24, 8
 TOLERANCE_FP32, TOLERANCE_NARROW = 1e-3, 0.1
 
 
+def asked(server: Server, prompt: list[int], sampling: dict[str, Any], model: str, name: str) -> Response:
+    """What the server's `model` samples after a prompt of ids.
+
+    Raises `ServerFault`, and `InputError` where it refuses them: its vocabulary is not that of the model called `name`.
+    """
+    salt = f"probe-{os.urandom(8).hex()}"  # the prefix cache has nothing of an earlier answer under a new salt
+    try:
+        (answer,) = asyncio.run(server.sample([prompt], [0], sampling, salt, model=model))
+    except TrainingError as refusal:  # a token id that its vocabulary does not have
+        raise other_model(server, f"another model than {name}: {refusal}") from refusal
+    return answer
+
+
+def other_model(server: Server, what: str) -> InputError:
+    """The refusal of a server that computes something else."""
+    return server_refused("mismatch", f"{server.url} serves {what}", "restart it")
+
+
 class ServerProbe:
     """A prompt of random tokens and the highest id of the vocabulary, which a smaller model does not have."""
 
@@ -41,12 +60,7 @@ class ServerProbe:
 
     def ask(self, server: Server, model: str) -> Response:
         """What the server samples after the prompt. Raises `ServerFault`, and `InputError` for another vocabulary."""
-        salt = f"probe-{os.urandom(8).hex()}"  # the prefix cache has nothing of an earlier answer under a new salt
-        try:
-            (answer,) = asyncio.run(server.sample([self._prompt], [0], self._sampling, salt, model=model))
-        except TrainingError as refusal:  # a token id that its vocabulary does not have
-            raise self._other(server, f"another model than {self._backbone.name}: {refusal}") from refusal
-        return answer
+        return asked(server, self._prompt, self._sampling, model, self._backbone.name)
 
     def refusal(self, server: Server, answer: Response, role: str, *, on_all_ranks: bool = False) -> InputError | None:
         """Why an answer is not of the role as it is now; None where it is.
@@ -62,7 +76,7 @@ class ServerProbe:
             message = f"{server.url} gives log-probs that are not of temperature {self._temperature:g}"
             fix = "start it by launch/vllm_server.sh, or with --logprobs-mode processed_logprobs"
             return server_refused("mismatch", message, fix)
-        return self._other(
+        return other_model(
             server,
             f"other weights than the {role} of {self._backbone.name}: its log-probs differ by {distance:.3g} on average"
             " (another model or dtype, or weights that an earlier run left there)",
@@ -78,7 +92,7 @@ class ServerProbe:
         if not is_sharded(self._backbone.model):
             refusal = self.refusal(server, answer, role)
         else:
-            refusal = None if known is None or self._alike(answer, known) else self._other(server, "other weights")
+            refusal = None if known is None or self._alike(answer, known) else other_model(server, "other weights")
         if refusal is not None:
             raise refusal
 
@@ -92,9 +106,6 @@ class ServerProbe:
             takewhile(lambda pair: pair[0] == pair[2], pairs)
         )  # what follows another token is of another text
         return bool(shared) and sum(abs(p[1] - p[3]) for p in shared) / len(shared) <= self._tolerance
-
-    def _other(self, server: Server, what: str) -> InputError:
-        return server_refused("mismatch", f"{server.url} serves {what}", "restart it")
 
     @torch.no_grad()
     def _distance(self, ids: list[int], found: list[float], role: str, temperature: float) -> float:

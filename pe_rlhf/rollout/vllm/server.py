@@ -20,7 +20,14 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.rollout.interface import checked_rollout
 from pe_rlhf.rollout.vllm.exchange import WeightExchange
-from pe_rlhf.rollout.vllm.http import Response, Server, ServerFault, server_error, together
+from pe_rlhf.rollout.vllm.http import (
+    SECONDS_BETWEEN_LOOKS,
+    Response,
+    Server,
+    ServerFault,
+    server_error,
+    together,
+)
 from pe_rlhf.rollout.vllm.probe import ServerProbe
 from pe_rlhf.rollout.vllm.requests import response_seeds, sampling_parameters, sync_mode, vllm_rank
 from pe_rlhf.system.distributed import on_main
@@ -31,7 +38,6 @@ from pe_rlhf.types import Rollout
 from reward.errors import InputError
 
 ATTEMPTS = 3  # how often a batch is asked for
-SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_PROBES = 2.0
 
 
@@ -63,7 +69,7 @@ class ServerVLLM:
         self._known: Response | None = None  # what a server with the role as it is now answers to the probe
         self._probe = ServerProbe(backbone, longest_prompt, config.max_new_tokens, config.temperature)
         for server in self._servers:
-            self._wait_for(server)
+            server.wait(config.start_timeout)
             server.check_length(longest_prompt + config.max_new_tokens)
             if not self._merges:
                 self._check_base(server)
@@ -150,16 +156,6 @@ class ServerVLLM:
             server.unload()
         else:
             server.load_adapter(self._tag, self._path)
-
-    def _wait_for(self, server: Server) -> None:
-        """Wait until the server answers. Raises `TrainingError` after `start_timeout`."""
-        limit, start = self._config.start_timeout, time.monotonic()
-        if not server.is_ready():
-            say(f"waiting up to {limit:g} s for the vLLM server {server.url}")
-        while not server.is_ready():
-            if time.monotonic() - start > limit:
-                raise server_error(f"the vLLM server {server.url} is not up after {limit:g} s")
-            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     # ---- responses --------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.system.files import locked
 from pe_rlhf.system.seeding import derive_seed
-from reward.errors import InputError
+from reward.errors import Failure, InputError
 from reward.records import Prompt
 from tests.chat_server import KEY, ChatServer, running
 from tests.forked import Forked
@@ -265,6 +265,28 @@ def test_a_server_as_policy_keeps_to_the_budget(
         outcome = cli("evaluate", f"{server.url}#m", "--against", other, *arguments)
     assert outcome.code == 3
     assert server.requests == 3
+
+
+def test_a_baseline_at_a_server_that_is_gone_is_known_before_the_candidate_is_sampled(
+    cli: Callable[..., Outcome], fails: Callable[..., Failure], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless all of its responses are there already."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in PROMPT_TEXTS[:3]])
+    common = ["--judge", "length", "--prompts", prompts, "server.attempts=1", "sampling.max_new_tokens=2", "--out", "e"]
+    with running(ChatServer(text="words")) as server:
+        arguments = ["evaluate", "random:tiny-llama", "--against", f"{server.url}#m", *common]
+        server.list_status = 401
+        assert fails(*arguments).key == "api_key_env"
+        assert (server.requests, (tmp_path / "e" / "candidate.jsonl").exists()) == (0, False)
+        server.list_status = 501
+        assert cli(*arguments).code == 0
+    assert cli(*arguments).code == 0
+    (tmp_path / "e" / "candidate.jsonl").unlink()
+    (tmp_path / "e" / "baseline.jsonl").unlink()
+    error = fails(*arguments, code=3)
+    assert (error.kind, error.key) == ("server", "judge.base_url")
+    assert not (tmp_path / "e" / "candidate.jsonl").exists()
 
 
 @pytest.mark.parametrize(
