@@ -1,6 +1,6 @@
 """What is good: preferences, the models that learn them, and the judges that state them.
 
-A package of its own: it imports nothing from `pe_rlhf`, and importing `reward` alone imports nothing heavy.
+A package of its own: it imports nothing from `pe_rlhf`, and importing `reward` imports nothing heavy.
 
 | module        | what it holds                                                                        |
 |---------------|--------------------------------------------------------------------------------------|

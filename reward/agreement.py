@@ -14,7 +14,7 @@ from reward.winrate import win_rate
 
 @dataclass(frozen=True)
 class Agreement:
-    """accuracy: share of right verdicts, with its interval. kappa: Cohen's, NaN where chance alone agrees fully.
+    """accuracy: share of right verdicts, with its interval. kappa: Cohen's, NaN where chance agrees fully.
 
     equal: share of equal verdicts, in which a tie beside a win is not half right.
     """

@@ -4,7 +4,7 @@ A logistic model explains the preferences, arXiv 2404.04475 eq. 2:
 
     logit p = φ · tanh((len_baseline − len_candidate) / sd) + ψ · difficulty + θ
 
-and the length-controlled win rate is its mean prediction with the length term at zero. φ is what length alone buys
+and the length-controlled win rate is its mean prediction with the length term at zero. φ is what length itself buys
 (negative where the judge likes long answers), ψ how the candidate takes to instructions that are hard for the baseline.
 
 As in AlpacaEval, the fit is regularised twice. An L1 penalty is chosen by five-fold cross-validation. And where the

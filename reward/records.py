@@ -120,7 +120,7 @@ def parse_rows(
         raise InputError(message, kind="empty", key=key, file=file)
     if bad and (not records or len(bad) / total > max_bad_share):
         number, error = bad[0]
-        share = f"none of the {total} rows can be used"
+        share = f"no row of {total} can be used"
         if records:
             share = f"{len(bad)} of {total} rows ({len(bad) / total:.1%}) cannot be used"
             share += f", more than the {max_bad_share:.1%} allowed"

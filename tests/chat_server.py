@@ -1,4 +1,4 @@
-"""A real OpenAI-compatible server on loopback that judges by a rule, and misbehaves as it is told."""
+"""A real OpenAI-compatible server on loopback that judges by a rule, and misbehaves on demand."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def recipe(*stages: str, **changes: Any) -> Tree:
 
 
 def write_recipe(folder: Path, tree: Tree | str) -> Path:
-    """Write a recipe, and beside it the data that it names, but for data that is there already."""
+    """Write a recipe, and beside it the data that it names, except data that is there already."""
     for name, rows in (("prompts.jsonl", PROMPTS), ("pairs.jsonl", PAIRS)):
         if not (folder / name).exists():
             write_jsonl(folder / name, rows)
@@ -79,7 +79,7 @@ def read_jsonl(path: Path) -> list[Tree]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its name, but for locks, which hold the number of a process."""
+    """Every file below a folder by its name, except locks, which hold the number of a process."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 

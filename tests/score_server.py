@@ -1,4 +1,4 @@
-"""A real scorer on loopback that gives lengths, by a protocol written down here again, and misbehaves as it is told."""
+"""A real scorer on loopback that gives lengths, by a protocol written down here again, and misbehaves on demand."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class PlainRole:
     initial: dict[str, Tensor]
 
     def outputs(self, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Logits _TV and last hidden states _TH of one sequence that stands alone."""
+        """Logits _TV and last hidden states _TH of one sequence that stands by itself."""
         weights: dict[str, Tensor] = {}
         for name in self.modules:
             delta = self.factors[f"{name}.lora_B"] @ self.factors[f"{name}.lora_A"]

@@ -80,7 +80,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
 
 
 def mistral() -> PreTrainedModel:
-    """Attention to the last four tokens alone: the window reaches from a row back into its prefix, and ends there."""
+    """Attention only to the last four tokens: the window reaches from a row back into its prefix, and ends there."""
     torch.manual_seed(0)
     sizes: Settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     return MistralForCausalLM(MistralConfig(**SPECIAL, **sizes, num_key_value_heads=2, head_dim=8, sliding_window=4))

@@ -49,9 +49,9 @@ See = Callable[[str, Tensor, Tensor], None]
 
 @contextmanager
 def watched(layers: Mapping[str, nn.Module], see: See, *, backward: bool = True) -> Iterator[Counter[str]]:
-    """Within the block, `see(name, x, dy)` is told of each pass through a layer; yields how many are still to come.
+    """Within the block, `see(name, x, dy)` is called at each pass through a layer; yields how many are still to come.
 
-    x are the layer's inputs and dy the gradient of its outputs, as the layer has them. Without `backward` it is told
+    x are the layer's inputs and dy the gradient of its outputs, as the layer has them. Without `backward` it is called
     in the forward pass, and dy is x.
     """
     open_passes: Counter[str] = Counter()

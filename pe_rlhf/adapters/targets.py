@@ -84,7 +84,7 @@ def note_layers_without_effect(model: PreTrainedModel, run: Callable[[], Tensor]
     """Find the linear modules that an adapter would not change anything by, and leave them out from now on.
 
     Their weight is read and they are not called (Mamba's `dt_proj`, which PEFT cannot adapt either), what they give
-    only chooses among tokens (DeepSeek-V3.2's indexer), or none of that name is called in any block: they are for
+    only chooses among tokens (DeepSeek-V3.2's indexer), or no block calls any of that name: they are for
     pictures, or for an encoder's states (BART). Of experts some are. `run` makes a pass and gives its logits.
     """
     outputs: dict[str, Tensor] = {}
@@ -140,7 +140,7 @@ class _Noting(dict[str, nn.Parameter | None]):
 
 
 def share_without_adapter(model: PreTrainedModel, names: Sequence[str]) -> tuple[float, list[str]]:
-    """Which share of the language model's matrices is none of these targets', and how they are called.
+    """Which share of the language model's matrices these targets leave out, and how they are called.
 
     Embeddings and the head are left out. Experts that are fused into one parameter are the usual case.
     """

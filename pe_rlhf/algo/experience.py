@@ -22,7 +22,7 @@ class Shaping:
         missing_eos_penalty, missing_eos_replaces, length_penalty: as of `adjust_scores`.
         whiten_rewards: divide the shaped rewards by their standard deviation.
         advantage: the estimator, a name of `ESTIMATORS`.
-        options: what the estimator is told.
+        options: the estimator's own settings.
         whiten_advantages: mean 0 and variance 1 over the tokens of the batch.
     """
 

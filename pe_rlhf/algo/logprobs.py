@@ -1,6 +1,6 @@
 """Log-probs of given tokens without ever holding the logits of more than one chunk.
 
-Where the language-model head is frozen, the log-prob of token n depends on hidden state n alone. So the gradient
+Where the language-model head is frozen, the log-prob of token n depends on hidden state n only. So the gradient
 of each log-prob with respect to its hidden state can be taken while the chunk's logits are at hand, and only that _NH
 tensor is kept: no logits are stored for the backward pass and none are computed twice. Where the head is trained,
 which full tuning does, the backward pass computes each chunk's logits again.

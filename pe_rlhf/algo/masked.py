@@ -23,5 +23,5 @@ def masked_whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """`1 − Var(returns − values) / Var(returns)`: 1 is a perfect critic, 0 one that knows the mean alone."""
+    """`1 − Var(returns − values) / Var(returns)`: 1 is a perfect critic, 0 one that knows only the mean."""
     return 1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8)

@@ -157,7 +157,7 @@ def load_plan(path: Path, root: Path | None, overrides: list[str]) -> Plan:
 
 def _date_of(root: Path) -> str | None:
     """The day that chat templates print in all runs: that of the runs which are there, else today."""
-    if (first := next(root.rglob("recipe.yaml"), None)) is not None:
+    if (first := ComparisonFiles(root).a_recipe()) is not None:
         return load_recipe(first).date
     return date.today().isoformat()
 

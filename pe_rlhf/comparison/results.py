@@ -69,9 +69,9 @@ def arms_table(analysis: Analysis) -> Table:
     for arm in analysis.arms:
         collapsed = "; ".join(f"seed {c.seed}: {c.kind} at step {c.step}" for c in arm.collapses)
         count = f"{len(arm.seeds)} of {sum(run.arm == arm.arm for run in analysis.runs)}"
-        figures = (_estimate(arm.win_rate), _estimate(arm.reward), _estimate(arm.kl))
+        estimates = (_estimate(arm.win_rate), _estimate(arm.reward), _estimate(arm.kl))
         costs = (_number(arm.seconds_per_step, ".2f"), _number(arm.peak_mib, ".0f"))
-        table.add_row(arm.arm, count, *figures, *costs, collapsed or "–")
+        table.add_row(arm.arm, count, *estimates, *costs, collapsed or "–")
     return table
 
 

@@ -79,7 +79,7 @@ def two_way_estimate(table: np.ndarray) -> IntervalEstimate:
     pigeonhole bootstrap", doi 10.1214/07-AOAS122). It counts the noise of single verdicts too often and the spread of
     few runs too little. In simulations with 100 prompts and wins or losses, the 95 % interval of 3 runs held the truth
     in 99 % of cases where the runs do not differ, and in 91 % where their win-rates vary by 0.08 (standard deviation).
-    With one run it is over prompts alone, and says nothing of other seeds. NaN bounds for a single verdict.
+    With one run it is over prompts only, and says nothing of other seeds. NaN bounds for a single verdict.
     Raises `ValueError` where there is no verdict.
     """
     table_PS = np.asarray(table, dtype=np.float64)
@@ -99,7 +99,7 @@ def two_way_estimate(table: np.ndarray) -> IntervalEstimate:
         # The counts of 20 resamples at a time: all of them are gigabytes where there are many prompts.
         sizes = [20] * (min(500, RESAMPLES - start) // 20)
         drawn_RS = np.concatenate([rng.multinomial(prompts, even_P, size=size) @ both_PS for size in sizes])
-        with np.errstate(invalid="ignore"):  # a run none of whose prompts was drawn has no mean
+        with np.errstate(invalid="ignore"):  # a run has no mean if no prompt of it was drawn
             mean_RS = drawn_RS[:, :runs] / drawn_RS[:, runs:]
         drawn_RS = np.take_along_axis(mean_RS, rng.integers(0, runs, size=mean_RS.shape), axis=1)
         some_R = ~np.isnan(drawn_RS).all(axis=1)

@@ -1,7 +1,7 @@
 """Running what a comparison has planned: each run in a process of its own, so that one that dies takes no other along.
 
 A finished run is never run again, and an interrupted one goes on from its checkpoint. A failed run has `failure.json`
-in its folder and is left alone until it is to be tried again.
+in its folder and stays as it is until it is to be tried again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pe_rlhf.system.progress import say
 from reward.errors import InputError
 
 SECONDS_BETWEEN_LOOKS = 15.0
-# Keys of a comparison that change none of its runs: which there are is looked at one by one.
+# Keys of a comparison that change no run of it: which there are is looked at one by one.
 MAY_DIFFER = tuple(f"compare.{key}" for key in ("arms", "grid", "seeds", "target_reward", "collapse", "nodes"))
 
 

@@ -54,7 +54,7 @@ class AdapterConfig(Section):
 
     @property
     def routes(self) -> tuple[str, ...]:
-        """The tasks that it computes something else for each of; none of a kind that knows no tasks."""
+        """The tasks that it computes something else for each of; empty for a kind that knows no tasks."""
         return ()
 
     def without_dropout(self) -> Self:

@@ -17,6 +17,8 @@ from pe_rlhf.system.files import write_whole
 from reward.errors import InputError, did_you_mean
 from reward.row_files import refuse_pipe
 
+SAVED_RECIPE = "recipe.yaml"  # in the folder of a run and of each stage
+
 S = TypeVar("S", bound=BaseModel)
 
 # Where and with how much memory a run computes; what it computes is the same.
@@ -43,7 +45,7 @@ def find_recipe(name: str) -> Path:
         return path
     if path.suffix not in (".yaml", ".yml") and (named := bundled("recipes") / f"{name}.yaml").is_file():
         return named
-    if (own := path / "recipe.yaml").is_file():
+    if (own := path / SAVED_RECIPE).is_file():
         message = f"{name} is the folder of a run"
         raise InputError(message, kind="invalid", key="RECIPE", file=name, fix=f"its recipe is {own}")
     known = sorted(p.stem for p in bundled("recipes").glob("*.yaml"))

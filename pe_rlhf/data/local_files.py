@@ -38,7 +38,7 @@ def read_file(path: Path, key: str) -> Rows:
     if reader is None:
         endings = ", ".join([*READERS, *TABLES])
         also = ", ".join(COMPRESSED)
-        raise InputError(f"{key}: {path} is none of {endings} (or {also} of one)", kind="unknown", **where)
+        raise InputError(f"{key}: {path} has another ending than {endings} (or {also} of one)", kind="unknown", **where)
     try:
         raw = _opened(path, key)
     except FileNotFoundError as error:

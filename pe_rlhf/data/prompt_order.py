@@ -53,7 +53,7 @@ class PromptSet(PromptTable):
 
 
 class PromptOrder:
-    """Endless shuffled passes over the prompts; the batch of step n follows from the seed and n alone."""
+    """Endless shuffled passes over the prompts; the batch of step n follows from the seed and n only."""
 
     def __init__(self, prompts: PromptTable, batch_size: int, samples_per_prompt: int, seed: int) -> None:
         self._prompts = prompts

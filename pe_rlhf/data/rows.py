@@ -68,7 +68,7 @@ def _of_part(again: Callable[[], PromptRow], part: DataPart) -> PromptRow:
 def task_numbers(given: Sequence[object], names: Sequence[str], key: str) -> list[int]:
     """The number among `names` of the task that each prompt's column `source` names; `given` are its values.
 
-    Raises `InputError` with the data set's `key` where there is no such column, or the task is none of them.
+    Raises `InputError` with the data set's `key` where there is no such column, or the task is another.
     """
     for number, value in enumerate(given):
         if value not in names:

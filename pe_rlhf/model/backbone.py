@@ -102,13 +102,13 @@ def load_backbone(
         quantization: `4bit` (NF4) or `8bit` (LLM.int8) by bitsandbytes, of the base only.
         fast: how passes save time and memory.
 
-    Raises `InputError` for a model that cannot be had, and for a dtype that is none of those.
+    Raises `InputError` for a model that cannot be had, and for another dtype.
     """
     if isinstance(model, PreTrainedModel):
         return Backbone(model, tokenizer, fast=fast)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise InputError(f"load_backbone: dtype {dtype!r} is none of {', '.join(DTYPES)}", kind="unknown", key="dtype")
+        raise InputError(f"load_backbone: unknown dtype {dtype!r}; there are {', '.join(DTYPES)}", kind="unknown", key="dtype")
     load = partial(
         load_causal_lm,
         str(model),
@@ -168,7 +168,7 @@ class Backbone(RolesToExport):
 
     @property
     def pad_token_id(self) -> int:
-        """An id to fill padding with. It may be a real token: what is padding follows from lengths alone."""
+        """An id to fill padding with. It may be a real token: what is padding follows from lengths only."""
         candidates = (getattr(self._tokenizer, "pad_token_id", None), *self.eos_token_ids)
         # A tokenizer may have been given a pad token that the model has no embedding of.
         return next((pad for pad in candidates if isinstance(pad, int) and 0 <= pad < self.vocabulary), 0)
@@ -236,7 +236,7 @@ class Backbone(RolesToExport):
         return SequenceClassifierOutput(logits=numbers_BT.gather(1, last_B1))
 
     def response_logprobs(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies _N of the response tokens under the active role; logits exist for those alone."""
+        """Log-probs and entropies _N of the response tokens under the active role; logits exist only for those."""
         targets_N = sequences.targets_N.to(self.device)
         hidden_NH, is_own = self._hidden_at(sequences, sequences.predicts_BT), self.active_role in self.own_models
         pieces = pieces_of(len(targets_N), self.vocabulary, self.device.type)

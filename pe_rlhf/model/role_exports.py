@@ -125,7 +125,7 @@ class RolesToExport(RoutedRoles):
     def weight_changes(self, role: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Base weight _OI and change ΔW_OI, fp32, of each linear layer, or expert, that a role may have changed.
 
-        None of an adapter whose change depends on the input.
+        None for an adapter whose change depends on the input.
         """
         for _, layer in self._layers(role) if self.has_delta_weights(role) else ():
             yield from _matrices(weight_out_in(layer.base), layer.change(role))

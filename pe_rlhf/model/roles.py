@@ -260,7 +260,7 @@ class ModelWithRoles(nn.Module):
         }
 
     def role_layers(self, role: str) -> dict[str, AdapterLayer]:
-        """The adapter layers of a role by the names of the modules that they are on; none of a fully tuned one."""
+        """The adapter layers of a role by the names of the modules that they are on; empty for a fully tuned one."""
         return {name: layer.adapter(role) for name, layer in self._layers(role)}
 
     def train(self, mode: bool = True) -> Self:

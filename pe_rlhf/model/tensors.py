@@ -24,7 +24,7 @@ def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def refuse_others(state: dict[str, Tensor], modules: Iterable[str]) -> None:
-    """Raise ValueError where a saved state has a tensor that is in none of the modules."""
+    """Raise ValueError where a saved state has a tensor that no module has."""
     known = tuple(f"{module}." for module in modules)
     if strangers := [name for name in state if not name.startswith(known)]:
         raise ValueError(f"there is no place for {strangers[0]}")

@@ -1,4 +1,4 @@
-"""AdamW on the parameters of a role, with steps in fp32: alone, or inside the ZeRO of DeepSpeed."""
+"""AdamW on the parameters of a role, with steps in fp32: by itself, or inside the ZeRO of DeepSpeed."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class RoleGroup:
 
     Attributes:
         starts: what weight decay pulls a parameter to, by name; of one that is not there it is 0.
-        kind, layers: the kind of the role's adapter, and its layers by name; none of weights of its own.
+        kind, layers: the kind of the role's adapter, and its layers by name; empty for weights of its own.
         penalty: a term of the loss that depends on the weights only, beside that of the kind.
         noisy_base: a context in which the base that the role is on has noise, given σ and a seed.
     """

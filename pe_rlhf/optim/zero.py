@@ -165,7 +165,7 @@ def import_deepspeed() -> Any:
 
 
 def init_processes(wants_deepspeed: bool, device: str = "auto", timeout: float | None = None) -> None:
-    """Join the other processes, where a launcher has started this one; alone, be a group of one for DeepSpeed.
+    """Join the other processes, where a launcher has started this one; otherwise be a group of one for DeepSpeed.
 
     device: the recipe's `backbone.device`; `cuda:K` becomes the current GPU of the one process.
     timeout: seconds that a process waits for another, in place of `LONGEST_WAIT` and `USUAL_WAIT`. Where one is late,
@@ -216,7 +216,7 @@ def shard_base(model: PreTrainedModel, deepspeed: dict[str, Any], device: torch.
     """
     config = {**_common(deepspeed), "zero_optimization": dict(deepspeed.get("zero_optimization", {}))}
     config["zero_optimization"].pop("offload_optimizer", None)
-    # By default it gathers some mixtures' blocks as one, with all modules in them: adapters are none of its weights.
+    # By default it gathers some mixtures' blocks as one, with all modules in them: adapters do not count as its weights.
     config["zero_optimization"].setdefault("leaf_module", {"classes": []})
     library = import_deepspeed()
     for module in model.modules():

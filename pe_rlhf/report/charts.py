@@ -134,7 +134,7 @@ def draw_lines(
     reference: float | None = None,
     mark: tuple[float, str] | None = None,
 ) -> Plot | None:
-    """Curves on one pair of axes; None where none of them has a point.
+    """Curves on one pair of axes; None where no curve has a point.
 
     shares: y is written in per cent. reference: where a horizontal line is drawn. mark: a vertical line and its name.
     A legend is drawn for several lines, except where they have numbers, as those of a legend that plots share.

@@ -53,7 +53,7 @@ def inspect_page(metrics: Row, name: str, subtitle: str) -> str:
 
 
 def _table(first: str, rows: Sequence[Row], columns: dict[str, str], note: str = "") -> Table:
-    """A row per init or layer; columns that none of them has are left out."""
+    """A row per init or layer; columns that no row has are left out."""
     there = {key: heading for key, heading in columns.items() if any(key in row for row in rows)}
     cells = [(row[first], *(number(row.get(key)) for key in there)) for row in rows]
     return Table([first, *there.values()], cells, note=note, scrolls=True)

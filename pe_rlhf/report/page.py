@@ -1,4 +1,4 @@
-"""What a page is made of: tiles, tables, figures and samples in sections. One template draws all of them."""
+"""What a page is made of: tiles, tables, charts and samples in sections. One template draws all of them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pe_rlhf.runs.task_table import Bounded, Measured, TaskTable
 from pe_rlhf.system.files import write_whole
 
 INTERVALS = "95 % intervals over prompts; the base against itself has 50 %."
-FIGURES = {
+METRICS = {
     "average": ("Average", "win-rate over the base, after the last task"),
     "forgetting": ("Forgetting", "best before the last task minus after it; 0 is none"),
     "forward_transfer": ("Forward transfer", "before a task is learnt, above 50 %"),
@@ -47,7 +47,7 @@ def write_tasks_report(run_dir: Path, table: TaskTable) -> Path:
 def tiles(table: TaskTable) -> list[Tile]:
     """Average, forgetting and forward transfer, those that are known."""
     found: list[Tile] = []
-    for name, (label, detail) in FIGURES.items():
+    for name, (label, detail) in METRICS.items():
         value: Bounded | None = getattr(table, name)
         if value is not None:
             bounds = Interval(*(value.low, value.value, value.high)) if name == "average" else None

@@ -153,7 +153,7 @@ def _refuse_rewriting(key: str, before: Any, after: Any, finished: list[str], ru
             kind="changed",
             key=key,
             file=RunFiles(run_dir).recipe,
-            fix=f"--from {stage} runs it and all after it anew, another --run-dir leaves it alone",
+            fix=f"--from {stage} runs it and all after it anew, another --run-dir leaves it as it is",
         )
 
 
@@ -170,5 +170,5 @@ def _refuse_other_weights(key: str, before: Any, after: Any, run_dir: Path, fini
                 kind="changed",
                 key=key,
                 file=RunFiles(run_dir).recipe,
-                fix=f"--from {stage} runs it anew, another --run-dir leaves it alone",
+                fix=f"--from {stage} runs it anew, another --run-dir leaves it as it is",
             )

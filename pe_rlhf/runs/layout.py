@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pe_rlhf.config.load import load_recipe
+from pe_rlhf.config.load import SAVED_RECIPE, load_recipe
 from reward.errors import InputError
 
 # ---- the stages ------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class _Files:
 class RunFiles(_Files):
     """A run's directory."""
 
-    recipe = _Below("recipe.yaml")  # as it was resolved, with every default
+    recipe = _Below(SAVED_RECIPE)  # as it was resolved, with every default
     changes = _Below("changes.jsonl")  # settings that changed when it was resumed, each with the step it did at
     report = _Below("report.html")
     failure = _Below("failure.json")  # why the last command on it failed; not there where it did not
@@ -101,7 +101,7 @@ class RunFiles(_Files):
 class StageFiles(_Files):
     """The folder of one stage in a run's directory. Which of these files it has depends on the stage."""
 
-    recipe = _Below("recipe.yaml")
+    recipe = _Below(SAVED_RECIPE)
     metrics = _Below("metrics.jsonl")  # one line per step
     summary = _Below("summary.json")  # written last: a stage that has one has finished
     checkpoints = _Below("checkpoints")
@@ -200,6 +200,10 @@ class ComparisonFiles(_Files):
     shared = _Below("shared")
     runs = _Below("runs")
     trials = _Below("trials")
+
+    def a_recipe(self) -> Path | None:
+        """The recipe of any run below it; None where no run is there."""
+        return next(self.folder.rglob(SAVED_RECIPE), None)
 
 
 # ---- where roles are -------------------------------------------------------------------------------------------------

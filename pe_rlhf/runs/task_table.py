@@ -24,7 +24,7 @@ EVEN = 0.5  # the win-rate of the base over itself
 
 
 class Bounded(NamedTuple):
-    """A figure with its 95 % interval."""
+    """A metric with its 95 % interval."""
 
     value: float
     low: float
@@ -98,7 +98,7 @@ class TaskTable:
     def forgetting(self) -> Bounded | None:
         """1/(T − 1) · Σ_{j<T} (max_{t<T} a[t, j] − a[T, j]) (arXiv 1801.10112, eq. 3).
 
-        The maximum of noisy figures is too high, so a policy that forgets nothing has a little above 0.
+        The maximum of noisy metrics is too high, so a policy that forgets nothing has a little above 0.
         """
         pairs: list[list[tuple[float, Measured | None]]] = []
         for task in self._measured()[:-1]:
@@ -118,10 +118,10 @@ class TaskTable:
         return None if found is None else Bounded(*(value - EVEN for value in found))
 
     def as_json(self) -> dict[str, Any]:
-        """For `summary.json`; a figure that cannot be told yet is None."""
+        """For `summary.json`; a metric that is not known yet is None."""
         names = ("average", "forgetting", "forward_transfer")
-        figures = {name: value and value._asdict() for name in names for value in [getattr(self, name)]}
-        return {"tasks": list(self.tasks), **figures, "cells": [asdict(cell) for cell in self.cells]}
+        metrics = {name: value and value._asdict() for name in names for value in [getattr(self, name)]}
+        return {"tasks": list(self.tasks), **metrics, "cells": [asdict(cell) for cell in self.cells]}
 
     def _measured(self) -> list[str]:
         on = {cell.on for cell in self.cells}

@@ -35,7 +35,7 @@ LONGEST_PAUSE = 60.0  # seconds between two tries, unless the server asks for mo
 class RemoteScorer:
     """Asks a server, on rank 0, in batches of which several are under way at the same time.
 
-    `eos_token_ids` are the policy's: a response that does not end with one was cut, and the server is told so.
+    `eos_token_ids` are the policy's: a response that does not end with one was cut, and the request says so.
     """
 
     def __init__(self, url: str, settings: ScoreServer, eos_token_ids: list[int]) -> None:

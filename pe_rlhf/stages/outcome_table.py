@@ -52,8 +52,8 @@ def task_outcome_table(name: str, tasks: TaskTable) -> Table:
         cells = [tasks.cell(after, on) for on in measured]
         shown = [f"{c.win_rate:.3f} ({c.ci_low:.3f} – {c.ci_high:.3f})" if c else "–" for c in cells]
         table.add_row(after, *shown)
-    for figure in ("average", "forgetting", "forward_transfer"):
-        if (value := getattr(tasks, figure)) is not None:
+    for metric in ("average", "forgetting", "forward_transfer"):
+        if (value := getattr(tasks, metric)) is not None:
             shown = f"{value.value:.3f} ({value.low:.3f} – {value.high:.3f})"
-            table.add_row(figure.replace("_", " "), shown, *[""] * (len(measured) - 1))
+            table.add_row(metric.replace("_", " "), shown, *[""] * (len(measured) - 1))
     return table

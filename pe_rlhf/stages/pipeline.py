@@ -218,7 +218,7 @@ def _refuse_overwriting(recipe: Recipe, run_dir: Path, stages: list[str], start:
                 kind="exists",
                 key=stage,
                 file=folder,
-                fix=f"--resume continues it, --from {stage} runs it anew, another --run-dir leaves it alone",
+                fix=f"--resume continues it, --from {stage} runs it anew, another --run-dir leaves it as it is",
             )
 
 

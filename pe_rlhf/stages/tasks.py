@@ -130,7 +130,7 @@ def _refuse(recipe: Recipe, files: RunFiles, saved: Recipe | None, start: Start,
             f"{files.folder} holds a run already",
             kind="exists",
             file=files.folder,
-            fix=f"--resume continues it, --from {names[0]} runs it anew, another --run-dir leaves it alone",
+            fix=f"--resume continues it, --from {names[0]} runs it anew, another --run-dir leaves it as it is",
         )
     if saved is not None and start == "resume":
         refuse_other_recipe(recipe, files.recipe)

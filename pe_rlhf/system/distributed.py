@@ -70,7 +70,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def sum_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Each figure summed over all ranks, which have the same names in the same order."""
+    """Each metric summed over all ranks, which have the same names in the same order."""
     totals = sum_over_ranks(torch.tensor(list(metrics.values()), dtype=torch.float64))
     return dict(zip(metrics, totals.tolist(), strict=True))
 

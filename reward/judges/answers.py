@@ -83,7 +83,7 @@ def parse_verdict(text: str) -> str | None:
     return None
 
 
-def label_alone(line: str) -> str | None:
+def lone_label(line: str) -> str | None:
     """The label of a line that has nothing else: "A", "(b).", "Response A"."""
     found = re.fullmatch(rf"\W*(?:(?:the\W+)?(?:{NOUN})[\W_]*)?([AB])\W*", line, re.IGNORECASE)
     return found[1].upper() if found and not re.search(r"[?+]", line) and not SCHOOL_GRADE.search(line) else None
@@ -156,22 +156,22 @@ def _of_object(value: Any) -> str | None:
             if order:
                 found = _of_mark(order[1].upper(), order[2], order[3].upper())
             else:
-                found = (TIE if words in ("tie", "draw", "both", "neither", "c") else label_alone(item)) or found
+                found = (TIE if words in ("tie", "draw", "both", "neither", "c") else lone_label(item)) or found
     return found
 
 
 def _stated(text: str) -> str | None:
     """By the last statement."""
     lines = [line for line in map(_plain, text.splitlines()) if line.strip(" .-")]
-    alone = {
-        i: label for i, line in enumerate(lines) if not line.rstrip().endswith(":") and (label := label_alone(line))
+    single = {
+        i: label for i, line in enumerate(lines) if not line.rstrip().endswith(":") and (label := lone_label(line))
     }
-    if len(set(alone.values())) > 1:  # headings, unless one of them is the end
-        alone = {i: label for i, label in alone.items() if i == len(lines) - 1}
+    if len(set(single.values())) > 1:  # headings, unless one of them is the end
+        single = {i: label for i, label in single.items() if i == len(lines) - 1}
     found = None
     for i, line in enumerate(lines):
-        if label_alone(line):
-            found = alone[i] if i in alone and i in (0, len(lines) - 1) else found
+        if lone_label(line):
+            found = single[i] if i in single and i in (0, len(lines) - 1) else found
             continue
         sentences = list(_sentences(line))
         for j, sentence in enumerate(sentences):

@@ -25,7 +25,7 @@ def ended(client: Client) -> Client:
     own: Any = client
     waits = hasattr(own, "aclose")
     for transport in (own._transport, *own._mounts.values()):
-        # None of an address that goes by no proxy. In another edition of httpx the names, which are its own, may be
+        # An address that goes by no proxy has None. In another edition of httpx the names, which are its own, may be
         # others: its answers then have no deadline beside each read's.
         pool: Any = getattr(transport, "_pool", None)
         if (network := getattr(pool, "_network_backend", None)) is not None:

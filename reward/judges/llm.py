@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from reward.errors import InputError
-from reward.judges.answers import TIE, label_alone, parse_label, parse_verdict, without_thoughts
+from reward.judges.answers import TIE, lone_label, parse_label, parse_verdict, without_thoughts
 from reward.judges.base import Comparison, Verdict
 from reward.judges.guest import rest
 from reward.judges.templates import JudgePrompt
@@ -232,7 +232,7 @@ class LLMJudge(ChatJudge):
         if self.labels != LABELS:  # of another case only, such as m and M: AlpacaEval reads the last word
             last = re.search(r"(?<!\w)(\w)\W*$", said)
             return Verdict(1.0 - self.labels.index(last[1])) if last and last[1] in self.labels else None
-        found = label_alone(said) if first_line else parse_verdict(said)
+        found = lone_label(said) if first_line else parse_verdict(said)
         return Verdict(PREFERENCES[found]) if found is not None and (found != TIE or self._prompt.allows_ties) else None
 
 

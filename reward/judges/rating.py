@@ -139,8 +139,8 @@ def _stated(text: str) -> Iterator[float | None]:
     yield from (float(number) for statement in STATEMENTS for number in statement.findall(plain))
     lines = [line for line in plain.splitlines() if line.strip()]
     for line in (lines[0], lines[-1]) if lines else ():
-        if alone := re.fullmatch(rf"\W*?{NUMBER}[\s\"').!]*", line):
-            yield float(alone[1])
+        if single := re.fullmatch(rf"\W*?{NUMBER}[\s\"').!]*", line):
+            yield float(single[1])
 
 
 def _scored(score: float, raw: str | None = None) -> Verdict:

@@ -5,7 +5,7 @@
 
 Each init is a process of its own, twice: the second finds the SVDs of the first on the disk (in a cache of this
 benchmark's own). The inits that look at data get the likelihood of eight sequences. The estimate for 7B is by shapes
-alone: the decompositions' time grows with O·I·min(O, I), and Llama 2 7B has 32 × (4 × 4096² + 3 × 4096·11008).
+only: the decompositions' time grows with O·I·min(O, I), and Llama 2 7B has 32 × (4 × 4096² + 3 × 4096·11008).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def compare(model: str, inits: list[str], rank: int) -> None:
 
 
 def _child(model: str, init: str, rank: int, cache: Path) -> dict[str, float]:
-    """The SVD cache alone is the benchmark's own; models come from the user's."""
+    """Only the SVD cache is the benchmark's own; models come from the user's."""
     for name in ("models", "peers"):
         link, own = cache / name, Path(os.environ.get("PE_RLHF_CACHE") or Path.home() / ".cache/pe-rlhf") / name
         if own.is_dir() and not link.exists():

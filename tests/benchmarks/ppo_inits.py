@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     arguments = parser.parse_args()
     for init in arguments.inits:
-        get_init(init)  # a slip is told before the first run
+        get_init(init)  # a slip shows before the first run
     arguments.output.mkdir(parents=True, exist_ok=True)
     recipe = write_recipe(arguments.output, arguments.data.resolve(), arguments.steps, arguments.learning_rate)
     results = [

@@ -101,8 +101,8 @@ def _gradients(backbone: Backbone, rows: Sequences) -> tuple[torch.Tensor, torch
     """Log-probs and all gradients of a policy that has moved; in fp32 row by row, so that nothing is packed."""
     backbone.add_adapter("policy", rank=8, alpha=16)
     move(backbone, "policy", 0.02)
-    alone = [rows.take(torch.tensor([i])) for i in range(len(rows))]
-    parts = [rows] if backbone.model.dtype == torch.bfloat16 else alone
+    single = [rows.take(torch.tensor([i])) for i in range(len(rows))]
+    parts = [rows] if backbone.model.dtype == torch.bfloat16 else single
     with backbone.role("policy"):
         logprobs = torch.cat([backbone.response_logprobs(part)[0] for part in parts])
         logprobs.square().sum().backward()

@@ -209,9 +209,9 @@ def test_padding_under_an_attention_mask_changes_nothing(family: str, side: str,
         with backbone.role(role):
             batch = backbone(ids_BT, mask_BT).logits
             for index, row in enumerate(WHOLE_ROWS):
-                alone = backbone(torch.tensor([row])).logits[0]
+                single = backbone(torch.tensor([row])).logits[0]
                 found = batch[index] if role == "reward" else batch[index][mask_BT[index].bool().to(batch.device)]
-                assert_near(found, alone, dtype)
+                assert_near(found, single, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -75,7 +75,7 @@ class _AddChange(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor, x: Tensor, trained: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """Of the trained tensors; none where none of them is trained."""
+    """Of the trained tensors; empty where no tensor is trained."""
     if not any(ctx.needs_input_grad[4:]):
         return (None,) * len(trained)
     found = ctx.gradients(grad.flatten(0, -2).T @ x.flatten(0, -2), *trained)

@@ -1,4 +1,4 @@
-"""Anchored LoRA: an adapter of any initialisation that leaves the base weight alone.
+"""Anchored LoRA: an adapter of any initialisation that leaves the base weight as it is.
 
     W_role = W0 + s · (B·A − B0·A0) = W0 + s · [B − B0, B0] · [A; A − A0]
 

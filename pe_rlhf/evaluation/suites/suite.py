@@ -222,7 +222,7 @@ def _id(row: Mapping[str, Any], path: Path, line: int) -> str:
     value = _first(row, (*IDS, "prompt"))
     if value is None:
         raise InputError(
-            f"{path} line {line}: there is none of {', '.join(IDS)}", kind="missing", key=IDS[0], file=path, row=line
+            f"{path} line {line}: it needs one of {', '.join(IDS)}", kind="missing", key=IDS[0], file=path, row=line
         )
     return value if isinstance(value, str) else json.dumps(value)
 

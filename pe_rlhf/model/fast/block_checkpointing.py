@@ -19,7 +19,7 @@ from pe_rlhf.model.fast.trunk import blocks_of
 class BlockCheckpointing:
     """Recomputes each block's activations in the backward pass, in the role they were computed in.
 
-    The blocks' own forward passes are wrapped. Transformers' switch is left alone: it asks for train mode, some models
+    The blocks' own forward passes are wrapped. Transformers' switch stays as it is: it asks for train mode, some models
     have none, and Zamba has one inside the other, whose recomputation matches the wrong tensors.
 
     `role_now` gives a context manager for the role that is active when it is called: a backward pass may run when that

@@ -91,7 +91,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for passes that are not
 
 def packed_hidden(decoder: nn.Module, ids_BT: Tensor, packing: Packing) -> Tensor:
     """Last hidden states _LH of the packed tokens."""
-    # A mask with four axes is handed on as it is, here to be left alone: otherwise one of all pairs of tokens is made.
+    # A mask with four axes is handed on as it is, and here it is not used: otherwise one of all pairs of tokens is made.
     unused = torch.ones(UNUSED, dtype=torch.bool, device=ids_BT.device)
     position_ids = packing.column_L.to(ids_BT.device)[None]
     output = decoder(
@@ -153,7 +153,7 @@ def _gives_the_same(model: PreTrainedModel, precision: torch.dtype) -> bool:
         return False
     config = _text_config(model)
     has_window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if has_window and packing.windows == {None}:  # its attention knows of the window by the mask alone
+    if has_window and packing.windows == {None}:  # its attention knows of the window only by the mask
         return False
     tolerance = 1e-4 if precision == torch.float32 else 0.05
     return bool((found_LH - expected_LH).norm() <= tolerance * expected_LH.norm())

@@ -1,9 +1,9 @@
-"""Packed batches: real tokens alone are computed, and what several rows start with is computed once.
+"""Packed batches: only real tokens are computed, and what several rows start with is computed once.
 
 The tokens of a batch stand one after the other: the prefixes that rows share, each once, then what follows them, row
-after row. What a model does token by token, which is nearly everything, sees neither padding nor a token twice. In
-attention alone they are rows again, where each row attends to its prefix and to itself. Positions say where in its row
-a token stands. A chat template's system prompt is such a prefix, and so is the prompt of a preference pair. Results
+after row. What a model does token by token, which is nearly everything, sees neither padding nor a token twice. Only in
+attention they are rows again, where each row attends to its prefix and to itself. Positions say where in its row a
+token stands. A chat template's system prompt is such a prefix, and so is the prompt of a preference pair. Results
 differ from those of padded rows by rounding only. How a model takes them is in `packed_attention.py`.
 """
 
@@ -198,7 +198,7 @@ def find_prefixes(sequences: Sequences) -> tuple[Tensor, Tensor]:
 
 
 def common_length(sequences: Sequences) -> int:
-    """How many tokens all rows start with, up to the last but one of the shortest prompt; 0 of a row alone."""
+    """How many tokens all rows start with, up to the last but one of the shortest prompt; 0 for a single row."""
     if len(sequences) < 2:
         return 0
     same_T = (sequences.ids_BT == sequences.ids_BT[:1]).all(dim=0)

@@ -68,7 +68,7 @@ class FrozenTrunk:
             yield
 
     def _output(self, hidden_BTH: Tensor) -> Any:
-        """Hidden states in the form that the model's blocks give them: alone, or first in a tuple (GPT-Neo)."""
+        """Hidden states in the form that the model's blocks give them: as they are, or first in a tuple (GPT-Neo)."""
         return hidden_BTH if self._others is None else (hidden_BTH, *[None] * self._others)
 
 

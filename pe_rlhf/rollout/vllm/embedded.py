@@ -276,7 +276,7 @@ def engine_environment(device: torch.device, gpus: int = 1) -> dict[str, str]:
     root = str(Path(__file__).parents[3])
     environment |= {
         "PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH")))),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in our process and needs none of its own
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in our process and needs no other
         "VLLM_NO_USAGE_STATS": "1",
         # Engines of several ranks look for a free port at the same time: each in a range of its own.
         "VLLM_PORT": str(20000 + 100 * int(os.environ.get("LOCAL_RANK", "0"))),

@@ -165,7 +165,7 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, mode
     assert KEY not in said + verdicts.read_text()
 
 
-def test_the_page_has_the_pairs_of_this_evaluation_alone(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_the_page_has_only_the_pairs_of_this_evaluation(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     """The folder keeps verdicts on responses that have changed since, and on prompts beyond the limit.
 
     A result of other responses or settings stays until somebody removes it.

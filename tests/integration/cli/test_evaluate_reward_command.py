@@ -33,7 +33,7 @@ def test_reward_models_on_pairs(cli: Callable[..., Outcome], tmp_path: Path) -> 
     page = (tmp_path / "e" / "report.html").read_text()
     assert "Reliability" in page
     assert "Agreement with the second model" in page
-    # The same question may be asked again; another one leaves the answer alone.
+    # The same question may be asked again; another one leaves the answer as it is.
     for other, key in (
         (("--limit", "4"), "content"),
         (("--second", "run"), "second"),

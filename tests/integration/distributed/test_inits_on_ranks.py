@@ -34,12 +34,12 @@ save_file(state, f"{sys.argv[1]}-{rank()}.safetensors")
 
 
 def test_two_ranks_share_the_layers_and_have_the_bits_of_one(tmp_path: Path) -> None:
-    (alone,) = script_on_ranks(MAKES, tmp_path, "alone", ranks=1)  # how many decompositions it has made
+    (single,) = script_on_ranks(MAKES, tmp_path, "single", ranks=1)  # how many decompositions it has made
     shares = script_on_ranks(MAKES, tmp_path, "shared")
-    assert alone["calls"] == 2 * alone["layers"]
-    assert sum(share["calls"] for share in shares) == alone["calls"]
+    assert single["calls"] == 2 * single["layers"]
+    assert sum(share["calls"] for share in shares) == single["calls"]
     assert abs(shares[0]["calls"] - shares[1]["calls"]) <= 2
-    wanted = load_file(tmp_path / "alone-0.safetensors")
+    wanted = load_file(tmp_path / "single-0.safetensors")
     for rank in range(2):
         found = load_file(tmp_path / f"shared-{rank}.safetensors")
         assert found.keys() == wanted.keys()

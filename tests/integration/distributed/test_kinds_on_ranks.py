@@ -57,12 +57,12 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.function is test_two_ranks_are_one
     ]
-    alone = [["run", path, *overrides(name, gpt2), f"--run-dir=one-{name}"] for name in dict(wanted)]
+    single = [["run", path, *overrides(name, gpt2), f"--run-dir=one-{name}"] for name in dict(wanted)]
     together = [
         ["run", path, *overrides(name, gpt2), *CONFIGURATIONS[zero], f"--run-dir={zero}-{name}"]
         for name, zero in wanted
     ]
-    one = Forked(alone[-1], folder, model_cache, before=partial(run_in_turn, alone[:-1]))
+    one = Forked(single[-1], folder, model_cache, before=partial(run_in_turn, single[:-1]))
     two = start_ranks(together[-1], folder, model_cache, before=partial(run_in_turn, together[:-1]))
     try:
         for process in (one, *two):

@@ -113,7 +113,7 @@ def test_two_ranks_are_one(runs: Path, model_cache: Path, configuration: str) ->
     assert_same_run(runs / configuration, runs / "plain")
     for name in ("preferences/preferences.jsonl", "evaluate/samples.jsonl"):
         assert (runs / configuration / name).read_text() == (runs / "plain" / name).read_text()
-    assert len(read_jsonl(runs / configuration / "ppo" / "samples.jsonl")) == 4  # rank 0 alone writes
+    assert len(read_jsonl(runs / configuration / "ppo" / "samples.jsonl")) == 4  # only rank 0 writes
     assert (runs / configuration / "report.html").is_file()
 
 

@@ -1,4 +1,4 @@
-"""A proxy on loopback before a real server, that misbehaves when it is told to."""
+"""A proxy on loopback before a real server, that misbehaves on demand."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tests.paths import ROOT
 def serve(model: str, folder: Path, *options: str, by_hand: bool = False) -> Iterator[str]:
     """The address of a server of a model, with the routes for both ways of sync.
 
-    by_hand: without the project's script, and so with vLLM's defaults and the checkpoint's; with adapters alone.
+    by_hand: without the project's script, and so with vLLM's defaults and the checkpoint's; with adapters only.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

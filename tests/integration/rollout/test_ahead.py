@@ -134,7 +134,7 @@ def run_until(folder: Path, cache: Path, path: Path, steps: int) -> Iterator[For
 def test_a_run_that_was_cut_goes_on_exactly(
     tmp_path: Path, vllm_model: Path, vllm_server: str, model_cache: Path, cli: Callable[..., Any]
 ) -> None:
-    """Killed, and asked to stop: the metrics are those of the run that was left alone."""
+    """Killed, and asked to stop: the metrics are those of the run that went through."""
     path = write_recipe(tmp_path, ahead_recipe(vllm_model, vllm_server))
     done = cli("run", path, "--run-dir", "whole")
     assert done.code == 0, done.err

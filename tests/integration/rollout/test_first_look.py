@@ -1,4 +1,4 @@
-"""vLLM servers that cannot work stop a run before its first stage: in a dry run, alone and on ranks."""
+"""vLLM servers that cannot work stop a run before its first stage: in a dry run, in one process and on ranks."""
 
 from __future__ import annotations
 

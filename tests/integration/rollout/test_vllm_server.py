@@ -54,7 +54,7 @@ def test_log_probs_are_the_trainers(make: Make, vllm_server: str, policies: Back
 def test_two_ranks_share_a_server(
     vllm_server: str, vllm_model: Path, tmp_path: Path, model_cache: Path, sync: str
 ) -> None:
-    """What is merged, rank 0 alone puts there; then each rank finds its own policy in what it gets."""
+    """What is merged, only rank 0 puts there; then each rank finds its own policy in what it gets."""
     pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
     rollout = {"engine": "vllm", "mode": "server", "urls": [vllm_server], "sync": sync, "max_new_tokens": 8}
     changes = {"adapter__init": "pissa", "ppo__learning_rate": 0.03, "ppo__steps": 3, "ppo__rollout": rollout}
@@ -87,9 +87,9 @@ def test_two_versions_share_no_cached_prefix(make: Make, vllm_server: str, polic
 
 def test_responses_follow_from_the_seed_and_are_spread(make: Make, vllm_server: str) -> None:
     with proxy(vllm_server) as first, proxy(vllm_server) as second:
-        alone = make(first.url)
-        alone.sync(0, "lora")
-        expected = alone.generate(PROMPTS, seed=1)
+        single = make(first.url)
+        single.sync(0, "lora")
+        expected = single.generate(PROMPTS, seed=1)
         both = make(first.url, second.url, batch_size=4)
         both.sync(0, "lora")
         first.completions = second.completions = 0

@@ -238,7 +238,7 @@ def test_stages_that_are_there(refused: Refused, fails: Callable[..., Failure], 
     differs = "seed: 0 → 7; ppo.kl.beta: 0.05 → 0.5"
     hint = "(--may-change KEY lets one differ)"
     assert said == f"out was started with another recipe and cannot be resumed {hint}: {differs}"
-    # …but for keys that may, by name, and for those that only say where it computes
+    # …except keys that may, by name, and those that only say where it computes
     options = ["--resume", "seed=7", "ppo.kl.beta=0.5", "--may-change", "ppo.kl"]
     assert refused("run", path, "--run-dir", "out", *options).endswith(f"{hint}: seed: 0 → 7")
     options = ["--resume", "threads=1", "deepspeed=zero2", "tracking.wandb_project=x"]

@@ -1,4 +1,4 @@
-"""`kill -9` at random moments, then `--resume`, again and again: nothing differs from the run that was left alone."""
+"""`kill -9` at random moments, then `--resume`, again and again: nothing differs from the run that was not killed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def several_seconds_of(stage: str) -> Tree:
 
 
 def result(run: Path, stage: str) -> dict[str, object]:
-    """All that a run leaves but for the time it took."""
+    """All that a run leaves except the time it took."""
     found: dict[str, object] = {
         f"{role}/{name}": (run / role / name).read_bytes()
         for role in ROLES[stage]

@@ -126,7 +126,7 @@ def test_what_is_another_policy_for_each_task_is_not_exported_as_one(whole: Path
 
 
 def test_responses_are_of_the_prompts_own_task(whole: Path) -> None:
-    """In one batch: each as it is sampled alone from its task's plain policy, with the same random numbers."""
+    """In one batch: each as it is sampled by itself from its task's plain policy, with the same random numbers."""
     backbone, recipe = policy_of(whole), routed(whole.parent, ROUTE)
     ppo = recipe.task_recipe(0).ppo
     assert ppo is not None
@@ -138,8 +138,8 @@ def test_responses_are_of_the_prompts_own_task(whole: Path) -> None:
     for task, name in enumerate(NAMES):
         rows = [i for i, each in enumerate(tasks) if each == task]
         plain = HFRollout(mixed_policy(recipe, whole, {name: 1}), "policy", ppo.rollout)
-        alone = plain.generate([prompts[i] for i in rows], 7, rows)
-        assert alone.responses == [found.responses[i] for i in rows]
+        single = plain.generate([prompts[i] for i in rows], 7, rows)
+        assert single.responses == [found.responses[i] for i in rows]
     with raises("missing", key="task"):
         engine.generate(prompts, seed=7)
     engine.sync(0, "anchor")

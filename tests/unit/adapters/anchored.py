@@ -31,7 +31,7 @@ def base_layer(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def dense_base(base: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight as out × in, told by its shape alone, and bias, in fp32."""
+    """Weight as out × in, told by its shape, and bias, in fp32."""
     weight, bias = base.weight, base.bias
     assert isinstance(weight, Tensor)
     assert isinstance(bias, Tensor)

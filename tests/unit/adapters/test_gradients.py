@@ -129,7 +129,7 @@ def test_inputs_are_those_of_real_tokens_alone(family: str) -> None:
     sequences = ragged_sequences().take(torch.tensor([0, 1, 2, 0, 1, 2]))
     sequences.ids_BT[3:, 0] += 1
     with torch.no_grad():
-        for prompt, response in rows_of(sequences):  # each alone: no padding anywhere
+        for prompt, response in rows_of(sequences):  # each by itself: no padding anywhere
             model(input_ids=torch.tensor([prompt + response]))
     for name in modules:
         X, inputs = torch.cat(seen[name]).double(), found[name].inputs

@@ -157,7 +157,7 @@ def first_step_of_peft(G: Tensor, rank: int) -> Tensor:
 
 
 def test_lora_ga_of_peft_depends_on_the_size_of_the_gradient() -> None:
-    """It has the singular values in B and scales B alone: B counts for nothing where G is small, alone where large."""
+    """It has the singular values in B and scales only B: B counts for nothing where G is small, and A for nothing where it is large."""
     U, _ = torch.linalg.qr(matrix((64, 64), 1))
     V, _ = torch.linalg.qr(matrix((48, 48), 2))
     unit = U[:, :48] @ torch.diag(0.7 ** torch.arange(48.0)) @ V.T

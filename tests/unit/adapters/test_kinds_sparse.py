@@ -1,4 +1,4 @@
-"""`shira` and `rosa`: a sparse change of the weight, alone and beside a LoRA."""
+"""`shira` and `rosa`: a sparse change of the weight, by itself and beside a LoRA."""
 
 from typing import Any
 

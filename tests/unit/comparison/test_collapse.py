@@ -173,7 +173,7 @@ def test_hacking_is_told_once() -> None:
     assert kinds(run(metrics, evaluate={"win_rate": 0.3, "ci_high": 0.4})) == [("reward hacking", 1)]
 
 
-# --- reward alone ------------------------------------------------------------------------------------------------
+# --- only the reward --------------------------------------------------------------------------------------------
 
 
 def test_the_reward_collapsed_by_more_than_half_a_standard_deviation() -> None:

@@ -1,4 +1,4 @@
-"""What a comparison is to run, by its recipe alone."""
+"""What a comparison is to run, by its recipe."""
 
 from __future__ import annotations
 

@@ -211,8 +211,8 @@ def test_costs_are_shares_of_full_tuning_or_of_the_dearest_arm(
 
 
 def test_win_rates_have_their_intervals(drawn: list[dict[str, Any]]) -> None:
-    alone = IntervalEstimate(0.54, NAN, NAN)
-    arms = [arm_result("a", 5), arm_result("b", 0, win_rate=None), arm_result("c", 2, win_rate=alone)]
+    single = IntervalEstimate(0.54, NAN, NAN)
+    arms = [arm_result("a", 5), arm_result("b", 0, win_rate=None), arm_result("c", 2, win_rate=single)]
     comparison_plots.draw_win_rates(analysis_of("a", "b", "c", arms=arms))
     assert [(bar.text, bar.values, bar.interval) for bar in drawn[0]["bars"]] == [
         ("60.0 %", (0.6,), (0.5, pytest.approx(0.68))),

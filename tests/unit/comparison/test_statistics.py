@@ -36,7 +36,7 @@ def has_no_bounds(estimate: IntervalEstimate) -> bool:
 
 
 def assert_quantiles_of(estimate: IntervalEstimate, outcomes: list[float]) -> None:
-    """The bounds are 2.5 % and 97.5 % quantiles of equally likely outcomes, but for the noise of 10 000 draws."""
+    """The bounds are 2.5 % and 97.5 % quantiles of equally likely outcomes, except the noise of 10 000 draws."""
     for bound, tail in zip(bounds(estimate), (0.025, 0.975), strict=True):
         low, high = np.quantile(outcomes, [tail - 0.006, tail + 0.006], method="inverted_cdf")
         assert low - 1e-12 <= bound <= high + 1e-12
@@ -240,7 +240,7 @@ def test_welch_agrees_with_scipy(sizes: tuple[int, int]) -> None:
         ([1], [2, 3], NAN),
         ([1], [1], NAN),
         ([0.3, 0.3], [0.5, 0.5], NAN),  # no spread: an infinite t is no evidence
-        ([0.1 + 0.2, 0.3], [0.5, 0.5], NAN),  # no spread but for rounding
+        ([0.1 + 0.2, 0.3], [0.5, 0.5], NAN),  # no spread except rounding
         ([0.3, 0.3], [0.3, 0.1 + 0.2], 1.0),
         ([0.0, 0.0], [0.0, 0.0, 0.0], 1.0),
     ],

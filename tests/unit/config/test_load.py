@@ -108,7 +108,7 @@ def test_a_text_with_every_kind_of_character_comes_back(tmp_path: Path) -> None:
         ("adapter.targets=[q_proj, v_proj]", "adapter.targets", ["q_proj", "v_proj"]),
         ("adapter.targets=attention", "adapter.targets", "attention"),
         ("ppo.kl={beta: 0.3, form: penalty}", "ppo.kl.form", "penalty"),
-        ("ppo.prompts.split=train[:3]", "ppo.prompts.split", "train[:3]"),  # the file has a path alone
+        ("ppo.prompts.split=train[:3]", "ppo.prompts.split", "train[:3]"),  # the file has only a path
         ("ppo.prompts.columns.prompt=question", "ppo.prompts.columns", {"prompt": "question"}),
         ("ppo.kl.limit=null", "ppo.kl.limit", None),
         ("ppo.whiten_advantages=false", "ppo.whiten_advantages", False),
@@ -146,7 +146,7 @@ def test_the_adapter_of_a_stage_says_what_differs(tmp_path: Path) -> None:
     assert {key: whole[key] for key in common} == common
     assert loaded.adapter_for("reward").model_dump() == whole | {"rank": 2, "init": "lora"}
     assert loaded.adapter_for("ppo").model_dump() == whole | {"alpha": 99}
-    assert loaded.adapter_for("evaluate") == loaded.adapter  # it has none of its own
+    assert loaded.adapter_for("evaluate") == loaded.adapter  # it has no other
     save_recipe(loaded, tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml") == loaded
 
@@ -222,7 +222,7 @@ def test_the_options_of_an_init_are_checked(tmp_path: Path) -> None:
     assert isinstance(common, LoRAConfig)
     assert isinstance(of_ppo, LoRAConfig)
     assert common.init_options == {"gamma": 4}
-    assert of_ppo.init_options == {}  # none of another init's
+    assert of_ppo.init_options == {}  # not those of another init
     for init, override in (("lora_ga", "gama=4"), ("pissa", "niter=0")):
         with pytest.raises(InputError):
             load(tmp_path, f"adapter.init={init}", f"adapter.init_options.{override}")

@@ -70,7 +70,7 @@ def test_the_template_of_the_tokenizer_is_used_where_it_has_one(tokenizer: PreTr
     codec = TextCodec(with_template(tokenizer, TEMPLATE))
     assert codec.render(CHAT) == RENDERED
     assert codec.render("Hi") == "<user>Hi</><assistant>"
-    # Special tokens are the template's business: the tokenizer adds none of its own.
+    # Special tokens are the template's business: the tokenizer adds no other.
     assert codec.encode_prompt("Hi") == ids_of(tokenizer, "<user>Hi</><assistant>")
 
 

@@ -1,4 +1,4 @@
-"""The order of prompts: passes, and that a step's batch follows from its number alone."""
+"""The order of prompts: passes, and that a step's batch follows from its number only."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_a_copy_is_of_the_role_and_not_of_the_anchor(source: str, target: str) -
     backbone.copy_role(source, target)
     before, copied = backbone.role_state(source), backbone.role_state(target)
     moved = [name for name in copied if name.startswith("model.")]
-    prefix = "model." if source == "policy" and target == "value" else ""  # a critic has the decoder alone
+    prefix = "model." if source == "policy" and target == "value" else ""  # a critic has only the decoder
     assert all(torch.equal(copied[name], before[name.replace("model.", f"model.{prefix}", 1)]) for name in moved)
     perturb(backbone, target)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.role_state(source).items())

@@ -97,7 +97,7 @@ def test_an_installed_package_is_converted_once(tiny_package: Path, monkeypatch:
         ".lock",
         "tiny-carrier-1.0",
     }  # no half-done work is left
-    (tiny_package / TINY.member).unlink()  # from here on it comes from the cache alone
+    (tiny_package / TINY.member).unlink()  # from here on it comes only from the cache
     before = {file.name: file.stat().st_mtime_ns for file in Path(first).iterdir()}
     assert resolve_model("pip:tiny-carrier") == first
     assert {file.name: file.stat().st_mtime_ns for file in Path(first).iterdir()} == before

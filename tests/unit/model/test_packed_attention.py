@@ -87,8 +87,8 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
         assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
-def alone(backbone: Backbone, role: str, sequences: Sequences) -> Tensor:
-    """What the role says of each row in a pass of its own, through the public interface alone."""
+def one_by_one(backbone: Backbone, role: str, sequences: Sequences) -> Tensor:
+    """What the role says of each row in a pass of its own, through the public interface."""
     numbers = []
     for prompt, response in rows_of(sequences):
         with torch.no_grad(), backbone.role(role):
@@ -113,7 +113,7 @@ def test_numbers_and_gradients_are_those_of_padded_rows(name: str, role: str, ba
     with counted(backbone) as tokens:
         found, found_gradients = outputs(backbone, role, sequences)
     assert tokens == [computed] * 2  # `outputs` makes two passes
-    torch.testing.assert_close(found, alone(backbone, role, sequences), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, one_by_one(backbone, role, sequences), atol=1e-5, rtol=1e-5)
     set_fast(backbone, packing=False)
     with counted(backbone) as tokens:
         _, gradients = outputs(backbone, role, sequences)
@@ -141,7 +141,7 @@ def test_with_a_frozen_trunk_below(name: str, role: str, batch: str) -> None:
     with counted_calls(backbone.model.base_model.get_submodule(FIRST_ATTENTION[name])) as calls:
         found, found_gradients = outputs(backbone, role, plain)
     assert calls == []
-    torch.testing.assert_close(found, alone(backbone, role, plain), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, one_by_one(backbone, role, plain), atol=1e-5, rtol=1e-5)
     set_fast(backbone, packing=False)
     _, gradients = outputs(backbone, role, plain)
     assert_same_gradients(found_gradients, gradients)

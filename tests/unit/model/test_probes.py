@@ -14,7 +14,7 @@ from tests.tiny import ragged_sequences, rows_of
 
 @torch.no_grad()
 def logprobs_row_by_row(name: str, attention: str | None = None) -> Tensor:
-    """Of the responses, by plain transformers, each row alone."""
+    """Of the responses, by plain transformers, each row by itself."""
     model = build(name)
     if attention is not None:
         model.set_attn_implementation(attention)

@@ -79,7 +79,7 @@ def dense(backbone: Backbone, leaves: dict[str, Tensor], gates: Callable[[str], 
 
 
 def plain_logprobs(weights: list[dict[str, Tensor]], sequences: Sequences) -> Tensor:
-    """Log-probs _N of the responses, each row alone in transformers with the weights of its task."""
+    """Log-probs _N of the responses, each row by itself in transformers with the weights of its task."""
     plain, found = tiny_model("llama").requires_grad_(False), []
     assert sequences.tasks_B is not None
     for (prompt, response), task in zip(rows_of(sequences), sequences.tasks_B.tolist(), strict=True):
@@ -255,9 +255,9 @@ def test_prefixes_are_shared_only_within_a_task() -> None:
     assert sequence_costs(mixed, packed=True).tolist() == [7 - 4 + 1] * 4
     same = replace(Sequences.pack([[5, 6, 7, 8]] * 4, [[9], [9, 9]] * 2, pad_id=0), tasks_B=torch.tensor([1, 0, 0, 1]))
     assert find_prefixes(same)[0].tolist() in ([0, 1, 1, 0], [1, 0, 0, 1])
-    alone = replace(rows, tasks_B=torch.arange(4))
-    assert Packing.of(alone, torch.device("cpu")).prefixes is None
-    assert sequence_costs(alone, packed=True).tolist() == [7] * 4
+    single = replace(rows, tasks_B=torch.arange(4))
+    assert Packing.of(single, torch.device("cpu")).prefixes is None
+    assert sequence_costs(single, packed=True).tolist() == [7] * 4
 
 
 def test_what_a_role_gives_is_the_task_that_is_played() -> None:

@@ -59,8 +59,8 @@ def test_bootstrap_draws_whole_clusters() -> None:
     rng = np.random.default_rng(3)
     means_G = rng.binomial(1, 0.4, 60).astype(float)
     low, high = bootstrap_interval(np.repeat(means_G, 10), np.repeat(np.arange(60), 10).tolist(), seed=1)
-    alone = bootstrap_interval(means_G, seed=1)
-    assert (low, high) == pytest.approx(alone)
+    single = bootstrap_interval(means_G, seed=1)
+    assert (low, high) == pytest.approx(single)
 
 
 @pytest.mark.parametrize("part", [1, 40, 7_000])

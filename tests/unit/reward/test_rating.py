@@ -138,11 +138,11 @@ def judge(model: Scripted, **how: object) -> RatingJudge:
 
 def test_one_question_for_equal_responses_and_two_for_others() -> None:
     model = Scripted({"8": math.log(0.9)}, [])
-    (alone,) = judge(model).compare([Comparison("p", "same", "same")])
-    assert (alone.score_a, alone.score_b, alone.preference) == (pytest.approx(8), pytest.approx(8), 0.5)
+    (single,) = judge(model).compare([Comparison("p", "same", "same")])
+    assert (single.score_a, single.score_b, single.preference) == (pytest.approx(8), pytest.approx(8), 0.5)
     assert len(model.asked) == 1
     assert "same" in model.asked[0]
-    assert alone.label_mass == pytest.approx(0.9)
+    assert single.label_mass == pytest.approx(0.9)
     spoken = Scripted(None, ["4", "9", "9"])
     verdicts = judge(spoken).compare([Comparison("p", "bad", "good"), Comparison("p", "good", "fine")])
     assert [(v.score_a, v.score_b, v.preference) for v in verdicts] == [(4, 9, 0.0), (9, 9, 0.5)]

@@ -241,7 +241,7 @@ def hh_rows(name: str) -> list[dict[str, str]]:
 
 
 def is_pair(row: dict[str, str]) -> bool:
-    """Whether a transcript pair is valid, from string searches alone."""
+    """Whether a transcript pair is valid, from string searches only."""
     prompt_a, _, response_a = row["chosen"].rpartition("\n\nAssistant:")
     prompt_b, _, response_b = row["rejected"].rpartition("\n\nAssistant:")
     return (

@@ -50,7 +50,7 @@ def roll(backbone: Backbone, seed: int = 0, config: SamplingConfig | None = None
 
 
 def next_token_logits(backbone: Backbone, prompt: list[int]) -> Tensor:
-    """The policy's logits _V after a prompt that stands alone, without any padding."""
+    """The policy's logits _V after a prompt that stands by itself, without any padding."""
     return role_logits(backbone, "policy", torch.tensor([prompt]))[0, -1]
 
 
@@ -174,9 +174,9 @@ def test_a_token_has_the_probability_of_the_model(policy: Backbone, temperature:
 
 def test_a_seed_means_the_same_responses_whatever_the_batch_size(policy: Backbone) -> None:
     together = roll(policy, config=SamplingConfig(max_new_tokens=NEW_TOKENS, batch_size=16))
-    alone = roll(policy, config=SamplingConfig(max_new_tokens=NEW_TOKENS, batch_size=1))
-    assert together.responses == alone.responses
-    assert together.finish == alone.finish
+    single = roll(policy, config=SamplingConfig(max_new_tokens=NEW_TOKENS, batch_size=1))
+    assert together.responses == single.responses
+    assert together.finish == single.finish
     assert roll(policy, seed=1).responses != together.responses
     torch.manual_seed(5)  # nothing hangs on torch's own generators
     assert roll(policy).responses == together.responses
@@ -249,7 +249,7 @@ def test_the_cache_is_used_with_gradient_checkpointing_too(training: bool) -> No
     widths: list[int] = []
     backbone.model.get_input_embeddings().register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
     assert roll(backbone).responses == expected
-    assert widths == [6] + [1] * NEW_TOKENS  # prompts come several times: read once, but for their last tokens
+    assert widths == [6] + [1] * NEW_TOKENS  # prompts come several times: read once, except their last tokens
 
 
 def test_the_role_before_is_back_afterwards() -> None:
@@ -292,11 +292,11 @@ def test_equal_prompts_are_read_once(policy: Backbone, copies: int) -> None:
 
 
 def assert_as_alone(sampler: HFRollout, found: Rollout, seed: int) -> None:
-    """Each response is what its prompt alone gives, by the same random numbers."""
+    """Each response is what its prompt gives by itself, by the same random numbers."""
     for row, prompt in enumerate(found.prompts):
-        alone = sampler.generate([prompt], seed, rows=[row])
-        assert alone.responses[0] == found.responses[row]
-        np.testing.assert_allclose(alone.logprobs[0], found.logprobs[row], atol=1e-4)
+        single = sampler.generate([prompt], seed, rows=[row])
+        assert single.responses[0] == found.responses[row]
+        np.testing.assert_allclose(single.logprobs[0], found.logprobs[row], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def assert_as_alone(sampler: HFRollout, found: Rollout, seed: int) -> None:
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_all_prompts_start_with_is_read_once(name: str, prompts: list[list[int]], tokens: int) -> None:
-    """And each response is what the prompt alone gives, by the same random numbers."""
+    """And each response is what the prompt gives by itself, by the same random numbers."""
     policy = trained_policy(name)
     read: list[int] = []
     embedding = policy.model.get_input_embeddings()

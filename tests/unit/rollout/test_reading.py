@@ -27,7 +27,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 0, 1, 12, 13, 14, 15], [20, 21], [8], [33, 34, 35
     + [("bart", {"decoder_layers": 1, "encoder_layers": 2})],
 )
 def test_log_probs_are_those_of_each_row_alone(name: str, changes: dict[str, Any]) -> None:
-    """Equal prompts, ragged ones, pad and end ids amid the text; a plain pass over a row alone is the oracle."""
+    """Equal prompts, ragged ones, pad and end ids amid the text; a plain pass over each row by itself is the oracle."""
     backbone = load_backbone(build(name, **changes))
     found = HFRollout(backbone, "anchor", SamplingConfig(max_new_tokens=6, batch_size=5)).generate(PROMPTS, seed=0)
     assert found.prompts == PROMPTS

@@ -17,7 +17,7 @@ OFF = TrackingConfig()
 
 
 def strict(line: str) -> dict[str, float | None]:
-    """Parse as every JSON reader does: Python alone knows NaN."""
+    """Parse as every JSON reader does: only Python knows NaN."""
 
     def refuse(constant: str) -> float:
         raise AssertionError(f"{constant} is not JSON")

@@ -212,12 +212,12 @@ def test_a_cap_on_attention_is_not_left_out(tmp_path: Path) -> None:
     found = classifier(path)
     scores = found.score(PROMPTS, RESPONSES)
 
-    def alone(attention: str) -> Tensor:
+    def one_by_one(attention: str) -> Tensor:
         plain = AutoModelForSequenceClassification.from_pretrained(path, attn_implementation=attention)
         plain.config.pad_token_id = None
         rows = found._conversations(PROMPTS, RESPONSES, [False] * len(PROMPTS))
         with torch.no_grad():
             return torch.stack([plain(torch.tensor([row["input_ids"]])).logits[0, 0] for row in rows])
 
-    torch.testing.assert_close(scores, alone("eager"), atol=1e-5, rtol=1e-5)
-    assert (scores - alone("sdpa")).abs().max() > 1e-3
+    torch.testing.assert_close(scores, one_by_one("eager"), atol=1e-5, rtol=1e-5)
+    assert (scores - one_by_one("sdpa")).abs().max() > 1e-3

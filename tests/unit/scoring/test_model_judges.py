@@ -49,7 +49,7 @@ def test_a_system_part_stands_before_the_question_where_the_chat_template_takes_
 
 
 def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) -> None:
-    """One sequence at a time, without padding, by transformers alone; the judge has them in a padded batch."""
+    """One sequence at a time, without padding, by plain transformers; the judge has them in a padded batch."""
     judge = make_judge(JudgeSettings(kind="llm", target=str(model), min_label_mass=0))
     verdicts = judge.compare(COMPARISONS)
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)

@@ -40,7 +40,7 @@ def packed(backbone: Backbone, prompts: list[str], responses: list[str]) -> Sequ
 
 
 @torch.no_grad()
-def alone(backbone: Backbone, role: str, prompts: list[str], responses: list[str]) -> Tensor:
+def one_by_one(backbone: Backbone, role: str, prompts: list[str], responses: list[str]) -> Tensor:
     """The score at the last token of each sequence, EOS, with every sequence in a pass of its own."""
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -57,7 +57,7 @@ def test_an_adapter_scores_the_last_response_token(tmp_path: Path, pad_is_eos: b
     assert (backbone.pad_token_id == backbone.eos_token_ids[0]) == pad_is_eos
     sequences = packed(backbone, PROMPTS, RESPONSES)
     found_B = AdapterScorer(backbone, "reward", tokens).score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
-    expected_B = alone(backbone, "reward", PROMPTS, RESPONSES)
+    expected_B = one_by_one(backbone, "reward", PROMPTS, RESPONSES)
     torch.testing.assert_close(found_B, expected_B, atol=1e-5, rtol=1e-5)
     assert expected_B.std() > 0.05
     assert backbone.active_role == "anchor"
@@ -79,7 +79,7 @@ def test_a_weighted_sum_by_hand(tmp_path: Path) -> None:
     assert backbone.roles == ["anchor", "reward", "reward_2"]
     sequences = packed(backbone, PROMPTS, RESPONSES)
     found_B = scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
-    first_B, second_B = (alone(trained, role, PROMPTS, RESPONSES) for role in ("reward", "reward_2"))
+    first_B, second_B = (one_by_one(trained, role, PROMPTS, RESPONSES) for role in ("reward", "reward_2"))
     assert not torch.allclose(first_B, second_B, atol=0.05)
     expected = [
         0.5 * float(first) - 2 * float(second) + 0.1 * len(response)

@@ -28,7 +28,7 @@ TEXTS = [{"text": f"Line {i} " * (1 + i % 3)} for i in range(12)]
 
 
 def sft(model: Path | str, folder: Path, rows: list[Tree], **changes: Any) -> Tree:
-    """A recipe with the sft stage alone, of those rows; the last two are held out."""
+    """A recipe with only the sft stage, of those rows; the last two are held out."""
     section: Tree = {
         "data": str(write_jsonl(folder / "train.jsonl", rows[:-2])),
         "eval_data": str(write_jsonl(folder / "held_out.jsonl", rows[-2:])),

@@ -51,7 +51,7 @@ def rows() -> Sequences:
     return Sequences.pack([[40, 41], [50], [60, 61, 62]], [[42, 0], [51, 52, 53], [63]], 0)
 
 
-def alone(run_dir: Path, folder: Path) -> np.ndarray:
+def one_by_one(run_dir: Path, folder: Path) -> np.ndarray:
     """The scores _MB of each member, each sequence in a pass of its own."""
     backbone = load_backbone(folder / "model")
     found = []
@@ -65,7 +65,7 @@ def alone(run_dir: Path, folder: Path) -> np.ndarray:
 
 def test_scores_are_combined_as_the_recipe_says(tmp_path: Path) -> None:
     run_dir = made(tmp_path)
-    scores_MB = alone(run_dir, tmp_path)
+    scores_MB = one_by_one(run_dir, tmp_path)
     mean, std = scores_MB.mean(axis=0), scores_MB.std(axis=0)
     assert std.min() > 0.01
     for combine, expected in {

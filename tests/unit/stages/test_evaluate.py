@@ -135,17 +135,17 @@ def test_samples_of_a_prompt_are_a_cluster(tmp_path: Path) -> None:
     preferences = [row["preference"] for row in rows]
     clustered = win_rate(preferences, [i // 2 for i in range(80)])
     assert (summary["ci_low"], summary["ci_high"]) == pytest.approx((clustered.ci_low, clustered.ci_high))
-    alone = win_rate(preferences)
-    assert (summary["ci_low"], summary["ci_high"]) != pytest.approx((alone.ci_low, alone.ci_high))
+    single = win_rate(preferences)
+    assert (summary["ci_low"], summary["ci_high"]) != pytest.approx((single.ci_low, single.ci_high))
 
 
 def test_a_prompt_that_stands_there_twice_is_a_cluster(tmp_path: Path) -> None:
     summary, rows, _ = evaluated(tmp_path, "reward.scores:length", size=0.2, texts=[*PROMPTS[:15], *PROMPTS[:15]])
     assert [row["prompt"] for row in rows] == [*PROMPTS[:15], *PROMPTS[:15]]
     preferences = [row["preference"] for row in rows]
-    clustered, alone = win_rate(preferences, [i % 15 for i in range(30)]), win_rate(preferences)
+    clustered, single = win_rate(preferences, [i % 15 for i in range(30)]), win_rate(preferences)
     assert (summary["ci_low"], summary["ci_high"]) == pytest.approx((clustered.ci_low, clustered.ci_high))
-    assert (summary["ci_low"], summary["ci_high"]) != pytest.approx((alone.ci_low, alone.ci_high))
+    assert (summary["ci_low"], summary["ci_high"]) != pytest.approx((single.ci_low, single.ci_high))
 
 
 def test_the_table_has_the_rows_that_were_asked_for(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class SumOfIds:
 
 
 def hidden(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Last hidden states _TH of one sequence that stands alone."""
+    """Last hidden states _TH of one sequence that stands by itself."""
     return model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]  # type: ignore[operator]
 
 

@@ -75,7 +75,7 @@ def pairs_of(tree: Tree, folder: Path) -> tuple[Pairs, Pairs, Backbone]:
 
 @torch.no_grad()
 def score_alone(backbone: Backbone, pair: tuple[list[int], list[int]]) -> float:
-    """The reward at the last token of one sequence that stands alone."""
+    """The reward at the last token of one sequence that stands by itself."""
     prompt, response = pair
     with backbone.role("reward"):
         return backbone(torch.tensor([prompt + response])).logits.item()
@@ -157,7 +157,7 @@ def test_one_prompt_is_too_few_to_split(tmp_path: Path) -> None:
 
 def test_prompts_are_cut_on_the_left_and_responses_on_the_right(tmp_path: Path) -> None:
     prompts = ["short:", "a prompt that is a good deal longer than fits:", "x:"]
-    responses = [" fits", " this also fits, 23 it is", " this response is alone longer than the limit"]
+    responses = [" fits", " this also fits, 23 it is", " this response by itself is over the limit"]
     rows = [{"prompt": p, "chosen": r, "rejected": " no"} for p, r in zip(prompts, responses, strict=True)]
     write_jsonl(tmp_path / "held_out.jsonl", rows)
     tree = recipe(tmp_path, rows, eval_data=str(tmp_path / "held_out.jsonl"), max_length=30)

@@ -49,7 +49,7 @@ def test_the_first_member_is_the_model_without_an_ensemble_and_the_others_are_re
         ("reward_3", "lora", True),
     ]
 
-    # Accuracy and loss of each and of the mean, from the adapters on disk with each sequence alone.
+    # Accuracy and loss of each and of the mean, from the adapters on disk with each sequence by itself.
     backbone = load_backbone(tmp_path / "model")
     from pe_rlhf.config import RewardConfig
     from pe_rlhf.stages.context import StageContext

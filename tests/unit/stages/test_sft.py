@@ -23,7 +23,7 @@ from tests.unit.stages.sft_runs import CHATS, PAIRS, TEMPLATE, TEXTS, Cli, metri
 
 @torch.no_grad()
 def plain_loss(model: Path, rows: list[tuple[str, str]], whole: bool) -> float:
-    """Nats per token of the second texts (and of the first, where `whole`), each row alone, with EOS at its end."""
+    """Nats per token of the second texts (and of the first, where `whole`), each row by itself, with EOS at its end."""
     tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     total, count = 0.0, 0
     for given, learnt in rows:

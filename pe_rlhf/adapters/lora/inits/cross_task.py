@@ -1,6 +1,6 @@
 """Cross-task: A and B span the directions that the gradients of two batches, or two tasks, share.
 
-Under the adapter alone, learning from sample 1 moves the loss of sample 2 by the kernel
+If only the adapter is trained, learning from sample 1 moves the loss of sample 2 by the kernel
 k(x1, x2) = ⟨Bᵀ·G1, Bᵀ·G2⟩ + ⟨G1·Aᵀ, G2·Aᵀ⟩, the inner products of what B and A let through. (Where a weight's change
 is written A·B instead of B·A, the letters are swapped.) So B maximises ⟨B·Bᵀ·G1, G2⟩ and A ⟨G1·Aᵀ·A, G2⟩ for
 G1 and G2 of two batches: what helps one helps the other.
@@ -70,7 +70,7 @@ def squared_lengths(strengths: list[float], diversity: float) -> Tensor:
     def excess(distance: float) -> float:
         return sum(diversity / (distance + highest - strength) for strength in strengths) - count
 
-    # At δ/r the first term alone makes the sum, at δ every term is at most 1.
+    # At δ/r the first term by itself makes the sum, at δ every term is at most 1.
     distance = diversity
     if count > 1:
         distance = root_scalar(excess, bracket=[diversity / count, diversity], xtol=1e-15).root

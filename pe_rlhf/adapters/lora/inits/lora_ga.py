@@ -4,7 +4,7 @@ With SGD the first change of the weight is −η·s²·(B·Bᵀ·G + G·Aᵀ·A)
 the same number, the bracket is that number squared times G's best approximation of rank 2r (theorem 3.1): no other A
 and B point closer to G. Both are scaled by m^¼/√γ, m the output features (section 3.3): the authors' `stable`.
 
-PEFT's `lora_ga` (0.21) differs: it multiplies the singular values into B and scales B alone, and the theorem is lost.
+PEFT's `lora_ga` (0.21) differs: it multiplies the singular values into B and scales only B, and the theorem is lost.
 """
 
 from __future__ import annotations

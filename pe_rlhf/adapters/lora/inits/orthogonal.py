@@ -23,5 +23,5 @@ def _orthonormal_columns(rows: int, context: InitContext) -> Tensor:
     import torch
 
     Q, R = torch.linalg.qr(torch.randn(rows, context.rank, generator=context.generator))
-    # QR alone leaves the signs to the library; with R's diagonal made positive every Q is as likely as every other.
+    # QR leaves the signs to the library; with R's diagonal made positive every Q is as likely as every other.
     return Q * R.diagonal().sign()
