@@ -80,7 +80,7 @@ class Server:
                 models: Any = quick.get("/models", cast_to=object)
             base = next(card for card in models["data"] if not card.get("parent"))
             self.base, self._max_length = str(base["id"]), int(base["max_model_len"])
-            self.root = str(base.get("root") or self.base)
+            self.root = _keyless(base.get("root") or self.base)
         except ServerFault:
             return False
         except (openai.APIStatusError, AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
