@@ -14,7 +14,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def refusal(key: str, message: str, kind: Kind = "conflict") -> PydanticCustomError:
-    """What a validator of a section raises for one of its keys; the error that users see has key and kind."""
+    """What a validator raises: a section's for one of its keys, a field's for "", since pydantic adds the field's key.
+
+    The error that users see has key and kind.
+    """
     return PydanticCustomError("refusal", "{message}", {"key": key, "message": message, "kind": kind})
 
 

@@ -100,7 +100,8 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
         def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
             import math
 
-            p = server.probability_of_a(body["messages"][0]["content"])
+            judged = server.text is None or body.get("logprobs")
+            p = server.probability_of_a(body["messages"][0]["content"]) if judged else math.nan
             said = server.text if server.text is not None else ("A" if p > 0.5 else "B")
             choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
             choice["message"] = {"role": "assistant", "content": said}

@@ -86,7 +86,7 @@ class RewardSource(Section):
     @classmethod
     def _is_an_address(cls, url: str | None) -> str | None:
         if url is not None and (wrong := wrong_address(url)):
-            raise refusal("url", f"{url!r} {wrong}", "invalid")
+            raise refusal("", f"{url!r} {wrong}", "invalid")
         return url
 
     @model_validator(mode="after")

@@ -148,7 +148,7 @@ class DataSource(DataFile):
                 raise refusal(f"mix.{i}.label", f"two parts are called {part.short_name!r}; give each a label")
         weighted = [part.weight is not None for part in self.mix]
         if any(weighted) != all(weighted):
-            raise refusal(f"mix.{weighted.index(False)}.weight", "give each part a weight, or leave all weights out", "missing")
+            raise refusal(f"mix.{weighted.index(False)}.weight", "give each part a weight, or no part", "missing")
         if self.size is not None and not any(weighted):
             raise refusal("size", "it needs weights", "missing")
         return self

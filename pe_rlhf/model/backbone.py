@@ -108,7 +108,9 @@ def load_backbone(
         return Backbone(model, tokenizer, fast=fast)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise InputError(f"load_backbone: unknown dtype {dtype!r}; there are {', '.join(DTYPES)}", kind="unknown", key="dtype")
+        raise InputError(
+            f"load_backbone: unknown dtype {dtype!r}; there are {', '.join(DTYPES)}", kind="unknown", key="dtype"
+        )
     load = partial(
         load_causal_lm,
         str(model),

@@ -276,7 +276,8 @@ class ModelWithRoles(nn.Module):
 
     def _refuse_taken(self, role: str) -> None:
         if role in self.roles or not role.isidentifier():
-            raise InputError(f"cannot add a role {role!r}: the name is taken or is not an identifier", kind="exists")
+            message = f"cannot add a role {role!r}: the name is taken or is not an identifier"
+            raise InputError(message, kind="exists", key=role)
 
     def _new_head(self, role: str) -> ScalarHead | None:
         if not role.startswith(HEAD_ROLES):

@@ -213,9 +213,8 @@ class RoleOptimizer:
         # All norms before the first step: where one role has diverged, the other must not be a step ahead of it.
         for role, norm in norms.items():
             if not math.isfinite(norm):
-                raise TrainingError(
-                    f"the gradient of {role} is not finite at optimizer step {self.steps + 1}", kind="not_finite"
-                )
+                message = f"the gradient of {role} is not finite at optimizer step {self.steps + 1}"
+                raise TrainingError(message, kind="not_finite", key=role)
         rates = self.learning_rates()
         for part in self._slices:
             part.step(rates[part.role], self._config.betas[0])

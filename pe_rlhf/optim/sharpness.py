@@ -39,7 +39,7 @@ def perturbation(role: str, parameters: Parameters, config: OptimizerConfig, see
     scaled = {n: scales[n] * p.grad for n, p in parameters.items() if p.grad is not None}
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in scaled.values()])).item()
     if not math.isfinite(norm):
-        raise TrainingError(f"the gradient of {role} is not finite", kind="not_finite")
+        raise TrainingError(f"the gradient of {role} is not finite", kind="not_finite", key=role)
     return {n: config.rho / norm * scales[n] * g for n, g in scaled.items()} if norm else {}
 
 

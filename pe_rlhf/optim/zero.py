@@ -216,7 +216,7 @@ def shard_base(model: PreTrainedModel, deepspeed: dict[str, Any], device: torch.
     """
     config = {**_common(deepspeed), "zero_optimization": dict(deepspeed.get("zero_optimization", {}))}
     config["zero_optimization"].pop("offload_optimizer", None)
-    # By default it gathers some mixtures' blocks as one, with all modules in them: adapters do not count as its weights.
+    # By default it gathers some mixtures' blocks as one, with all modules in them: adapters are not its weights.
     config["zero_optimization"].setdefault("leaf_module", {"classes": []})
     library = import_deepspeed()
     for module in model.modules():

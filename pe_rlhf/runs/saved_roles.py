@@ -49,6 +49,7 @@ def starting_model(recipe: Recipe, run_dir: Path) -> str:
         raise InputError(
             f"{run_dir} holds no finished sft stage, whose model the other stages start from",
             kind="unfinished",
+            key="sft",
             file=run_dir,
         )
     return str(made)

@@ -12,7 +12,7 @@ from typing import Any
 from reward.errors import InputError
 from reward.judges.base import Comparison, Judge, Verdict
 from reward.judges.judge_settings import JudgeSettings
-from reward.judges.user_code import call_users_code, check_arguments, load_function, place_of
+from reward.judges.user_code import call_users_code, check_arguments, load_function, place_of, source_of
 from reward.records import NO_COLUMNS, Columns, Prompt
 
 ScoreFunction = Callable[..., Sequence[float]]
@@ -283,7 +283,7 @@ def score_responses(
             raise _wrong(f"{name} returned {_shown(score)} for response {index}, not a number", function, index)
         if not math.isfinite(number):
             message = f"{name} returned {_shown(score)} for response {index}, not a finite number{place_of(function)}"
-            raise InputError(message, kind="not_finite", row=index + 1)
+            raise InputError(message, kind="not_finite", file=source_of(function), row=index + 1)
         numbers.append(number)
     return numbers
 
@@ -291,7 +291,7 @@ def score_responses(
 def _wrong(message: str, function: Any, index: int | None = None) -> InputError:
     """What the user's code returned cannot be used; `index` counts its answers from 0."""
     row = None if index is None else index + 1
-    return InputError(f"{message}{place_of(function)}", kind="user_code", row=row)
+    return InputError(f"{message}{place_of(function)}", kind="user_code", file=source_of(function), row=row)
 
 
 def _name_of(function: Callable[..., Any]) -> str:

@@ -165,12 +165,17 @@ def describe(error: BaseException, function: Any = None) -> str:
     return f"{type(error).__name__}{f': {said}' if said else ''}{place}"
 
 
-def _failed(message: str, function: Any, fix: str | None = None) -> InputError:
+def source_of(function: Any) -> str | None:
+    """The file of a function that a user wrote; None where that is not known."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(function))
     except (TypeError, ValueError):
-        file = None
-    return InputError(message, kind="user_code", file=None if file and file.startswith(OURS) else file, fix=fix)
+        return None
+    return None if file and file.startswith(OURS) else file
+
+
+def _failed(message: str, function: Any, fix: str | None = None) -> InputError:
+    return InputError(message, kind="user_code", file=source_of(function), fix=fix)
 
 
 def _import(path: str, module_name: str) -> Any:

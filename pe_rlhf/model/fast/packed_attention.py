@@ -91,7 +91,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for passes that are not
 
 def packed_hidden(decoder: nn.Module, ids_BT: Tensor, packing: Packing) -> Tensor:
     """Last hidden states _LH of the packed tokens."""
-    # A mask with four axes is handed on as it is, and here it is not used: otherwise one of all pairs of tokens is made.
+    # A mask with four axes is handed on as it is, here to no use: otherwise one of all pairs of tokens is made.
     unused = torch.ones(UNUSED, dtype=torch.bool, device=ids_BT.device)
     position_ids = packing.column_L.to(ids_BT.device)[None]
     output = decoder(

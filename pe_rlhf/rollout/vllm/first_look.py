@@ -1,7 +1,6 @@
 """What a vLLM server is asked before a run starts, when no weights are loaded: is it there, and can it be the run's?
 
-It tells another model by its vocabulary and tokenizer. Other weights of the same kind are told when the base is loaded, by
-`ServerProbe`.
+Another model shows by its vocabulary and tokenizer. Other weights show when the base is loaded: see `probe.py`.
 """
 
 from __future__ import annotations
@@ -60,4 +59,6 @@ def _compare(server: Server, model: str, config: PreTrainedConfig, tokenizer: Pr
         raise other_model(server, f"{server.root}, whose tokenizer is not that of {model}")
     size: int | None = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     if size is not None:
-        asked(server, [size - 1], {**NEUTRAL, "temperature": 1.0, "max_tokens": 1, "ignore_eos": True}, server.base, model)
+        asked(
+            server, [size - 1], {**NEUTRAL, "temperature": 1.0, "max_tokens": 1, "ignore_eos": True}, server.base, model
+        )

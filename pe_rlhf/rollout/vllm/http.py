@@ -280,7 +280,7 @@ def _faults(seconds: float) -> Iterator[None]:
     """
     try:
         yield
-    except openai.APITimeoutError as error:
+    except openai.APITimeoutError:
         raise ServerFault(f"no answer in {seconds:g} s") from None
     except openai.APIConnectionError as error:
         raise ServerFault(f"the connection failed ({error.__cause__!r})") from None

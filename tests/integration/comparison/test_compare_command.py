@@ -108,7 +108,7 @@ def test_another_recipe_in_the_same_directory_is_refused(whole: Path, fails: Cal
 
 @pytest.mark.slow
 def test_killed_at_random_it_comes_to_the_same(whole: Path, tmp_path: Path, model_cache: Path, cli: Cli) -> None:
-    """SIGKILL at random moments, three times: no run is left behind, the results are those of the run that went through."""
+    """SIGKILL at random moments, three times: no run is left behind, the results are those of one that went through."""
     for name in ("recipe.yaml", "prompts.jsonl", "pairs.jsonl"):
         shutil.copy(whole / name, tmp_path / name)
     chance = random.Random(7)

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from reward.errors import InputError, JudgeError
 from reward.judges import Comparison, Verdict
@@ -20,6 +19,7 @@ from reward.judges.llm import LLMJudge
 from reward.judges.server_errors import retry_after
 from reward.judges.templates import JudgePrompt
 from tests import loopback
+from tests.failures import refuses
 from tests.loopback import HEAD, QuietHandler
 
 Body = dict[str, Any]
@@ -334,7 +334,7 @@ def test_a_pause_is_a_number_a_date_or_in_milliseconds() -> None:
     ["127.0.0.1:8999/v1", "localhost:8000", "judge.example/v1", "http://", "http://h:x/v1", "ftp://h/v1", "//h/v1"],
 )
 def test_an_address_without_scheme_or_server_is_named_as_such(url: str) -> None:
-    with pytest.raises(ValidationError, match="base_url"):
+    with refuses("base_url", "invalid"):
         JudgeSettings(kind="llm:m", base_url=url)
     with pytest.raises(InputError) as caught:
         Endpoint("m", url, ServerSettings())

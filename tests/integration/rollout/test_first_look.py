@@ -126,9 +126,7 @@ def test_a_gate_before_the_server_wants_the_key_at_once(
 
 
 @pytest.mark.parametrize("key", ["sk-ümlaut-314159", "sk-31415926\nX-Other: 1"])
-def test_a_key_that_no_header_can_have(
-    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
+def test_a_key_that_no_header_can_have(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("VLLM_API_KEY", key)
     failure = fails("run", write_recipe(tmp_path, tree("ppo__rollout", NOBODY)), "--run-dir", "run")
     assert (failure.kind, failure.key) == ("invalid", "VLLM_API_KEY")
@@ -181,11 +179,9 @@ def test_on_two_ranks(tmp_path: Path, model_cache: Path) -> None:
     path = write_recipe(tmp_path, tree("ppo__rollout", NOBODY))
     ranks = start_ranks(["run", str(path), "--run-dir=run"], tmp_path, model_cache)
     try:
-        said = [rank.finish(code=code) for rank, code in zip(ranks, (3, 1), strict=True)]
+        said = [rank.finish(code=code) for rank, code in zip(ranks, (3, 3), strict=True)]
     finally:
         for rank in ranks:
             rank.kill()
     assert NOBODY in said[0]
     assert not (tmp_path / "run").exists()
-
-

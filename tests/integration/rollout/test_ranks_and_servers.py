@@ -38,5 +38,5 @@ def test_rank_0_loads_each_version_once(
     assert not engine.names  # all of them are unloaded again
     lines = read_jsonl(tmp_path / "out" / "ppo" / "metrics.jsonl")
     assert all(line["logprob_mismatch"] < 1e-4 for line in lines)
-    # The responses of both ranks and rank 0's probes: of the vocabulary before the run, of the base, and of each version.
+    # The responses of both ranks, and rank 0's probes: of the vocabulary before the run, the base, and each version.
     assert engine.asked["/v1/completions"] == STEPS * 4 + 2 + STEPS

@@ -15,6 +15,7 @@ from pe_rlhf.config import LoRAConfig
 from pe_rlhf.config.adapter import INIT_OPTIONS
 from pe_rlhf.model.backbone import load_backbone
 from reward.errors import InputError
+from tests.failures import raises
 from tests.tiny import tiny_model
 
 SOURCE = '''
@@ -75,5 +76,5 @@ def test_a_plain_function_is_an_init_without_options(module: str) -> None:
 
 
 def test_a_function_that_does_not_exist_is_refused(module: str) -> None:
-    with pytest.raises(InputError, match="has no 'hafl'"):
+    with raises("unknown", fix="did you mean 'half'?"):
         get_init(f"{module}:hafl")

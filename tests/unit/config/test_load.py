@@ -242,3 +242,13 @@ def test_the_weight_of_the_critics_loss_is_taken_and_said_to_do_nothing(capsys: 
         assert config == PPOConfig.model_validate({"prompts": "p.jsonl"})
         said = capsys.readouterr()
         assert (said.out + said.err).count("ppo.value_coefficient") == words
+
+
+@pytest.mark.parametrize(
+    ("key", "section"), [("ppo.reward.0.url", {"url": "host:1"}), ("ppo.reward.0.judge.base_url", None)]
+)
+def test_the_key_of_a_field_is_named_once(tmp_path: Path, key: str, section: Any) -> None:
+    tree = recipe("ppo")
+    tree["ppo"]["reward"] = [section or {"judge": {"kind": "llm:m", "base_url": "host:1"}}]
+    with raises("invalid", key=key):
+        load_recipe(write_recipe(tmp_path, tree))

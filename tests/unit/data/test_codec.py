@@ -103,9 +103,10 @@ FAILING = ["{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ message
 
 @pytest.mark.parametrize("template", FAILING)
 def test_a_template_that_fails_names_the_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    with pytest.raises(InputError, match=r"'Be brief\.'") as raised:
+    with pytest.raises(InputError) as raised:
         TextCodec(tokenizer, template).render(CHAT)
     assert (raised.value.kind, raised.value.key) == ("user_code", "chat_template")
+    assert "'Be brief.'" in str(raised.value)
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])

@@ -16,7 +16,7 @@ from pe_rlhf.config import SamplingConfig
 from pe_rlhf.model.backbone import Backbone, load_backbone
 from pe_rlhf.rollout import hf
 from pe_rlhf.rollout.hf import HFRollout
-from reward.errors import InputError
+from tests.failures import raises
 from tests.tiny import INITS, ROLES, backbone_with, perturb, role_logits, tiny_model, train_role
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
@@ -128,7 +128,7 @@ def test_a_base_that_is_no_plain_product_is_not_merged() -> None:
 
 
 def test_an_unknown_role_is_refused() -> None:
-    with pytest.raises(InputError, match="no role 'polcy'"), backbone_with("policy").merged_role("polcy"):
+    with raises("unknown", key="polcy"), backbone_with("policy").merged_role("polcy"):
         pass
 
 

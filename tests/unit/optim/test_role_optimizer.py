@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_reaches_no_weight(value: float) -> None:
     optimizer = optimizer_on(parameters)
     train(optimizer, parameters, range(2))
     before, state = as_numpy(parameters), optimizer.state()
-    with pytest.raises(TrainingError, match=f"^the loss is {value} before optimizer step 3$"):
+    with raises("not_finite", TrainingError, key=None):
         optimizer.backward(loss_of(parameters, "policy", 0) * value)
     assert all(p.grad is None for p in parameters["policy"].values())
     assert_untouched(optimizer, parameters, before, state)
@@ -294,7 +294,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(role: str, value: float
     gradient = parameters[role]["a"].grad
     assert gradient is not None
     gradient[0, 0] = value
-    with pytest.raises(TrainingError, match=f"^the gradient of {role} is not finite at optimizer step 3$"):
+    with raises("not_finite", TrainingError, key=role):
         optimizer.step()
     assert_untouched(optimizer, parameters, before, state)
 

@@ -20,7 +20,8 @@ from pe_rlhf.model.noise import filter_noise
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer
 from pe_rlhf.optim.sharpness import perturbation
 from pe_rlhf.system.failures import TrainingError
-from reward.errors import InputError
+from reward.errors import InputError, Kind
+from tests.failures import refuses
 from tests.tiny import backbone_with, perturb, ragged_sequences, tiny_model
 
 STEPS = 4
@@ -312,18 +313,18 @@ def test_a_quantised_base_has_no_weights_for_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "key"),
+    ("keys", "key", "kind"),
     [
-        ({"rho": 0.1}, "rho"),
-        ({"sharpness": "rwp", "rho": 0.1}, "rho"),
-        ({"sharpness": "sam", "noise": 0.1}, "noise"),
-        ({"sharpness": "asam", "noise_on": "model"}, "noise_on"),
-        ({"sharpness_batches": "two"}, "sharpness_batches"),
-        ({"sharpness": "sam", "rho": -1}, "rho"),
+        ({"rho": 0.1}, "rho", "conflict"),
+        ({"sharpness": "rwp", "rho": 0.1}, "rho", "conflict"),
+        ({"sharpness": "sam", "noise": 0.1}, "noise", "conflict"),
+        ({"sharpness": "asam", "noise_on": "model"}, "noise_on", "conflict"),
+        ({"sharpness_batches": "two"}, "sharpness_batches", "conflict"),
+        ({"sharpness": "sam", "rho": -1}, "rho", "invalid"),
     ],
 )
-def test_a_key_without_effect_is_refused(keys: dict[str, Any], key: str) -> None:
-    with pytest.raises(ValidationError, match=key):
+def test_a_key_without_effect_is_refused(keys: dict[str, Any], key: str, kind: Kind) -> None:
+    with refuses(key, kind):
         RewardOptimizerConfig.model_validate(keys)
     with pytest.raises(ValidationError):
         SFTOptimizerConfig.model_validate({"sharpness": "sam"})

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from reward.errors import InputError
+from reward.errors import Kind
 from reward.length_control import RegressionRows, fit_l1, length_controlled_win_rate, sigmoid
 from reward.winrate import win_rate
+from tests.failures import raises
 
 
 @pytest.mark.shared
@@ -125,14 +126,16 @@ def test_a_prompt_that_was_not_judged_has_no_part_in_the_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "kind", "key", "row"),
     [
-        (([0.5, 1.0], [1], [1, 2]), "2 preferences but 1 values of len_candidate"),
-        (([0.5, 1.0], [1, 2], [1, float("nan")]), "len_baseline 1 is not a finite number"),
-        (([0.5, 1.2], [1, 2], [2, 2]), "preference 1 is 1.2"),
-        (([float("nan")], [1], [2]), "no preferences"),
+        (([0.5, 1.0], [1], [1, 2]), "invalid", "len_candidate", None),
+        (([0.5, 1.0], [1, 2], [1, float("nan")]), "not_finite", "len_baseline", 2),
+        (([0.5, 1.2], [1, 2], [2, 2]), "invalid", "preference", 2),
+        (([float("nan")], [1], [2]), "empty", "preference", None),
     ],
 )
-def test_refusals(arguments: tuple[list[float], list[float], list[float]], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_refusals(
+    arguments: tuple[list[float], list[float], list[float]], kind: Kind, key: str, row: int | None
+) -> None:
+    with raises(kind, key=key, row=row):
         length_controlled_win_rate(*arguments)

@@ -39,7 +39,7 @@ def test_vader_makes_its_analyzer_once() -> None:
 def test_vader_says_how_to_install_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     scores._vader_analyzer.cache_clear()
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)  # how Python marks a module as absent
-    with pytest.raises(InputError, match=r"pip install 'pe-rlhf\[demo\]'"):
+    with raises("not_installed", key="reward.scores:vader", fix="pip install 'pe-rlhf[demo]'"):
         scores.vader(["p"], ["good"])
 
 

@@ -55,9 +55,8 @@ CALLS = {
 @pytest.mark.parametrize("text", CALLS.values(), ids=CALLS)
 def test_what_a_call_raises(module: Any, tmp_path: Path, text: str, in_thread: bool) -> None:
     function = module(text)
-    with pytest.raises(InputError, match=r"mine\.py line [1-4]\)") as raised:
+    with raises("user_code", file=tmp_path / "mine.py"):
         score(function, in_thread)
-    assert (raised.value.kind, raised.value.file) == ("user_code", str(tmp_path / "mine.py"))
 
 
 @pytest.mark.parametrize("text", ["import sys\nsys.exit(0)", "raise BaseException", "exit()", "import os\nx = 1 / 0"])
@@ -83,11 +82,10 @@ RESULTS = {
 
 
 @pytest.mark.parametrize("returned", RESULTS.values(), ids=RESULTS)
-def test_results_of_another_form(module: Any, returned: str) -> None:
+def test_results_of_another_form(module: Any, tmp_path: Path, returned: str) -> None:
     function = module(f"def f(p, r):\n    return {returned}")
-    with pytest.raises(InputError, match=r"mine\.py line 1\)") as raised:
+    with raises("user_code", file=tmp_path / "mine.py"):
         score_responses(function, ["p", "p"], ["r", "s"])
-    assert raised.value.kind == "user_code"
 
 
 @pytest.mark.parametrize("number", ["10**400", "10**6000", "float('nan')", "-float('inf')"])
@@ -168,12 +166,11 @@ JUDGES = {
 
 
 @pytest.mark.parametrize(("attribute", "body"), JUDGES.values(), ids=JUDGES)
-def test_judges_of_another_form(module: Any, attribute: str, body: str | None) -> None:
+def test_judges_of_another_form(module: Any, tmp_path: Path, attribute: str, body: str | None) -> None:
     compare = "" if body is None else f"    def compare(self, comparisons):\n        {body}\n"
     text = f"from reward.judges import Verdict\nclass f:\n    {attribute or 'pass'}\n{compare}"
-    with pytest.raises(InputError, match=r"mine\.py line \d\)") as raised:
+    with raises("user_code", file=tmp_path / "mine.py"):
         module(text, load_judge).compare([Comparison("p", "a", "b")])
-    assert raised.value.kind == "user_code"
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------

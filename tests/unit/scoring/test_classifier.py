@@ -28,7 +28,7 @@ from transformers import (
 from pe_rlhf.scoring.classifier import Classifier
 from pe_rlhf.scoring.scorers import ModelScorer
 from pe_rlhf.types import Sequences
-from reward.errors import InputError, Kind
+from reward.errors import Kind
 from reward.records import Message, Prompt
 from tests.chat_templates import FAMILIES
 from tests.failures import raises
@@ -193,7 +193,7 @@ def test_a_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is not a directory with a config\.json"):
+    with raises("missing", key="reward model", file=tmp_path / "absent"):
         classifier(tmp_path / "absent")
 
 

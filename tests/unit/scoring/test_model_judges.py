@@ -24,7 +24,7 @@ from reward.judges.rating import RATINGS
 from reward.judges.reward_model import reward_model_judge
 from reward.judges.templates import JudgePrompt, RatingPrompt
 from reward.records import Message
-from tests.failures import raises
+from tests.failures import raises, refuses
 from tests.model_types import build
 from tests.stage_support import byte_model
 
@@ -228,7 +228,7 @@ def test_a_judges_own_code_runs_where_it_is_trusted(model: Path, tmp_path: Path,
         settings = settings.model_copy(update={"target": str(model)})
         assert verdict == make_judge(settings).compare(COMPARISONS[:1])[0].preference
     assert 0 < verdict < 1
-    with pytest.raises(ValueError, match="local model"):
+    with refuses("trust_remote_code"):
         JudgeSettings(kind="llm", target="m", base_url="http://localhost:1/v1", trust_remote_code=True)
 
 

@@ -16,6 +16,7 @@ from pe_rlhf.scoring.scorers import AdapterScorer
 from pe_rlhf.scoring.weighted import make_scorer
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
+from tests.failures import raises
 from tests.stage_support import byte_model
 from tests.tiny import perturb
 
@@ -94,7 +95,7 @@ def test_a_function_is_checked_at_every_call(tmp_path: Path, monkeypatch: pytest
     backbone = reward_backbone(tmp_path)
     scorer, _ = make_scorer([RewardSource(function="odd_scores:score")], backbone, tmp_path, 100)
     sequences = packed(backbone, PROMPTS, RESPONSES)
-    with pytest.raises(InputError, match="returned 1 scores for 3 responses"):
+    with raises("user_code", file=tmp_path / "odd_scores.py"):
         scorer.score(PROMPTS, RESPONSES, sequences)  # type: ignore[arg-type]
 
 

@@ -52,7 +52,7 @@ def test_normalised_clipped_and_weighted_in_that_order() -> None:
 
 
 def test_a_source_scores_the_prompts_whose_columns_it_names() -> None:
-    """Normalised by its own scores; the others get 0 from it, and a step without any of its prompts has nothing of it."""
+    """Normalised by its own scores; the others get 0 from it. A step without its prompts has nothing of it."""
 
     class Numbers:
         def score(

@@ -14,10 +14,10 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.system.seeding import derive_seed
-from reward.errors import InputError
 from reward.judges import Comparison
 from reward.judges.judge_settings import JudgeSettings
 from reward.records import load_records
+from tests.failures import raises
 from tests.runs import Tree, read_jsonl
 from tests.stage_support import byte_model, run, write_prompts
 
@@ -136,18 +136,16 @@ def judge_module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, score
     return f"{name}:score"
 
 
-def test_ties_alone_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_but_ties_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = judge_module(tmp_path, monkeypatch, "indifferent_judge", "1")
-    with pytest.raises(InputError, match="indifferent_judge:score found no difference in any of 12 pairs"):
+    with raises("empty", key="preferences.judge"):
         run(recipe(tmp_path, judge), tmp_path / "run")
     assert not (tmp_path / "run" / "preferences" / "summary.json").exists()
     assert not (tmp_path / "run" / "preferences" / "preferences.jsonl").exists()
 
 
-def test_responses_that_differ_by_white_space_alone_are_no_pair(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_responses_that_differ_only_by_white_space_are_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a row would be refused when it is read."""
     monkeypatch.setattr(TextCodec, "decode", lambda _, ids: "same" + " " * len(ids))
-    with pytest.raises(InputError, match="found no difference"):
+    with raises("empty", key="preferences.judge"):
         run(recipe(tmp_path), tmp_path / "run")

@@ -25,7 +25,7 @@ from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.pipeline import run_recipe
 from pe_rlhf.stages.reward_pairs import load_pairs
-from reward.errors import InputError
+from tests.failures import raises
 from tests.runs import Tree, read_jsonl, without_time, write_jsonl
 from tests.stage_support import byte_model, run
 from tests.tiny import perturb
@@ -151,7 +151,7 @@ def test_a_small_share_still_holds_a_prompt_out(tmp_path: Path) -> None:
 
 
 def test_one_prompt_is_too_few_to_split(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"4 pairs are too few to hold out a share of 0\.5"):
+    with raises("empty", key="reward.data"):
         pairs_of(recipe(tmp_path, learnable()[:4], eval_share=0.5), tmp_path)
 
 

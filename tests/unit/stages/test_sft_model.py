@@ -24,7 +24,6 @@ from pe_rlhf.report.run_page import write_report
 from pe_rlhf.runs.saved_roles import find_role
 from pe_rlhf.stages.context import StageContext
 from pe_rlhf.stages.outcome_table import outcome_table
-from reward.errors import InputError
 from tests.failures import raises
 from tests.model_types import build
 from tests.runs import Tree, recipe, write_jsonl, write_recipe
@@ -174,7 +173,7 @@ def test_all_later_stages_start_from_the_merged_model(cli: Cli, tmp_path: Path) 
 
     # …and without it there is nothing to start from.
     shutil.rmtree(moved / "sft")
-    with pytest.raises(InputError, match="sft"):
+    with raises("unfinished", key="sft", file=moved):
         StageContext(load_recipe(moved / "recipe.yaml"), moved, "ppo").backbone()
 
 
