@@ -95,8 +95,8 @@ PPO_FLAGS = (
         "explained_variance",
         LONG,
         lambda values: len(values) == LONG and max(values) < 0,
-        "has been below 0 for {n} steps: the critic is worse than a constant; raise ppo.value_learning_rate, or start"
-        " it from the reward model (ppo.value_init: reward)",
+        "has been below 0 for {n} steps: the critic is worse than a constant; lower ppo.value_learning_rate where"
+        " value_loss grows, otherwise raise it, or start the critic from the reward model (ppo.value_init: reward)",
     ),
     Flag(
         "groups_alike",
