@@ -84,7 +84,7 @@ def _evaluate_prompts(
     """Compare both sides on the prompts of a data set, or of a file of outputs."""
     from pe_rlhf.evaluation.best_of_run import best_of_run, rewarded_run
     from pe_rlhf.evaluation.prompting import refuse_different_prompting
-    from pe_rlhf.evaluation.responses import check_servers, evaluate_pairs, responses_of, side_of, without_too_long
+    from pe_rlhf.evaluation.responses import check_sides, evaluate_pairs, responses_of, side_of, without_too_long
     from pe_rlhf.report.evaluation_page import write_evaluation_report
     from pe_rlhf.report.format import slug
     from pe_rlhf.runs.layout import EvaluationFiles
@@ -110,7 +110,7 @@ def _evaluate_prompts(
         # First the judge: a missing key or model should be reported before anything is sampled.
         built = make_judge(settings.judge)
         files = EvaluationFiles(folder)
-        check_servers(((side, asked, files.responses(name)) for name, side in sides.items()), settings)
+        check_sides(((side, asked, files.responses(name)) for name, side in sides.items()), settings)
         texts = {name: responses_of(side, asked, files.responses(name)) for name, side in sides.items()}
         pairs = make_pairs(asked, texts["candidate"], texts["baseline"])
 

@@ -146,7 +146,7 @@ def _outputs_for(prompts: Sequence[Prompt], path: Path) -> list[str]:
     return outputs
 
 
-def check_servers(sides: Iterable[tuple[Side, Sequence[Prompt], Path]], settings: EvaluationSettings) -> None:
+def check_sides(sides: Iterable[tuple[Side, Sequence[Prompt], Path]], settings: EvaluationSettings) -> None:
     """Raise where a server does not answer of which responses are still to come, before any side is sampled.
 
     With each side come its prompts and the file of its responses, which may be whole already.

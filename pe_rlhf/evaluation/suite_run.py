@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from pe_rlhf.config.evaluate import EvaluationSettings
 from pe_rlhf.evaluation.prompting import refuse_different_prompting
-from pe_rlhf.evaluation.responses import Side, check_servers, responses_of, side_of
+from pe_rlhf.evaluation.responses import Side, check_sides, responses_of, side_of
 from pe_rlhf.evaluation.suites import Item
 from pe_rlhf.evaluation.suites.suite import answers_in
 from pe_rlhf.runs.layout import EvaluationFiles
@@ -50,7 +50,7 @@ def suite_pairs(
         mine, theirs = (sides[side][0].prompting if side in sides else None for side in said)
         refuse_different_prompting(mine, theirs, settings)
         files, suffix = EvaluationFiles(folder), f"-turn-{turn + 1}" if turn else ""
-        check_servers(((*sides[side], files.responses(f"{side}{suffix}")) for side in sides), settings)
+        check_sides(((*sides[side], files.responses(f"{side}{suffix}")) for side in sides), settings)
         for side, (source, prompts) in sides.items():
             path = files.responses(f"{side}{suffix}")
             for i, response in zip(open_items, responses_of(source, prompts, path), strict=True):
