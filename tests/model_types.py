@@ -70,11 +70,16 @@ VISION: Settings = {
     "patch_size": 8,
 }
 QWEN_VISION: Settings = {"depth": 3, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+# Decoders of models with an encoder.
+SEQ2SEQ: Settings = {"d_model": 32, "decoder_layers": 2, "encoder_layers": 1, "num_hidden_layers": 1}
+SEQ2SEQ |= {"decoder_ffn_dim": 48, "decoder_attention_heads": 4, "encoder_attention_heads": 4}
 
 
 def _rope(kind: str, **more: Any) -> Settings:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
+
+ROPE: Settings = {"rope_type": "default", "rope_theta": 10000.0}
 
 # By name: the model type, or `type:variant`; with what its config needs beyond `COMMON`.
 MODELS: dict[str, Settings] = {
@@ -86,14 +91,24 @@ MODELS: dict[str, Settings] = {
     "bart": {"d_model": 32, "decoder_layers": 2, "encoder_layers": 1, "num_hidden_layers": 1, "decoder_ffn_dim": 48}
     | {"decoder_attention_heads": 4, "encoder_attention_heads": 4, "eos_token_id": 2, "forced_eos_token_id": 2},
     "bert": {},
+    "bert-generation": {"is_decoder": True},
     "biogpt": {},
     "bitnet": {},
+    "blenderbot": SEQ2SEQ,
+    "blenderbot-small": SEQ2SEQ,
     "bloom": {},
+    "camembert": {"is_decoder": True},
     "codegen": {"rotary_dim": 4},
     "cohere": {},
     "cohere:qk_norm": {"use_qk_norm": True},
     "cohere2": SLIDING,
     "cohere2_moe": EXPERTS | SLIDING,
+    "cohere_compass_text": SLIDING
+    | {
+        "rope_parameters": {
+            key: {**ROPE, "mrope_section": [1, 1, 2]} for key in ("full_attention", "sliding_attention")
+        }
+    },
     "ctrl": {"dff": 48},
     "cwm": SLIDING,
     "dbrx": {
@@ -156,10 +171,13 @@ MODELS: dict[str, Settings] = {
         "num_kv_shared_layers": 2,
         "global_head_dim": 8,
     },
+    "gemma4_unified_text": SLIDING,
     "glm": {},
     "glm4": {},
     "glm4_moe": EXPERTS | {"first_k_dense_replace": 1},
+    "glm4_moe_lite": EXPERTS | LATENT,
     "glm_moe_dsa": INDEXED | {"first_k_dense_replace": 1},
+    "gpt-sw3": {},
     "gpt2": {},
     "gpt_bigcode": {},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
@@ -168,12 +186,15 @@ MODELS: dict[str, Settings] = {
     "gpt_oss": EXPERTS | SLIDING,
     "gptj": {"rotary_dim": 4},
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 3.0},
+    "granite_swa": {},
     "granitemoe": EXPERTS,
+    "granitemoe_swa": EXPERTS,
     "granitemoehybrid": EXPERTS | MAMBA_2 | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 16},
     "granitemoeshared": EXPERTS | {"shared_intermediate_size": 16},
     "helium": {},
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": EXPERTS,
+    "hy_v3": EXPERTS,
     "hyperclovax": {},
     "jais2": {},
     "jamba": EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False},
@@ -181,6 +202,7 @@ MODELS: dict[str, Settings] = {
     "kimi_linear": EXPERTS
     | LATENT
     | {"layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 8, "linear_num_heads": 4},
+    "laguna": EXPERTS,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama": {},
@@ -194,6 +216,8 @@ MODELS: dict[str, Settings] = {
     "longcat_flash": EXPERTS | LATENT | {"ffn_hidden_size": 32, "expert_ffn_hidden_size": 16, "num_layers": 1},
     "mamba": {"state_size": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "marian": SEQ2SEQ | {"decoder_start_token_id": 0},
+    "mbart": SEQ2SEQ,
     "mellum": EXPERTS | FULL,
     "mimo_v2_flash": EXPERTS,
     "minicpm3": LATENT,
@@ -206,6 +230,7 @@ MODELS: dict[str, Settings] = {
     "mixtral": EXPERTS,
     "modernbert-decoder": {},
     "mpt": {},
+    "mvp": SEQ2SEQ,
     "nanochat": {},
     "nemotron": {},
     "nemotron_h": EXPERTS
@@ -226,6 +251,7 @@ MODELS: dict[str, Settings] = {
     "olmoe": EXPERTS,
     "openai-gpt": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "pegasus": SEQ2SEQ,
     "persimmon": {},
     "phi": {},
     "phi3": {},
@@ -238,6 +264,10 @@ MODELS: dict[str, Settings] = {
     )
     | {"original_max_position_embeddings": 32},
     "phimoe": EXPERTS,
+    "plbart": SEQ2SEQ,
+    "prophetnet": {"num_encoder_layers": 1, "num_decoder_layers": 2, "num_encoder_attention_heads": 4}
+    | {"num_decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    | {"num_hidden_layers": None, "num_attention_heads": None},
     "qwen2": {},
     "qwen2:window": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4},
     "qwen2_moe": EXPERTS,
@@ -247,6 +277,10 @@ MODELS: dict[str, Settings] = {
     "qwen3_5_moe_text": EXPERTS | DELTA_NET,
     "qwen3_moe": EXPERTS,
     "qwen3_next": EXPERTS | DELTA_NET,
+    "qwen4_exp_text": EXPERTS
+    | DELTA_NET
+    | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 32}
+    | {"indexer_compress_ratio": 4},
     "recurrent_gemma": {
         "block_types": ["recurrent", "attention"],
         "lru_width": 32,
@@ -260,10 +294,13 @@ MODELS: dict[str, Settings] = {
     "solar_open": EXPERTS,
     "stablelm": {},
     "starcoder2": {},
+    "trocr": {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
     "vaultgemma": SLIDING | {"attn_logit_softcapping": 1.0},
     "whisper": {"d_model": 32, "decoder_layers": 2, "encoder_layers": 1, "num_hidden_layers": 1, "decoder_ffn_dim": 48}
     | {"decoder_attention_heads": 4, "encoder_attention_heads": 4, "max_target_positions": 64},
     "xglm": {"ffn_dim": 48, "attention_heads": 4},
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "d_head": 8, "max_position_embeddings": None}
+    | {"hidden_size": None, "num_hidden_layers": None, "num_attention_heads": None},
     "youtu": LATENT,
     "zamba": {
         "num_hidden_layers": 4,
@@ -296,8 +333,9 @@ def build(name: str, **changes: Any) -> PreTrainedModel:
     settings = {**COMMON, **MODELS[name], **changes}
     if "text_config" in settings:  # the parts have the sizes, the whole only the ids
         settings = {key: value for key, value in settings.items() if key not in COMMON or key.endswith("_id")}
-    elif settings["head_dim"] is None:
-        del settings["head_dim"]
+    settings = {
+        k: v for k, v in settings.items() if v is not None or k not in COMMON
+    }  # None: the config has no such key
     torch.manual_seed(0)
     config = AutoConfig.for_model(name.partition(":")[0], **settings)
     model = AutoModelForCausalLM.from_config(config).eval()
