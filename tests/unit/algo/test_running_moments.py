@@ -38,5 +38,11 @@ def test_numbers_that_are_all_the_same_are_not_divided_by_rounding(value: float)
     assert found.normalise(torch.tensor([value], dtype=torch.float64)).tolist() == pytest.approx([0.0], abs=1e-6)
 
 
+def test_a_deviation_counts_from_a_hundred_millionth_of_the_mean_on() -> None:
+    """At a mean of 1e8 that is 1, which fp64 has digits for; around 0 it is 1e-8 itself."""
+    for mean, size, deviation in ((1e8, 0.5, 1.0), (-1e8, 2.0, 2.0), (0.0, 5e-9, 1.0), (0.0, 3e-8, 3e-8)):
+        assert moments([mean - size, mean + size]).deviation == pytest.approx(deviation)
+
+
 def test_nothing_yet() -> None:
     assert RunningMoments().normalise(torch.tensor([2.0])).tolist() == [2.0]

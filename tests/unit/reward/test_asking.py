@@ -89,7 +89,7 @@ def test_both_orders_are_asked_and_the_candidate_is_a_in_the_file(tmp_path: Path
         assert (row["candidate"], row["baseline"], row["judge"], row["judge_version"]) == ("new", "old", "asked", "1")
         i = row["position"]
         assert (row["prompt"], row["response_candidate"], row["response_baseline"]) == (f"p{i}", *responses(i))
-        assert (row["len_candidate"], row["len_baseline"], row["preference"]) == (6, 8, 0.75)
+        assert (row["len_candidate"], row["len_baseline"], row["preference"], row["sample"]) == (6, 8, 0.75, 0)
     assert len({row["key"] for row in rows}) == 8
     assert (judge.stopped, judge.rested) == (0, 1)
 
@@ -191,6 +191,15 @@ def test_as_many_at_a_time_as_the_judge_takes(tmp_path: Path) -> None:
     judge = Asked(waiting, concurrency=3)
     judge_pairs(judge, PAIRS[:3], tmp_path / "v.jsonl")
     assert len(judge.asked) == 6
+
+
+def test_a_judge_that_answers_fewer_questions_than_it_was_asked_is_an_error(tmp_path: Path) -> None:
+    class Short(Asked):
+        def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+            return super().compare(comparisons)[:-1]
+
+    with pytest.raises(ValueError, match="shorter"):
+        judge_pairs(Short(mine_of, batch_size=8), PAIRS, tmp_path / "v.jsonl")
 
 
 def test_a_failure_stops_the_judge_and_keeps_what_is_under_way(tmp_path: Path) -> None:

@@ -74,6 +74,22 @@ def test_a_planted_length_bias_is_taken_out() -> None:
     assert result.length == pytest.approx(-3.0, abs=0.35)
 
 
+def test_what_difficulty_and_length_are_worth_is_reported() -> None:
+    """Wins whose logit is 1.5 · difficulty + 0.25, at lengths that say nothing; without difficulties there is no ψ."""
+    rng = np.random.default_rng(5)
+    difficulty, mine, theirs = rng.normal(size=3000), rng.integers(50, 300, 3000), rng.integers(50, 300, 3000)
+    preferences = rng.binomial(1, sigmoid(1.5 * difficulty + 0.25)).astype(float)
+    found = length_controlled_win_rate(preferences, mine, theirs, difficulty, prior=False)
+    assert found.difficulty == pytest.approx(1.5, abs=0.15)
+    assert found.intercept == pytest.approx(0.25, abs=0.1)
+    assert found.length == pytest.approx(0, abs=0.15)
+    assert length_controlled_win_rate(preferences[:50], mine[:50], theirs[:50]).difficulty is None
+    # The prior is on by default where difficulties are given, and draws φ to where AlpacaEval's judge has it.
+    few = (preferences[:50], mine[:50], theirs[:50], difficulty[:50])
+    assert length_controlled_win_rate(*few) == length_controlled_win_rate(*few, prior=True)
+    assert length_controlled_win_rate(*few).length < length_controlled_win_rate(*few, prior=False).length
+
+
 def test_a_judge_of_length_alone_says_nothing_about_quality() -> None:
     rng = np.random.default_rng(1)
     len_candidate, len_baseline = rng.integers(50, 400, 800), rng.integers(50, 300, 800)

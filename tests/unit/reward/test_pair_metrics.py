@@ -27,6 +27,7 @@ def test_a_tie_is_half_right() -> None:
     found = accuracy_metrics(PAIRS)
     assert (found["n"], found["accuracy"], found["margin"]) == (7, 3.5 / 7, pytest.approx(-1 / 7))
     assert accuracy_metrics(PAIRS[2:3])["accuracy"] == 0.5
+    assert accuracy_metrics([PAIRS[i] for i in (0, 1, 2, 3)])["accuracy"] == 2.5 / 4
     wilson = binomtest(1, 2).proportion_ci(method="wilson")
     two = accuracy_metrics(PAIRS[:2])
     assert (two["ci_low"], two["ci_high"]) == pytest.approx((wilson.low, wilson.high))
@@ -62,7 +63,7 @@ def test_without_one_of_the_cases_there_is_no_rate() -> None:
 
 def test_the_correlation_is_of_ranks() -> None:
     rising = [ScoredPair(margin, 0.0, length, 0) for margin, length in ((1.0, 1), (10.0, 2), (11.0, 90))]
-    assert length_bias(rising)["correlation"] == pytest.approx(1)
+    assert [length_bias(pairs)["correlation"] for pairs in (rising, rising[:2])] == pytest.approx([1, 1])
     # Ranks 1, 2, 3 and 1, 3, 2: 1 − 6·(0 + 1 + 1) / (3·8).
     turned = [ScoredPair(margin, 0.0, length, 0) for margin, length in ((1.0, 1), (10.0, 90), (11.0, 2))]
     assert length_bias(turned)["correlation"] == pytest.approx(0.5)

@@ -71,6 +71,12 @@ def test_messages_keep_role_and_content_only() -> None:
     assert parse_record(row).prompt == [user("Colour?")]
 
 
+def test_a_role_that_is_known_by_no_other_name_stays() -> None:
+    chat = [{"role": "developer", "content": "Be brief."}, {"role": "Human", "content": "Colour?"}]
+    row = {"prompt": chat, "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]}
+    assert parse_record(row).prompt == [{"role": "developer", "content": "Be brief."}, user("Colour?")]
+
+
 def test_transcript() -> None:
     start = "\n\nHuman: Hi\n\nAssistant: Hello.\nHuman: is a word here\n\nHuman: Colour?\n\nAssistant:"
     row = {"chosen": start + " Blue.", "rejected": start + "  Green.\n\nReally."}

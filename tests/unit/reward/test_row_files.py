@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reward.row_files import finite_number, parse_json, probability, whole
+from reward.row_files import finite_number, parse_json, probability, read_rows, whole
 from tests.failures import raises
 
 
@@ -55,3 +57,10 @@ def test_a_key_twice_is_refused_at_any_depth(text: str | bytes) -> None:
 def test_other_json_is_as_it_is() -> None:
     assert parse_json('{"a": {"b": [1, null]}, "b": "x"}') == {"a": {"b": [1, None]}, "b": "x"}
     assert parse_json(b"[]") == []
+
+
+def test_a_pipe_is_no_file_of_rows(tmp_path: Path) -> None:
+    """Nobody writes to it, so that reading it would never end."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with raises("unreadable", file=tmp_path / "rows.jsonl"):
+        list(read_rows(tmp_path / "rows.jsonl"))

@@ -101,6 +101,9 @@ def test_lengths_and_difficulties_go_to_the_length_control() -> None:
     # Those of the rows go before a table's.
     own = [Outcome((Verdict(**{**vars(o.verdict), "difficulty": d}),)) for o, d in zip(outcomes, table, strict=True)]
     assert summarise("candidate", own, [9.0] * 6, level=0.9) == line
+    some = [*own[:3], *outcomes[3:]]  # of which three have none
+    assert summarise("candidate", some, table, level=0.9) == line
+    assert "difficulty" not in summarise("candidate", some)["length_controlled_for"]
     with raises("missing", key="difficulty"):
         summarise("candidate", outcomes, table[:5])
     with raises("missing", key="difficulty"):
