@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,44 @@ def test_a_vote_that_is_missing_does_not_count_and_half_a_jury_is_none() -> None
     assert [v.preference for v in verdicts[:2]] == pytest.approx([0.7, 0.3])
     assert not verdicts[2].is_valid
     assert verdicts[0].votes == {"x": 0.8, "y": 0.6, "z": None}
+
+
+def test_the_version_of_a_jury_changes_with_that_of_each_member() -> None:
+    """Also where the others have none: verdicts of a member that was mended are not used again."""
+
+    def version(*of_members: str) -> str:
+        members = [CompareJudge(likes, f"member {i}", each) for i, each in enumerate(of_members)]
+        return Jury([length_judge(), *members]).version
+
+    found = [version("1", ""), version("2", ""), version("", "1"), version("1", "1")]
+    assert len({*found, ""}) == 5
+    assert version("", "") == ""
+
+
+def test_what_a_jury_is_told_its_judges_are_told() -> None:
+    told: list[str] = []
+
+    class Told:
+        sees_order, batch_size, concurrency = False, 4, 2
+
+        def __init__(self, identity: str) -> None:
+            self.identity = identity
+
+        def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+            return [Verdict(0.5) for _ in comparisons]
+
+        def stop(self) -> None:
+            told.append(f"{self.identity} stop")
+
+        def rest(self) -> None:
+            told.append(f"{self.identity} rest")
+
+    jury = Jury([Told("a"), length_judge(), Told("b")])
+    assert (jury.batch_size, jury.sees_order) == (64, False)  # what the length judge takes at a time
+    jury.stop()
+    jury.rest()
+    assert told == ["a stop", "b stop", "a rest", "b rest"]
+    assert (Jury([Told("a"), Told("b")]).batch_size, Jury([Told("a"), fixed("x", 0.5)]).sees_order) == (8, True)
 
 
 def likes(prompts: Any, mine: Any, other: Any) -> list[float]:
