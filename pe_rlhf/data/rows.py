@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,6 +39,8 @@ EXAMPLE_COLUMNS = ("prompt", *COMPLETIONS, "messages", "text", "label")
 SOURCE = "source"  # the column that names the part of a mixture
 MAX_BAD_SHARE = 0.05
 SHOWN = 300  # letters of the first row
+# What chat templates of known families write before a turn.
+MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(?:user|assistant)\|>")
 ASKS = ("question", "instruction", "query", "input", "problem", "context", "post")  # what others call a prompt
 
 SYSTEMS = ("system", "system_prompt")
@@ -117,7 +120,7 @@ def load_prompt_rows(
     rows = load_rows(source, key)
     given = "text" if ending(Path(source.path)) == ".txt" and not source.columns else "prompt"
     names = set(names_of(rows, lambda names: given in names))
-    _say_unused_system(rows, source, key)
+    _say_what_is_odd(rows, source, key)
     if given in names or not names:  # without a row that can be read, the reasons are said below
 
         def find(row: Row) -> Prompt:
@@ -176,7 +179,7 @@ def load_preferences(
     if source.format is None and "prompt" not in names and format_like(names) == "sharegpt":
         raise _no_column("prompt", names, source, key)  # which is in the dialogue beside them
     _refuse_guess(rows, source, key)
-    _say_unused_system(rows, source, key)
+    _say_what_is_odd(rows, source, key)
     records, bad = parse_rows(rows, lambda row: then(parse_record(row)), source.path, max_bad_share, key)
     return layout_of(next(row for row in rows if not isinstance(row, InputError))), records, bad
 
@@ -203,7 +206,7 @@ def load_examples(
             file=source.path,
             fix="map them with columns: {completion: …}",
         )
-    _say_unused_system(rows, source, key)
+    _say_what_is_odd(rows, source, key)
     return parse_rows(rows, lambda row: then(parse_example(row)), source.path, max_bad_share, key)
 
 
@@ -305,9 +308,16 @@ def _refuse_guess(rows: Rows, source: DataFile, key: str) -> None:
         )
 
 
-def _say_unused_system(rows: Rows, source: DataFile, key: str) -> None:
-    """Say that a system text beside a plain prompt is in a column that has no meaning here."""
+def _say_what_is_odd(rows: Rows, source: DataFile, key: str) -> None:
+    """Say that a system text beside a plain prompt is in a column that has no meaning here, and that a text holds the
+    marks of a chat template: rendered once more, they are words to the model."""
     first = next((row for row in rows if not isinstance(row, InputError)), {})
+    for column in ("prompt", "chosen"):
+        if isinstance(text := first.get(column), str) and (found := MARKS.search(text)):
+            say(
+                f"warning: {key}: {column!r} holds marks of a chat template ({found[0]}), which the model's template"
+                " would be written around: give messages, or use chat_template: none for texts that are whole"
+            )
     for column in SYSTEMS if source.format is None and isinstance(first.get("prompt"), str) else ():
         if isinstance(text := first.get(column), str) and text.strip():
             say(f"{key}: the column {column!r} is left out; with format: alpaca it is the system turn")

@@ -312,6 +312,19 @@ def test_a_data_set_without_its_format_is_told_which_it_may_be(tmp_path: Path, n
     assert str(raised.value.fix).endswith(f": {name}")
 
 
+@pytest.mark.parametrize("mark", ["<|im_start|>user\n", "[INST] ", "<start_of_turn>user\n", ""])
+def test_texts_with_the_marks_of_a_chat_template_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mark: str
+) -> None:
+    """They would be rendered twice, and nothing else would say so."""
+    rows = [{"chosen": f"{mark}q a", "rejected": f"{mark}q b"}] * 4
+    load_preferences(source(tmp_path, "implicit", rows), "reward.data", 0.05, lambda record: record)
+    load_prompts(source(tmp_path, None, [{"prompt": f"{mark}q"}]), "ppo.prompts")
+    said = capsys.readouterr().err
+    assert [f"warning: {key}" in said for key in ("reward.data", "ppo.prompts")] == [bool(mark)] * 2
+    assert (mark.strip().split("\n")[0].removesuffix("user") in said) or not mark
+
+
 def test_a_format_that_there_is_not(tmp_path: Path) -> None:
     data = source(tmp_path, "helpstear3", [PAIRS["helpsteer3"][0]])
     with raises("unknown", key="reward.data.format", fix="did you mean 'helpsteer3'?"):
