@@ -5,8 +5,10 @@ Errors are one sentence and a non-zero exit code; `--debug` shows where they cam
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -113,6 +115,8 @@ def main() -> None:
             print("another process has ended; if it printed no error, it was killed from outside", file=sys.stderr)
         _leave_after_main(TRAINING_STOPPED)
     except BaseException as error:
+        if _reader_has_gone(error):
+            sys.exit(128 + signal.SIGPIPE)  # as a command ends that knows nothing of it
         _fail_in_users_code(error)
     else:
         if status == INTERRUPTED:  # typer returns it for Ctrl-C
@@ -122,6 +126,12 @@ def main() -> None:
 
             leave_group()
         sys.exit(status or 0)
+
+
+def _reader_has_gone(error: BaseException) -> bool:
+    """Whether nobody reads what is printed any more, as in `pe-rlhf recipes | head -1`; click then calls `sys.exit`."""
+    cause = error.__context__ if isinstance(error, SystemExit) else None
+    return isinstance(cause, OSError) and cause.errno == errno.EPIPE
 
 
 def _fail_in_users_code(error: BaseException) -> NoReturn:

@@ -1,6 +1,7 @@
 """`pe-rlhf` as a process of its own: what it prints, and what it does not import."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,16 @@ def test_the_real_command_says_one_sentence_and_debug_shows_the_rest(tmp_path: P
     assert shown.stderr.startswith("Traceback")
     assert shown.stderr.endswith(sentence)
     assert contents(tmp_path) == before
+
+
+def test_a_reader_that_has_gone_is_no_mistake(tmp_path: Path) -> None:
+    """As of `pe-rlhf recipes | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pe_rlhf", "recipes"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, "")
