@@ -35,6 +35,7 @@ from pe_rlhf.model.whole import loading
 from pe_rlhf.runs.checkpoint import role_of_checkpoint, roles_of_checkpoints
 from pe_rlhf.runs.layout import ROLES, RoleFiles, RunFiles, StageFiles, wanted_roles
 from pe_rlhf.runs.metrics import read_summary
+from pe_rlhf.runs.own_output import claim_place
 from pe_rlhf.runs.saved_roles import (
     SavedRole,
     check_peft_files,
@@ -140,6 +141,7 @@ def _find_checkpoints(place: Path, role: str | None) -> tuple[StageFiles, str]:
 
 
 def _write_export(found: SavedRole, form: Format, target: Path, dtype: Dtype | None) -> Path:
+    claim_place(target, "--to")
     there = target.resolve()  # `absent/..` is a place that is there, too
     if there.exists() and (not there.is_dir() or any(there.iterdir())):
         raise InputError(f"{target} is there already", kind="exists", file=target, fix="name another place with --to")

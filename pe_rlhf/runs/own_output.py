@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,17 @@ from pe_rlhf.config.load import flat
 from pe_rlhf.runs.layout import STAGE_INFO, ComparisonFiles, EvaluationFiles, RoleFiles, RunFiles, StageFiles
 from pe_rlhf.system.files import read_json
 from reward.errors import InputError
+
+
+def claim_place(path: Path, key: str) -> None:
+    """Raise `InputError` for a place, there or not yet, that has a file above it or where nothing may be written."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise _taken(above, "a file", key)
+    folder = path if path.is_dir() else above
+    if not os.access(folder, os.W_OK | os.X_OK):
+        message = f"{key} {path}: nothing may be written into {folder}"
+        raise InputError(message, kind="disk", key=key, file=folder, fix="name another place")
 
 
 def claim_evaluation(folder: Path, key: str = "--out") -> None:
@@ -43,7 +55,10 @@ def claim_run(folder: Path, key: str = "--run-dir") -> None:
 
     Files of the user's may be beside a run: its data, for example.
     """
+    claim_place(folder, key)
     folder = folder.resolve()
+    if folder.is_file():
+        raise _taken(folder, "a file", key)
     run, role = RunFiles(folder), RoleFiles(folder)
     others = [ComparisonFiles(folder).recipe, StageFiles(folder).metrics, EvaluationFiles(folder).verdicts]
     others += [role.description, role.adapter_config]
@@ -57,7 +72,9 @@ def claim_run(folder: Path, key: str = "--run-dir") -> None:
 
 def claim_comparison(folder: Path, key: str = "--dir") -> None:
     """Raise `InputError` unless a folder is empty, not there, or a comparison's."""
-    if not ComparisonFiles(folder).recipe.is_file():
+    if ComparisonFiles(folder).recipe.is_file():
+        claim_place(folder, key)
+    else:
         _claim(folder, (), "a comparison", key)
 
 
@@ -65,6 +82,7 @@ def claim_page(page: Path, key: str = "--to") -> None:
     """Raise `InputError` for a file that is there and is no page of `pe-rlhf inspect`, or the JSON beside it."""
     if page.suffix != ".html":
         raise InputError(f"{key} {page}: a page is a file that ends with .html", kind="invalid", key=key, file=page)
+    claim_place(page, key)
     numbers = page.with_suffix(".json")
     if numbers.exists() and not (numbers.is_file() and {"inits", "kernel"} <= read_json(numbers).keys()):
         raise _taken(numbers, "something else than the numbers of such a page", key)
@@ -94,6 +112,7 @@ def content_hash(content: Any) -> str:
 
 
 def _claim(folder: Path, own: Collection[str], what: str, key: str) -> None:
+    claim_place(folder, key)
     folder = folder.resolve()  # `absent/..` is a place that is there, too
     if folder.exists() and not folder.is_dir():
         raise _taken(folder, "a file", key)
