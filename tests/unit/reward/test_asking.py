@@ -21,7 +21,7 @@ PAIRS = [Pair(f"p{i}", f"mine {i}", f"theirs {i}", i) for i in range(4)]
 
 
 class Asked:
-    """A judge that prefers what it is told to, and keeps what it was asked."""
+    """A judge that prefers what it is made to, and keeps what it was asked."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ def test_a_start_after_too_many_invalid_answers_asks_those_again(tmp_path: Path)
     valid = [row for row in before if row["preference"] is not None]
     assert [row["prompt"] for row in valid] == ["p0", "p0"]
     assert len(judge.asked) == 8 - len(valid)
-    # One that is refused from the file alone, since nothing else is left to ask, is said at once.
+    # One that is refused from the file, since nothing else is left to ask, is said at once.
     few = Asked(lambda _: math.nan)
     with raises("judge", JudgeError):
         judge_pairs(few, PAIRS[:1], tmp_path / "none.jsonl", max_invalid_share=0.0)

@@ -31,11 +31,11 @@ def test_a_pair_is_both_orders_of_one_question() -> None:
         Verdict(0.4, position=1, order=FIRST),
         Verdict(0.6),
     ]
-    alone, both = pair_up(rows)
-    assert alone.preference == 0.6
+    single, both = pair_up(rows)
+    assert single.preference == 0.6
     assert [(v.order, v.preference) for v in both.verdicts] == [(FIRST, 0.7), (SECOND, 0.9)]
     assert both.first_wins == pytest.approx((0.7 + 1 - 0.9) / 2)
-    assert alone.first_wins is None
+    assert single.first_wins is None
     with raises("conflict", key="order"):
         pair_up([*rows, rows[2]])
     with raises("missing", key="position"):
