@@ -23,6 +23,7 @@ from tests.paths import ROOT
 from tests.runs import Outcome, write_jsonl
 from tests.stage_support import byte_model
 from tests.unit.cli.test_recipes import CHATML
+from tests.vllm_routes import Engine, served
 
 Cli = Callable[..., Outcome]
 
@@ -175,7 +176,7 @@ def test_the_examples_that_change_the_package_run(tmp_path: Path) -> None:
 # A model and a judge that are here, and no more work than each step must have.
 LITTLE = {"steps": 2, "max_new_tokens": 4, "batch_size": 4, "eval_every": 1, "eval_prompts": 2}
 LITTLE |= {"seeds": [1], "lr_factors": [0.3, 1]}
-SERVED = "http://localhost:8000"
+SERVED, ELSEWHERE = "http://localhost:8000", "http://gpu9:8000"
 
 
 def with_stand_ins(text: str, model: Path) -> str:
@@ -204,11 +205,12 @@ def test_a_tutorial_runs(page: Path, tmp_path: Path, cli: Cli, monkeypatch: pyte
     (model / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     own = [block for block in blocks("bash", "python", "yaml", "json", "text") if block.page == page]
     with ExitStack() as servers:
+        elsewhere = servers.enter_context(served(Engine(str(model), length=512)))
         for block in sorted(own, key=lambda block: block.line):
             if block.name:
                 write_shown(block, tmp_path, model)
             for line in block.text.splitlines() if block.language == "bash" else ():
-                ((program, *words),) = words_of(with_stand_ins(line, model))
+                ((program, *words),) = words_of(with_stand_ins(line, model).replace(ELSEWHERE, elsewhere))
                 if program == "pe-rlhf":
                     starts_ranks = words[0] == "launch" and "--dry-run" not in words
                     ended = cli(*words, *(["--dry-run"] if starts_ranks else []))

@@ -21,6 +21,7 @@ from tests.paths import ROOT
 from tests.runs import Outcome, Tree, write_jsonl
 from tests.stage_support import byte_model
 from tests.unit.data.test_formats import PAIRS
+from tests.vllm_routes import Engine, served
 
 Cli = Callable[..., Outcome]
 CHATML = (
@@ -104,11 +105,16 @@ ON_THE_PAGE = [command.words[1:] for command in commands() if command.page.name 
 HARDWARE = [words for words in ON_THE_PAGE if words[0] in ("run", "launch") and words[1] != "RECIPE"]
 
 
+SERVER = "http://gpu9:8000"
+
+
 @pytest.mark.parametrize("words", HARDWARE, ids=" ".join)
 def test_a_recipe_takes_the_hardware_that_is_named(tmp_path: Path, cli: Cli, words: tuple[str, ...]) -> None:
     command, recipe, *settings = words
-    settings = [word for word in settings if not word.startswith("model=")]
-    done = cli(command, for_stand_ins(recipe, tmp_path), *settings, "--dry-run")
+    path = for_stand_ins(recipe, tmp_path)
+    with served(Engine(str(tmp_path / "model"), length=4096)) as url:  # a dry run asks the servers, too
+        settings = [word.replace(SERVER, url) for word in settings if not word.startswith("model=")]
+        done = cli(command, path, *settings, "--dry-run")
     assert done.code == 0, done
 
 
