@@ -132,12 +132,14 @@ def test_a_mistake_of_ours_is_not_dressed_up(cli: Cli, tmp_path: Path, monkeypat
 NOBODY = "http://127.0.0.1:9"  # the discard port, at which nothing listens
 
 
-def test_a_vllm_server_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+def test_a_vllm_server_that_is_not_there(fails: Callable[..., Failure], tmp_path: Path) -> None:
+    """Before the first stage."""
     rollout = {"engine": "vllm", "mode": "server", "urls": [NOBODY], "start_timeout": 1, "max_new_tokens": 4}
     path = write_recipe(tmp_path, recipe("ppo", ppo__rollout=rollout))
-    said = refused("run", path, "--run-dir", "out", code=3)
-    assert said.startswith("ppo: ")
-    assert NOBODY in said
+    failure = fails("run", path, "--run-dir", "out", code=3)
+    assert (failure.kind, failure.key) == ("server", "rollout.urls")
+    assert NOBODY in str(failure)
+    assert not (tmp_path / "out" / "ppo").exists()
 
 
 def judged(url: str) -> dict[str, object]:
@@ -201,22 +203,22 @@ def test_a_full_disk(refused: Refused, cli: Cli, tmp_path: Path) -> None:
         assert checkpoint_step(disk / "out/ppo") == 4
 
 
-def test_a_run_directory_that_cannot_be_written(refused: Refused, tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_written(fails: Callable[..., Failure], tmp_path: Path) -> None:
     path = write_recipe(tmp_path, recipe("ppo"))
     if os.geteuid() == 0:
         with mounted(tmp_path / "disk", "ro") as disk:
-            said = refused("run", path, "--run-dir", disk / "out", code=3)
-        assert said == f"{disk}/out: Read-only file system"
+            failure = fails("run", path, "--run-dir", disk / "out")
     else:
         (tmp_path / "disk").mkdir(mode=0o500)
-        said = refused("run", path, "--run-dir", tmp_path / "disk/out", code=3)
-        assert said == f"{tmp_path}/disk/out: Permission denied"
+        failure = fails("run", path, "--run-dir", tmp_path / "disk/out")
+    assert (failure.kind, failure.key, failure.file) == ("disk", "--run-dir", str(tmp_path / "disk"))
 
 
-def test_a_run_directory_that_is_a_file(refused: Refused, tmp_path: Path) -> None:
+def test_a_run_directory_that_is_a_file(fails: Callable[..., Failure], tmp_path: Path) -> None:
     path = write_recipe(tmp_path, recipe("ppo"))
     (tmp_path / "out").write_text("mine")
-    assert refused("run", path, "--run-dir", "out", code=3) == "out: File exists"
+    failure = fails("run", path, "--run-dir", "out")
+    assert (failure.kind, failure.key, failure.file) == ("exists", "--run-dir", str(tmp_path / "out"))
 
 
 # ---- what is there already -------------------------------------------------------------------------------------------
