@@ -95,7 +95,7 @@ def _suits_vllm(recipe: Recipe, shape: ModelShape, stage: str) -> bool:
     layer = kind_of(recipe.adapter_for("ppo")).layer
     is_lora = recipe.tuning == "adapter" and layer.lora_factors is not AdapterLayer.lora_factors
     is_lora = is_lora and all(len(layer) == 2 for layer in shape.linears)  # vLLM gets fused experts as merged weights
-    is_whole = recipe.backbone.quantization == "none" and not _is_zero3(recipe)
+    is_whole = recipe.backbone.quantization == "none" and not is_zero3(recipe)
     is_known = shape.family in FAMILIES_OF_VLLM and shape.parameters >= SMALLEST_FOR_VLLM
     sampling = getattr(getattr(recipe, stage), SAMPLERS[stage], None)
     if sampling is None or sampling.sync == "merged" or not (is_lora and is_whole and is_known):
@@ -125,7 +125,7 @@ def memory_phases(recipe: Recipe, shape: ModelShape, ranks: int = 1, *, on_gpu: 
 
     ranks: over which ZeRO-3 splits the base; other settings hold the whole base on each device.
     """
-    base = {"base": weight_bytes(shape, recipe.backbone, ranks if _is_zero3(recipe) else 1)}
+    base = {"base": weight_bytes(shape, recipe.backbone, ranks if is_zero3(recipe) else 1)}
     base |= {"context": CONTEXT} if on_gpu else {}
     if recipe.preferences is not None:
         yield Phase("preferences", "sampling", base | _sampling(recipe, shape, recipe.preferences.sampling))
@@ -267,7 +267,8 @@ def _role_bytes(recipe: Recipe, shape: ModelShape, stage: str) -> float:
     return ADAPTER_STATES * sum(map(shape.adapter, adapters))
 
 
-def _is_zero3(recipe: Recipe) -> bool:
+def is_zero3(recipe: Recipe) -> bool:
+    """Whether the run splits the base, so that no rank has it whole."""
     if recipe.deepspeed is None:
         return False
     return load_deepspeed_config(recipe.deepspeed).get("zero_optimization", {}).get("stage") == 3

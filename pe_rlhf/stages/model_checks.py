@@ -20,6 +20,7 @@ from pe_rlhf.config import Recipe, SamplerConfig
 from pe_rlhf.config.reward_source import OWN_STAGE
 from pe_rlhf.data.codec import TextCodec, read_template
 from pe_rlhf.model.adapter_models import SEQ_CLS
+from pe_rlhf.model.device_plan import is_zero3
 from pe_rlhf.model.loading import check_known, find_device
 from pe_rlhf.model.names import check_model_name, model_at_hand
 from pe_rlhf.model.whole import check_config, loading
@@ -116,6 +117,8 @@ def check_recipe_model(recipe: Recipe, stages: list[str], prompts: dict[str, Pro
     Returns its config and tokenizer.
     """
     find_device(recipe.backbone.device)
+    for stage in stages:
+        _check_sync(recipe, stage)
     if recipe.backbone.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             "backbone.quantization: bitsandbytes is not installed",
@@ -141,6 +144,19 @@ def check_recipe_model(recipe: Recipe, stages: list[str], prompts: dict[str, Pro
     if recipe.tuning == "adapter":
         _check_adapters(recipe, stages, config)
     return config, tokenizer
+
+
+def _check_sync(recipe: Recipe, stage: str) -> None:
+    """Raise `InputError` where weights are to be merged that no rank has whole."""
+    for name in ("rollout", "sampling"):
+        sampler = getattr(getattr(recipe, stage), name, None)
+        if getattr(sampler, "sync", None) == "merged" and is_zero3(recipe):
+            raise InputError(
+                f"{stage}.{name}.sync: merged: with zero3 no rank has the whole base to merge into",
+                kind="conflict",
+                key=f"{stage}.{name}.sync",
+                fix="use adapter",
+            )
 
 
 def _check_tokens(recipe: Recipe, stage: str, config: PreTrainedConfig) -> None:

