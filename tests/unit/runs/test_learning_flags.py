@@ -118,6 +118,12 @@ RUNS: dict[str, tuple[Tree, dict[str, set[str]]]] = {
 }
 
 
+def cut(stage: Path) -> set[str]:
+    """The flag of cut responses, where nine of ten are in the last five steps: rounding decides how a policy flees."""
+    shares = [line["truncated"] for line in read_jsonl(stage / "metrics.jsonl") if "truncated" in line][-5:]
+    return {"truncated"} if shares and sum(shares) >= 0.9 * len(shares) else set()
+
+
 @pytest.mark.page
 @pytest.mark.parametrize("name", RUNS)
 def test_a_warning_is_on_the_console_in_the_summary_and_on_the_page(
@@ -131,9 +137,7 @@ def test_a_warning_is_on_the_console_in_the_summary_and_on_the_page(
     page = html.unescape((tmp_path / "out/report.html").read_text(encoding="utf-8"))
     for stage, metrics in expected.items():
         warnings = json.loads((tmp_path / "out" / stage / "summary.json").read_text())["warnings"]
-        # How many responses of a policy that runs away are cut follows from the machine's rounding.
-        by_chance = {"truncated"} - metrics
-        assert set(named(warnings)) - by_chance == metrics
+        assert set(named(warnings)) == metrics | cut(tmp_path / "out" / stage)
         for warning in warnings:
             assert f"warning: {stage}: {warning}" in outcome.err
             assert warning in page
