@@ -132,16 +132,23 @@ def _ranked(text: str) -> str | None:
 
 def _json(text: str) -> str | None:
     """By the last object that says it under a key such as `winner`."""
-    decoder, found, start = json.JSONDecoder(), None, text.find("{")
+    found = None
+    for value in _objects(text):
+        found = _of_object(value) or found
+    return found
+
+
+def _objects(text: str) -> Iterator[Any]:
+    """The JSON objects in a text, one after the other."""
+    decoder, start = json.JSONDecoder(), text.find("{")
     while start != -1:
         try:
             value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
-            start = text.find("{", start + 1)
-            continue
-        found = _of_object(value) or found
+            end = start + 1
+        else:
+            yield value
         start = text.find("{", end)
-    return found
 
 
 def _of_object(value: Any) -> str | None:
@@ -224,16 +231,7 @@ def _scored(text: str) -> str | None:
 
 
 def _scores_of_objects(text: str) -> list[tuple[str, float]]:
-    decoder, found, start = json.JSONDecoder(), list[tuple[str, float]](), text.find("{")
-    while start != -1:
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            start = text.find("{", start + 1)
-            continue
-        found += _numbers_of(value, "")
-        start = text.find("{", end)
-    return found
+    return [found for value in _objects(text) for found in _numbers_of(value, "")]
 
 
 def _numbers_of(value: Any, path: str) -> Iterator[tuple[str, float]]:
