@@ -129,7 +129,7 @@ class AdapterKind(Generic[S]):
 
         Their shapes never change: what shrinks is masked.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each kind has its own; one that only acts between steps makes no layers
 
     def sizes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """The shapes of what is trained of a layer, by name: checked at loading, and counted for memory plans."""

@@ -6,6 +6,7 @@ The wrapper knows nothing of kinds. Which role is active is one shared piece of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -77,7 +78,7 @@ class AdapterLayer(nn.Module):
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
         """The adapted output for input `x`; exactly `base(x)` at initialisation. It calls the base itself."""
-        raise NotImplementedError
+        raise NotImplementedError  # a layer on fused experts has none: its wrapper computes each expert
 
     def put_on(self, base: nn.Module) -> None:
         """Told of the base that it is put on. Whoever needs it keeps a weak reference: a layer is copied without it."""
@@ -108,16 +109,16 @@ class AdapterLayer(nn.Module):
         return type(self).lora_factors is not AdapterLayer.lora_factors
 
 
-class Wrapper(nn.Module):
+class Wrapper(nn.Module, ABC):
     """What stands in the place of a module of the model, which it holds as `base`."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
 
+    @abstractmethod
     def plain(self, role: str) -> nn.Module:
         """The module with `W0 + ΔW` of a role written into it; for a copy, never for a backbone's own."""
-        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         """What the base has: models ask for `weight.dtype`, `in_features` and the like."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -69,7 +70,7 @@ class ChatBackend(Protocol):
         ...
 
 
-class ChatJudge:
+class ChatJudge(ABC):
     """How a chat model is asked: for its reasoning, for the probabilities of labels, for text. Judges extend it.
 
     answer_tokens: room for an answer in text, the thoughts of a reasoning model included. min_label_mass: the least
@@ -114,13 +115,13 @@ class ChatJudge:
         if callable(stop := getattr(self._backend, "stop", None)):
             stop()
 
+    @abstractmethod
     def _of_logprobs(self, answer: Completion) -> Verdict | None:
         """What the probabilities of the labels say; None where they say nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _of_text(self, said: str, first_line: bool) -> Verdict | None:
         """What a text says; None where it cannot be understood. first_line: the text was cut after this line."""
-        raise NotImplementedError
 
     def _answers(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """One answer to each question; one that no attempt could parse is marked invalid."""

@@ -6,6 +6,7 @@ them and from what is trained, which starts at zero.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ class SpectralConfig(AdapterConfig):
 S = TypeVar("S", bound=SpectralConfig)
 
 
-class SpectralLayer(AdapterLayer):
+class SpectralLayer(AdapterLayer, ABC):
     """`base(x) + ΔW x`, ΔW by `factors`. The kept tensors are `U_OR`, `S_R` and `Vh_RI`."""
 
     kept: ClassVar[tuple[str, ...]] = ("U_OR", "S_R", "Vh_RI")
@@ -40,9 +41,9 @@ class SpectralLayer(AdapterLayer):
     S_R: Tensor
     Vh_RI: Tensor
 
+    @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of ΔW = B·A, with a gradient; one of them is exactly zero at step 0, or each term has a zero."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
         return add_product(x, base(x), *self.factors())
