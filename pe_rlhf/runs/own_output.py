@@ -21,11 +21,12 @@ from reward.errors import InputError
 
 def claim_place(path: Path, key: str) -> None:
     """Raise `InputError` for a place, there or not yet, that has a file above it or where nothing may be written."""
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
+    # Not by `Path.exists`: below a folder that may not be read it raises.
+    above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if not os.path.isdir(above):
         raise _taken(above, "a file", key)
-    folder = path if path.is_dir() else above
-    if not os.access(folder, os.W_OK | os.X_OK):
+    folder = path if os.path.isdir(path) else above
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         message = f"{key} {path}: nothing may be written into {folder}"
         raise InputError(message, kind="disk", key=key, file=folder, fix="name another place")
 
