@@ -33,7 +33,7 @@ from pe_rlhf.runs.layout import EvaluationFiles
 from pe_rlhf.runs.own_output import content_hash, refuse_other_question
 from pe_rlhf.runs.saved_roles import SavedRole, is_endpoint, weights_of
 from pe_rlhf.scoring.model_judges import ask_judge
-from pe_rlhf.scoring.reward_templates import prompt_check
+from pe_rlhf.scoring.prompt_checks import prompt_check
 from pe_rlhf.system.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from pe_rlhf.system.progress import progress, say
 from reward.asking import Pair

@@ -12,7 +12,7 @@ from pe_rlhf.evaluation.responses import Side, check_sides, responses_of, side_o
 from pe_rlhf.evaluation.suites import Item
 from pe_rlhf.evaluation.suites.suite import answers_in
 from pe_rlhf.runs.layout import EvaluationFiles
-from pe_rlhf.scoring.reward_templates import prompt_check
+from pe_rlhf.scoring.prompt_checks import prompt_check
 from reward.asking import Pair
 from reward.errors import InputError
 from reward.records import Prompt, parse_rows

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from pe_rlhf.data.codec import template_clock
 from pe_rlhf.model.loading import check_known, find_device, load_causal_lm, longest_sequence, use_sound_attention
+from pe_rlhf.model.names import resolve_model
+from pe_rlhf.model.whole import loading
 from pe_rlhf.rollout.make import check_vllm
 from pe_rlhf.runs.saved_roles import files_of
-from reward.judges import Judge
+from reward.judges import Comparison, Judge
+from reward.judges.chat_tokens import ChatTokens
 from reward.judges.judge_settings import JudgeSettings, api_key
 from reward.judges.llm import ChatBackend, ChatJudge, LLMJudge
 from reward.judges.templates import JudgePrompt
+from reward.records import Prompt
 
 NAME_IT = "name the model: KIND:MODEL"
 
@@ -47,6 +54,31 @@ class ChatKind:
         self._prompt(settings.template)
         check_vllm(settings.engine == "vllm")
 
+    def prompt_check(self, settings: JudgeSettings) -> Callable[[Prompt], None]:
+        """By the judge's own template, and by the chat template of a local model."""
+        question, tokens = self._prompt(settings.template), _local_tokens(settings)
+
+        def check(prompt: Prompt) -> None:
+            chat = question.chat(Comparison(prompt, "a", "b"), reasoning=settings.reasoning)
+            if tokens is not None:
+                tokens.text_of(chat)
+
+        return check
+
+
+def _local_tokens(settings: JudgeSettings) -> ChatTokens | None:
+    """How a local model is asked, without its weights; None for a model behind a server."""
+    if settings.base_url:
+        return None
+    target = settings.needed_target(NAME_IT)
+    with loading(target, "judge.target"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(target), trust_remote_code=settings.trust_remote_code)
+    return ChatTokens(tokenizer, target, 10**9, len(tokenizer), _template_arguments(settings))
+
+
+def _template_arguments(settings: JudgeSettings) -> dict[str, Any]:
+    return {"strftime_now": template_clock(), **settings.chat_template_kwargs}
+
 
 def _backend(settings: JudgeSettings) -> ChatBackend:
     target = settings.needed_target(NAME_IT)
@@ -57,7 +89,7 @@ def _backend(settings: JudgeSettings) -> ChatBackend:
     device = find_device(settings.device)
     kwargs = settings.chat_template_kwargs
     identity = f"{target} {settings.dtype} {files_of(target)}{json.dumps(kwargs) if kwargs else ''}".rstrip()
-    kwargs = {"strftime_now": template_clock(), **kwargs}
+    kwargs = _template_arguments(settings)
     if settings.engine == "vllm":
         from pe_rlhf.scoring.vllm_chat import VLLMChat
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from pe_rlhf.model.loading import check_known, find_device
 from pe_rlhf.model.passes import for_each_row
 from pe_rlhf.runs.saved_roles import role_behind, weights_of
 from pe_rlhf.scoring.classifier import Classifier, by_prompt
-from pe_rlhf.scoring.reward_templates import NAME_IT, template_check
+from pe_rlhf.scoring.reward_templates import template_check
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from reward.judges import Judge
@@ -25,6 +25,7 @@ from reward.judges.reward_model import reward_model_judge
 from reward.records import Prompt
 
 MICRO_BATCH_TOKENS = 1024
+NAME_IT = "name a run's directory or a model: reward_model:RUN"
 
 
 class RewardModelKind:
@@ -62,6 +63,9 @@ class RewardModelKind:
         awaited = run_dir is not None and Path(target).expanduser().resolve().is_relative_to(run_dir.resolve())
         if not awaited and role_behind(target, "reward") is None:
             check_known(target, "judge.target", settings.trust_remote_code, SEQ_CLS)
+
+    def prompt_check(self, settings: JudgeSettings) -> Callable[[Prompt], None]:
+        return template_check(settings.needed_target(NAME_IT), "judge.target", settings.trust_remote_code)
 
 
 class RewardScores(Protocol):

@@ -27,7 +27,7 @@ from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.runs.layout import StageFiles
 from pe_rlhf.runs.metrics import MetricsWriter
 from pe_rlhf.runs.saved_roles import codec_of, load_base, starting_model
-from pe_rlhf.scoring.reward_templates import prompt_check
+from pe_rlhf.scoring.prompt_checks import prompt_check
 from pe_rlhf.system.distributed import on_main, world_size
 from pe_rlhf.system.progress import Advance, say
 from pe_rlhf.types import Rollout

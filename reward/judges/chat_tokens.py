@@ -91,21 +91,25 @@ class ChatTokens:
         count = min(self._vocabulary, len(self.tokenizer))
         return self.tokenizer.batch_decode([[i] for i in range(count)])
 
-    def _ids_of(self, chat: list[Message]) -> list[int]:
+    def text_of(self, chat: list[Message]) -> str:
+        """The text that the model reads. Raises `InputError` where the chat template fails."""
         if self.tokenizer.chat_template is None:
             text = "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in chat)
-            return self.tokenizer(f"{text}Assistant:")["input_ids"]  # type: ignore[return-value]
+            return f"{text}Assistant:"
         try:
-            text = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
                 chat, tokenize=False, add_generation_prompt=True, **self._template_kwargs
             )
         except Exception as error:  # a template is a program: it can fail in any way
             if len(chat) > 1 and chat[0]["role"] == "system":  # Gemma's and others' take none
                 both = "\n\n".join(message["content"] for message in chat[:2])
-                return self._ids_of([{**chat[1], "content": both}, *chat[2:]])
+                return self.text_of([{**chat[1], "content": both}, *chat[2:]])
             raise InputError(
                 f"judge: the chat template of {self._identity} fails: {error}",
                 kind="user_code",
                 key="judge.chat_template_kwargs" if self._template_kwargs.keys() - {"strftime_now"} else "judge.target",
             ) from error
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
+    def _ids_of(self, chat: list[Message]) -> list[int]:
+        plain = self.tokenizer.chat_template is None  # a template writes its special tokens itself
+        return self.tokenizer(self.text_of(chat), add_special_tokens=plain)["input_ids"]  # type: ignore[return-value]

@@ -1,7 +1,8 @@
 """The kinds of judges by name, and how a recipe or the command line names one: `KIND` or `KIND:TARGET`.
 
-A kind is a factory of `JudgeSettings`. A factory may also have a method `check(settings, run_dir)`, which raises
-`InputError` for a mistake that can be seen without loading a model or asking a server.
+A kind is a factory of `JudgeSettings`. A factory may also have two methods that load no model and ask no server:
+`check(settings, run_dir)` raises `InputError` for a mistake that can be seen, and `prompt_check(settings)` gives what
+raises it for a prompt that the judge could not read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from reward.judges.base import Judge
 from reward.judges.functions import FunctionKind
 from reward.judges.judge_settings import JudgeSettings
 from reward.judges.length import LengthKind
+from reward.records import Prompt
 
 JudgeFactory = Callable[[JudgeSettings], Judge]
 _KINDS: dict[str, JudgeFactory] = {"function": FunctionKind(), "length": LengthKind()}
@@ -61,6 +63,13 @@ def check_judge(judge: str | JudgeSettings, run_dir: Path | None = None) -> None
     check = getattr(_factory(settings.kind), "check", None)
     if check is not None:
         check(settings, run_dir)
+
+
+def judge_prompt_check(judge: str | JudgeSettings) -> Callable[[Prompt], None]:
+    """What raises `InputError` for a prompt that the judge could not read, known before anything is sampled."""
+    settings = judge_settings(judge)
+    make = getattr(_factory(settings.kind), "prompt_check", None)
+    return (lambda _: None) if make is None else make(settings)
 
 
 def _factory(kind: str) -> JudgeFactory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -14,8 +14,9 @@ import numpy as np
 from reward.errors import InputError
 from reward.judges.base import Comparison, Judge, Verdict
 from reward.judges.guest import rest
-from reward.judges.judge_registry import check_judge, judge_settings, make_judge
+from reward.judges.judge_registry import check_judge, judge_prompt_check, judge_settings, make_judge
 from reward.judges.judge_settings import JudgeSettings
+from reward.records import Prompt
 
 
 class Jury:
@@ -58,7 +59,7 @@ class Jury:
         votes = {name: v.preference if v.is_valid else None for name, v in zip(names, verdicts, strict=True)}
         said = "\n\n".join(f"{name}: {v.raw or v.invalid}" for name, v in zip(names, verdicts, strict=True))
         valid = [v.preference for v in verdicts if v.is_valid]
-        if 2 * len(valid) <= len(verdicts):
+        if _too_few(len(valid), len(verdicts)):
             why = next(v.invalid or "no reason given" for v in verdicts if not v.is_valid)
             return Verdict(math.nan, raw=said, invalid=f"half of the jury or more gave no verdict: {why}", votes=votes)
         masses = [v.label_mass for v in verdicts if v.label_mass is not None]
@@ -76,6 +77,21 @@ class JuryKind:
         for member in _members(settings):
             check_judge(member, run_dir)
 
+    def prompt_check(self, settings: JudgeSettings) -> Callable[[Prompt], None]:
+        checks = [judge_prompt_check(member) for member in _members(settings)]
+
+        def check(prompt: Prompt) -> None:
+            refusals: list[InputError] = []
+            for read in checks:
+                try:
+                    read(prompt)
+                except InputError as error:
+                    refusals.append(error)
+            if _too_few(len(checks) - len(refusals), len(checks)):
+                raise refusals[0]
+
+        return check
+
 
 def _members(settings: JudgeSettings) -> list[JudgeSettings]:
     members = [judge_settings(member) for member in settings.judges]
@@ -89,6 +105,11 @@ def _members(settings: JudgeSettings) -> list[JudgeSettings]:
     if any(member.kind == "jury" for member in members):
         raise InputError("judge.members: a jury is no member of a jury", kind="conflict", key="judge.members")
     return members
+
+
+def _too_few(valid: int, judges: int) -> bool:
+    """Whether so few of a jury's judges have a verdict that the jury has none."""
+    return 2 * valid <= judges
 
 
 def _ask(judge: Judge, comparisons: Sequence[Comparison]) -> list[Verdict]:

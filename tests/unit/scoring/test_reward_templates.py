@@ -25,7 +25,8 @@ PROMPTS = ["BAD one", *(f"Prompt {i}:" for i in range(9))]
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A policy model, a reward model `plain` without a template, and `refusing`, whose template refuses one prompt."""
+    """A policy model, a reward model `plain` without a template, and `refusing` and the chat model `chat`, whose
+    templates refuse one prompt."""
     monkeypatch.chdir(tmp_path)
     model = byte_model(tmp_path / "model", pad_is_eos=True, initializer_range=0.3, eos_token_id=list(range(0, 258, 12)))
     reward = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=0)
@@ -34,6 +35,9 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tokenizer.chat_template = template
         reward.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
+    chat = byte_model(tmp_path / "chat", pad_is_eos=True, initializer_range=0.4, max_position_embeddings=2048)
+    tokenizer.chat_template = REFUSING.replace(" and messages | length > 1", "")
+    tokenizer.save_pretrained(chat)
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     pairs = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in PROMPTS]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
@@ -71,10 +75,32 @@ def test_evaluate_leaves_it_out_before_it_samples(models: Path, cli: Callable[..
     assert [row["prompt"] for row in read_jsonl(models / "e" / "candidate.jsonl")[1:]] == PROMPTS[1:]
 
 
-def test_a_judge_of_a_stage(models: Path) -> None:
-    stage: Tree = {"prompts": "prompts.jsonl", "judge": "reward_model:refusing", "sampling": {"max_new_tokens": 4}}
+CHAT: Tree = {"kind": "llm", "target": "chat", "min_label_mass": 0.0, "verdict": "probabilities"}
+JUDGES: list[str | Tree] = [
+    "reward_model:refusing",
+    CHAT,
+    # A jury of two has no verdict without either of them.
+    {"kind": "jury", "members": ["length", "reward_model:refusing"]},
+    {"kind": "jury", "target": "reward_model:refusing,reward_model:plain"},
+    {"kind": "jury", "members": ["length", CHAT]},
+    {"kind": "jury", "members": ["length", CHAT, "reward_model:refusing"]},
+]
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_a_judge_of_a_stage(models: Path, judge: str | Tree) -> None:
+    stage: Tree = {"prompts": "prompts.jsonl", "judge": judge, "sampling": {"max_new_tokens": 4}}
     tree: Tree = {"model": "model", "threads": 1, "preferences": {**stage, "max_bad_share": 0.1}}
     summary = run(tree, models / "run", "preferences")["preferences"]
     assert (summary["prompts"], summary["invalid"]) == (9, 0)
     (left_out,) = read_jsonl(models / "run" / "preferences" / "left_out_prompts.jsonl")
     assert left_out["row"] == 1
+
+
+def test_a_jury_goes_on_without_the_one_of_three_that_cannot_read_a_prompt(models: Path) -> None:
+    judge: Tree = {"kind": "jury", "members": ["length", "reward_model:refusing", "reward_model:plain"]}
+    stage: Tree = {"prompts": "prompts.jsonl", "judge": judge, "sampling": {"max_new_tokens": 4}}
+    summary = run({"model": "model", "threads": 1, "preferences": stage}, models / "run", "preferences")["preferences"]
+    assert (summary["prompts"], summary["invalid"]) == (10, 0)
+    votes = [row["votes"].values() for row in read_jsonl(models / "run" / "preferences" / "verdicts.jsonl")]
+    assert sum(None in row for row in votes) == 1
