@@ -60,8 +60,8 @@ class DataFile(Section):
     format: str | None = Field(
         default=None,
         description="the layout of a known data set: hh_rlhf, helpsteer2, helpsteer3, ultrafeedback,"
-        " ultrafeedback_binarized, shp, pku_saferlhf, tldr, nectar, arena, pairwise, openai, sharegpt,"
-        " alpaca, implicit; default: by the columns",
+        " ultrafeedback_binarized, shp, pku_saferlhf, tldr, nectar, arena, pairwise, openai,"
+        " rewardbench2, sharegpt, alpaca, implicit; default: by the columns",
     )
     name: str | None = Field(default=None, description="configuration of a hub data set")
     revision: str | None = Field(

@@ -19,6 +19,7 @@ of the format, and `Dropped` for a tie. Pairs of scores become the best response
 | arena                  | lmsys/chatbot_arena_conversations, lmsys/lmsys-arena-human-preference-55k, lmarena-ai's     |
 | pairwise               | two responses and which one won: response_a, response_b and winner; answer_0, … and scores  |
 | openai                 | OpenAI's preference fine-tuning: input, preferred_output, non_preferred_output              |
+| rewardbench2           | allenai/reward-bench-2: lists as chosen and rejected, a pair of each with each              |
 | sharegpt               | `conversations` of `from` and `value`, also with chosen and rejected                        |
 | alpaca                 | instruction, input and output, also with chosen and rejected, or with both as output        |
 """
@@ -28,10 +29,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from array import array
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from pe_rlhf.data.regrouping import each_against_each, side_by_side
 from pe_rlhf.data.row_table import Row, Rows
 from reward.errors import InputError, look_up
 from reward.records import ROLES, TOOL_ROLES, TRANSCRIPT_START, Dropped
@@ -39,6 +40,8 @@ from reward.records import ROLES, TOOL_ROLES, TRANSCRIPT_START, Dropped
 Converter = Callable[[Row], dict[str, Any]]
 FORMATS: dict[str, Converter] = {}
 SIGNATURES: dict[str, set[str]] = {}
+# Formats whose rows are not a pair each.
+REGROUPED: dict[str, Callable[[Rows], Rows]] = {"helpsteer2": side_by_side, "rewardbench2": each_against_each}
 
 
 def register_format(name: str, *columns: str) -> Callable[[Converter], Converter]:
@@ -73,7 +76,7 @@ def converted(rows: Rows, name: str, key: str, file: str) -> Rows:
             reason = f"not of the format {name}: {type(error).__name__}: {error}"
             return InputError(reason, kind="invalid", key="format")
 
-    return (_side_by_side(rows) if name == "helpsteer2" else rows).map(convert)
+    return REGROUPED.get(name, lambda rows: rows)(rows).map(convert)
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -223,6 +226,15 @@ def _openai(row: Row) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
 
 
+@register_format("rewardbench2")
+def _rewardbench2(row: Row) -> dict[str, Any]:
+    """One of the pairs of a row; a side that has no response is still a list."""
+    for side in ("chosen", "rejected"):
+        if not row[side]:
+            raise InputError(f"column {side!r} holds no response", kind="empty", key=side)
+    return {name: row.get(name) for name in ("prompt", "chosen", "rejected", "subset")}
+
+
 # ---- dialogues -------------------------------------------------------------------------------------------------------
 
 
@@ -311,26 +323,3 @@ def _helpsteer_prompt(text: str) -> Any:
     if len(messages) > 1 and not messages[-1]["content"]:
         messages.pop()
     return messages if others else text
-
-
-def _side_by_side(rows: Rows) -> Rows:
-    """HelpSteer2's scores: the two responses to a prompt are rows one after the other, which become one.
-
-    The first of the two becomes `others` of the second; a row without a fellow stays as it is.
-    """
-    numbers, fellows = array("q"), array("q")
-    before: Row | InputError | None = None
-    for number, row in enumerate(rows):
-        scored = isinstance(row, Mapping) and isinstance(before, Mapping) and "helpfulness" in row
-        if scored and before.get("prompt") == row.get("prompt"):  # type: ignore[union-attr]
-            fellows[-1], before = number, None
-        else:
-            numbers.append(number)
-            fellows.append(-1)
-            before = row
-
-    def read(i: int) -> Row | InputError:
-        row = rows[numbers[i]]
-        return row if fellows[i] < 0 or isinstance(row, InputError) else {**row, "others": rows[fellows[i]]}
-
-    return Rows(len(numbers), read)

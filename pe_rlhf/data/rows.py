@@ -15,6 +15,7 @@ from pe_rlhf.data.examples import COMPLETIONS, Example, has_format, parse_exampl
 from pe_rlhf.data.formats import format_like
 from pe_rlhf.data.local_files import ending
 from pe_rlhf.data.mixture import mixed
+from pe_rlhf.data.regrouping import are_responses
 from pe_rlhf.data.row_table import Row, Rows
 from pe_rlhf.system.files import write_jsonl
 from pe_rlhf.system.processes import is_main
@@ -287,10 +288,17 @@ def _refuse_unknown(source: DataFile, key: str, known: Collection[str]) -> None:
 
 
 def _refuse_guess(rows: Rows, source: DataFile, key: str) -> None:
-    """Two texts without a prompt would be read by their common start, though another column holds what they answer."""
+    """Two texts without a prompt would be read by their common start, though another column holds what they answer.
+
+    Lists of responses would be no messages.
+    """
     if source.format is not None:
         return
     first = next((row for row in rows if not isinstance(row, InputError)), {})
+    if lists := [name for name in ("chosen", "rejected") if first.get(name) and are_responses(first[name])]:
+        message = f"{key}: column {lists[0]!r} of {source.path} holds a list of responses"
+        fix = "say format: rewardbench2, for a pair of each chosen response with each rejected one"
+        raise InputError(message, kind="invalid", key=f"{key}.format", file=source.path, fix=fix)
     texts = isinstance(first.get("chosen"), str) and layout_of(first).startswith("texts")
     if not texts or "prompt" in (names := names_of(rows, lambda names: "prompt" in names)):
         return
