@@ -25,3 +25,13 @@ def masked_whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """`1 − Var(returns − values) / Var(returns)`: 1 is a perfect critic, 0 one that knows only the mean."""
     return 1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8)
+
+
+def least_squares(x: Tensor, y: Tensor, mask: Tensor) -> tuple[float, float]:
+    """`(a, b)` of the line `a·x + b` that is nearest to `y` over the valid entries; a = 0 where x is a constant."""
+    x, y = x.double(), y.double()
+    mean_x, mean_y = masked_mean(x, mask), masked_mean(y, mask)
+    variance = masked_var(x, mask)
+    covariance = masked_mean((x - mean_x) * (y - mean_y), mask)
+    slope = (covariance / variance).item() if variance > 1e-12 else 0.0
+    return slope, (mean_y - slope * mean_x).item()

@@ -133,8 +133,8 @@ class PPOConfig(Section):
     )
     value_init: Literal["reward", "fresh"] | None = Field(
         default=None,
-        description="start the critic as a copy of the reward adapter and head (scaled to the rewards of PPO), or"
-        " fresh; default: reward if a reward adapter gives the scores",
+        description="start the critic as a copy of the reward adapter and head (fitted to the returns of the first"
+        " rollout by a scale and a shift), or fresh; default: reward if a reward adapter gives the scores",
     )
     advantage: Advantage = Field(
         default="gae",

@@ -33,8 +33,8 @@ from pe_rlhf.model.passes import for_each_token
 from pe_rlhf.model.probes import decoder_of
 from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.scoring.scorers import Scorer
-from pe_rlhf.stages.add_roles import critic_scale
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.critic_start import fit_to_returns
 from pe_rlhf.stages.ppo_collect import shaping_of
 from pe_rlhf.system.seeding import derive_seed, permutation
 from pe_rlhf.types import Sequences
@@ -188,10 +188,12 @@ class AnchorRollouts:
         mask_BR = sequences.mask_BR
         no_kl_BR = torch.zeros(mask_BR.shape)  # at the anchor the KL is zero, token by token
         values_BR = no_kl_BR if config.has_critic else None
+        shaping = shaping_of(config, config.kl.beta)
         if (start := self._critic_start) is not None:
             budget, compute = config.micro_batch_tokens, backbone.response_values
-            values_BR = critic_scale(config) * for_each_token(backbone, start, sequences, budget, compute)
-        shaping = shaping_of(config, config.kl.beta)
+            values_BR = for_each_token(backbone, start, sequences, budget, compute)
+            scale, shift = fit_to_returns(values_BR, scores_B, mask_BR, rollout.truncated_B, shaping)
+            values_BR = scale * values_BR + shift
         estimate = shape_and_estimate(scores_B, no_kl_BR, values_BR, mask_BR, rollout.truncated_B, groups_B, shaping)
         self._batch = AnchorBatch(sequences, estimate.advantages_BR, estimate.returns_BR, torch.tensor(batches))
         return self._batch

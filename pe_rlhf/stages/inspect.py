@@ -20,9 +20,9 @@ from pe_rlhf.model.backbone import Backbone
 from pe_rlhf.model.device_plan import settle
 from pe_rlhf.report.inspect_page import inspect_page
 from pe_rlhf.scoring.weighted import make_scorer
-from pe_rlhf.stages.add_roles import critic_start
 from pe_rlhf.stages.anchor_texts import AnchorTexts
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.critic_start import critic_start
 from pe_rlhf.stages.init_batches import AnchorRollouts, reward_statistics
 from pe_rlhf.stages.reward_pairs import load_pairs
 from pe_rlhf.system.files import write_json, write_whole

@@ -31,15 +31,16 @@ from pe_rlhf.model.roles import ANCHOR
 from pe_rlhf.model.tensors import with_prefix, without_prefix
 from pe_rlhf.optim.role_optimizer import CHECKPOINT_PREFIX, RoleGroup, RoleOptimizer
 from pe_rlhf.rollout.interface import RolloutEngine
-from pe_rlhf.runs.checkpoint import load_checkpoint, roles_in, save_checkpoint
+from pe_rlhf.runs.checkpoint import load_checkpoint, newest_step, roles_in, save_checkpoint
 from pe_rlhf.runs.learning_flags import ppo_flags
 from pe_rlhf.runs.metrics import MetricsWriter, read_metrics
 from pe_rlhf.runs.peft_roles import load_start
 from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.scoring.weighted import Moments, WeightedScorer, make_scorer
-from pe_rlhf.stages.add_roles import add_critic, add_role, critic_start
+from pe_rlhf.stages.add_roles import add_role
 from pe_rlhf.stages.anchor_texts import AnchorTexts
 from pe_rlhf.stages.context import StageContext
+from pe_rlhf.stages.critic_start import add_critic, critic_start, fit_critic
 from pe_rlhf.stages.init_batches import AnchorRollouts
 from pe_rlhf.stages.judge_during_ppo import JudgeEvaluation
 from pe_rlhf.stages.ppo_collect import collect_experience
@@ -128,7 +129,8 @@ def _step(training: PPOTraining, writer: MetricsWriter, step: int, *, keep: bool
     # Where step 2 knows the mismatch of sampler and trainer, step 5 compares the trainer with itself.
     metrics = update(t.backbone, t.optimizer, experience, t.beta, config, seed, step) | metrics
     # 6. metrics, samples, the next β; the sampler gets the new weights at the next step
-    seconds = {"rollout": sampled - start, "score": scored - sampled, "update": time.monotonic() - saved}
+    sampling = sampled - start + t.rollouts.seconds_before
+    seconds = {"rollout": sampling, "score": scored - sampled, "update": time.monotonic() - saved}
     metrics |= _timing(seconds, rollout.tokens(), config.epochs)
     if t.judge is not None and t.judge.is_due(step + 1):
         metrics |= t.judge(step + 1)
@@ -155,10 +157,13 @@ def _prepare(context: StageContext[PPOConfig]) -> PPOTraining:
     scorer, reward_roles = make_scorer(config.reward, backbone, context.run_dir, budget, columns, **sources)
     start_from = critic_start(context, backbone, reward_roles)
     previous = PreviousPolicy.of(context.recipe, context.run_dir, backbone)
-    optimizer = _add_roles(context, backbone, scorer, codec, asked, start_from, previous)
+    _add_roles(context, backbone, scorer, codec, asked, start_from, previous)
     sampler = context.sampler(backbone, POLICY, config.rollout, asked.ids)
     anchor.engine = None if config.rollout.ahead else sampler  # which is busy when the anchor is asked
     rollouts = Rollouts(sampler, POLICY, prompts, config, seed)
+    if start_from is not None and not newest_step(context.folder):  # a checkpoint has the critic
+        with at_step(1):
+            fit_critic(backbone, VALUE, scorer, codec, prompts.batch(0), rollouts.first(), config)
     judge = JudgeEvaluation(context, backbone, codec, POLICY) if config.eval_every is not None else None
     return PPOTraining(
         context=context,
@@ -168,7 +173,7 @@ def _prepare(context: StageContext[PPOConfig]) -> PPOTraining:
         prompt_ids=asked.ids,
         scorer=scorer,
         previous=previous,
-        optimizer=optimizer,
+        optimizer=_optimizer(context, backbone, previous),
         sampler=sampler,
         rollouts=rollouts,
         judge=judge,
@@ -200,8 +205,8 @@ def _add_roles(
     prompts: PromptTable,
     start_from: str | None,
     previous: PreviousPolicy | None,
-) -> RoleOptimizer:
-    """The policy, fresh or from `previous` or `ppo.start`; the critic from `start_from`, or fresh; their optimizer."""
+) -> None:
+    """The policy, fresh or from `previous` or `ppo.start`; the critic from `start_from`, or fresh."""
     config = context.config
     # Dropout would make the ratio of new to old policy differ from 1 before the first update.
     adapter = context.recipe.adapter_for("ppo").without_dropout()
@@ -218,6 +223,10 @@ def _add_roles(
         if own != adapter:  # it may need other statistics
             anchor = AnchorRollouts(context, backbone, scorer, codec, prompts, own, start_from)
         add_critic(context, backbone, VALUE, own, anchor.value_statistics(), start_from)
+
+
+def _optimizer(context: StageContext[PPOConfig], backbone: Backbone, previous: PreviousPolicy | None) -> RoleOptimizer:
+    config = context.config
     rates = {POLICY: config.learning_rate, VALUE: config.value_learning_rate or config.learning_rate}
     groups = [RoleGroup.of(backbone, role, rates[role]) for role in _trained(config)]
     if previous is not None:

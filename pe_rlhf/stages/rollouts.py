@@ -6,6 +6,7 @@ then; so each rollout after the first is of the policy one update before the tra
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -36,6 +37,16 @@ class Rollouts:
         self._ahead, self._steps, self._seed = bool(config.rollout.ahead), config.steps, seed
         self._stop = tuple(config.rollout.stop)
         self._next: Callable[[], Rollout] | None = None  # waits for the rollout of the next step
+        self.seconds_before = 0.0  # that the rollout of the newest step took before that step began
+
+    def first(self) -> Rollout:
+        """The rollout that the first step will take."""
+        start = time.monotonic()
+        self._engine.sync(0, self._role)
+        rollout = self._sample(0)
+        self._next = lambda: rollout
+        self.seconds_before = time.monotonic() - start
+        return rollout
 
     def take(self, step: int) -> Rollout:
         """The rollout of a step, counted from 0. The role is as it is when the step begins.
@@ -43,9 +54,10 @@ class Rollouts:
         Raises `TrainingError` for one of another version of the role than this step's or, ahead, the one before.
         """
         rollout = self.wait()
+        self.seconds_before = self.seconds_before if step == 0 else 0.0
         self._engine.sync(step, self._role)
         if rollout is None:
-            rollout = sample(self._engine, *self._request(step), self._prompts.batch(step).tasks)
+            rollout = self._sample(step)
         if not step - self._ahead <= rollout.version <= step:
             raise TrainingError(
                 f"version {rollout.version} of the policy was sampled from, the trainer is at {step}",
@@ -82,6 +94,9 @@ class Rollouts:
         if tensors and self._ahead:
             rollout = unpack(self._prompts.batch(step).ids, tensors, self._stop)
             self._next = lambda: rollout
+
+    def _sample(self, step: int) -> Rollout:
+        return sample(self._engine, *self._request(step), self._prompts.batch(step).tasks)
 
     def _request(self, step: int) -> tuple[list[list[int]], int]:
         """Prompts and seed of a step."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pe_rlhf.algo.masked import explained_variance, masked_mean, masked_var, masked_whiten
+from pe_rlhf.algo.masked import explained_variance, least_squares, masked_mean, masked_var, masked_whiten
 
 LENGTHS = [4, 1, 7, 3]
 MASK = torch.arange(7)[None] < torch.tensor(LENGTHS)[:, None]
@@ -57,3 +57,15 @@ def test_explained_variance_of_a_perfect_critic_and_of_one_that_knows_the_mean()
     mask = torch.ones(1, 3, dtype=torch.bool)
     assert float(explained_variance(returns + 10, returns, mask)) == pytest.approx(1.0)
     assert float(explained_variance(torch.full((1, 3), 2.0), returns, mask)) == pytest.approx(0.0)
+
+
+def test_the_nearest_line_equals_numpy_and_padding_does_not_count() -> None:
+    x_BR, x = ragged(2)
+    noise_BR, noise = ragged(3)
+    line = least_squares(x_BR, 0.3 * x_BR - noise_BR, MASK)
+    assert line == pytest.approx(np.polyfit(x, 0.3 * x - noise, deg=1), rel=1e-5)
+
+
+def test_of_a_constant_the_nearest_line_is_the_mean() -> None:
+    y = torch.tensor([[1.0, 2.0, 6.0]])
+    assert least_squares(torch.full((1, 3), 7.3), y, torch.ones(1, 3, dtype=torch.bool)) == pytest.approx((0, 3))

@@ -70,6 +70,17 @@ def test_each_step_has_its_own_batch_and_seed(ahead: bool, versions: list[int]) 
     assert source.wait() is None
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_first_rollout_may_be_had_before_the_first_step(ahead: bool) -> None:
+    engine = Engine()
+    source = rollouts(engine, ahead)
+    first = source.first()
+    assert (first.version, first.prompts) == (0, ORDER.batch(0).ids)
+    assert source.take(0) is first
+    assert source.take(1).prompts == ORDER.batch(1).ids
+    assert engine.begun == ([ORDER.batch(1).ids, ORDER.batch(2).ids] if ahead else [])
+
+
 def test_what_is_ahead_can_be_waited_for_more_than_once() -> None:
     source = rollouts(Engine(), ahead=True)
     source.take(0)
