@@ -27,7 +27,7 @@ AFTER_A = joined(r"""(?:(?:\w+ly|also|still|just|by far|far|much|slightly|overal
     |offers?|answers?|addresses|deserves|outperforms|outshines|surpasses|exceeds|edges|over|than|to|and|or|nor|vs|versus
     |because|since|as|due|but|by|with|would|should|will|can|could|may|might|must|in|for|rather|instead|better than|being
     |while|although|though|isn't|wasn't|doesn't|won't|overall|fails?|lacks?|loses?|lost|follows|contains|covers|includes
-    |makes|stays|shows|(?:better|more|higher)(?=\W*$))""")
+    |makes|stays|shows|any (?:day|time)|hands down|easily|(?:better|more|higher)(?=\W*$))""")
 
 # A clause with one of these says of a label that it is not the better one, or nothing.
 NEGATIVE = re.compile(
@@ -55,6 +55,17 @@ TIED = words(r"""ties?|tied|draw|equal|equivalent|undecided|depends|toss[- ]up
     |than)
     |(?:cannot|can't|can not|could not|unable to|won't|hard to|impossible to|refuse to) (?:really )?
     (?:decide|determine|choose|say(?! that)|pick|tell)""")
+# Who says that it will not judge has not called a tie.
+REFUSAL = words(
+    r"as an? (?:ai|assistant|(?:large )?language model)|sorry|apologi[sz]e|against my|polic(?:y|ies)|comply"
+)
+_BOTH = rf"(?:(?:both|neither|none)(?: of (?:them|the (?:two|{NOUN}s)))?|all)(?: (?:the )?{NOUN}s?)?"
+ALIKE = re.compile(
+    rf"(?:[^:]*\b{KEY}\b[^:]*(?::| is) ?)?{_BOTH}(?: (?:are|is|were|was)(?: \w+)? (?:good|bad|poor|great|terrible|awful"
+    r"|fine|wrong|unhelpful|incorrect|unacceptable|harmful))?\W*",
+    re.IGNORECASE,
+)
+NAMES_BOTH = re.compile(rf"^{LABEL}[\s,;/&]*(?:and |or )?{LABEL}[.!]?$")  # names them, and says nothing
 OTHERWISE = re.compile(r"\bif\b.*\b(?:otherwise|else)\b", re.IGNORECASE)
 # A line of a numbered list, and one that has both in order: "1. B", "Ranking: [B, A]", "A > B".
 RANK = re.compile(rf"\W*([12])[.):]\W*(?:(?:{NOUN})\W*)?([AB])\W*")
@@ -112,7 +123,7 @@ STATEMENTS = tuple(
 # A label at the end of the first or last sentence: "I'd say A", "Therefore, A".
 SAID = re.compile(
     joined(rf"""(?:\b(?:say|think|guess|believe|suppose|it'?s|it is|that'?s|is|be|definitely|probably|clearly|certainly
-    |obviously|surely|go)\b,?|^(?:and|so|then|hence|thus|therefore|but|overall|finally
+    |obviously|surely|go|hands down|easily)\b,?|^(?:and|so|then|hence|thus|therefore|but|overall|finally
     |with)?) ?(?:the )?{LABEL}\W*$"""),
     re.IGNORECASE,
 )
@@ -141,18 +152,23 @@ SCORE_IN_PROSE = re.compile(
 
 CHINESE_NOUN = "回答|答案|回复|答复|响应|助手|选项|模型"
 CHINESE_BETTER = re.compile(
-    rf"<([AB])>的?(?:{CHINESE_NOUN})?(?:明显|显然|总体上|整体上|稍微|略)?(?:更好|更优|更佳|较好|较优|胜出|获胜|略胜|优于|好于|胜过)"
-    r"|(?:选择|选|更喜欢|更倾向于|倾向于|支持|胜者是|获胜者是)(?:了)?<([AB])>"
+    rf"<([AB])>的?(?:{CHINESE_NOUN})?(?:明显|显然|总体上|整体上|稍微|略)?(?:更好|更优|更佳|较好|较优|胜出|获胜|略胜|优于|好于|胜过"
+    r"|比<[AB]>(?:的(?:回答|答案))?(?:更|要|明显|略)*(?:好|优|佳|强))"
+    r"|(?:(?:更好|更优|更佳|较好|较优)的(?:回答|答案)?(?:是|为)|选择|选|更喜欢|更倾向于|倾向于|支持|胜者是|获胜者是)(?:了)?<([AB])>"
 )
 CHINESE_TIED = re.compile("一样好|同样好|平局|平手|不分上下|难分高下|不相上下|没有明显(?:差异|区别|优劣)")
 CHINESE_NEGATIVE = re.compile("不|没|未|并非|虽然|尽管|难以|无法")
 CHINESE_CONDITION = re.compile("如果|假如|要是|是否|哪个")
 
 MARK = re.compile(
-    joined(r"""(?:\[\[|【|\\boxed\s*\{)\s*(?:\\text\s*\{)?\s*(?:(?:response|answer|option|assistant|model)[\s_]+)?
+    joined(r"""(?:\[\[|【|\\boxed\s*\{)\s*(?:\\(?:text|math|rm|bf)\w*\s*\{)?\s*(?:(?:response|answer|option|assistant|model)[\s_]+)?
     ([ABC])\s*(?:([<>=≈~≫≪]{1,2})\s*([AB])\s*)?(?:\]\]|】|\})"""),
     re.IGNORECASE,
 )
+LATEX = {"succ": ">", "gg": ">>", "prec": "<", "ll": "<<", "approx": "=", "sim": "=", "gt": ">", "lt": "<"}
+LATEX_SIGN = re.compile(rf"\\({'|'.join(LATEX)})\b")
+END_TOKENS = re.compile(r"<\|[\w-]+\|>|</?s>|<(?:end_of_turn|eos)>")
+SQUARED = str.maketrans("🅰🅱", "AB")  # which NFKC leaves as they are
 THOUGHTS_START = re.compile(
     r"<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]|◁think▷|<\|channel\|>analysis", re.IGNORECASE
 )

@@ -7,6 +7,7 @@ An answer is read in three ways, the surest first; within each the last statemen
 3. Lines that end in a colon and a label, in any language, where all of them agree; in an answer of one sentence, what
    is said of one side of quality ("A is more helpful"); a sentence of another language that is nothing but a verdict.
 4. One score for each: "A: 7/10", "Score B: 4", a JSON object with `score_a` and `score_b`. Equal ones are a tie.
+5. An answer that is nothing but "both are bad" or "winner: none" is a tie.
 
 What is not a verdict: the article in "A good answer …", a negation, the worse response, a condition, a concession, a
 question, a school grade such as B- or A+. A tie is a statement, too, so that it takes back an earlier verdict.
@@ -14,14 +15,13 @@ question, a school grade such as B- or A+. A tie is a statement, too, so that it
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import Any
 
 from reward.judges.answer_words import (
     AFTER_A,
+    ALIKE,
     CHINESE_BETTER,
     CHINESE_CONDITION,
     CHINESE_NEGATIVE,
@@ -30,13 +30,16 @@ from reward.judges.answer_words import (
     CLAUSES,
     CONTRAST,
     EMPHASIS,
+    END_TOKENS,
     GRADE,
     GREATER,
     IN_ORDER,
-    KEY,
     LABEL,
+    LATEX,
+    LATEX_SIGN,
     LOSER,
     MARK,
+    NAMES_BOTH,
     NEGATIVE,
     NOUN,
     OTHERWISE,
@@ -44,10 +47,11 @@ from reward.judges.answer_words import (
     PRAISE,
     RANK,
     REASON,
+    REFUSAL,
     SAID,
     SCHOOL_GRADE,
     SCORE_IN_PROSE,
-    SCORE_OF,
+    SQUARED,
     STATEMENTS,
     SUBORDINATE,
     THOUGHTS_END,
@@ -55,9 +59,9 @@ from reward.judges.answer_words import (
     TIED,
     UNSURE,
 )
+from reward.judges.json_answers import scores_in_json, verdict_in_json
+from reward.judges.labels import CROSSED, TIE, lone_label, of_mark
 from reward.judges.other_languages import better_of
-
-TIE = "tie"
 
 
 def without_thoughts(text: str) -> str:
@@ -75,23 +79,22 @@ def parse_label(text: str) -> str | None:
 
 def parse_verdict(text: str) -> str | None:
     """A, B or `tie`, as the answer states it; None if it states nothing that could be understood."""
-    said = unicodedata.normalize("NFKC", without_thoughts(text)).replace("’", "'").replace("\\_", "_")
-    said = SCHOOL_GRADE.sub("Q", said)
-    for read in (_marked, _json, _ranked, _stated, _hinted, _in_chinese, _abroad, _scored):
+    said = SCHOOL_GRADE.sub("Q", _in_one_writing(text))
+    for read in (_marked, verdict_in_json, _ranked, _stated, _hinted, _in_chinese, _abroad, _scored, _alike):
         if (found := read(said)) is not None:
             return found
     return None
 
 
-def lone_label(line: str) -> str | None:
-    """The label of a line that has nothing else: "A", "(b).", "Response A"."""
-    found = re.fullmatch(rf"\W*(?:(?:the\W+)?(?:{NOUN})[\W_]*)?([AB])\W*", line, re.IGNORECASE)
-    return found[1].upper() if found and not re.search(r"[?+]", line) and not SCHOOL_GRADE.search(line) else None
+def _in_one_writing(text: str) -> str:
+    """What was said, without tokens that end a turn, and with one form of each letter, apostrophe and LaTeX sign."""
+    said = END_TOKENS.sub(" ", unicodedata.normalize("NFKC", without_thoughts(text)).translate(SQUARED))
+    return LATEX_SIGN.sub(lambda sign: LATEX[sign[1]], said).replace("’", "'").replace("\\_", "_")
 
 
 def five_way(text: str) -> str | None:
     """Arena-Hard's label, `A>>B`, `A>B`, `A=B`, `B>A` or `B>>A`, of an answer; None if it has none."""
-    for mark in reversed(list(MARK.finditer(unicodedata.normalize("NFKC", without_thoughts(text))))):
+    for mark in reversed(list(MARK.finditer(_in_one_writing(text)))):
         left, sign, right = (part.upper() if part else part for part in mark.groups())
         if sign and left != right:
             if sign[0] in "=≈~":
@@ -105,17 +108,9 @@ def _marked(text: str) -> str | None:
     """By the last line with marks; marks of both labels in one line are no verdict."""
     for line in reversed(text.splitlines()):
         if marks := list(MARK.finditer(line)):
-            found = {_of_mark(*(part and part.upper() for part in mark.groups())) for mark in marks}
+            found = {of_mark(*(part and part.upper() for part in mark.groups())) for mark in marks}
             return found.pop() if len(found) == 1 else TIE
     return None
-
-
-def _of_mark(left: str, sign: str | None, right: str | None) -> str:
-    if sign is None or right is None:
-        return TIE if left == "C" else left
-    if sign[0] in "=≈~" or left == right:
-        return TIE
-    return left if sign[0] in ">≫" else right
 
 
 def _ranked(text: str) -> str | None:
@@ -127,44 +122,7 @@ def _ranked(text: str) -> str | None:
     found = IN_ORDER.fullmatch(_plain(lines[-1])) if lines else None
     if found is None or found[1] == found[3]:
         return None
-    return _of_mark(found[1], ">" if found[2] == "," else found[2], found[3])
-
-
-def _json(text: str) -> str | None:
-    """By the last object that says it under a key such as `winner`."""
-    found = None
-    for value in _objects(text):
-        found = _of_object(value) or found
-    return found
-
-
-def _objects(text: str) -> Iterator[Any]:
-    """The JSON objects in a text, one after the other."""
-    decoder, start = json.JSONDecoder(), text.find("{")
-    while start != -1:
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            end = start + 1
-        else:
-            yield value
-        start = text.find("{", end)
-
-
-def _of_object(value: Any) -> str | None:
-    found = None
-    for key, item in value.items() if isinstance(value, dict) else ():
-        name = str(key).replace("_", " ")
-        if isinstance(item, dict):
-            found = _of_object(item) or found
-        elif isinstance(item, str) and re.search(rf"\b{KEY}", name, re.I) and not NEGATIVE.search(name):
-            words = item.strip().lower()
-            order = re.fullmatch(r"([AB]) ?([<>=≈~≫≪]{1,2}) ?([AB])", item.strip(), re.IGNORECASE)
-            if order:
-                found = _of_mark(order[1].upper(), order[2], order[3].upper())
-            else:
-                found = (TIE if words in ("tie", "draw", "both", "neither", "c") else lone_label(item)) or found
-    return found
+    return of_mark(found[1], ">" if found[2] == "," else found[2], found[3])
 
 
 def _stated(text: str) -> str | None:
@@ -173,8 +131,8 @@ def _stated(text: str) -> str | None:
     single = {
         i: label for i, line in enumerate(lines) if not line.rstrip().endswith(":") and (label := lone_label(line))
     }
-    if len(set(single.values())) > 1:  # headings, unless one of them is the end
-        single = {i: label for i, label in single.items() if i == len(lines) - 1}
+    if len(set(single.values())) > 1:  # headings, unless one of them is the end of something
+        single = {i: label for i, label in single.items() if i == len(lines) - 1 and len(single) < len(lines)}
     found = None
     for i, line in enumerate(lines):
         if lone_label(line):
@@ -219,29 +177,20 @@ def _abroad(text: str) -> str | None:
     return better_of(map(_plain, text.splitlines()))
 
 
+def _alike(text: str) -> str | None:
+    """By an answer that is nothing but a word for both or none: "Both are bad", "Winner: none"."""
+    return TIE if ALIKE.fullmatch(_plain(text)) else None
+
+
 def _scored(text: str) -> str | None:
     """By the one score that each response gets, in a JSON object or in prose; with several there is no verdict."""
     scores: dict[str, list[float]] = {"A": [], "B": []}
-    for label, score in _scores_of_objects(text) or _scores_in_prose(text):
+    for label, score in scores_in_json(text) or _scores_in_prose(text):
         scores[label.upper()].append(score)
     if [len(found) for found in scores.values()] != [1, 1]:
         return None
     a, b = scores["A"][0], scores["B"][0]
     return TIE if a == b else "A" if a > b else "B"
-
-
-def _scores_of_objects(text: str) -> list[tuple[str, float]]:
-    return [found for value in _objects(text) for found in _numbers_of(value, "")]
-
-
-def _numbers_of(value: Any, path: str) -> Iterator[tuple[str, float]]:
-    """The scores in an object: under `score_a`, or under `a` in `scores`."""
-    for key, item in value.items() if isinstance(value, dict) else ():
-        name = f"{path} {key}".replace("_", " ")
-        if isinstance(item, dict):
-            yield from _numbers_of(item, name)
-        elif isinstance(item, int | float) and not isinstance(item, bool) and (label := SCORE_OF.search(name)):
-            yield (label[1] or label[2], float(item))
 
 
 def _scores_in_prose(text: str) -> list[tuple[str, float]]:
@@ -294,7 +243,7 @@ def _sentences(line: str) -> Iterator[str]:
 
 def _of_sentence(sentence: str, edge: bool) -> str | None:
     """What a sentence states. edge: it is the first or last one, where a label needs no verb."""
-    if sentence.endswith("?") or OTHERWISE.search(sentence):
+    if sentence.endswith("?") or any(one.search(sentence) for one in (OTHERWISE, NAMES_BOTH, CROSSED)):
         return None
     found: str | None = None
     sentence = re.sub(r",(?= (?:much|far|way|very|really|clearly)\b)", "", sentence)
@@ -305,7 +254,7 @@ def _of_sentence(sentence: str, edge: bool) -> str | None:
             continue
         # "A is better for some, B is better for others" is no verdict; "A is better written, but B is better" is one.
         found = said if found in (None, said) or CONTRAST.match(clause) or found == TIE else TIE
-    return found
+    return None if found == TIE and REFUSAL.search(sentence) else found
 
 
 def _of_clause(clause: str, edge: bool) -> str | None:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from reward.errors import InputError
-from reward.judges.answers import TIE, lone_label, parse_label, parse_verdict, without_thoughts
+from reward.judges.answers import parse_label, parse_verdict, without_thoughts
 from reward.judges.base import Comparison, Verdict
 from reward.judges.guest import rest
+from reward.judges.labels import TIE, lone_label
 from reward.judges.templates import JudgePrompt
 from reward.records import Message
 
@@ -207,7 +208,7 @@ class LLMJudge(ChatJudge):
     """Asks a chat model which of two responses is better."""
 
     sees_order = True
-    version = "6"  # of the rules by which answers are read; verdicts by other rules are not reused
+    version = "7"  # of the rules by which answers are read; verdicts by other rules are not reused
     kind = "llm"
     labels = LABELS
     mass_of = "p(A) + p(B)"

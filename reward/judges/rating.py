@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from reward.judges.base import Comparison, Verdict
+from reward.judges.json_answers import objects
 from reward.judges.llm import ChatJudge, Completion, raw_logprobs
 
 LEAST, MOST = 1.0, 10.0
@@ -51,7 +52,7 @@ class RatingJudge(ChatJudge):
     """Asks a chat model to rate each response by itself; of two, the better rated one wins."""
 
     sees_order = False
-    version = "2"  # of the rules by which answers are read
+    version = "3"  # of the rules by which answers are read
     kind = "rating"
     labels = RATINGS
     mass_of = "p(1) + … + p(10)"
@@ -115,15 +116,8 @@ def _marked(text: str) -> Iterator[float | None]:
 
 
 def _json(text: str) -> Iterator[float | None]:
-    decoder, start = json.JSONDecoder(), text.find("{")
-    while start != -1:
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            end = start + 1
-        else:
-            yield from _of_object(value)
-        start = text.find("{", end)
+    for value in objects(text):
+        yield from _of_object(value)
 
 
 def _of_object(value: Any) -> Iterator[float | None]:
@@ -141,6 +135,8 @@ def _stated(text: str) -> Iterator[float | None]:
     for line in (lines[0], lines[-1]) if lines else ():
         if single := re.fullmatch(rf"\W*?{NUMBER}[\s\"').!]*", line):
             yield float(single[1])
+    if len(lines) == 1 and (named := re.fullmatch(rf"\W*[^\W\d][^:\d\n]{{0,40}}:[\W_]*?{NUMBER}[\s\"').!]*", lines[0])):
+        yield float(named[1])  # "Bewertung: 7", in any language
 
 
 def _scored(score: float, raw: str | None = None) -> Verdict:

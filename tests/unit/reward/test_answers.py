@@ -2,7 +2,8 @@
 
 import pytest
 
-from reward.judges.answers import TIE, five_way, parse_label, parse_verdict, without_thoughts
+from reward.judges.answers import five_way, parse_label, parse_verdict, without_thoughts
+from reward.judges.labels import TIE
 
 SAID = {
     # JSON with an order, small letters in brackets, Chinese
@@ -197,6 +198,56 @@ OTHERS = {
     "답변 B가 더 좋습니다.": "B",
     "답변 B가 더 좋지 않습니다.": None,
     "Beide sind lang. Antwort A ist besser.": "A",
+    "Ich bevorzuge Antwort A.": "A",
+    "Je préfère la réponse B.": "B",
+    "Je ne préfère pas la réponse B.": None,
+    "Prefiero la respuesta B.": "B",
+    "Odpověď B je lepší.": "B",
+    "Vastaus A on parempi.": "A",
+    "Răspunsul B este mai bun.": "B",
+    "Η απάντηση A είναι καλύτερη.": "A",
+    "Câu trả lời A tốt hơn.": "A",
+    "Jawaban A lebih baik.": "A",
+    "คำตอบ B ดีกว่า": "B",
+    "उत्तर B बेहतर है": "B",
+    "الإجابة A أفضل": "A",
+    "『B』の方が優れています。": "B",
+    "更好的是A": "A",
+    "A比B好": "A",
+    "A不比B好": None,
+    # ties
+    "Unentschieden": "tie",
+    "Beide Antworten sind gleich gut.": "tie",
+    "Es ist kein Unentschieden.": None,
+    "Empate": "tie",
+    "Ambas respuestas son igualmente buenas.": "tie",
+    "Égalité": "tie",
+    "ничья": "tie",
+    "引き分け": "tie",
+    "무승부": "tie",
+    "Both are bad": "tie",
+    "Neither.": "tie",
+    "Winner: None": "tie",
+    "Both are bad. But A is better.": "A",
+    "Both are bad. B tries harder.": None,
+    # a refusal, a list of both, and a cross are none
+    "As an AI, I cannot choose.": None,
+    "I'm sorry, I can't choose.": None,
+    "I'm sorry to say it, but A is better.": "A",
+    "- A\n- B": None,
+    "B, A": None,
+    "B ❌": None,
+    "A ✅\nB ❌": "A",
+    # as a computer writes
+    r"\boxed{\mathrm{B}}": "B",
+    r"\boxed{\textbf{A}}": "A",
+    r"\boxed{A \succ B}": "A",
+    "A<|eot_id|>": "A",
+    "🅱️": "B",
+    '{"ranking": [{"model": "A", "rank": 2}, {"model": "B", "rank": 1}]}': "B",
+    '[{"response": "A", "score": 3}, {"response": "B", "score": 1}]': "A",
+    "Hands down B": "B",
+    "I'd pick A any day over B": "A",
     # a score for each
     "Response A: 7/10\nResponse B: 9/10": "B",
     "A: 7/10, B: 7/10": "tie",
