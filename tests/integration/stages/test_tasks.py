@@ -203,14 +203,17 @@ def test_tasks_at_once_are_the_same_from_a_resolved_recipe(tmp_path: Path, route
     assert joint_recipe(resolved, tmp_path).model_dump() == joint_recipe(recipe, tmp_path).model_dump()
 
 
+@pytest.mark.parametrize("whose", ["all", "the second"])
 @pytest.mark.parametrize(
     ("adapter", "key"),
     [({"init": "pissa"}, "adapter.init"), ({"init": "lora_ga"}, "adapter.init"), ({"kind": "dora"}, "adapter.kind")],
 )
 def test_an_adapter_that_the_second_task_cannot_have_is_told_before_the_first_one(
-    whole: Path, adapter: Tree, key: str
+    whole: Path, adapter: Tree, key: str, whose: str
 ) -> None:
-    recipe = Recipe.model_validate(tree(whole.parent) | {"adapter": adapter})
+    unfit = tree(whole.parent)
+    (unfit if whose == "all" else unfit["tasks"][1]["ppo"])["adapter"] = adapter
+    recipe = Recipe.model_validate(unfit)
     with raises("conflict", key=key):
         run_tasks(recipe, whole.parent / "unfit", None, None)
     assert not (whole.parent / "unfit").exists()

@@ -154,6 +154,39 @@ def test_a_stage_gives_the_gradient_of_its_own_loss(stage: Found) -> None:
         torch.testing.assert_close(gradient_OI, expected[name], atol=1e-4 * scale, rtol=1e-3, msg=name)
 
 
+def test_behind_a_narrow_base_head_and_loss_are_wide() -> None:
+    """The gradient of the reward loss on a bf16 base is that on an fp32 one, up to bf16's rounding."""
+    settings = RewardConfig.model_validate({"data": "pairs.jsonl", "micro_batch_tokens": 12})
+    found: list[dict[str, LayerStatistics]] = [{}, {}]
+    modules = [name for name, _ in tiny_model("llama").named_modules() if name.endswith("_proj")]
+    for dtype, statistics in zip((torch.float32, torch.bfloat16), found, strict=True):
+        backbone = load_backbone(tiny_model("llama", dtype))
+        source = reward_statistics(backbone, Pairs(PAIRS, PAD), ADAPTER, settings, SEED)
+        source.visit(modules, "gradient", statistics.__setitem__)
+    for name in modules:
+        wide_OI, narrow_OI = (statistics[name].gradients_OI[0].float() for statistics in found)
+        assert float((narrow_OI - wide_OI).norm() / wide_OI.norm()) < 0.1, name
+
+
+def test_rewards_without_any_difference_give_a_critic_no_direction(
+    config: PPOConfig, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Where every return is 0 the head's first step is 0 too, and so is the gradient: a number all the same."""
+
+    class Nothing:
+        def score(self, prompts: object, responses: object, sequences: Sequences, columns: object = None) -> Tensor:
+            return torch.zeros(len(sequences))
+
+    backbone, codec = load_backbone(tiny_model("llama")), TextCodec(tiny_tokenizer, "none")
+    context: StageContext[PPOConfig] = StageContext(Recipe(model="unused", seed=SEED, ppo=config), tmp_path, "ppo")
+    prompts = PromptSet([" ".join(f"w{i}" for i in ids) for ids in PROMPTS], PROMPTS, {})
+    found: dict[str, LayerStatistics] = {}
+    rollouts = AnchorRollouts(context, backbone, Nothing(), codec, prompts, ADAPTER)
+    rollouts.value_statistics().visit(["model.layers.0.mlp.up_proj"], "gradient", found.__setitem__)
+    (gradient_OI,) = found["model.layers.0.mlp.up_proj"].gradients_OI
+    assert not gradient_OI.any()
+
+
 def test_no_init_takes_a_first_step_closer_to_that_gradient_than_lora_ga(stage: Found) -> None:
     source, loss = stage
     model = tiny_model("llama").requires_grad_(True)

@@ -13,10 +13,13 @@ from pe_rlhf.data.codec import TextCodec
 from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.model_judges import make_judge
+from pe_rlhf.stages.preferences import _margin, _row
 from pe_rlhf.system.seeding import derive_seed
-from reward.judges import Comparison
+from reward.asking import Pair
+from reward.judges import Comparison, Verdict
 from reward.judges.judge_settings import JudgeSettings
 from reward.records import load_records
+from reward.summary import Outcome
 from tests.failures import raises
 from tests.runs import Tree, read_jsonl
 from tests.stage_support import byte_model, run, write_prompts
@@ -149,3 +152,20 @@ def test_responses_that_differ_only_by_white_space_are_no_pair(tmp_path: Path, m
     monkeypatch.setattr(TextCodec, "decode", lambda _, ids: "same" + " " * len(ids))
     with raises("empty", key="preferences.judge"):
         run(recipe(tmp_path), tmp_path / "run")
+
+
+def test_scores_are_in_a_row_where_the_judge_gives_one_to_both() -> None:
+    """With one score only the margin is that of the probabilities, by hand 2·0.8 − 1."""
+
+    def row(a: float | None, b: float | None) -> Tree:
+        made = _row(Pair("Why?", "yes", "no", 0), Outcome((Verdict(0.2, score_a=a, score_b=b),)), False, True)
+        assert made is not None
+        return made
+
+    both = row(1.5, 4.0)
+    assert (both["chosen"], both["rejected"], both["preference"]) == ("no", "yes", 0.8)
+    assert (both["chosen_truncated"], both["rejected_truncated"]) == (True, False)
+    assert (both["score_chosen"], both["score_rejected"], _margin(both)) == (4.0, 1.5, 2.5)
+    for one in (row(1.5, None), row(None, 4.0), row(None, None)):
+        assert not {"score_chosen", "score_rejected"} & one.keys()
+        assert _margin(one) == pytest.approx(0.6)
