@@ -8,10 +8,11 @@
 | implicit, chat          | none     | messages; the same up to the last one, which is the assistant's           |
 | Anthropic hh transcript | none     | text `"\\n\\nHuman: … \\n\\nAssistant: …"`; the same up to the last turn  |
 
-The first four are TRL's preference types. As in TRL, a prompt of text beside whole dialogues is a copy of something the
-dialogues hold, and is ignored. A prompt that is a transcript itself is read as messages. The content of a message may
-be a list of parts of text. Messages may be their JSON text, as tables of text hold them, and have ShareGPT's keys and
-names of roles. No prompt ends with an assistant's turn: the template would have that answered once more.
+The first four are TRL's preference types. Lists of one assistant message may stand beside a prompt of text, too, and a
+prompt of messages may stand once more before each response. As in TRL, a prompt of text beside whole dialogues is a
+copy of something the dialogues hold, and is ignored. A prompt that is a transcript itself is read as messages. Messages
+may be their JSON text, as tables of text hold them; see `reward.messages`. No prompt ends with an assistant's turn: the
+template would have that answered once more.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from numbers import Real
 from typing import Any, TypeVar
 
 from reward.errors import InputError, Kind
+from reward.messages import Message, assistant_text, parse_messages
 
-Message = dict[str, str]
 Prompt = str | list[Message]
 Columns = Mapping[str, Sequence[Any]]  # the other columns of the rows of prompts, by name
 NO_COLUMNS: Columns = {}
@@ -36,9 +37,6 @@ TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 TRANSCRIPT_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:|\n\nHuman:", re.DOTALL)
 WHOLE_DIALOGUES = "dialogues that are the same up to the last turn"
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
-TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -221,14 +219,21 @@ def split_row(row: Mapping[str, object]) -> tuple[Prompt, str, str]:
 
     if isinstance(chosen, list) and isinstance(rejected, list):
         chosen_messages, rejected_messages = parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")
-        if not isinstance(prompt, list):
+        asked: Prompt
+        if isinstance(prompt, list):
+            asked = parse_messages(prompt, "prompt")
+            start = len(asked)
+            if asked == chosen_messages[:start] == rejected_messages[:start]:  # the responses come after a copy of it
+                chosen_messages, rejected_messages = chosen_messages[start:], rejected_messages[start:]
+        elif isinstance(prompt, str) and len(chosen_messages) == len(rejected_messages) == 1:
+            asked = prompt
+        else:
             return _split_dialogues(chosen_messages, rejected_messages)
         if len(chosen_messages) != 1 or len(rejected_messages) != 1:
             message = "beside a prompt of messages, each response must be a single assistant message"
             raise InputError(message, kind="invalid", key="chosen" if len(chosen_messages) != 1 else "rejected")
-        prompt_messages = parse_messages(prompt, "prompt")
         better, worse = assistant_text(chosen_messages[0], "chosen"), assistant_text(rejected_messages[0], "rejected")
-        return prompt_messages, better, worse
+        return asked, better, worse
 
     message = "columns 'chosen' and 'rejected' must both be text or both be lists of messages"
     raise InputError(message, kind="conflict", key="rejected")
@@ -283,49 +288,6 @@ def _transcript_messages(text: str) -> list[Message]:
         {"role": TRANSCRIPT_ROLES[speaker], "content": content.removeprefix(" ")}
         for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
-
-
-def parse_messages(value: list[object], column: str) -> list[Message]:
-    """Check a list of chat messages; keep role and content of each, the parts of a content joined."""
-    messages: list[Message] = []
-    for item in value:
-        if not isinstance(item, Mapping):
-            raise InputError(f"column {column!r} holds something that is no message", kind="invalid", key=column)
-        role, content = item.get("role", item.get("from")), _joined(item.get("content", item.get("value")), column)
-        role = ROLES.get(role.lower(), role) if isinstance(role, str) else role
-        if role == "system" and content is None:  # a column of structs has it in every row
-            continue
-        if role in TOOL_ROLES or item.get("tool_calls") or item.get("function_call"):
-            raise InputError(f"column {column!r} holds tool calls", kind="invalid", key=column)
-        if not isinstance(role, str) or not isinstance(content, str):
-            message = f"column {column!r} holds a message without a text 'role' and a text 'content'"
-            raise InputError(message, kind="invalid", key=column)
-        messages.append({"role": role, "content": content})
-    if not messages:
-        raise InputError(f"column {column!r} holds no messages", kind="empty", key=column)
-    return messages
-
-
-def _joined(content: object, column: str) -> object:
-    """The text of a content that is a list of parts, as messages with pictures have it."""
-    if not isinstance(content, list):
-        return content
-    texts: list[str] = []
-    for part in content:
-        text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
-        if not isinstance(text, str) or (isinstance(part, Mapping) and part.get("type", "text") != "text"):
-            kind = part.get("type", "unknown") if isinstance(part, Mapping) else type(part).__name__
-            raise InputError(f"column {column!r} holds a part that is no text: {kind}", kind="invalid", key=column)
-        texts.append(text)
-    return "".join(texts)
-
-
-def assistant_text(message: Message, column: str) -> str:
-    """The text of an assistant's message in a column. Raises `InputError` for another role's."""
-    if message["role"] != "assistant":
-        reason = f"the last message of {column!r} has the role {message['role']!r}, not 'assistant'"
-        raise InputError(reason, kind="invalid", key=column)
-    return message["content"]
 
 
 def _optional_number(row: Mapping[str, object], column: str) -> float | None:

@@ -7,8 +7,8 @@
 | text                               | all of it                                                              |
 
 These are TRL's types for its SFTTrainer, and the good rows of its KTOTrainer: where the column `label` is false, the
-completion is one to avoid, and the row is dropped. A prompt is text or a list of messages. Where a row has columns of
-several formats, the first of the table that it fills counts.
+completion is one to avoid, and the row is dropped; so is one whose last message has OpenAI's `weight` 0. A prompt is
+text or a list of messages. Where a row has columns of several formats, the first of the table that it fills counts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from reward.errors import InputError
-from reward.records import Dropped, Prompt, assistant_text, parse_messages, parse_prompt
+from reward.messages import assistant_text, parse_messages
+from reward.records import Dropped, Prompt, parse_prompt
 
 COMPLETIONS = ("completion", "response")
 
@@ -71,6 +72,8 @@ def _completion(value: object, column: str) -> str:
 
 def _dialogue(value: list[object]) -> Example:
     messages = parse_messages(value, "messages")
+    if isinstance(last := value[-1], Mapping) and last.get("weight") == 0:  # OpenAI's fine-tuning
+        raise Dropped("the weight of the last message is 0: it is not to be learnt", kind="conflict", key="messages")
     response = assistant_text(messages[-1], "messages")
     if len(messages) == 1:
         raise InputError("the messages hold no prompt before the response", kind="missing", key="messages")

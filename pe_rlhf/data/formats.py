@@ -35,7 +35,8 @@ from typing import Any
 from pe_rlhf.data.regrouping import each_against_each, side_by_side
 from pe_rlhf.data.row_table import Row, Rows
 from reward.errors import InputError, look_up
-from reward.records import ROLES, TOOL_ROLES, TRANSCRIPT_START, Dropped
+from reward.messages import ROLES, TOOL_ROLES, role_of
+from reward.records import TRANSCRIPT_START, Dropped
 
 Converter = Callable[[Row], dict[str, Any]]
 FORMATS: dict[str, Converter] = {}
@@ -79,11 +80,22 @@ def converted(rows: Rows, name: str, key: str, file: str) -> Rows:
     return REGROUPED.get(name, lambda rows: rows)(rows).map(convert)
 
 
+def begins_with_prompt(row: Row, *columns: str) -> bool:
+    """Whether the texts of these columns all say the row's prompt once more, before they go on."""
+    prompt, texts = row.get("prompt"), [row.get(column) for column in columns]
+    if not isinstance(prompt, str) or not prompt.strip():
+        return False
+    return all(isinstance(text, str) and text.startswith(prompt) and text.strip() != prompt.strip() for text in texts)
+
+
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
 @register_format("implicit")
 def _implicit(row: Row) -> dict[str, Any]:
+    """A column with the prompt says where it ends."""
+    if begins_with_prompt(row, "chosen", "rejected"):
+        return {**row, **{side: row[side].removeprefix(row["prompt"]) for side in ("chosen", "rejected")}}
     return dict(row)
 
 
@@ -301,11 +313,13 @@ def _index(row: Mapping[str, Any], column: str) -> int:
 
 
 def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
-    role = turn.get("from") or turn.get("role")
+    role = role_of(turn)
     if role not in ROLES:
         what = "tool calls" if role in TOOL_ROLES else f"the role {role!r}"
+        if role is None:
+            what = f"neither from and value nor role and content, but {', '.join(turn)}"
         raise InputError(f"a turn of the dialogue holds {what}", kind="invalid", key="conversations")
-    return {"role": ROLES[role], "content": turn["value"] if "value" in turn else turn.get("content")}
+    return {"role": role, "content": turn["value"] if "value" in turn else turn.get("content")}
 
 
 def _dialogue(asked: list[str], answers: list[str]) -> list[dict[str, str]]:

@@ -102,6 +102,7 @@ def _json(raw: Bytes, start: int) -> Rows:
         whole = lines[0] if len(lines) == 1 else None
         if len(lines) > 1 and isinstance(lines[0], InputError):
             whole = _object(raw.read(start, -1))
+        _refuse_table(whole)
         return lines if not isinstance(whole, Mapping) else Rows(1, lambda _: whole)
     places, copy = array("q", [0]), Bytes.of_our_own(IN_MEMORY)
     try:
@@ -111,6 +112,22 @@ def _json(raw: Bytes, start: int) -> Rows:
     except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON: {_reason(error)}", kind="unreadable") from error
     return copy.rows(places[:-1], places[1:], _object)
+
+
+def _refuse_table(whole: object) -> None:
+    """A file that is one object is one row, unless it holds columns, or the rows under a name."""
+    values = list(whole.values()) if isinstance(whole, Mapping) else []
+    by_number = [value for value in values if isinstance(value, Mapping) and {"0", "1"} <= value.keys()]
+    by_column = all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
+    texts = [value for value in values if isinstance(value, list) and value and all(isinstance(v, str) for v in value)]
+    if values and (len(by_number) == len(values) or (by_column and len(texts) > 1)):
+        fix = "write one object for each row, as pandas does with to_json(orient='records', lines=True)"
+        raise InputError("it is one object with all values of each column, not rows", kind="unreadable", fix=fix)
+    for name in ("data", "rows", "train", "examples", "instances"):
+        held = whole.get(name) if isinstance(whole, Mapping) else None
+        if isinstance(held, list) and held and all(isinstance(item, Mapping) for item in held):
+            message = f"it is one object that holds its rows under {name!r}"
+            raise InputError(message, kind="unreadable", fix=f"write a file of what is under {name!r}")
 
 
 def _items(text: str) -> Iterator[tuple[int, int]]:
@@ -185,6 +202,9 @@ def _csv(raw: Bytes, start: int, delimiter: str = ",") -> Rows:
                 end += len(part)
                 yield part.decode(errors="surrogateescape")
 
+    first = raw.read(start, start + 4096).splitlines()[:1]
+    if delimiter == "," and first and b"," not in first[0] and b";" in first[0]:
+        delimiter = ";"  # as Excel writes it where a comma is the decimal point
     records = csv.reader(lines(), delimiter=delimiter)
     try:
         for cells in records:

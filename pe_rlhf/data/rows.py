@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pe_rlhf.config import DataFile, DataPart, DataSource
 from pe_rlhf.data.data_sources import load_rows, names_of
 from pe_rlhf.data.examples import COMPLETIONS, Example, has_format, parse_example
-from pe_rlhf.data.formats import format_like
+from pe_rlhf.data.formats import begins_with_prompt, format_like
 from pe_rlhf.data.local_files import ending
 from pe_rlhf.data.mixture import mixed
 from pe_rlhf.data.regrouping import are_responses
@@ -317,8 +317,9 @@ def _refuse_guess(rows: Rows, source: DataFile, key: str) -> None:
 
 
 def _say_what_is_odd(rows: Rows, source: DataFile, key: str) -> None:
-    """Say that a system text beside a plain prompt is in a column that has no meaning here, and that a text holds the
-    marks of a chat template: rendered once more, they are words to the model."""
+    """Say that a system text beside a plain prompt is in a column that has no meaning here, that responses say the
+    prompt once more, and that a text holds the marks of a chat template: rendered again, they are words to the model.
+    """
     first = next((row for row in rows if not isinstance(row, InputError)), {})
     for column in ("prompt", "chosen"):
         if isinstance(text := first.get(column), str) and (found := MARKS.search(text)):
@@ -326,6 +327,13 @@ def _say_what_is_odd(rows: Rows, source: DataFile, key: str) -> None:
                 f"warning: {key}: {column!r} holds marks of a chat template ({found[0]}), which the model's template"
                 " would be written around: give messages, or use chat_template: none for texts that are whole"
             )
+    for columns, fix in (
+        (("chosen", "rejected"), "format: implicit"),
+        (COMPLETIONS[:1], "columns: {text: completion}"),
+    ):
+        if begins_with_prompt(first, *columns):
+            what = f"{' and '.join(columns)} of the first row begin with its prompt, which the model would read twice"
+            say(f"warning: {key}: {what}; if all rows do, say {fix}")
     for column in SYSTEMS if source.format is None and isinstance(first.get("prompt"), str) else ():
         if isinstance(text := first.get(column), str) and text.strip():
             say(f"{key}: the column {column!r} is left out; with format: alpaca it is the system turn")

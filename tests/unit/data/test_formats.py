@@ -234,41 +234,6 @@ def test_helpsteer2_scores_are_pairs_of_rows(tmp_path: Path) -> None:
     assert len(left_out) == 1  # a tie
 
 
-BEST_OF_4 = {"id": "0", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math"}
-MANY_RIGHT = {"prompt": [user("r")], "chosen": ["a", "b"], "rejected": ["c", " a", "d"], "subset": "Ties"}
-
-
-def test_lists_of_responses_are_a_pair_of_each_with_each(tmp_path: Path) -> None:
-    """With the subset of their row; what cannot be used is counted as the pair or, without one, the row that it is."""
-    dialogues = {"chosen": [[user("s"), said("a")]], "rejected": [[user("s"), said(t)] for t in "bc"], "prompt": None}
-    rows: list[Tree] = [
-        BEST_OF_4,
-        MANY_RIGHT,
-        {"prompt": "q", "chosen": ["a"]},
-        {**BEST_OF_4, "chosen": "e"},
-        dialogues,
-    ]
-    data = source(tmp_path, "rewardbench2", rows)
-    _, records, left_out = load_preferences(data, "reward.data", 0.2, lambda record: record)
-    assert [(record.chosen, record.rejected, record.subset) for record in records] == [
-        *(("a", rejected, "Math") for rejected in "bcd"),
-        *(("a", rejected, "Ties") for rejected in "cd"),
-        *(("b", rejected, "Ties") for rejected in ("c", " a", "d")),
-        *(("e", rejected, "Math") for rejected in "bcd"),
-        *(("a", rejected, "all") for rejected in "bc"),
-    ]
-    assert [record.prompt for record in records[-1:]] == [[user("s")]]
-    assert [(bad.row, bad.kind) for bad in left_out] == [(5, "conflict"), (10, "empty")]  # " a" is "a"; no rejected
-
-
-@pytest.mark.parametrize("row", [BEST_OF_4, MANY_RIGHT, {**BEST_OF_4, "chosen": "a"}])
-def test_lists_of_responses_are_no_messages(tmp_path: Path, row: Tree) -> None:
-    with pytest.raises(InputError) as raised:
-        load_preferences(source(tmp_path, None, [row] * 4), "reward.data", 0.05, lambda record: record)
-    assert (raised.value.kind, raised.value.key) == ("invalid", "reward.data.format")
-    assert "rewardbench2" in str(raised.value.fix)
-
-
 def test_ties_are_listed_and_do_not_count_as_unusable(tmp_path: Path) -> None:
     row, _, tie = PAIRS["arena"]
     _, records, left_out = load_preferences(source(tmp_path, "arena", [tie, row, tie]), "reward.data", 0, lambda r: r)
