@@ -17,6 +17,7 @@ from reward.errors import Failure
 from tests.forked import Forked
 from tests.integration.distributed.launching import (
     ROOT,
+    SECONDS,
     finish,
     kill,
     launch,
@@ -167,12 +168,10 @@ def init(context):
 def test_a_rank_that_fails_ends_all_with_its_message(tmp_path: Path, model_cache: Path) -> None:
     (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1.replace("ERROR", "TrainingError"))
     path = write_recipe(tmp_path, small("ppo"))
-    began = time.monotonic()
     process = start(launch(path, "adapter.init=fails:init", "--", "--run-dir=out"), tmp_path, model_cache)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=SECONDS)  # a rank would wait for another for 30 minutes
     kill(process)
     assert process.returncode != 0
-    assert time.monotonic() - began < 100
     (line,) = [line for line in said.splitlines() if line.startswith("error")]
     assert line.startswith("error: rank 1: ")
     assert line.endswith(": this rank has had enough")
