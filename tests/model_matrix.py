@@ -1,6 +1,6 @@
 """What works with a model, found by comparing each thing that a role computes with plain transformers.
 
-The oracle is a plain model with ΔW = s·(BA − B0A0) added to its weights by hand, run on each row without padding.
+The oracle is in `tests/model_oracle.py`.
 `python -m tests.model_matrix > docs/models.md` writes the page.
 """
 
@@ -15,12 +15,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from pe_rlhf.adapters.lora.anchored import scale_of
-from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.adapters.targets import expert_weights, peft_adapts_experts, share_without_adapter, shared_weights
 from pe_rlhf.config import SamplingConfig
 from pe_rlhf.model.backbone import Backbone, load_backbone
@@ -32,8 +28,9 @@ from pe_rlhf.system.progress import console
 from pe_rlhf.types import Sequences
 from reward.errors import InputError
 from tests.failures import raises
+from tests.model_oracle import oracle, plain, row_by_row, with_delta
 from tests.model_types import MODELS, build
-from tests.tiny import perturb, randomise_head, rows_of, set_fast
+from tests.tiny import perturb, randomise_head, set_fast
 
 START = [2, 0, 4, 5]
 PROMPTS = [[*START, 6, 7], [*START, 8], [*START, 6, 7], [*START, 9, 10, 1, 12]]
@@ -108,85 +105,6 @@ def add_roles(backbone: Backbone, last_layers: int | None = None) -> None:
     """Adapters on all that can have one, experts included, whether or not `all-linear` has them."""
     for role, init in {"policy": "pissa", "value": "lora", "reward": "milora"}.items():
         backbone.add_adapter(role, init=init, rank=1, alpha=2, last_layers=last_layers, targets=".*")
-
-
-def plain(name: str) -> PreTrainedModel:
-    """Transformers' own model; a cap on attention needs eager, and a cache needs the decoder's number of layers."""
-    model = build(name)
-    if "decoder_layers" in MODELS[name]:
-        model.config.encoder_layers = model.config.decoder_layers
-    if "attn_logit_softcapping" in MODELS[name]:
-        model.set_attn_implementation("eager")
-    return model
-
-
-def with_delta(backbone: Backbone, name: str, role: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """The plain model with a role's ΔW in its weights, and the weights that have one, by module name."""
-    model, state = plain(name), backbone.role_state(role)
-    spec = backbone.adapter_spec(role)
-    weights = {}
-    model.requires_grad_(False)
-    for module_name in spec.modules:
-        module, leaf = place(model, module_name)
-        weight, delta_OI = getattr(module, leaf), change(state, module_name, spec)
-        # A new one: Zamba's blocks share theirs, and each has a ΔW of its own.
-        setattr(module, leaf, torch.nn.Parameter(weight + (delta_OI.mT if is_in_out(module) else delta_OI)))
-        weights[module_name] = getattr(module, leaf)
-    return model, weights
-
-
-def place(model: PreTrainedModel, name: str) -> tuple[torch.nn.Module, str]:
-    """The module that has a target's weight, and what the weight is called in it; fused experts have several."""
-    parent, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    return (owner, leaf) if leaf in owner._parameters else (model.get_submodule(name), "weight")
-
-
-def is_in_out(module: torch.nn.Module) -> bool:
-    return isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
-
-
-def change(state: dict[str, Tensor], name: str, spec: AdapterSpec) -> Tensor:
-    product = state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
-    if f"{name}.initial_A_RI" in state:
-        product = product - state[f"{name}.initial_B_OR"] @ state[f"{name}.initial_A_RI"]
-    return scale_of(spec.settings) * product  # type: ignore[arg-type]
-
-
-def oracle(backbone: Backbone, name: str, role: str, sequences: Sequences) -> dict[str, Tensor]:
-    """What a role should compute, and the gradients of A and B of the sum of it: s·BᵀG and s·GAᵀ."""
-    model, weights = with_delta(backbone, name, role)
-    for weight in weights.values():
-        weight.requires_grad_()
-    result = row_by_row(model, decoder_of(model), backbone, role, sequences)
-    state, scale = backbone.role_state(role), scale_of(backbone.adapter_spec(role).settings)  # type: ignore[arg-type]
-    for module_name, weight in weights.items():
-        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        G_OI = gradient.mT if is_in_out(place(model, module_name)[0]) else gradient
-        result[f"{module_name}.lora_A"] = scale * state[f"{module_name}.lora_B"].mT @ G_OI
-        result[f"{module_name}.lora_B"] = scale * G_OI @ state[f"{module_name}.lora_A"].mT
-    return result
-
-
-def row_by_row(
-    model: torch.nn.Module, decoder: torch.nn.Module, backbone: Backbone, role: str, sequences: Sequences
-) -> dict[str, Tensor]:
-    """What a plain model says of each row, with a role's head; the gradients of its weights are left in them."""
-    found, entropies = [], []
-    for prompt, response in rows_of(sequences):
-        ids_1T = torch.tensor([prompt + response])
-        if role == "policy":
-            logprobs_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(-1)[len(prompt) - 1 :]
-            found.append(logprobs_TV[torch.arange(len(response)), torch.tensor(response)])
-            entropies.append(-(logprobs_TV.exp() * logprobs_TV).sum(-1)[: len(response)].detach())
-            continue
-        hidden_TH = decoder(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
-        head = backbone.head(role)
-        numbers_T = hidden_TH @ head.weight.detach() + head.bias.detach()
-        found.append(numbers_T[len(prompt) - 1 : -1] if role == "value" else numbers_T[-1:])
-    numbers_N = torch.cat(found)
-    numbers_N.sum().backward()
-    return {"numbers": numbers_N.detach()} | ({"entropies": torch.cat(entropies)} if entropies else {})
 
 
 def numbers(backbone: Backbone, role: str, sequences: Sequences) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ from pe_rlhf.model.memory_plan import shape_of
 from pe_rlhf.runs.saved_roles import load_role, save_role
 from pe_rlhf.types import Sequences
 from tests.failures import raises
-from tests.model_matrix import compare, numbers, oracle
+from tests.model_matrix import compare, numbers
+from tests.model_oracle import oracle
 from tests.model_types import build
 from tests.tiny import IDS_BT, INITS, perturb, role_logits, set_fast
 

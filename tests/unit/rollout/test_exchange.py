@@ -14,7 +14,7 @@ from pe_rlhf.rollout.make import make_rollout
 from pe_rlhf.rollout.vllm import exchange
 from pe_rlhf.rollout.vllm.requests import sync_mode, why_merged
 from tests.failures import raises
-from tests.model_matrix import with_delta
+from tests.model_oracle import with_delta
 from tests.model_types import build
 from tests.tiny import perturb
 
