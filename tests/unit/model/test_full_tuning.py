@@ -181,26 +181,27 @@ class TestMasters:
     """Weights in bf16 are stepped in fp32: an independent AdamW on fp32 weights, rounded after each step, agrees."""
 
     @staticmethod
-    def parameters() -> dict[str, nn.Parameter]:
+    def parameters(head: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
         generator = torch.Generator().manual_seed(0)
         wide = torch.randn(5, 3, generator=generator)
-        return {"w": nn.Parameter(wide.bfloat16()), "head": nn.Parameter(torch.ones(3))}
+        return {"w": nn.Parameter(wide.bfloat16()), "head": nn.Parameter(torch.ones(3, dtype=head))}
 
     @staticmethod
     def loss(parameters: dict[str, nn.Parameter], step: int) -> Tensor:
-        return ((parameters["w"].float() @ parameters["head"]) * (step + 1)).square().sum()
+        return ((parameters["w"].float() @ parameters["head"].float()) * (step + 1)).square().sum()
 
+    @pytest.mark.parametrize("head", [torch.float32, torch.bfloat16], ids=["wide head", "all narrow"])
     @pytest.mark.parametrize("deepspeed", [None, {}, {"zero_optimization": {"stage": 2}}], ids=["plain", "ds", "zero2"])
-    def test_small_steps_are_not_lost(self, deepspeed: dict[str, Any] | None) -> None:
+    def test_small_steps_are_not_lost(self, deepspeed: dict[str, Any] | None, head: torch.dtype) -> None:
         if deepspeed is not None:
             from pe_rlhf.optim.zero import init_processes
 
             init_processes(wants_deepspeed=True)
-        config, own = OptimizerConfig(max_grad_norm=1e9), self.parameters()
+        config, own = OptimizerConfig(max_grad_norm=1e9), self.parameters(head)
         optimizer = RoleOptimizer([RoleGroup("policy", own, 1e-5)], config, 40, deepspeed)
         masters = {name: parameter.detach().float().requires_grad_(True) for name, parameter in own.items()}
         adamw = torch.optim.AdamW(masters.values(), lr=1e-5, betas=config.betas, eps=config.eps, weight_decay=0.0)
-        expected = self.parameters()
+        expected = self.parameters(head)
         for step in range(40):
             optimizer.backward(self.loss(own, step))
             optimizer.step()

@@ -13,6 +13,7 @@ from pe_rlhf.optim.adamw import PlainAdamW
 from pe_rlhf.optim.role_optimizer import RoleGroup, RoleOptimizer, schedule_factor
 from pe_rlhf.system.failures import TrainingError
 from tests.failures import raises
+from tests.tiny import backbone_with
 
 Arrays = dict[str, dict[str, np.ndarray]]
 
@@ -205,6 +206,18 @@ def test_steps_are_those_of_adamw_written_out() -> None:
 def test_the_schedule_by_hand(schedule: Any, warmup_ratio: float, total: int, expected: list[float]) -> None:
     config = OptimizerConfig(schedule=schedule, warmup_ratio=warmup_ratio)
     assert [schedule_factor(config, step, total) for step in range(total)] == pytest.approx(expected)
+    assert schedule_factor(config, total, total) == (1.0 if schedule == "constant" else 0.0)
+
+
+def test_a_role_is_cut_only_where_its_kind_or_lora_plus_asks_for_it() -> None:
+    """LoRA restarts nothing and has one rate; under LoRA+ each B is apart."""
+    backbone = backbone_with("policy")
+    group = RoleGroup.of(backbone, "policy", 1e-2)
+    assert group.by_rate(1.0) == [(1.0, "", group.parameters)]
+    slow, fast = group.by_rate(4.0)
+    assert (slow[:2], fast[:2]) == ((1.0, ""), (4.0, ""))
+    assert {name.rpartition(".")[2] for name in fast[2]} == {"lora_B"}
+    assert slow[2] | fast[2] == group.parameters
 
 
 def test_learning_rates_are_those_of_the_next_step() -> None:

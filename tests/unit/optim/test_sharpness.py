@@ -101,6 +101,19 @@ def test_steps_are_those_of_a_naive_implementation(
         assert (parameter - without).abs().max() > 1e-4  # the premise: it makes a difference
 
 
+def test_a_role_without_a_gradient_leaves_the_other_one_its_perturbation() -> None:
+    """As a critic that starts at 0 beside returns of 0: the policy's step is the one that it makes by itself."""
+    settings = OptimizerConfig(sharpness="sam", rho=0.3, max_grad_norm=0.2)
+    by_itself, beside = network(), network()
+    idle = nn.Parameter(torch.ones(2))
+    for model, others in ((by_itself, []), (beside, [RoleGroup("value", {"w": idle}, 1e-2)])):
+        groups = [RoleGroup("policy", dict(model.named_parameters()), 1e-2), *others]
+        go_on(model, RoleOptimizer(groups, settings, STEPS), range(1))
+    for one, other in zip(by_itself.parameters(), beside.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(idle.detach(), torch.ones(2))
+
+
 def test_rwp_mixes_the_gradients_at_the_weights_and_beside_them() -> None:
     """The noise is read off from where the second gradient is asked for."""
     model, plain = network(), network()
