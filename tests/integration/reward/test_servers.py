@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -273,6 +274,18 @@ def test_a_head_without_end_is_one_judge_error() -> None:
         Endpoint("m", f"{url}/v1", ServerSettings(attempts=1, timeout=0.5)).generate([[]], 1, 0.0, 0)
     assert (caught.value.kind, caught.value.key) == ("server", "judge.base_url")
     assert time.monotonic() - start < 8
+
+
+def test_a_judge_that_is_stopped_waits_for_no_further_try() -> None:
+    """The server asks for so long a pause that nobody would wait for its end."""
+    with serving(lambda body, number: (500, {}, {"Retry-After": "20"})) as server:
+        asked = judge(server, attempts=2)
+        threading.Timer(0.5, asked.stop).start()
+        start = time.monotonic()
+        with pytest.raises(JudgeError):
+            asked.compare([PAIR])
+        assert time.monotonic() - start < 10
+        assert len(server.bodies) == 1
 
 
 def test_content_in_parts_is_its_text() -> None:
