@@ -151,7 +151,7 @@ def draw_lines(
         axis.set_ylabel(unit)
         if x_label.endswith("step"):
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        if log:
+        if log and any(value > 0 for line in shown for value in line.y):  # a mismatch may be 0 throughout
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.yaxis.set_minor_formatter("")

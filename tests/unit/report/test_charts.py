@@ -56,6 +56,14 @@ def test_lines_and_bands_are_where_the_numbers_are() -> None:
     assert (min(found), max(found)) == pytest.approx((min(low), max(high)), abs=1e-4)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_curve_of_nothing_but_zeros_is_drawn_where_others_have_powers_of_ten() -> None:
+    """A mismatch of 0 has no logarithm; matplotlib would warn of it on the console."""
+    values = [0.0, 0.0, 0.0]
+    svg = svg_of(draw_lines("Mismatch", "nats", [Line("mismatch", [1, 2, 3], values)], x_label="PPO step", log=True))
+    assert len(set(path_of(svg, f"fill: none; stroke: {COLOURS[0]}")[:, 1])) == 1
+
+
 def test_a_metric_that_is_null_leaves_its_step_out() -> None:
     rows = [{"step": 1, "a": None}, {"step": 2, "a": 0.5, "low": 0.1}, {"step": 3, "a": 0.7}]
     assert points(rows, "a", "A") == Line("A", [2, 3], [0.5, 0.7], [], [])
