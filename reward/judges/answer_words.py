@@ -52,10 +52,10 @@ TIED = words(r"""ties?|tied|draw|equal|equivalent|undecided|depends|toss[- ]up
     |equally (?:good|well|strong|helpful|bad|valid|matched|harmless|correct)
     |(?:both|they) are (?:the same|identical|alike|comparable)|no (?:clear |real |single )?(?:winner|preference)
     |neither\b.*\b(?:better|best|wins?|preferred|superior|winner)|not (?:really |clearly )?(?:better|worse) (?:or|nor
-    |than)
-    |(?:cannot|can't|can not|could not|unable to|won't|hard to|impossible to|refuse to) (?:really )?
+    |than)""")
+# It is a tie, too, unless it is one of those who will not judge.
+UNDECIDED = words(r"""(?:cannot|can't|can not|could not|unable to|won't|hard to|impossible to|refuse to) (?:really )?
     (?:decide|determine|choose|say(?! that)|pick|tell)""")
-# Who says that it will not judge has not called a tie.
 REFUSAL = words(
     r"as an? (?:ai|assistant|(?:large )?language model)|sorry|apologi[sz]e|against my|polic(?:y|ies)|comply"
 )
@@ -152,7 +152,7 @@ SCORE_IN_PROSE = re.compile(
 
 CHINESE_NOUN = "回答|答案|回复|答复|响应|助手|选项|模型"
 CHINESE_BETTER = re.compile(
-    rf"<([AB])>的?(?:{CHINESE_NOUN})?(?:明显|显然|总体上|整体上|稍微|略)?(?:更好|更优|更佳|较好|较优|胜出|获胜|略胜|优于|好于|胜过"
+    rf"<([AB])>的?(?:{CHINESE_NOUN})?(?:明显|显然|总体上|整体上|稍微|略)?(?:更好|更优|更佳|较好|较优|胜出|获胜|略胜|更胜一筹|优于|好于|胜过"
     r"|比<[AB]>(?:的(?:回答|答案))?(?:更|要|明显|略)*(?:好|优|佳|强))"
     r"|(?:(?:更好|更优|更佳|较好|较优)的(?:回答|答案)?(?:是|为)|选择|选|更喜欢|更倾向于|倾向于|支持|胜者是|获胜者是)(?:了)?<([AB])>"
 )

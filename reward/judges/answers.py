@@ -57,6 +57,7 @@ from reward.judges.answer_words import (
     THOUGHTS_END,
     THOUGHTS_START,
     TIED,
+    UNDECIDED,
     UNSURE,
 )
 from reward.judges.json_answers import scores_in_json, verdict_in_json
@@ -163,7 +164,8 @@ def _hinted(text: str) -> str | None:
 def _in_chinese(text: str) -> str | None:
     """By the last clause in Chinese that prefers a response or calls a tie; a condition is no verdict."""
     found = None
-    certain = (part for part in re.split(r"[。!?\n]", _labelled(text)) if not CHINESE_CONDITION.search(part))
+    close = re.sub(rf" *{LABEL} *", r"<\1>", _labelled(text))  # some write spaces beside Latin letters
+    certain = (part for part in re.split(r"[。!?\n]", close) if not CHINESE_CONDITION.search(part))
     for clause in (clause for part in certain for clause in re.split("[,;]", part)):
         if CHINESE_TIED.search(clause):
             found = TIE
@@ -228,7 +230,9 @@ def _labelled(text: str) -> str:
     text = re.sub(r"(?:(?<=[:=→] )|(?<=\bis ))([ab])(?=\W*$)", label, text)
     # By itself; the boundaries hold beside letters of other scripts, too.
     other = r"(?!-\w|\+|&)[^a-zA-Z0-9_\s]"
-    text = re.sub(rf"(?<![a-zA-Z0-9_<.&+-])(A)(?=\s*$|{other}|\s+(?:[^\w\s]|{AFTER_A}\b|<?B\b))", label, text)
+    text = re.sub(
+        rf"(?<![a-zA-Z0-9_<.&+-])(A)(?=\s*$|{other}|\s+(?:[^\w\s]|[^\x00-\u024f]|{AFTER_A}\b|<?B\b))", label, text
+    )
     text = re.sub(r"(?<![a-zA-Z0-9_<.&+-])(B)(?![a-zA-Z0-9_+&]|-\w)", label, text)
     text = re.sub(rf"[(\['] ?{LABEL} ?[)\]']", label, text.replace("<<", "<").replace(">>", ">"))
     text = re.sub(rf"{LABEL}'s? (?:{NOUN}|one)\b", label, text, flags=re.IGNORECASE)
@@ -254,12 +258,13 @@ def _of_sentence(sentence: str, edge: bool) -> str | None:
             continue
         # "A is better for some, B is better for others" is no verdict; "A is better written, but B is better" is one.
         found = said if found in (None, said) or CONTRAST.match(clause) or found == TIE else TIE
-    return None if found == TIE and REFUSAL.search(sentence) else found
+    refused = REFUSAL.search(sentence) and not TIED.search(sentence)
+    return None if found == TIE and refused else found
 
 
 def _of_clause(clause: str, edge: bool) -> str | None:
     bare = EMPHASIS.sub(" ", clause)
-    if TIED.search(bare) and not re.search(r"\beven (?:better|more|so|though|if)\b", bare):
+    if (TIED.search(bare) or UNDECIDED.search(bare)) and not re.search(r"\beven (?:better|more|so|though|if)\b", bare):
         return TIE
     head = _head(clause)
     if head is None:

@@ -15,7 +15,7 @@ from reward.judges.labels import TIE
 _ARTICLE = "(?:die|der|das|den|la|el|le|les|a|o|il|lo|de|het|en|l')"
 _NOUN = joined("""(?:antwort|respuesta|opción|réponse|option|resposta|opção|risposta|opzione|antwoord|optie|odpowiedź
     |svar|svaret|ответ|вариант|відповідь|yanıt|cevap|odpověď|vastaus|răspunsul|η απάντηση|απάντηση|câu trả lời|phản hồi
-    |jawaban|respons|คำตอบ|उत्तर|जवाब|الإجابة|الاجابة|الرد|پاسخ|תשובה|válasz|assistent|asistente|assistente|ассистент|modell|modelo|modèle|modello
+    |jawaban|respons|คำตอบ|उत्तर|जवाब|الإجابة|الاجابة|الرد|پاسخ|תשובה|válasz|wahl|elección|choix|escolha|scelta|keuze|выбор|assistent|asistente|assistente|ассистент|modell|modelo|modèle|modello
     |model)""")
 _IS = "(?:ist|wäre|es|est|é|è|is|jest|är|er|je|on|este|είναι|היא|هي|—|это|-|:)"
 _VERY = joined("""(?:deutlich|klar|eindeutig|insgesamt|etwas|claramente|mucho|ligeramente|nettement|clairement
@@ -26,6 +26,7 @@ _BETTER = joined("""(?:besser|bessere|beste|mejor|meilleure?|migliore|melhor|bet
 _PREFER = joined("""(?:ich (?:bevorzuge|wähle|nehme)|je (?:préfère|choisis)|(?:yo )?(?:prefiero|elijo)
     |(?:eu )?(?:prefiro|escolho)|preferisco|scelgo|ik (?:kies|verkies)|я (?:предпочитаю|выбираю)|wolę|wybieram
     |jag föredrar|jeg foretrækker)""")
+_WINS = "(?:gewinnt|gana|gagne|vince|vence|ganha|wint|выигрывает|побеждает|wygrywa|vinner|vinder|kazanır)"
 _TIE = re.compile(
     joined("""(?:es ist )?(?:ein )?(?:unentschieden|gleichstand)|(?:es (?:un )?)?empate|(?:un )?(?:pareggio|parità)
     |(?:c'est (?:une )?)?(?:égalité|match nul)|gelijkspel|ничья|нічия|remis|remíza|oavgjort|uafgjort|tasapeli|egalitate
@@ -56,6 +57,9 @@ _SENTENCES = (
     _sentence(rf"(?:{_VERY} )?(?:{_ARTICLE} ?)?{_BETTER}(?: {_NOUN})? ?(?:{_IS} )?(?:{_ARTICLE} ?)?(?:{_NOUN} )?#"),
     # La réponse la meilleure est A; la risposta migliore è B
     _sentence(rf"(?:{_ARTICLE} ?)?{_NOUN} (?:{_ARTICLE} ?)?{_BETTER} {_IS} (?:{_ARTICLE} ?)?(?:{_NOUN} )?#"),
+    # Antwort A gewinnt; gana la respuesta B
+    _sentence(rf"(?:{_ARTICLE} ?)?(?:{_NOUN} )?# {_WINS}"),
+    _sentence(rf"{_WINS} (?:{_ARTICLE} ?)?(?:{_NOUN} )?#"),
     # Ich bevorzuge die Antwort A; prefiero la respuesta B
     _sentence(rf"{_PREFER} (?:{_ARTICLE} ?)?(?:{_NOUN} )?#(?:{_THAN}%)?"),
     re.compile(
