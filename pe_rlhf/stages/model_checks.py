@@ -80,7 +80,7 @@ def check_models_and_judges(
 
 
 def check_servers(
-    recipe: Recipe, stages: list[str], run_dir: Path | None, known: KnownModel | None, *, wait: bool = True
+    recipe: Recipe, stages: list[str], run_dir: Path | None, known: KnownModel | None, *, wait: bool
 ) -> None:
     """Raise where a judge's, scorer's or vLLM server cannot work: what it is for may be hours away.
 

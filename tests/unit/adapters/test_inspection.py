@@ -133,7 +133,7 @@ def test_the_position_is_0_at_the_top_of_the_spectrum_and_1_at_the_bottom() -> N
 @pytest.mark.parametrize("stage", ["reward", "ppo"])
 def test_the_command_shows_every_init_on_a_page(cli: Callable[..., Outcome], tmp_path: Path, stage: str) -> None:
     path = write_recipe(tmp_path, recipe("reward", "ppo", ppo__rollout__max_new_tokens=6, adapter=FEW_LAYERS))
-    page = tmp_path / "out" / "page.html"
+    page = tmp_path / "neither" / "there" / "page.html"
     done = cli("inspect", path, "--inits", "all", "--stage", stage, "--to", page, "seed=1")
     assert done.code == 0, done
     metrics = json.loads(page.with_suffix(".json").read_text())

@@ -305,10 +305,11 @@ def test_the_schedule_ends_with_the_last_batch_which_may_be_short(tmp_path: Path
     assert summary["seconds_per_step"] == pytest.approx(mean, abs=1e-3)
 
 
-def test_a_step_that_is_repeated_has_the_same_numbers_which_are_there_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", ["lora", "lora_ga"])
+def test_a_step_that_is_repeated_has_the_same_numbers_which_are_there_once(tmp_path: Path, init: str) -> None:
     settings = {"checkpoint_every": 1, "eval_every": 1, "keep_checkpoints": 9, "learning_rate": 1e-2, "batch_size": 8}
     tree = recipe(tmp_path, learnable()[:32], **settings)
-    tree["adapter"]["dropout"] = 0.2
+    tree["adapter"] |= {"dropout": 0.2, "init": init}
     run(tree, tmp_path / "run")
     folder = tmp_path / "run" / "reward"
     names = ("metrics.jsonl", "reliability.jsonl")
