@@ -52,6 +52,11 @@ def make_rollout(
             fix="use engine: hf",
         )
     check_installed(config)
+    if not backbone.eos_token_ids and not config.stop:
+        say(
+            f"warning: {role}: {backbone.name} has no token that ends a response, so that each goes on to"
+            " max_new_tokens; give stop strings, or eos_token_id in its generation_config.json"
+        )
     if is_sharded(backbone.model) and config.engine == "hf" and config.sync == "merged":
         raise InputError(
             "rollout: with zero3, sampling by hf needs sync: adapter; no rank has the whole base",
