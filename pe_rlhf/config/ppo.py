@@ -49,7 +49,9 @@ class KLConfig(Section):
         " KL(anchor, policy), not of the KL that is reported and held; k1 has none there and is refused",
     )
     place: Literal["reward", "loss"] = Field(
-        default="reward", description="where the KL enters: in the reward of each token, or as a term of the loss"
+        default="reward",
+        description="where the KL enters: in the reward of each token, or as a term of the loss; there every token"
+        " counts as it was sampled, whatever `ppo.ratio` and `rollout.correction` say",
     )
     controller: Literal["fixed", "adaptive"] = Field(
         default="fixed", description="fixed: β stays; adaptive: β follows the KL towards target (arXiv 1909.08593)"

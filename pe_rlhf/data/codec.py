@@ -17,14 +17,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pe_rlhf.data.cuts import Cuts
 from pe_rlhf.types import Rollout
 from reward.errors import InputError
 from reward.judges.user_code import call_users_code
 from reward.records import Message, Prompt
 
 TRANSCRIPT_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
-# Takes the place of a special token that stands in a message, until the template has been rendered around it.
 _DATE: ContextVar[str | None] = ContextVar("date", default=None)
+# Takes the place of a special token that stands in a message, until the template has been rendered around it.
 MARK = re.compile("\ue000(\\d+)\ue001")
 
 
@@ -114,16 +115,17 @@ class TextCodec:
         return ids, encoded
 
     def encode_within(
-        self, prompt: Prompt, responses: Sequence[tuple[str, bool]], limit: int
+        self, prompt: Prompt, responses: Sequence[tuple[str, bool]], limit: int, cuts: Cuts | None = None
     ) -> tuple[list[int], list[list[int]]]:
         """As `encode_responses`, but the prompt with each of them is at most `limit` tokens.
 
         The end of a response that is too long is left out. Of the prompt it is the middle, the same for all responses:
-        BOS and the system's turn stay, and so does what stands last.
+        BOS and the system's turn stay, and so does what stands last. `cuts` counts what lost something.
         """
-        ids, encoded = self.encode_responses(prompt, responses)
-        encoded = [response[: limit - 1] for response in encoded]
+        ids, whole = self.encode_responses(prompt, responses)
+        encoded = [response[: limit - 1] for response in whole]
         room = limit - max(map(len, encoded))
+        (cuts or Cuts()).count(len(ids) > room, encoded != whole)
         if len(ids) <= room:
             return ids, encoded
         kept = self._opening(prompt, ids)
@@ -242,14 +244,13 @@ class TextCodec:
         start = whole.rfind(answer)
         if start < 0:
             return "", None
-        lead = whole[len(before) : start] if whole.startswith(before) else ""
-        written = None
+        lead = "" if (found := whole[:start].removeprefix(before)).strip() else found
         for token in self.tokenizer(whole[start + len(answer) :], add_special_tokens=False)["input_ids"]:
             if token in self._end_ids:
-                written = token
-            if token in self._end_ids or str(self.tokenizer.decode([token])).strip():
+                return lead, token
+            if str(self.tokenizer.decode([token])).strip():
                 break
-        return ("" if lead.strip() else lead), written
+        return lead, None
 
     def _marked_message(self, message: Message) -> dict[str, Any]:
         said = message["content"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.cuts import Cuts
 from pe_rlhf.data.row_table import Ragged, RowTable
 from pe_rlhf.model.micro_batches import pair_cost
 from pe_rlhf.types import Sequences
@@ -109,14 +110,14 @@ class Pairs:
         return torch.tensor([pair_cost(*length, packed=packed) for length in lengths])
 
 
-def encode_pair(record: PreferenceRecord, codec: TextCodec, limit: int) -> PairTokens:
+def encode_pair(record: PreferenceRecord, codec: TextCodec, limit: int, cuts: Cuts | None = None) -> PairTokens:
     """Token ids of a record, a prompt and its longer response at most `limit` tokens.
 
     Raises `InputError` where nothing can be learnt from them: the template refuses the prompt, a side is empty, or both
     are the same.
     """
     responses = [(record.chosen, record.chosen_truncated), (record.rejected, record.rejected_truncated)]
-    prompt, (chosen, rejected) = codec.encode_within(record.prompt, responses, limit)
+    prompt, (chosen, rejected) = codec.encode_within(record.prompt, responses, limit, cuts)
     for column, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not ids or ids == [codec.end_token_id]:
             raise InputError(f"the {column} is empty as tokens", kind="empty", key=column)

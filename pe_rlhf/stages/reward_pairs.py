@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 from pe_rlhf.config import DataSource, RewardConfig
+from pe_rlhf.data.cuts import Cuts
 from pe_rlhf.data.preference_pairs import Pairs, PairTable, encode_pair
 from pe_rlhf.data.rows import hold_out, load_preferences, note_bad_rows, say_first, say_overlap
 from pe_rlhf.model.backbone import Backbone
@@ -27,14 +28,17 @@ def load_pairs(context: StageContext[Any], config: RewardConfig, backbone: Backb
 
     table = PairTable()
 
-    def encode(record: PreferenceRecord) -> Encoded:
-        return first_turn(record.prompt), table.append(encode_pair(record, codec, limit))
-
     def encoded(source: DataSource, key: str) -> list[Encoded]:
+        cuts = Cuts()
+
+        def encode(record: PreferenceRecord) -> Encoded:
+            return first_turn(record.prompt), table.append(encode_pair(record, codec, limit, cuts))
+
         layout, rows, bad = load_preferences(source, key, config.max_bad_share, encode)
         note_bad_rows(context.files.left_out(key), key, bad)
         first = table[rows[0][1]]
         say_first(key, len(rows), f"pairs, {layout}", codec.written(first.prompt + first.chosen))
+        cuts.say(key, len(rows) + len(bad), limit)
         return rows
 
     records = encoded(source, "reward.data")

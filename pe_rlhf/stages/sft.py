@@ -16,6 +16,7 @@ from pe_rlhf.adapters.specs import AdapterSpec
 from pe_rlhf.adapters.targets import numbers_of_experts
 from pe_rlhf.config import DataSource, SFTConfig
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.cuts import Cuts
 from pe_rlhf.data.examples import Example
 from pe_rlhf.data.row_table import Ragged
 from pe_rlhf.data.rows import hold_out, load_examples, note_bad_rows, say_first, say_overlap
@@ -113,16 +114,19 @@ def tokenised_rows(context: StageContext[SFTConfig], codec: TextCodec, limit: in
     """Tokenised rows to train on and held-out ones. Raises `InputError` where either has no rows."""
     config, ids, labels = context.config, Ragged(), Ragged()
 
-    def encode(example: Example) -> Encoded:
-        row, learnt = encode_row(example, codec, limit, whole=not config.completion_only)
-        ids.append(row)
-        labels.append(learnt)
-        return first_turn(example.prompt or example.response), len(ids) - 1
-
     def encoded(source: DataSource, key: str) -> list[Encoded]:
+        cuts = Cuts()
+
+        def encode(example: Example) -> Encoded:
+            row, learnt = encode_row(example, codec, limit, cuts, whole=not config.completion_only)
+            ids.append(row)
+            labels.append(learnt)
+            return first_turn(example.prompt or example.response), len(ids) - 1
+
         examples, bad = load_examples(source, key, config.max_bad_share, encode)
         note_bad_rows(context.files.left_out(key), key, bad)
         say_first(key, len(examples), "rows", codec.written(ids[examples[0][1]]))
+        cuts.say(key, len(examples) + len(bad), limit)
         return examples
 
     def table(rows: list[Encoded]) -> Dataset:
@@ -147,15 +151,19 @@ def tokenised_rows(context: StageContext[SFTConfig], codec: TextCodec, limit: in
     return table(train), table(held_out)
 
 
-def encode_row(example: Example, codec: TextCodec, limit: int, whole: bool) -> tuple[list[int], list[int]]:
+def encode_row(
+    example: Example, codec: TextCodec, limit: int, cuts: Cuts | None = None, *, whole: bool
+) -> tuple[list[int], list[int]]:
     """At most `limit` token ids, and labels: the same, but −100 where there is no loss; on the prompt if `whole`.
 
     The first token of a row is never learnt: nothing predicts it. Raises `InputError` where no token is left.
     """
     if example.prompt is None:
-        prompt, response = [], codec.encode_text(example.response)[:limit]
+        text = codec.encode_text(example.response)
+        prompt, response = [], text[:limit]
+        (cuts or Cuts()).count(False, response != text)
     else:
-        prompt, (response,) = codec.encode_within(example.prompt, [(example.response, False)], limit)
+        prompt, (response,) = codec.encode_within(example.prompt, [(example.response, False)], limit, cuts)
     ids, given = prompt + response, 1 if whole else max(1, len(prompt))
     if len(ids) <= given or response == [codec.end_token_id]:
         raise InputError("there is no token to learn", kind="empty")

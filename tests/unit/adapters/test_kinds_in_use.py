@@ -11,6 +11,7 @@ from pe_rlhf.config.adapter import LowRankConfig
 from pe_rlhf.model.backbone import FastPath, load_backbone
 from reward.errors import InputError
 from tests.failures import raises
+from tests.runs import Tree
 from tests.tiny import (
     outputs,
     perturb,
@@ -121,3 +122,19 @@ def test_lora_plus_is_for_kinds_with_factors(kind: str) -> None:
     else:
         with raises("conflict", key="optimizer.lora_plus_ratio"):
             optimizer_of(backbone, lora_plus_ratio=4.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*((kind, {}) for kind in sorted(KINDS)), *(("lora", {"init": init}) for init in ("pissa", "lora_ga", "geora"))],
+)
+def test_where_weight_decay_ends_is_the_anchor(kind: str, settings: Tree) -> None:
+    backbone = backbone_with(kind, tiny_model("llama"), **settings)
+    perturb(backbone, "policy")
+    anchor, trained = role_logits(backbone, "anchor"), role_logits(backbone, "policy")
+    assert (trained - anchor).abs().max() > 1e-3
+    starts = backbone.role_starts("policy")
+    with torch.no_grad():
+        for name, parameter in backbone.role_parameters("policy").items():
+            parameter.copy_(starts.get(name, torch.zeros(())))
+    torch.testing.assert_close(role_logits(backbone, "policy"), anchor, atol=2e-5, rtol=1e-5)

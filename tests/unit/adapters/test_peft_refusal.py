@@ -49,10 +49,20 @@ def test_what_peft_loads_right_is_written(name: str, settings: dict[str, str], t
     torch.testing.assert_close(found, role_logits(backbone, "policy"), atol=2e-5, rtol=1e-5)
 
 
-def test_a_base_with_another_config_is_another_base(tmp_path: Path) -> None:
-    """The same weights under another rotary base; a role of before, which says nothing of it, still loads."""
-    save_role(trained("llama"), "policy", tmp_path / "policy")
-    model = build("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        ("gemma2", {"final_logit_softcapping": 7.0}),
+        ("gemma2", {"attn_logit_softcapping": 9.0}),
+        ("granite", {"logits_scaling": 5.0}),
+        ("granite", {"embedding_multiplier": 5.0}),
+    ],
+)
+def test_a_base_with_another_config_is_another_base(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """The same weights, used otherwise; a role of before, which says nothing of it, still loads."""
+    save_role(trained(name), "policy", tmp_path / "policy")
+    model = build(name, **changes)
     with raises("changed", key="base_config", file=tmp_path / "policy"):
         load_role(load_backbone(model), "policy", tmp_path / "policy")
     description = tmp_path / "policy" / "role.json"

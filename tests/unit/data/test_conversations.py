@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.data.cuts import Cuts
 from pe_rlhf.data.preference_pairs import encode_pair
 from reward.records import Message, PreferenceRecord
 from tests.chat_templates import FAMILIES, Family
@@ -193,6 +194,10 @@ def test_what_is_cut_is_the_middle_of_the_prompt_the_same_for_both(name: str) ->
     cut, responses = codec.encode_within(prompt, [("Yes.", False), ("No, " * 9, False)], limit)
     assert responses == whole
     assert len(cut) + len(whole[1]) == limit
+    for fits, lost in ((limit + 150, 0), (limit + 149, 1)):
+        cuts = Cuts()
+        codec.encode_within(prompt, [("Yes.", False), ("No, " * 9, False)], fits, cuts)
+        assert (cuts.prompts, cuts.responses) == (lost, 0)
     start = codec.render(prompt).split("xx")[0]
     assert "Be brief." in start
     assert codec.tokenizer.decode(cut) == codec.render(prompt).replace("x" * 200, "x" * 50)
@@ -205,7 +210,9 @@ def test_what_is_cut_is_the_middle_of_the_prompt_the_same_for_both(name: str) ->
 
 def test_a_long_response_loses_its_end_and_the_prompt_keeps_a_token() -> None:
     codec = codec_of(FAMILIES["gemma3"])
-    prompt, (short, long) = codec.encode_within("Hi", [("a", False), ("b" * 50, False)], 20)
+    cuts = Cuts()
+    prompt, (short, long) = codec.encode_within("Hi", [("a", False), ("b" * 50, False)], 20, cuts)
+    assert (cuts.prompts, cuts.responses) == (1, 1)
     assert (len(prompt), len(short), len(long)) == (1, 2, 19)
     assert codec.end_token_id not in long
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from pe_rlhf.model.backbone import load_backbone
 from pe_rlhf.rollout.hf import HFRollout
 from pe_rlhf.scoring.model_judges import make_judge
 from pe_rlhf.stages.preferences import _margin, _row
+from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import derive_seed
+from pe_rlhf.types import Rollout
 from reward.asking import Pair
 from reward.judges import Comparison, Verdict
 from reward.judges.judge_settings import JudgeSettings
@@ -169,3 +172,20 @@ def test_scores_are_in_a_row_where_the_judge_gives_one_to_both() -> None:
     for one in (row(1.5, None), row(None, 4.0), row(None, None)):
         assert not {"score_chosen", "score_rejected"} & one.keys()
         assert _margin(one) == pytest.approx(0.6)
+
+
+def test_responses_that_are_not_the_anchors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler of another model: its log-probs are half a nat from the anchor's."""
+    summary = run(recipe(tmp_path), tmp_path / "run")["preferences"]
+    assert 0 <= summary["logprob_mismatch"] < 1e-5
+    generate = HFRollout.generate
+
+    def of_another(self: HFRollout, *asked: Any) -> Rollout:
+        rollout = generate(self, *asked)
+        return replace(rollout, logprobs=[[value - 0.5 for value in row] for row in rollout.logprobs])
+
+    monkeypatch.setattr(HFRollout, "generate", of_another)
+    with raises("mismatch", TrainingError):
+        run(recipe(tmp_path), tmp_path / "other")
+    summary = run(recipe(tmp_path, sampling={"max_new_tokens": NEW_TOKENS, "mismatch_limit": 1}), tmp_path / "let")
+    assert summary["preferences"]["logprob_mismatch"] == pytest.approx(0.5, abs=1e-4)

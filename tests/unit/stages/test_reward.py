@@ -155,7 +155,9 @@ def test_one_prompt_is_too_few_to_split(tmp_path: Path) -> None:
         pairs_of(recipe(tmp_path, learnable()[:4], eval_share=0.5), tmp_path)
 
 
-def test_prompts_are_cut_on_the_left_and_responses_on_the_right(tmp_path: Path) -> None:
+def test_prompts_are_cut_on_the_left_and_responses_on_the_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = ["short:", "a prompt that is a good deal longer than fits:", "x:"]
     responses = [" fits", " this also fits, 23 it is", " this response by itself is over the limit"]
     rows = [{"prompt": p, "chosen": r, "rejected": " no"} for p, r in zip(prompts, responses, strict=True)]
@@ -176,6 +178,8 @@ def test_prompts_are_cut_on_the_left_and_responses_on_the_right(tmp_path: Path) 
     # under different prompts.
     assert [pair.prompt for pair in train.pairs] == [ids(prompts[0]), ids(prompts[1])[-4:], ids(prompts[2])[-1:]]
     assert [pair.rejected for pair in train.pairs] == [[*ids(" no"), end]] * 3
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("reward.eval_data: cut"))
+    assert re.findall(r"\d+", said) == ["30", "3", "2", "1"]  # tokens, rows, prompts, responses
 
 
 def test_held_out_dialogues_that_begin_as_those_of_training_are_counted(

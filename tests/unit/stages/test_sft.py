@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pe_rlhf.config import LoRAConfig, Recipe
 from pe_rlhf.config.load import load_recipe, save_recipe
 from tests.paths import ROOT
-from tests.runs import Tree, recipe, write_jsonl, write_recipe
+from tests.runs import Tree, read_jsonl, recipe, write_jsonl, write_recipe
 from tests.unit.stages.sft_runs import CHATS, PAIRS, TEMPLATE, TEXTS, Cli, metrics, sft, train
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def test_training_lowers_the_held_out_loss_on_real_text(model: Path, tmp_path: P
     assert summary["eval_loss"] < 0.92 * summary["eval_loss_before"]
 
 
-def test_what_is_too_long_is_cut(model: Path, tmp_path: Path) -> None:
+def test_what_is_too_long_is_cut(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "0123456789", "completion": "abcd"}, {"prompt": "01", "completion": "abcdefghijkl"}]
     train(sft(model, tmp_path, rows * 2, max_length=8, batch_size=2), tmp_path / "run")
     # The prompt loses its start, so that the response has its EOS; then the response loses its end, and its EOS.
@@ -96,6 +97,8 @@ def test_what_is_too_long_is_cut(model: Path, tmp_path: Path) -> None:
         logits_TV = plain(torch.tensor([ids])).logits[0, len(given) - 1 : -1]
         losses += F.cross_entropy(logits_TV, torch.tensor(ids[len(given) :]), reduction="none").tolist()
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    said = [line for line in capsys.readouterr().err.splitlines() if ": cut to" in line]
+    assert [re.findall(r"\d+", line) for line in said] == [["8", "2", "2", "1"]] * 2  # training and held-out rows
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -138,6 +141,17 @@ def test_bad_rows_are_told_and_left_out(cli: Cli, tmp_path: Path) -> None:
     assert "sft.data: left out row 13: the response is empty" in done.err
     summary = json.loads((tmp_path / "out/sft/summary.json").read_text())
     assert (summary["train_rows"], summary["eval_rows"]) == (11, 1)
+
+
+def test_a_row_that_the_template_refuses_is_left_out(model: Path, tmp_path: Path) -> None:
+    strict = "{% for m in messages %}{% if loop.previtem and loop.previtem.role == m.role %}"
+    strict += "{{ raise_exception('twice the same role') }}{% endif %}{% endfor %}"
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    rows = [*CHATS[:5], {"messages": twice}, *CHATS[5:]]
+    tree = sft(model, tmp_path, rows, max_bad_share=0.1) | {"chat_template": strict + TEMPLATE}
+    assert train(tree, tmp_path / "run")["train_rows"] == 10
+    (left_out,) = read_jsonl(tmp_path / "run" / "sft" / "left_out_data.jsonl")
+    assert (left_out["row"], left_out["kind"]) == (6, "user_code")
 
 
 def test_weights_that_diverge(refused: Callable[..., str], tmp_path: Path) -> None:
