@@ -12,6 +12,7 @@ from pe_rlhf.adapters.targets import (
 )
 from pe_rlhf.model.backbone import load_backbone
 from tests.failures import raises
+from tests.model_types import build
 from tests.tiny import tiny_model
 
 ATTENTION = {
@@ -24,6 +25,7 @@ MLP = {
     "gpt2": ["mlp.c_fc", "mlp.c_proj"],
     "gpt_neo": ["mlp.c_fc", "mlp.c_proj"],
 }
+SELF = ["q_proj", "k_proj", "v_proj", "o_proj"]
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "gpt_neo": "transformer.h"}
 
 
@@ -45,6 +47,29 @@ def test_all_linear_leaves_out_an_untied_head() -> None:
 def test_attention_is_known_by_the_parent(family: str) -> None:
     # GPT-2 calls the output of its attention and of its MLP alike `c_proj`.
     assert set(find_targets(tiny_model(family), "attention")) == names(family, ATTENTION[family])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "bare"),
+    [
+        ("qwen3_next", {"0.linear_attn": ["in_proj_qkvz", "in_proj_ba", "out_proj"], "1.self_attn": SELF}, None),
+        ("lfm2", {"1.self_attn": [*SELF[:3], "out_proj"]}, 1),
+        ("jamba", {"1.self_attn": SELF}, 1),
+    ],
+)
+def test_attention_of_hybrids_is_also_linear_and_blocks_without_any_are_said(
+    name: str, expected: dict[str, list[str]], bare: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build(name)
+    found = find_targets(model, "attention")
+    assert set(found) == {f"model.layers.{block}.{part}" for block, parts in expected.items() for part in parts}
+    say_what_is_left_out(model, found, "attention")
+    assert re.findall(r"in (\d+) blocks", capsys.readouterr().err) == ([] if bare is None else [str(bare)])
+
+
+def test_a_model_without_attention_has_no_such_targets() -> None:
+    with raises("conflict", key="adapter.targets"):
+        find_targets(build("mamba"), "attention")
 
 
 @pytest.mark.parametrize(
