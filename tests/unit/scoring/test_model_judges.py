@@ -48,11 +48,24 @@ def test_a_system_part_stands_before_the_question_where_the_chat_template_takes_
     assert tokenizer.decode(rows[0]) == "<user>Be fair.\n\nA or B?"
 
 
-def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(model: Path) -> None:
+@pytest.fixture(scope="module")
+def capped(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A Gemma 2 that reads bytes: sdpa has no place for its cap on attention."""
+    folder = tmp_path_factory.mktemp("capped")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    build("gemma2", vocab_size=len(tokenizer), max_position_embeddings=2048, eos_token_id=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("which", ["model", "capped"])
+def test_a_local_judges_verdicts_are_those_of_a_naive_forward_pass(which: str, request: pytest.FixtureRequest) -> None:
     """One sequence at a time, without padding, by plain transformers; the judge has them in a padded batch."""
+    model: Path = request.getfixturevalue(which)
     judge = make_judge(JudgeSettings(kind="llm", target=str(model), min_label_mass=0))
     verdicts = judge.compare(COMPARISONS)
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    plain = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(model)
     for comparison, verdict in zip(COMPARISONS, verdicts, strict=True):
         text = f"User: {JudgePrompt('general').chat(comparison, reasoning=False)[-1]['content']}\n\nAssistant:"
         with torch.no_grad():
