@@ -37,7 +37,7 @@ NEEDS = {
     r"llm:|^http": "a model or a server",
     r"^--submit$": "a cluster",
     r"^smoke$": "run once, for all",
-    r"^(tldr|hh_helpful)$|^Anthropic/": "the hub",
+    r"^(tldr|hh_helpful)$|^(Anthropic|allenai)/": "the hub",
     r"=vllm$": "vLLM",
     r"^RECIPE|^RUN|^…": "a name to fill in",
     r"^other/": "a second run",
