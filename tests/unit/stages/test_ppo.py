@@ -1,4 +1,4 @@
-"""The PPO stage as a whole: dtypes, what it reports, how the critic starts, and β from step to step."""
+"""The PPO stage as a whole: dtypes, what it reports, and β from step to step."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from pe_rlhf.config import LoRAConfig, PPOConfig, Recipe
-from pe_rlhf.data.codec import TextCodec
+from pe_rlhf.config import PPOConfig, Recipe
 from pe_rlhf.data.prompt_order import PromptOrder, PromptSet
 from pe_rlhf.model.backbone import FastPath, load_backbone
 from pe_rlhf.rollout.hf import HFRollout
-from pe_rlhf.runs.saved_roles import load_role, save_role
-from pe_rlhf.scoring.scorers import FunctionScorer
-from pe_rlhf.stages.context import StageContext
-from pe_rlhf.stages.init_batches import AnchorRollouts
+from pe_rlhf.runs.saved_roles import save_role
 from pe_rlhf.stages.pipeline import run_recipe
 from pe_rlhf.system.failures import TrainingError
 from pe_rlhf.system.seeding import derive_seed
@@ -102,13 +96,6 @@ def saved_reward(tree: Tree, folder: Path, dropout: float = 0.0) -> str:
     return str(folder / "trained")
 
 
-def value_at_start(tree: Tree, folder: Path) -> dict[str, torch.Tensor]:
-    """The critic that a run of one step with no learning rate ends with."""
-    tree["ppo"] |= {"steps": 1, "learning_rate": 1e-30, "value_learning_rate": 1e-30}
-    run(tree, folder / "run")
-    return load_file(folder / "run" / "ppo" / "value" / "role.safetensors")
-
-
 def test_responses_of_another_version_of_the_policy_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,91 +105,6 @@ def test_responses_of_another_version_of_the_policy_are_refused(
         run(recipe(tmp_path), tmp_path / "run")
     assert (raised.value.kind, raised.value.step) == ("mismatch", 3)
     assert len(metrics(tmp_path)) == 2
-
-
-def test_a_critic_starts_at_zero_without_a_reward_adapter(tmp_path: Path) -> None:
-    """A critic that starts at random drowns the advantages in its values, and the value clip holds it there."""
-    state = value_at_start(recipe(tmp_path), tmp_path)
-    assert not state["head.weight"].abs().max() > 1e-12
-    assert metrics(tmp_path)[0]["value"] == 0
-    assert metrics(tmp_path)[0]["explained_variance"] == 0
-
-
-def values_and_scores(tree: Tree, source: Path, config: PPOConfig) -> tuple[list[list[float]], list[float]]:
-    """What a reward adapter gives at the tokens before each response token, and at the last one; row by row.
-
-    The responses are those of the first step.
-    """
-    backbone = load_backbone(tree["model"])
-    load_role(backbone, "reward", source)
-    ids = [backbone.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    batch = PromptOrder(PromptSet(list(PROMPTS), ids, {}), config.batch_size, 1, seed=0).batch(0)
-    rollout = HFRollout(backbone, "anchor", config.rollout).generate(batch.ids, derive_seed(0, "rollout", 0))
-    values: list[list[float]] = []
-    scores: list[float] = []
-    for prompt, response in zip(rollout.prompts, rollout.responses, strict=True):
-        with torch.no_grad(), backbone.role("reward"):
-            read = [torch.tensor([prompt + response[:n]]) for n in range(len(response) + 1)]
-            *before, score = (backbone(ids_1T).logits.item() for ids_1T in read)
-        values.append(before)
-        scores.append(score)
-    return values, scores
-
-
-@pytest.mark.parametrize("value_init", [None, "reward", "fresh"])
-@pytest.mark.parametrize("gamma", [1.0, 0.8])
-def test_a_critic_starts_from_the_reward_adapter(tmp_path: Path, value_init: str | None, gamma: float) -> None:
-    """Its head as the best line to the returns of the first rollout: by hand the score, γ times for each token."""
-    tree = recipe(tmp_path, value_init=value_init, gamma=gamma)
-    source = saved_reward(tree, tmp_path)
-    tree["ppo"] |= {"reward": [{"adapter": source, "weight": 2.0}], "kl": {"beta": 0.1}}
-    state = value_at_start(tree, tmp_path)
-    reward = load_file(Path(source) / "role.safetensors")
-    if value_init == "fresh":
-        assert metrics(tmp_path)[0]["value"] == 0
-        return
-    values, scores = values_and_scores(tree, Path(source), PPOConfig.model_validate(tree["ppo"]))
-    returns = [
-        1.8 * score * gamma ** (len(row) - 1 - t)
-        for row, score in zip(values, scores, strict=True)
-        for t in range(len(row))
-    ]
-    scale, shift = np.polyfit([value for row in values for value in row], returns, deg=1)
-    assert (scale > 0.05) == (gamma < 1)  # undiscounted, the random model foresees nothing: a constant is best
-    if scale < 0:
-        scale, shift = 0.0, sum(returns) / len(returns)
-    assert state.keys() == reward.keys()
-    for name, tensor in reward.items():
-        expected = scale * tensor + shift * (name == "head.bias") if name.startswith("head.") else tensor
-        torch.testing.assert_close(state[name], expected.float(), atol=1e-4, rtol=1e-4, msg=name)
-    assert metrics(tmp_path)[0]["explained_variance"] > (0.01 if scale else -1e-6)
-
-
-def test_a_critic_starts_from_the_runs_reward_adapter_where_a_function_scores(tmp_path: Path) -> None:
-    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(8)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    tree = recipe(tmp_path, value_init="reward") | {"reward": {"data": str(tmp_path / "pairs.jsonl"), "batch_size": 4}}
-    tree["ppo"] |= {"kl": {"form": "penalty"}, "batch_size": 4}
-    state = value_at_start(tree, tmp_path)
-    source = tmp_path / "run" / "reward" / "adapter"
-    values, _ = values_and_scores(tree, source, PPOConfig.model_validate(tree["ppo"]))
-    lengths = [row["score"] for row in read_jsonl(tmp_path / "run" / "ppo" / "samples.jsonl")]
-    returns = [length for row, length in zip(values, lengths, strict=True) for _ in row]
-    slope, _ = np.polyfit([value for row in values for value in row], returns, deg=1)
-    assert slope < 0  # a reward model that would have it the other way round: the critic starts as a constant
-    reward = load_file(source / "role.safetensors")
-    assert state.keys() == reward.keys()
-    for name, tensor in reward.items():
-        constant = torch.full_like(tensor, sum(returns) / len(returns) if name == "head.bias" else 0)
-        expected = constant if name.startswith("head.") else tensor
-        torch.testing.assert_close(state[name], expected, atol=1e-4, rtol=1e-6, msg=name)
-
-
-def test_a_critic_from_a_reward_adapter_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError) as raised:
-        run(recipe(tmp_path, value_init="reward"), tmp_path / "run")
-    (mistake,) = raised.value.errors()
-    assert (mistake["type"], mistake.get("ctx", {}).get("key")) == ("refusal", "ppo.value_init")
 
 
 def test_dropout_is_off_in_policy_critic_and_reward(tmp_path: Path) -> None:
@@ -333,22 +235,3 @@ def test_a_failure_in_a_step_names_the_step(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as raised:
         run(recipe(tmp_path, kl={"limit": 1e-3}), tmp_path / "run")
     assert (raised.value.kind, raised.value.key, raised.value.step) == ("kl_limit", "ppo.kl.limit", 2)
-
-
-def test_the_critic_of_an_init_s_rollouts_is_the_one_that_training_starts_from(tmp_path: Path) -> None:
-    """Advantages at the anchor are with the values of the reward adapter where the critic starts from it."""
-    tree = recipe(tmp_path)
-    backbone = load_backbone(tree["model"])
-    backbone.add_adapter("reward", rank=3)
-    perturb(backbone, "reward", 0.2)
-    codec = TextCodec(backbone.tokenizer, "none")
-    context: StageContext[PPOConfig] = StageContext(Recipe.model_validate(tree), tmp_path, "ppo")
-    prompts = PromptSet([*PROMPTS], [codec.encode_prompt(prompt) for prompt in PROMPTS], {})
-    adapter = LoRAConfig(init="lora_ga", rank=2)
-    advantages = []
-    for start in (None, "reward"):
-        rollouts = AnchorRollouts(
-            context, backbone, FunctionScorer("reward.scores:length"), codec, prompts, adapter, start
-        )
-        advantages.append(rollouts._sampled("gradient").returns_BR)
-    assert not torch.allclose(*advantages)
